@@ -1,0 +1,64 @@
+"""Plain little-endian values, all tensors in schema order with nothing between them: fp32 and fp16."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedloom.proto.errors import CodecError
+from fedloom.proto.schema import Array, Schema, Tensors
+
+__all__ = ["FP16", "FP32", "Dense"]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Each value in one IEEE-754 format, little-endian."""
+
+    name: str
+    dtype: str
+
+    def encoded_size(self, schema: Schema) -> int:
+        """Number of values times the width of one."""
+        return schema.size * np.dtype(self.dtype).itemsize
+
+    def encode(self, schema: Schema, tensors: Tensors) -> bytes:
+        """Concatenate the values.
+
+        Raises:
+            SchemaError: Names or shapes differ from the schema.
+            CodecError: A finite value overflows the narrower format.
+        """
+        schema.check(tensors)
+        out = np.empty(schema.size, self.dtype)
+        offset = 0
+        with np.errstate(over="ignore"):  # an overflow is found below and reported by tensor
+            for spec in schema.tensors:
+                part = out[offset : offset + spec.size]
+                part[:] = tensors[spec.name].reshape(-1)
+                if part.itemsize < 4 and np.isinf(part).any() and np.isfinite(tensors[spec.name]).all():
+                    limit = np.finfo(self.dtype).max
+                    raise CodecError(f"{spec.name!r} has a value beyond {limit:g} of {self.name}; use fp32")
+                offset += spec.size
+        return out.tobytes()
+
+    def decode(self, schema: Schema, payload: bytes) -> dict[str, Array]:
+        """Split the payload by the schema's shapes.
+
+        Raises:
+            CodecError: The payload is not exactly as long as the schema says.
+        """
+        expected = self.encoded_size(schema)
+        if len(payload) != expected:
+            raise CodecError(f"payload has {len(payload)} bytes; {self.name} under this schema needs {expected}")
+        values = np.frombuffer(payload, self.dtype)
+        tensors: dict[str, Array] = {}
+        offset = 0
+        for spec in schema.tensors:
+            part = values[offset : offset + spec.size]
+            tensors[spec.name] = part.astype(np.float32).reshape(spec.shape)
+            offset += spec.size
+        return tensors
+
+
+FP32 = Dense("fp32", "<f4")
+FP16 = Dense("fp16", "<f2")

@@ -1,0 +1,88 @@
+"""Every error fedloom raises on purpose.
+
+::
+
+    FedloomError
+    ├── ConfigError        a run file, policy file or command-line value is wrong
+    ├── DataError          private or held-out data is missing or malformed
+    ├── ModelError         the base model is missing, altered or unsupported
+    ├── SchemaError        tensors do not fit the agreed schema
+    ├── CodecError         payload bytes do not decode under the agreed codec
+    ├── UpdateRejected     a well-formed update that must not be folded (NaN, Inf)
+    ├── PolicyError        the client's own policy refuses what the server asked
+    │   └── BudgetError    the privacy budget of the data set would be exceeded
+    ├── LedgerError        the privacy ledger cannot be trusted or opened
+    ├── ProtocolError      a message that does not fit the state of the run
+    ├── Unavailable        the other side cannot be reached
+    └── StoreError         the coordinator's state cannot be read or written
+
+A message says what was received, what is allowed and what to do about it.
+"""
+
+__all__ = [
+    "BudgetError",
+    "CodecError",
+    "ConfigError",
+    "DataError",
+    "FedloomError",
+    "LedgerError",
+    "ModelError",
+    "PolicyError",
+    "ProtocolError",
+    "SchemaError",
+    "StoreError",
+    "Unavailable",
+    "UpdateRejected",
+]
+
+
+class FedloomError(Exception):
+    """Root of the tree; catch it to handle anything fedloom raises on purpose."""
+
+
+class ConfigError(FedloomError):
+    """A run file, policy file or command-line value is wrong."""
+
+
+class DataError(FedloomError):
+    """Private or held-out data is missing or malformed."""
+
+
+class ModelError(FedloomError):
+    """The base model is missing, altered or unsupported."""
+
+
+class SchemaError(FedloomError):
+    """Tensors do not fit the agreed schema."""
+
+
+class CodecError(FedloomError):
+    """Payload bytes do not decode under the agreed codec."""
+
+
+class UpdateRejected(FedloomError):
+    """A well-formed update that must not be folded into the adapter."""
+
+
+class PolicyError(FedloomError):
+    """The client's own policy refuses what the server asked."""
+
+
+class BudgetError(PolicyError):
+    """The privacy budget of the data set would be exceeded."""
+
+
+class LedgerError(FedloomError):
+    """The privacy ledger cannot be trusted or opened."""
+
+
+class ProtocolError(FedloomError):
+    """A message that does not fit the state of the run."""
+
+
+class Unavailable(FedloomError):
+    """The other side cannot be reached."""
+
+
+class StoreError(FedloomError):
+    """The coordinator's state cannot be read or written."""

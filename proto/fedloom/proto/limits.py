@@ -1,0 +1,36 @@
+"""Hard limits that both sides check before they allocate anything."""
+
+__all__ = [
+    "CHUNK_BYTES",
+    "LONG_POLL_S",
+    "MAX_MESSAGE_BYTES",
+    "MAX_NAME_LENGTH",
+    "MAX_PAYLOAD_BYTES",
+    "MAX_SCHEMA_BYTES",
+    "MAX_SPEC_BYTES",
+    "MAX_TENSORS",
+]
+
+CHUNK_BYTES = 1 << 20
+"""Payload bytes in one streamed chunk. 256 KiB to 1 MiB is fastest in gRPC Python."""
+
+MAX_MESSAGE_BYTES = 4 << 20
+"""Largest single gRPC message either side accepts (after decompression)."""
+
+MAX_PAYLOAD_BYTES = 4 << 30
+"""Largest encoded adapter; a schema that would need more is refused when it is made."""
+
+MAX_SCHEMA_BYTES = 2 << 20
+"""Largest schema document accepted."""
+
+MAX_SPEC_BYTES = 64 << 10
+"""Largest run specification a client accepts."""
+
+MAX_TENSORS = 20_000
+"""Most tensors in one schema."""
+
+MAX_NAME_LENGTH = 256
+"""Longest tensor, module or client name."""
+
+LONG_POLL_S = 45.0
+"""Longest `Work` poll, below the 60 s at which hospital proxies cut an idle request."""

@@ -1,0 +1,96 @@
+"""What a client and a coordinator tell each other, whatever carries it: a socket or a function call."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedloom.proto.run import Spec
+from fedloom.proto.schema import Role, Schema
+
+__all__ = [
+    "PROTOCOL_VERSION",
+    "Answer",
+    "Assignment",
+    "Finished",
+    "Joined",
+    "UpdateHeader",
+    "Wait",
+    "broadcast_schema",
+    "upload_schema",
+]
+
+PROTOCOL_VERSION = 1
+"""Version of the messages; a coordinator refuses a client that speaks another major version."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The coordinator's answer to Join."""
+
+    run: str
+    epoch: int
+    spec: Spec
+    schema: Schema
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One round's work for one client."""
+
+    round: int
+    train: frozenset[Role]
+    broadcast_roles: frozenset[Role]
+    broadcast_digest: str
+    """SHA-256 of the broadcast payload, hex; the address to fetch it by."""
+    broadcast_bytes: int
+    broadcast_codec: str = "fp32"
+    upload_codec: str = "fp32"
+    personal: frozenset[Role] = frozenset()
+    rank: int | None = None
+    base_rank: int = 0
+    local: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to do now."""
+
+    retry_after_s: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is over; the final adapter can be fetched under the whole schema."""
+
+    rounds: int
+    codec: str
+    digest: str
+    bytes: int
+
+
+Answer = Assignment | Wait | Finished
+
+
+@dataclass(frozen=True)
+class UpdateHeader:
+    """What precedes an update's payload."""
+
+    client: str
+    round: int
+    schema_digest: str
+    codec: str
+    payload_bytes: int
+    digest: str
+
+
+def broadcast_schema(schema: Schema, assignment: Assignment) -> Schema:
+    """The schema of an assignment's broadcast, derived from the run's."""
+    derived = schema.with_rank(assignment.rank) if assignment.rank else schema
+    if assignment.base_rank:
+        derived = derived.with_base(assignment.base_rank)
+    return derived.select(assignment.broadcast_roles)
+
+
+def upload_schema(schema: Schema, assignment: Assignment) -> Schema:
+    """The schema of the update that answers an assignment, derived from the run's."""
+    derived = schema.with_rank(assignment.rank) if assignment.rank else schema
+    return derived.select(assignment.train - assignment.personal)

@@ -1,0 +1,312 @@
+"""The run file: one TOML that simulate, server and every engine read; its `spec` part is what clients see."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.limits import MAX_SPEC_BYTES
+
+__all__ = [
+    "AdapterSection",
+    "DataSection",
+    "EngineSection",
+    "EvaluationSection",
+    "ModelSection",
+    "PrivacySection",
+    "RoundsSection",
+    "RunConfig",
+    "RunSection",
+    "Spec",
+    "StrategySection",
+    "TrainSection",
+    "WireSection",
+    "explain",
+    "load_run",
+    "parse",
+    "read_toml",
+]
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """One table of the run file: frozen, and strangers are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """[run]: identity and length."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name of the run; results go to runs/NAME."""
+    rounds: int = Field(ge=1, le=100_000)
+    """Number of federated rounds."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of everything public: starting adapter, cohort, partition. Never of private noise."""
+
+
+class ModelSection(Section):
+    """[model]: the frozen base model every client holds."""
+
+    base: str
+    """Local folder, hub id, or a name from `fedloom assets` such as minilm-l6."""
+    digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
+    """Pin of the base model's files; a client whose folder differs refuses. None accepts what is found."""
+    task: Literal["text-classification"] = "text-classification"
+    """What the model is trained for."""
+    labels: tuple[str, ...] = Field(min_length=2, max_length=10_000)
+    """Label names; a row's label is one of these, or its index."""
+    max_length: int = Field(default=64, ge=8, le=8192)
+    """Tokens kept of each text."""
+    head: Literal["train", "frozen"] = "train"
+    """Whether the classification head is trained (inside the clipped set) or stays at its start value."""
+
+
+class AdapterSection(Section):
+    """[adapter]: which parameters are trained."""
+
+    kind: Literal["lora", "bias", "head"] = "lora"
+    """lora: low-rank pairs. bias: every bias vector of the encoder (BitFit). head: the head alone."""
+    rank: int = Field(default=8, ge=1, le=512)
+    """LoRA rank r."""
+    alpha: float = Field(default=16.0, gt=0)
+    """LoRA alpha; the scale is alpha / rank."""
+    targets: tuple[str, ...] = ("query", "value")
+    """Names (suffixes) of the linear layers that get a pair."""
+
+
+class TrainSection(Section):
+    """[train]: local training on each client in each round."""
+
+    steps: int = Field(ge=1, le=100_000)
+    """Optimiser steps per round: public, the same for every client."""
+    sampling_rate: float = Field(gt=0, le=1)
+    """Poisson rate q: each step includes each example with this probability. Public."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Local optimiser; its state starts anew each round."""
+    learning_rate: float = Field(gt=0)
+    """Local learning rate."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """SGD momentum."""
+    proximal_mu: float = Field(default=0.0, ge=0)
+    """FedProx: mu/2 times the squared distance to the broadcast adapter is added to the loss."""
+    microbatch: int = Field(default=64, ge=1)
+    """Examples in one forward pass; only memory and speed depend on it."""
+
+
+class PrivacySection(Section):
+    """[privacy]: example-level differential privacy on every client."""
+
+    enabled: bool = True
+    """False trains without any privacy; the client's policy must allow it."""
+    epsilon: float = Field(default=6.0, gt=0)
+    """Total epsilon of one client that takes part in every round."""
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """Delta of that guarantee."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """L2 bound C on one example's gradient over all trained tensors together."""
+    noise_multiplier: float | None = Field(default=None, gt=0)
+    """Noise standard deviation over C. None calibrates it from epsilon, rate and steps of the whole run."""
+
+
+class StrategySection(Section):
+    """[strategy]: how updates become the next adapter."""
+
+    name: str = "fedavg"
+    """Name of a registered strategy; see `fedloom strategies list`."""
+    weighting: Literal["uniform", "examples"] = "uniform"
+    """uniform: every client counts the same. examples: by the number of examples each client declares."""
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Keyword arguments of the strategy."""
+
+
+class RoundsSection(Section):
+    """[rounds]: when a round opens and closes."""
+
+    min_clients: int = Field(default=2, ge=1)
+    """Clients that must have joined before a round opens, and updates a round needs to be committed."""
+    clients_per_round: int | None = Field(default=None, ge=1)
+    """Size of each round's cohort, drawn by the run's seed; None takes every joined client."""
+    deadline_s: float = Field(default=600.0, gt=0)
+    """Seconds after which a round closes with the updates it has, if they are at least min_clients."""
+    lease_s: float = Field(default=30.0, gt=0)
+    """Seconds without a sign of life after which a client counts as gone."""
+
+
+class WireSection(Section):
+    """[wire]: codecs."""
+
+    upload: str = "fp32"
+    """Codec of updates."""
+    broadcast: str = "fp32"
+    """Codec of the global adapter."""
+
+
+class DataSection(Section):
+    """[data]: the simulated federation's data; a real client's data is named in its own policy."""
+
+    source: str
+    """Name of a packaged data set (sentiment, newsgroups) or a folder or file of CSV or JSONL."""
+    clients: int = Field(default=4, ge=1, le=10_000)
+    """Number of simulated clients."""
+    partition: Literal["iid", "dirichlet", "group"] = "iid"
+    """iid: at random. dirichlet: label skew. group: by the group column, each group split by Dirichlet."""
+    dirichlet_alpha: float = Field(default=0.5, gt=0)
+    """Concentration of the Dirichlet label skew; small is more skewed."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """Use at most this many training examples in all."""
+
+
+class EvaluationSection(Section):
+    """[evaluation]: the held-out set of a simulation."""
+
+    every: int = Field(default=1, ge=1)
+    """Evaluate after every so many rounds, and always after the last."""
+    max_examples: int = Field(default=1000, ge=1)
+    """Held-out examples used."""
+
+
+class EngineSection(Section):
+    """[engine]: how a simulation runs."""
+
+    kind: Literal["inprocess", "grpc"] = "inprocess"
+    """inprocess: one process, one base model. grpc: a coordinator and one process per client."""
+    threads: int = Field(default=0, ge=0)
+    """Torch threads in each process; 0 shares the machine's cores out."""
+
+
+class Spec(Section):
+    """The part of a run that clients receive and check against their own policy."""
+
+    run: RunSection
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    train: TrainSection
+    privacy: PrivacySection = PrivacySection()
+    wire: WireSection = WireSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Spec":
+        if self.adapter.kind == "head" and self.model.head == "frozen":
+            raise ValueError(
+                'adapter.kind = "head" with model.head = "frozen" trains nothing; set model.head = "train"'
+            )
+        return self
+
+    @classmethod
+    def from_json(cls, text: str) -> "Spec":
+        """Read a spec sent by a coordinator: typed scalars only, strangers refused.
+
+        Raises:
+            ConfigError: It is too large or not a spec.
+        """
+        if len(text) > MAX_SPEC_BYTES:
+            raise ConfigError(f"run spec of {len(text)} characters; at most {MAX_SPEC_BYTES} are allowed")
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ConfigError(f"the coordinator's run spec is not valid: {explain(error, cls)}") from error
+
+
+class RunConfig(Spec):
+    """A whole run file."""
+
+    strategy: StrategySection = StrategySection()
+    rounds: RoundsSection = RoundsSection()
+    data: DataSection | None = None
+    evaluation: EvaluationSection = EvaluationSection()
+    engine: EngineSection = EngineSection()
+
+    @property
+    def spec(self) -> Spec:
+        """What clients get to see."""
+        return Spec(**{name: getattr(self, name) for name in Spec.model_fields})
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: The file is missing or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give the path of a TOML file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+
+
+def load_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """A run file with `section.key=value` overrides applied.
+
+    Raises:
+        ConfigError: The file or an override is wrong; the message names the key and the nearest valid one.
+    """
+    return parse(RunConfig, read_toml(path), overrides, source=str(path))
+
+
+def parse(model: type[M], tables: dict[str, Any], overrides: tuple[str, ...] = (), *, source: str) -> M:
+    """Tables plus overrides as a checked `model`.
+
+    Raises:
+        ConfigError: A key is unknown, missing or has a wrong value.
+    """
+    for override in overrides:
+        _apply(tables, override)
+    try:
+        return model.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {explain(error, model)}") from error
+
+
+def _apply(tables: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value`; the value is read as TOML, and as a plain string when it is not."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r} must look like section.key=value, e.g. run.rounds=5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = tables
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
+    table[keys[-1]] = value
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem in one sentence, with a did-you-mean for an unknown key."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        allowed = _keys_at(model, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}"
+        return f"unknown key {where!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{where!r} is missing; add it"
+    received = first.get("input")
+    shown = "" if isinstance(received, dict) else f" (received {received!r})"
+    return f"{where or 'file'}: {first['msg']}{shown}"
+
+
+def _keys_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """Valid keys of the section that `path` leads to."""
+    for part in path:
+        annotation: Any = model.model_fields[part].annotation if part in model.model_fields else None
+        choices = [annotation, *getattr(annotation, "__args__", ())]
+        nested = [each for each in choices if isinstance(each, type) and issubclass(each, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)

@@ -1,0 +1,190 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class JoinRequest(_message.Message):
+    __slots__ = ("client", "protocol", "declared_examples")
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    DECLARED_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    client: str
+    protocol: int
+    declared_examples: int
+    def __init__(self, client: _Optional[str] = ..., protocol: _Optional[int] = ..., declared_examples: _Optional[int] = ...) -> None: ...
+
+class JoinReply(_message.Message):
+    __slots__ = ("run", "epoch", "spec", "schema", "schema_digest")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    epoch: int
+    spec: str
+    schema: str
+    schema_digest: str
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., spec: _Optional[str] = ..., schema: _Optional[str] = ..., schema_digest: _Optional[str] = ...) -> None: ...
+
+class WorkRequest(_message.Message):
+    __slots__ = ("run", "epoch", "client")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    epoch: int
+    client: str
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
+
+class WorkReply(_message.Message):
+    __slots__ = ("assignment", "wait", "finished")
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    assignment: Assignment
+    wait: Wait
+    finished: Finished
+    def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
+
+class Assignment(_message.Message):
+    __slots__ = ("round", "train", "personal", "rank", "base_rank", "local", "broadcast_roles", "broadcast_codec", "broadcast_digest", "broadcast_bytes", "upload_codec")
+    class LocalEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_FIELD_NUMBER: _ClassVar[int]
+    PERSONAL_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    BASE_RANK_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    BROADCAST_ROLES_FIELD_NUMBER: _ClassVar[int]
+    BROADCAST_CODEC_FIELD_NUMBER: _ClassVar[int]
+    BROADCAST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BROADCAST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_CODEC_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    train: _containers.RepeatedScalarFieldContainer[str]
+    personal: _containers.RepeatedScalarFieldContainer[str]
+    rank: int
+    base_rank: int
+    local: _containers.ScalarMap[str, float]
+    broadcast_roles: _containers.RepeatedScalarFieldContainer[str]
+    broadcast_codec: str
+    broadcast_digest: str
+    broadcast_bytes: int
+    upload_codec: str
+    def __init__(self, round: _Optional[int] = ..., train: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., rank: _Optional[int] = ..., base_rank: _Optional[int] = ..., local: _Optional[_Mapping[str, float]] = ..., broadcast_roles: _Optional[_Iterable[str]] = ..., broadcast_codec: _Optional[str] = ..., broadcast_digest: _Optional[str] = ..., broadcast_bytes: _Optional[int] = ..., upload_codec: _Optional[str] = ...) -> None: ...
+
+class Wait(_message.Message):
+    __slots__ = ("retry_after_s",)
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    retry_after_s: float
+    def __init__(self, retry_after_s: _Optional[float] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ("rounds", "codec", "digest", "bytes")
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    rounds: int
+    codec: str
+    digest: str
+    bytes: int
+    def __init__(self, rounds: _Optional[int] = ..., codec: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("run", "epoch", "client", "digest", "offset")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    epoch: int
+    client: str
+    digest: str
+    offset: int
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ..., digest: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class Chunk(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class SubmitRequest(_message.Message):
+    __slots__ = ("header", "data")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    header: UpdateHeader
+    data: bytes
+    def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class UpdateHeader(_message.Message):
+    __slots__ = ("run", "epoch", "client", "round", "schema_digest", "codec", "payload_bytes", "digest")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    epoch: int
+    client: str
+    round: int
+    schema_digest: str
+    codec: str
+    payload_bytes: int
+    digest: str
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., schema_digest: _Optional[str] = ..., codec: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class SubmitReply(_message.Message):
+    __slots__ = ("duplicate",)
+    DUPLICATE_FIELD_NUMBER: _ClassVar[int]
+    duplicate: bool
+    def __init__(self, duplicate: _Optional[bool] = ...) -> None: ...
+
+class HeartbeatRequest(_message.Message):
+    __slots__ = ("run", "epoch", "client")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    epoch: int
+    client: str
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
+
+class HeartbeatReply(_message.Message):
+    __slots__ = ("round", "open")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    open: bool
+    def __init__(self, round: _Optional[int] = ..., open: _Optional[bool] = ...) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ("run", "epoch", "client", "reason")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    epoch: int
+    client: str
+    reason: str
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class LeaveReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -1,0 +1,96 @@
+"""The strategy interface: four pure functions over named arrays.
+
+A strategy never sees a socket, a file, a clock or a tensor library. The coordinator calls
+
+1. `init` once, with the run's schema and starting adapter;
+2. `plan` for every client of every round: what to broadcast and which roles to train;
+3. `fold` for every accepted update, one at a time and in canonical client order;
+4. `commit` once per round: the next state, whose `adapter` is the next global adapter.
+
+The same inputs give the same outputs, bit for bit: the coordinator replays them after a crash.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedloom.proto.schema import Array, Role, Schema, Tensors
+
+__all__ = ["Plan", "State", "Strategy", "Update"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything a strategy remembers; it is stored as tensors and scalars after every round."""
+
+    schema: Schema
+    """Schema of `adapter`, at the largest rank of the run."""
+    adapter: Tensors
+    """The current global adapter, float32, exactly the schema's tensors."""
+    seed: int
+    """The run's seed. Draw from `numpy.random.Generator(numpy.random.Philox(key=[seed, round]))`, never globally."""
+    round: int = 0
+    """Number of commits so far; the first round is planned with round 0."""
+    memory: Tensors = field(default_factory=dict)
+    """What the strategy carries between rounds (moments, bases, correction factors), by its own names."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one client is asked to do in one round."""
+
+    train: frozenset[Role]
+    """Roles the client trains. It uploads the change of exactly these, less the personal ones."""
+    broadcast: Tensors
+    """Values the client loads before it trains: schema tensors (at `rank`), and correction factors of the
+    roles base_A and base_B if the strategy folds residuals into the frozen weight."""
+    rank: int | None = None
+    """Rank this client works at; None is the schema's. The rows beyond it stay zero on the client."""
+    personal: frozenset[Role] = frozenset()
+    """Roles the client trains and keeps: neither uploaded nor overwritten by a broadcast."""
+    local: Mapping[str, float] = field(default_factory=dict)
+    """Local hyper-parameters that differ from the run file, by their name in [train]: learning_rate,
+    momentum, proximal_mu. Privacy parameters are not among them."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends back: how its trained tensors moved."""
+
+    client: str
+    weight: float
+    """Relative weight, positive and finite: declared examples, or 1 for every client."""
+    start: Tensors
+    """What the client started from: its plan's broadcast, float32."""
+    delta: Tensors
+    """Trained value minus start, float32, for the tensors of the trained roles that are not personal."""
+
+    def value(self, name: str) -> Array:
+        """The client's trained tensor, start + delta, in float64."""
+        return self.start[name].astype(np.float64) + self.delta[name].astype(np.float64)
+
+
+class Strategy(Protocol):
+    """How a round is planned and how updates become the next adapter.
+
+    `Acc` is whatever `fold` builds up; it lives only within a round and never leaves memory. Keep it
+    O(adapter), not O(clients), unless the method must compare updates (Krum, median).
+    """
+
+    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
+        """The state before the first round.
+
+        Raises:
+            SchemaError: The schema lacks what this strategy needs.
+        """
+
+    def plan(self, state: State, round: int, client: str) -> Plan:
+        """What `client` does in `round` (counted from 0)."""
+
+    def fold(self, state: State, acc: Any, update: Update) -> Any:
+        """The accumulator after one more update; `acc` is None for the first."""
+
+    def commit(self, state: State, acc: Any) -> State:
+        """The state after the round: a new adapter and `round` one higher."""
