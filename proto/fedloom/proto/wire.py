@@ -1,0 +1,193 @@
+"""Messages to protobuf and back. Everything read from a peer is checked here, before anything uses it.
+
+A name, number or digest that no honest peer would send is a `ProtocolError`. Whether a message fits the
+state of the run (right round, right client, right length) is for the coordinator and the client to say.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+
+from fedloom.proto.codec import codec
+from fedloom.proto.errors import ProtocolError
+from fedloom.proto.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES
+from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, Wait
+from fedloom.proto.run import Spec
+from fedloom.proto.schema import Role, Schema
+from fedloom.proto.v1 import federation_pb2 as pb
+
+__all__ = [
+    "LOCAL_NAMES",
+    "answer_from_wire",
+    "answer_to_wire",
+    "header_from_wire",
+    "header_to_wire",
+    "joined_from_wire",
+    "joined_to_wire",
+]
+
+LOCAL_NAMES = frozenset({"learning_rate", "momentum", "proximal_mu"})
+"""Local hyper-parameters an assignment may change. Nothing that the privacy account depends on is here."""
+
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_MAX_RETRY_S = 3600.0
+
+
+def joined_to_wire(joined: Joined) -> pb.JoinReply:
+    """The answer to Join as protobuf."""
+    return pb.JoinReply(
+        run=joined.run,
+        epoch=joined.epoch,
+        spec=joined.spec.model_dump_json(),
+        schema=joined.schema.to_json(),
+        schema_digest=joined.schema.digest,
+    )
+
+
+def joined_from_wire(reply: pb.JoinReply) -> Joined:
+    """The answer to Join, with the spec and the schema parsed and the schema's digest recomputed.
+
+    Raises:
+        ProtocolError: The run or the epoch is missing, or the schema's digest differs.
+        ConfigError: The spec is not one.
+        SchemaError: The schema is not one.
+    """
+    if not 0 < len(reply.run) <= MAX_NAME_LENGTH or reply.epoch < 1:
+        raise ProtocolError(f"join reply names run {reply.run[:64]!r}, epoch {reply.epoch}; both are needed")
+    schema = Schema.from_json(reply.schema)
+    if schema.digest != reply.schema_digest:
+        raise ProtocolError(
+            f"the schema received has digest {schema.digest[:12]}, the coordinator says {reply.schema_digest[:12]!r}; "
+            "both sides must run compatible versions of fedloom"
+        )
+    return Joined(run=reply.run, epoch=reply.epoch, spec=Spec.from_json(reply.spec), schema=schema)
+
+
+def answer_to_wire(answer: Answer) -> pb.WorkReply:
+    """The answer to Work as protobuf."""
+    match answer:
+        case Assignment():
+            return pb.WorkReply(assignment=_assignment_to_wire(answer))
+        case Wait(retry_after_s):
+            return pb.WorkReply(wait=pb.Wait(retry_after_s=retry_after_s))
+        case Finished(rounds, name, digest, size):
+            return pb.WorkReply(finished=pb.Finished(rounds=rounds, codec=name, digest=digest, bytes=size))
+
+
+def answer_from_wire(reply: pb.WorkReply) -> Answer:
+    """The answer to Work.
+
+    Raises:
+        ProtocolError: It carries no answer this build knows, or a field is out of range.
+        CodecError: It names an unknown codec.
+    """
+    match reply.WhichOneof("answer"):
+        case "assignment":
+            return _assignment_from_wire(reply.assignment)
+        case "wait":
+            retry_after_s = reply.wait.retry_after_s
+            if not 0 <= retry_after_s <= _MAX_RETRY_S:
+                raise ProtocolError(f"wait of {retry_after_s} s; 0 to {_MAX_RETRY_S:g} s allowed")
+            return Wait(retry_after_s)
+        case "finished":
+            final = reply.finished
+            return Finished(
+                final.rounds, codec(final.codec).name, _digest(final.digest, "final adapter"), _size(final.bytes)
+            )
+    raise ProtocolError("work reply carries no answer; the coordinator speaks another version, upgrade the client")
+
+
+def header_to_wire(header: UpdateHeader, run: str, epoch: int) -> pb.UpdateHeader:
+    """An update's header as protobuf, addressed to one run and epoch."""
+    return pb.UpdateHeader(
+        run=run,
+        epoch=epoch,
+        client=header.client,
+        round=header.round,
+        schema_digest=header.schema_digest,
+        codec=header.codec,
+        payload_bytes=header.payload_bytes,
+        digest=header.digest,
+    )
+
+
+def header_from_wire(message: pb.UpdateHeader) -> tuple[UpdateHeader, str, int]:
+    """An update's header, with the run and the epoch it is addressed to.
+
+    Raises:
+        ProtocolError: A digest is not 64 hexadecimal digits, or the length is out of range.
+        CodecError: It names an unknown codec.
+    """
+    header = UpdateHeader(
+        client=message.client,
+        round=message.round,
+        schema_digest=_digest(message.schema_digest, "schema"),
+        codec=codec(message.codec[:MAX_NAME_LENGTH]).name,
+        payload_bytes=_size(message.payload_bytes),
+        digest=_digest(message.digest, "update"),
+    )
+    return header, message.run, message.epoch
+
+
+def _assignment_to_wire(assignment: Assignment) -> pb.Assignment:
+    return pb.Assignment(
+        round=assignment.round,
+        train=sorted(assignment.train),
+        personal=sorted(assignment.personal),
+        rank=assignment.rank or 0,
+        base_rank=assignment.base_rank,
+        local=dict(assignment.local),
+        broadcast_roles=sorted(assignment.broadcast_roles),
+        broadcast_codec=assignment.broadcast_codec,
+        broadcast_digest=assignment.broadcast_digest,
+        broadcast_bytes=assignment.broadcast_bytes,
+        upload_codec=assignment.upload_codec,
+    )
+
+
+def _assignment_from_wire(message: pb.Assignment) -> Assignment:
+    train, personal = _roles(message.train), _roles(message.personal)
+    if not train or not personal <= train:
+        raise ProtocolError(
+            f"assignment trains {sorted(train)} and keeps {sorted(personal)}; it must train something "
+            "and may keep only what it trains"
+        )
+    local = dict(message.local)
+    for name, value in local.items():
+        if name not in LOCAL_NAMES or not math.isfinite(value) or value < 0:
+            raise ProtocolError(
+                f"assignment sets {name[:64]!r} to {value}; finite values of {sorted(LOCAL_NAMES)} allowed"
+            )
+    return Assignment(
+        round=message.round,
+        train=train,
+        personal=personal,
+        rank=message.rank or None,
+        base_rank=message.base_rank,
+        local=local,
+        broadcast_roles=_roles(message.broadcast_roles),
+        broadcast_codec=codec(message.broadcast_codec[:MAX_NAME_LENGTH]).name,
+        broadcast_digest=_digest(message.broadcast_digest, "broadcast"),
+        broadcast_bytes=_size(message.broadcast_bytes),
+        upload_codec=codec(message.upload_codec[:MAX_NAME_LENGTH]).name,
+    )
+
+
+def _roles(names: Iterable[str]) -> frozenset[Role]:
+    try:
+        return frozenset(Role(name) for name in names)
+    except ValueError as error:
+        known = ", ".join(role.value for role in Role)
+        raise ProtocolError(f"unknown role: {str(error)[:80]}; this build knows {known}") from None
+
+
+def _digest(text: str, what: str) -> str:
+    if not _DIGEST.fullmatch(text):
+        raise ProtocolError(f"{what} digest {text[:64]!r} is not 64 lower-case hexadecimal digits")
+    return text
+
+
+def _size(size_bytes: int) -> int:
+    if not 0 <= size_bytes <= MAX_PAYLOAD_BYTES:
+        raise ProtocolError(f"payload of {size_bytes} bytes announced; at most {MAX_PAYLOAD_BYTES} are allowed")
+    return size_bytes
