@@ -1,0 +1,66 @@
+"""FedPEFT (Sun et al., IEEE BigData 2024, arXiv 2210.01708)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.schema import LORA, Role, Schema, Tensors
+from fedloom.strategies.api import Plan, State, Update
+from fedloom.strategies.fedavg import FedAvg
+from fedloom.strategies.mean import Sum, begin, fold, trained
+
+__all__ = ["FedPEFT"]
+
+_ROLES: dict[str, frozenset[Role]] = {"lora": LORA, "bias": frozenset({Role.BIAS}), "head": frozenset({Role.HEAD})}
+
+
+@dataclass(frozen=True)
+class FedPEFT:
+    """Freeze the base model, train one named kind of parameter plus the head, and average them.
+
+    The paper's rule is FedAvg on the tuned set, so on a run whose adapter holds just that kind the result is
+    FedAvg's, bit for bit. What the name adds is the contract of the paper's prototypes: the kind is stated, a run
+    whose adapter lacks it is refused, and nothing else is trained. The average is exact for "bias" and "head";
+    for "lora", which the paper does not try, it has FedAvg's cross term (use FFA or FedSVD where that matters).
+
+    Args:
+        kind: What is tuned beside the head: "lora", "bias" (the paper's FedPEFT-Bias) or "head" (its head-tuning).
+        train_head: Whether the head is trained; it is broadcast either way.
+
+    Raises:
+        ConfigError: The kind is unknown, or is the head while the head is frozen.
+    """
+
+    kind: Literal["lora", "bias", "head"] = "lora"
+    train_head: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse a kind that trains nothing."""
+        if self.kind not in _ROLES:
+            raise ConfigError(f"FedPEFT kind is {self.kind!r}; choose one of {', '.join(_ROLES)}")
+        if self.kind == "head" and not self.train_head:
+            raise ConfigError("FedPEFT kind 'head' with a frozen head trains nothing; set model.head = 'train'")
+
+    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
+        """The state before the first round.
+
+        Raises:
+            SchemaError: The schema lacks the kind, or the adapter does not fit.
+        """
+        self._trained(schema)
+        return begin(schema, adapter, seed)
+
+    def plan(self, state: State, round: int, client: str) -> Plan:
+        """The kind and the head, the same for all clients and rounds."""
+        return Plan(train=self._trained(state.schema).roles, broadcast=state.adapter)
+
+    def fold(self, state: State, acc: Sum | None, update: Update) -> Sum:
+        """Add one weighted update, see `mean.fold`."""
+        return fold(self._trained(state.schema), acc, update)
+
+    def commit(self, state: State, acc: Sum | None) -> State:
+        """Move the tuned tensors by the mean change, as FedAvg does."""
+        return FedAvg().commit(state, acc)
+
+    def _trained(self, schema: Schema) -> Schema:
+        return trained(schema, _ROLES[self.kind], head=self.train_head)
