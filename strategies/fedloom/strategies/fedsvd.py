@@ -21,10 +21,10 @@ class FedSVD:
     clients have already noised, so it costs no privacy. It happens on the coordinator and A is broadcast, because
     singular vectors recomputed on clients need not agree.
 
-    The rows of A rotate within the span of the first A and never leave it. Under plain SGD with L2 clipping and
-    isotropic noise the trained model has the same law as under FFA with `orthonormal`; client momentum, Adam and
-    per-coordinate compression see the new basis and make it a different method. Until the first commit A is the
-    starting A as it was drawn.
+    The rows of A rotate within the span of the first A and never leave it. Under SGD with L2 clipping and isotropic
+    noise, also with momentum that starts anew each round, the trained model therefore has the same law as under FFA
+    with `orthonormal`, but for the first rounds, whose A is the starting A as it was drawn. Adam, per-coordinate
+    compression and momentum kept across rounds see the basis and make it a different method.
 
     Args:
         period: Rewrite after every so many rounds, at least 1; the paper uses 1.

@@ -43,7 +43,7 @@ def refactorize(b: Array, a: Array) -> tuple[Float64, Float64]:
     Source: Lee et al., NeurIPS 2025, arXiv 2505.12805, algorithm 1 (B = U S, A = V^T); the core is ours.
 
     >>> b, a = refactorize(np.array([[3.0], [4.0]]), np.array([[0.0, -2.0]]))
-    >>> np.round(b, 6).tolist(), np.round(a, 6).tolist()
+    >>> (np.round(b, 6) + 0.0).tolist(), (np.round(a, 6) + 0.0).tolist()
     ([[-6.0], [-8.0]], [[0.0, 1.0]])
     """
     if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
@@ -73,7 +73,7 @@ def orthonormal_rows(a: Array) -> Float64:
         SchemaError: `a` is not a matrix.
         UpdateRejected: It holds NaN or Inf.
 
-    >>> np.round(orthonormal_rows(np.array([[0.0, -2.0]])), 6).tolist()
+    >>> (np.round(orthonormal_rows(np.array([[0.0, -2.0]])), 6) + 0.0).tolist()
     [[0.0, 1.0]]
     """
     if a.ndim != 2:

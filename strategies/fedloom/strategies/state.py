@@ -16,6 +16,9 @@ __all__ = ["state_from_bytes", "state_to_bytes"]
 _VERSION = 1
 _KEY = "fedloom.state"
 _ADAPTER, _MEMORY = "adapter/", "memory/"
+_DTYPES = frozenset(
+    {"bool", "float16", "float32", "float64"} | {f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)}
+)
 
 
 def state_to_bytes(state: State) -> bytes:
@@ -30,8 +33,9 @@ def state_to_bytes(state: State) -> bytes:
     tensors: dict[str, Array] = {}
     for prefix, group in ((_ADAPTER, state.adapter), (_MEMORY, state.memory)):
         for name, tensor in group.items():
-            if not isinstance(tensor, np.ndarray) or tensor.dtype.kind not in "fiub":
-                raise StoreError(f"state entry {prefix}{name!s} is not a numeric array; keep only numpy arrays there")
+            # Arithmetic on arrays without dimensions gives numpy scalars; they come back as such arrays.
+            if not isinstance(tensor, np.ndarray | np.generic) or tensor.dtype.name not in _DTYPES:
+                raise StoreError(f"state entry {prefix}{name} is not a numeric array; keep only numpy arrays there")
             tensors[prefix + name] = np.asarray(tensor, order="C")
     scalars = {"version": _VERSION, "seed": state.seed, "round": state.round, "schema": state.schema.digest}
     # One metadata key only: safetensors writes several in no fixed order, and equal states must give equal bytes.
@@ -63,6 +67,9 @@ def state_from_bytes(content: bytes, schema: Schema) -> State:
         schema.check(adapter)
     except SchemaError as error:
         raise StoreError(f"state does not fit its schema: {error}; restore it from a copy") from error
+    wrong = [f"{name!r} is {each.dtype}" for name, each in adapter.items() if each.dtype != np.float32]
+    if wrong:
+        raise StoreError(f"adapter tensor {wrong[0]}; float32 is stored; restore the state from a copy")
     in_order = {spec.name: adapter[spec.name] for spec in schema.tensors}
     return State(schema, in_order, scalars["seed"], scalars["round"], memory)
 
@@ -77,6 +84,8 @@ def _scalars(content: bytes) -> dict[str, Any]:
         kinds = {"version": int, "seed": int, "round": int, "schema": str}
         if {key: type(value) for key, value in scalars.items()} != kinds:
             raise StoreError("state has wrong scalars in its header; restore it from a copy")
+        if scalars["seed"] < 0 or scalars["round"] < 0:
+            raise StoreError("state has a negative seed or round in its header; restore it from a copy")
         return {str(key): value for key, value in scalars.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"state has no readable header: {error}; restore it from a copy") from error

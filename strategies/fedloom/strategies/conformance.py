@@ -1,0 +1,313 @@
+"""A battery that every strategy must pass, for pytest: subclass `StrategyConformance` and give it yours.
+
+::
+
+    from fedloom.strategies.conformance import StrategyConformance
+
+    class TestMine(StrategyConformance):
+        def strategy(self):
+            return Mine()
+
+Laws compare effective weights (scale * B @ A with its correction, biases, head), not factors, because a strategy may
+rewrite factors freely. They hold for every weighted mean. A method that breaks one on purpose, as a server
+optimiser does, overrides that one test with its own closed form.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedloom.proto.errors import SchemaError, UpdateRejected
+from fedloom.proto.schema import LORA, Array, Role, Schema, Tensors, TensorSpec
+from fedloom.strategies.api import Plan, State, Strategy, Update
+from fedloom.strategies.start import starting_adapter
+from fedloom.strategies.state import state_from_bytes, state_to_bytes
+
+__all__ = ["StrategyConformance", "effective", "respond", "run_round"]
+
+CLIENTS = ("ada", "bo", "cy")
+ROUNDS = 3
+"""Rounds each law is followed for: enough to see both halves of an alternating method."""
+TOLERANCE = 1e-5
+"""float32 keeps 6e-8 of values near 1, and a few additions and one product come on top."""
+LOCAL = frozenset({"learning_rate", "momentum", "proximal_mu"})
+
+
+def effective(schema: Schema, tensors: Tensors) -> dict[str, Array]:
+    """What the model computes with, float64: scale * (B @ A + base_B @ base_A) by module, other tensors by name."""
+    found = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    weights: dict[str, Array] = {}
+    for pair in schema.pairs:
+        product = found.pop(pair.b) @ found.pop(pair.a)
+        if f"{pair.module}.base_A" in found:
+            product += found.pop(f"{pair.module}.base_B") @ found.pop(f"{pair.module}.base_A")
+        weights[pair.module] = schema.scale * product
+    return weights | found
+
+
+def respond(schema: Schema, plan: Plan, client: str, stream: int) -> Update:
+    """The update of a client that follows `plan` and moves every uploaded tensor at random.
+
+    Args:
+        schema: Schema of the global adapter.
+        plan: What the client was asked.
+        client: Its name, which also sets its weight: 1, 2 or 3.
+        stream: Index of the random stream; the same index gives the same changes.
+    """
+    at_rank = schema.with_rank(plan.rank) if plan.rank else schema
+    uploaded = at_rank.select(plan.train - plan.personal)
+    draw = np.random.Generator(np.random.Philox(key=[11, stream]))
+    delta = {spec.name: draw.normal(0, 0.3, spec.shape).astype(np.float32) for spec in uploaded.tensors}
+    return Update(client, float(1 + len(client) % 3), plan.broadcast, delta)
+
+
+def run_round(strategy: Strategy, state: State, updates: Iterable[Update]) -> State:
+    """Fold the updates as they come and commit."""
+    acc = None
+    for update in updates:
+        acc = strategy.fold(state, acc, update)
+    return strategy.commit(state, acc)
+
+
+class StrategyConformance:
+    """The battery. Define `strategy`; define `schema` only for a method that needs another adapter."""
+
+    def strategy(self) -> Strategy:
+        """A fresh instance of the strategy under test."""
+        raise NotImplementedError("define strategy() in the subclass and return the strategy under test")
+
+    def schema(self) -> Schema:
+        """Two low-rank pairs of unequal shape and a head with a bias; rank 3, scale 2."""
+        specs: list[TensorSpec] = []
+        for module, out, inner in (("layer.0.query", 6, 5), ("layer.0.value", 4, 7)):
+            specs.append(TensorSpec(f"{module}.lora_A", module, Role.LORA_A, (3, inner)))
+            specs.append(TensorSpec(f"{module}.lora_B", module, Role.LORA_B, (out, 3)))
+        specs.append(TensorSpec("classifier.weight", "classifier", Role.HEAD, (3, 4)))
+        specs.append(TensorSpec("classifier.bias", "classifier", Role.HEAD, (3,)))
+        return Schema(tuple(specs), scale=2.0)
+
+    def test_state_starts_at_round_zero_with_an_adapter_of_the_schema(self) -> None:
+        """`init` fits the schema in float32 and leaves the model as it was given."""
+        schema = self.schema()
+        adapter = starting_adapter(schema, 5)
+
+        state = self.strategy().init(schema, adapter, 5)
+
+        assert (state.round, state.seed, state.schema) == (0, 5, schema)
+        _assert_float32(schema, state.adapter)
+        _assert_close(effective(schema, state.adapter), effective(schema, adapter))
+
+    def test_plans_fit_the_schema(self) -> None:
+        """Every plan asks for roles the schema has and broadcasts tensors of the agreed shapes."""
+        strategy, state = self._begin()
+        for _ in range(ROUNDS):
+            for client in CLIENTS:
+                _assert_plan_fits(state.schema, strategy.plan(state, state.round, client))
+            state = run_round(strategy, state, self._updates(strategy, state))
+
+    def test_one_client_becomes_the_model(self) -> None:
+        """With a single client, the next broadcast is that client's model."""
+        strategy, state = self._begin()
+        for index in range(ROUNDS):
+            plan = strategy.plan(state, state.round, CLIENTS[0])
+            update = respond(state.schema, plan, CLIENTS[0], index)
+            expected = _trained_model(state, plan, update)
+
+            state = run_round(strategy, state, [update])
+
+            _assert_close(_broadcast_model(strategy, state), expected)
+
+    def test_equal_updates_become_the_model(self) -> None:
+        """Clients that moved alike count as one, whatever their weights."""
+        strategy, state = self._begin()
+        for index in range(ROUNDS):
+            plan = strategy.plan(state, state.round, CLIENTS[0])
+            updates = [respond(state.schema, strategy.plan(state, state.round, c), c, index) for c in CLIENTS]
+            expected = _trained_model(state, plan, updates[0])
+
+            state = run_round(strategy, state, updates)
+
+            _assert_close(_broadcast_model(strategy, state), expected)
+
+    def test_arrival_order_is_forgotten_by_sorting(self) -> None:
+        """Updates put in client order give the same bytes however they arrived."""
+        strategy, state = self._begin()
+        for _ in range(ROUNDS):
+            updates = self._updates(strategy, state)
+            arrivals = (updates, updates[::-1], updates[1:] + updates[:1])
+
+            ends = [run_round(strategy, state, sorted(each, key=lambda u: u.client)) for each in arrivals]
+
+            assert len({state_to_bytes(end) for end in ends}) == 1, "the strategy remembers how updates arrived"
+            state = ends[0]
+
+    def test_order_matters_only_by_rounding(self) -> None:
+        """Updates folded in another order give the same model but for the last digits."""
+        strategy, state = self._begin()
+        for _ in range(ROUNDS):
+            updates = self._updates(strategy, state)
+
+            forward, backward = (run_round(strategy, state, each) for each in (updates, updates[::-1]))
+
+            _assert_close(_broadcast_model(strategy, forward), _broadcast_model(strategy, backward), 1e-6)
+            state = forward
+
+    @pytest.mark.parametrize("factor", [0.125, 3.0, 1000.0])
+    def test_only_relative_weights_matter(self, factor: float) -> None:
+        """Weights times a constant change nothing."""
+        strategy, state = self._begin()
+        for _ in range(ROUNDS):
+            updates = self._updates(strategy, state)
+            scaled = [replace(each, weight=each.weight * factor) for each in updates]
+
+            plain = run_round(strategy, state, updates)
+
+            other = run_round(strategy, state, scaled)
+            _assert_close(_broadcast_model(strategy, plain), _broadcast_model(strategy, other), 1e-6)
+            state = plain
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_numbers_that_are_none_are_refused(self, value: float) -> None:
+        """One NaN or Inf in any tensor is refused before it reaches the adapter."""
+        strategy, state = self._begin()
+        update = self._updates(strategy, state)[0]
+        for name, tensor in update.delta.items():
+            spoiled = tensor.copy()
+            spoiled.flat[-1] = value
+            with pytest.raises(UpdateRejected):
+                run_round(strategy, state, [replace(update, delta={**update.delta, name: spoiled})])
+
+    @pytest.mark.parametrize("weight", [0.0, -1.0, np.nan, np.inf])
+    def test_bad_weights_are_refused(self, weight: float) -> None:
+        """A weight that is not positive and finite is refused."""
+        strategy, state = self._begin()
+        first, *rest = self._updates(strategy, state)
+
+        with pytest.raises(UpdateRejected):
+            run_round(strategy, state, [replace(first, weight=weight), *rest])
+
+    def test_tensors_that_do_not_fit_are_refused(self) -> None:
+        """A missing, extra or misshapen tensor is refused."""
+        strategy, state = self._begin()
+        update = self._updates(strategy, state)[0]
+        name, tensor = next(iter(update.delta.items()))
+        others = {key: each for key, each in update.delta.items() if key != name}
+        misshapen = np.zeros((*tensor.shape[:-1], tensor.shape[-1] + 1), np.float32)
+        flat = np.zeros(1, np.float32)  # would broadcast silently
+        for delta in (others, {**others, name: misshapen}, {**others, name: flat}, {**update.delta, "stranger": flat}):
+            with pytest.raises(SchemaError):
+                run_round(strategy, state, [replace(update, delta=delta)])
+
+    def test_state_survives_storage(self) -> None:
+        """A run resumed from stored bytes continues exactly as one that was never interrupted."""
+        strategy, state = self._begin()
+        for _ in range(ROUNDS):
+            stored = state_to_bytes(state)
+            restored = state_from_bytes(stored, state.schema)
+            assert state_to_bytes(restored) == stored, "storing a restored state gives other bytes"
+
+            resumed = self.strategy()
+            continued = run_round(resumed, restored, self._updates(resumed, restored))
+            state = run_round(strategy, state, self._updates(strategy, state))
+
+            assert state_to_bytes(continued) == state_to_bytes(state), "what matters is not all in State"
+
+    def test_runs_repeat_to_the_byte(self) -> None:
+        """Two runs on the same updates end in the same bytes."""
+        ends = []
+        for _ in range(2):
+            strategy, state = self._begin()
+            for _ in range(ROUNDS):
+                state = run_round(strategy, state, self._updates(strategy, state))
+            ends.append(state_to_bytes(state))
+
+        assert ends[0] == ends[1], "the same inputs gave other bytes; draw from Philox(key=[seed, round]) only"
+
+    def test_commit_counts_the_round_and_keeps_the_schema(self) -> None:
+        """A commit is one round, and the adapter stays what was agreed."""
+        strategy, state = self._begin()
+        for index in range(1, ROUNDS + 1):
+            state = run_round(strategy, state, self._updates(strategy, state))
+
+            assert (state.round, state.seed, state.schema) == (index, 5, self.schema())
+            _assert_float32(state.schema, state.adapter)
+
+    def test_inputs_are_left_alone(self) -> None:
+        """No function writes into what it was given."""
+        strategy, state = self._begin()
+        for _ in range(ROUNDS):
+            updates = self._updates(strategy, state)
+            before = copy.deepcopy((state_to_bytes(state), updates))
+
+            end = run_round(strategy, state, updates)
+
+            assert state_to_bytes(state) == before[0], "the state was written to"
+            for update, kept in zip(updates, before[1], strict=True):
+                _assert_same(update.delta, kept.delta)
+                _assert_same(update.start, kept.start)
+            state = end
+
+    def _begin(self) -> tuple[Strategy, State]:
+        """A strategy and a state whose every tensor is away from zero, so that no law holds trivially."""
+        strategy, schema = self.strategy(), self.schema()
+        draw = np.random.Generator(np.random.Philox(key=[5, 99]))
+        drawn = starting_adapter(schema, 5)
+        adapter = {n: each + draw.normal(0, 0.3, each.shape).astype(np.float32) for n, each in drawn.items()}
+        return strategy, strategy.init(schema, adapter, 5)
+
+    def _updates(self, strategy: Strategy, state: State) -> list[Update]:
+        """One update of every client, in client order, different in every round."""
+        plans = [strategy.plan(state, state.round, client) for client in CLIENTS]
+        return [
+            respond(state.schema, plan, client, 10 * state.round + index)
+            for index, (client, plan) in enumerate(zip(CLIENTS, plans, strict=True))
+        ]
+
+
+def _trained_model(state: State, plan: Plan, update: Update) -> dict[str, Array]:
+    """Effective weights on the client after training; what the plan does not broadcast is as in the adapter."""
+    values = {**state.adapter, **plan.broadcast} | {name: update.value(name) for name in update.delta}
+    return effective(state.schema, values)
+
+
+def _broadcast_model(strategy: Strategy, state: State) -> dict[str, Array]:
+    plan = strategy.plan(state, state.round, CLIENTS[0])
+    return effective(state.schema, {**state.adapter, **plan.broadcast})
+
+
+def _assert_plan_fits(schema: Schema, plan: Plan) -> None:
+    assert plan.train, "the plan trains nothing"
+    assert plan.train <= schema.roles, f"the plan trains {plan.train - schema.roles}, which the schema lacks"
+    assert plan.personal <= plan.train, "personal roles must be trained roles"
+    assert plan.local.keys() <= LOCAL, f"local hyper-parameters are {sorted(LOCAL)}"
+    assert plan.rank is None or 1 <= plan.rank <= schema.rank, f"rank {plan.rank} is not within 1..{schema.rank}"
+    uploaded = {spec.name for spec in schema.select(plan.train - plan.personal).tensors}
+    assert uploaded <= plan.broadcast.keys(), "a tensor that is uploaded must be broadcast: its change starts there"
+    at_rank = schema.with_rank(plan.rank) if plan.rank else schema
+    corrections = [tensor.shape[0] for name, tensor in plan.broadcast.items() if name.endswith(".base_A")]
+    full = at_rank.with_base(max(corrections)) if corrections else at_rank
+    _assert_float32(replace(full, tensors=tuple(s for s in full.tensors if s.name in plan.broadcast)), plan.broadcast)
+    reached = plan.personal | {spec.role for spec in full.tensors if spec.name in plan.broadcast}
+    assert LORA & reached in (frozenset(), LORA), "broadcast both factors of a pair: a late client has neither"
+
+
+def _assert_float32(schema: Schema, tensors: Tensors) -> None:
+    schema.check(tensors)
+    for name, tensor in tensors.items():
+        assert tensor.dtype == np.float32, f"{name} is {tensor.dtype}; adapters and broadcasts are float32"
+        assert np.isfinite(tensor).all(), f"{name} holds NaN or Inf"
+
+
+def _assert_close(actual: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float = TOLERANCE) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(actual[name], tensor, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def _assert_same(actual: Tensors, expected: Tensors) -> None:
+    assert actual.keys() == expected.keys(), "tensors were added to or taken from an update"
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(actual[name], tensor, err_msg=f"{name} of an update was written to")

@@ -1,0 +1,56 @@
+"""Every registered strategy, ours and any that is installed, passes the battery with its default options."""
+
+import pytest
+
+from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.strategies.api import Strategy
+from fedloom.strategies.conformance import StrategyConformance
+from fedloom.strategies.fedpeft import FedPEFT
+from fedloom.strategies.fedsvd import FedSVD
+from fedloom.strategies.ffa import FFA
+from fedloom.strategies.registry import available, load
+
+
+class TestRegistered(StrategyConformance):
+    @pytest.fixture(autouse=True, params=[entry.name for entry in available()])
+    def _name(self, request: pytest.FixtureRequest) -> None:
+        self.name: str = request.param
+
+    def strategy(self) -> Strategy:
+        return load(self.name, {"train_head": True})
+
+
+class TestFrozenHead(TestRegistered):
+    def strategy(self) -> Strategy:
+        return load(self.name, {"train_head": False})
+
+
+class TestOrthonormalFFA(StrategyConformance):
+    def strategy(self) -> Strategy:
+        return FFA(orthonormal=True)
+
+
+class TestFedSVDEverySecondRound(StrategyConformance):
+    def strategy(self) -> Strategy:
+        return FedSVD(period=2)
+
+
+class TestBias(StrategyConformance):
+    def strategy(self) -> Strategy:
+        return FedPEFT(kind="bias")
+
+    def schema(self) -> Schema:
+        return Schema(
+            (
+                TensorSpec("dense.bias", "dense", Role.BIAS, (5,)),
+                TensorSpec("classifier.weight", "classifier", Role.HEAD, (3, 4)),
+            )
+        )
+
+
+class TestHead(StrategyConformance):
+    def strategy(self) -> Strategy:
+        return FedPEFT(kind="head")
+
+    def schema(self) -> Schema:
+        return Schema((TensorSpec("classifier.weight", "classifier", Role.HEAD, (3, 4)),))
