@@ -1,0 +1,143 @@
+"""The client's own policy file: what this site allows, whatever a coordinator asks."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from fedloom.proto.errors import PolicyError
+from fedloom.proto.run import Section, Spec, parse, read_toml
+
+__all__ = ["LOCAL_OVERRIDES", "Policy", "check_local", "check_spec", "load_policy"]
+
+LOCAL_OVERRIDES = frozenset({"learning_rate", "momentum", "proximal_mu"})
+"""Hyper-parameters a strategy may set per round. None of them changes what the privacy accounting sees."""
+
+
+class ClientSection(Section):
+    """[client]: who this is and where it works."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name shown to the coordinator."""
+    state: Path = Path("fedloom-state")
+    """Folder of the privacy ledger; keep it as long as the data."""
+    device: str = "cpu"
+    """Torch device, such as cpu, cuda or cuda:1."""
+    threads: int = Field(default=0, ge=0)
+    """Torch threads; 0 leaves torch's own choice."""
+
+
+class DataPolicy(Section):
+    """[data]: the private data set."""
+
+    source: str
+    """A .csv or .jsonl file with columns text and label, or a folder with train.csv or train.jsonl."""
+    declared_examples: int | None = Field(default=None, ge=1)
+    """A public number of examples, independent of the exact count. A private run needs it: it divides the
+    noisy sum and may weight the update. Round it, and never derive it from the data at run time."""
+
+
+class ModelPolicy(Section):
+    """[model]: the base model as this site has it."""
+
+    folder: str | None = None
+    """Where the base model lies here; None takes the run's name for it."""
+    digests: tuple[str, ...] = ()
+    """Base models this site is willing to load (`fedloom client digest FOLDER`). Empty allows what `folder` holds."""
+
+
+class PrivacyPolicy(Section):
+    """[privacy]: bounds that no coordinator can loosen."""
+
+    epsilon: float = Field(default=6.0, gt=0)
+    """Budget over the whole life of the data set, all runs together."""
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """Delta of that budget; well below one over the number of examples."""
+    min_noise_multiplier: float = Field(default=0.3, gt=0)
+    """Least noise accepted in any step."""
+    max_sampling_rate: float = Field(default=0.5, gt=0, le=1)
+    """Highest Poisson rate accepted."""
+    allow_non_private: bool = False
+    """Whether a run without differential privacy may train on this data."""
+
+
+class LimitsPolicy(Section):
+    """[limits]: caps on work."""
+
+    adapter_kinds: tuple[Literal["lora", "bias", "head"], ...] = ("lora", "bias", "head")
+    """Adapter kinds accepted."""
+    max_steps_per_round: int = Field(default=1000, ge=1)
+    """Most optimiser steps in one round."""
+    max_rounds: int = Field(default=10_000, ge=1)
+    """Longest run accepted."""
+
+
+class Policy(Section):
+    """A whole policy file."""
+
+    client: ClientSection
+    data: DataPolicy
+    model: ModelPolicy = ModelPolicy()
+    privacy: PrivacyPolicy = PrivacyPolicy()
+    limits: LimitsPolicy = LimitsPolicy()
+
+
+def load_policy(path: Path, overrides: tuple[str, ...] = ()) -> Policy:
+    """Read a policy file; relative paths in it count from its folder.
+
+    Raises:
+        ConfigError: The file or an override is wrong.
+    """
+    policy = parse(Policy, read_toml(path), overrides, source=str(path))
+    home = path.resolve().parent
+    client = policy.client.model_copy(update={"state": home / policy.client.state})
+    source = home / policy.data.source
+    data = policy.data.model_copy(update={"source": str(source)}) if source.exists() else policy.data
+    return policy.model_copy(update={"client": client, "data": data})
+
+
+def check_spec(policy: Policy, spec: Spec) -> None:
+    """Refuse a run this site does not allow.
+
+    Raises:
+        PolicyError: Lists every rule that the run breaks, with what was asked and what is allowed.
+    """
+    problems = _privacy_problems(policy, spec)
+    if spec.train.steps > policy.limits.max_steps_per_round:
+        problems.append(f"{spec.train.steps} steps a round (at most {policy.limits.max_steps_per_round})")
+    if spec.run.rounds > policy.limits.max_rounds:
+        problems.append(f"{spec.run.rounds} rounds (at most {policy.limits.max_rounds})")
+    if spec.adapter.kind not in policy.limits.adapter_kinds:
+        problems.append(f"adapter kind {spec.adapter.kind} (allowed: {', '.join(policy.limits.adapter_kinds)})")
+    if problems:
+        raise PolicyError(f"this site's policy refuses run {spec.run.name!r}: " + "; ".join(problems))
+
+
+def _privacy_problems(policy: Policy, spec: Spec) -> list[str]:
+    asked, mine = spec.privacy, policy.privacy
+    if not asked.enabled:
+        return [] if mine.allow_non_private else ["training without privacy (privacy.allow_non_private = false)"]
+    problems: list[str] = []
+    if asked.noise_multiplier is None:
+        problems.append("a private run without a noise multiplier")
+    elif asked.noise_multiplier < mine.min_noise_multiplier:
+        problems.append(f"noise multiplier {asked.noise_multiplier:g} (at least {mine.min_noise_multiplier:g})")
+    if spec.train.sampling_rate > mine.max_sampling_rate:
+        problems.append(f"sampling rate {spec.train.sampling_rate:g} (at most {mine.max_sampling_rate:g})")
+    if policy.data.declared_examples is None:
+        problems.append("a private run without data.declared_examples in this policy; declare a rounded number")
+    return problems
+
+
+def check_local(asked: dict[str, float]) -> None:
+    """Refuse per-round overrides beyond the harmless ones.
+
+    Raises:
+        PolicyError: An override is not among `LOCAL_OVERRIDES`.
+    """
+    extra = sorted(asked.keys() - LOCAL_OVERRIDES)
+    if extra:
+        raise PolicyError(
+            f"the coordinator tries to set {', '.join(extra)} for one round; only "
+            f"{', '.join(sorted(LOCAL_OVERRIDES))} may vary"
+        )

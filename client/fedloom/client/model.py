@@ -1,0 +1,181 @@
+"""The resident model: the base is loaded once and stays on the device; a round swaps the adapter only."""
+
+import hashlib
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from fedloom.client.adapters import Slot, attach
+from fedloom.client.assets import ASSETS, fetch
+from fedloom.proto.errors import ModelError
+from fedloom.proto.run import AdapterSection, ModelSection
+from fedloom.proto.schema import Array, Role, Schema, Tensors
+
+__all__ = ["AdapterModel", "base_digest", "load_model", "resolve_base"]
+
+_DIGESTED = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+def resolve_base(base: str) -> Path:
+    """The folder of a base model named in a run or policy file: an asset's name or a local folder.
+
+    Raises:
+        ModelError: There is no such folder, or it holds no safetensors weights.
+    """
+    folder = fetch(base) if base in ASSETS else Path(base).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.base {base!r}: {folder} has no config.json; give a folder saved by save_pretrained")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"model.base {base!r}: {folder} has no *.safetensors; other weight formats are not read")
+    return folder
+
+
+def base_digest(folder: Path) -> str:
+    """Identity of a base model: SHA-256 over its configuration, weights and tokenizer files.
+
+    Returns:
+        "sha256:" and 64 hex digits.
+    """
+    total = hashlib.sha256()
+    for path in sorted({path for pattern in _DIGESTED for path in folder.glob(pattern)}):
+        with path.open("rb") as file:
+            part = hashlib.file_digest(file, "sha256")
+        total.update(f"{path.name}\0{part.hexdigest()}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+class AdapterModel:
+    """A frozen base model with a swappable adapter.
+
+    Dropout is off in training too: an example's gradient is then a function of the example and the
+    parameters alone, whatever else is in its batch.
+    """
+
+    def __init__(self, model: PeftModel, tokenizer: Any, slots: list[Slot], scale: float, device: torch.device) -> None:
+        """Use `load_model`; the parts must belong together."""
+        self.model = model.to(device).eval()
+        self.tokenizer = tokenizer
+        self.device = device
+        self.slots = {slot.spec.name: slot for slot in slots}
+        self.schema = Schema(tuple(slot.spec for slot in slots), scale)
+        self._base_weights: dict[str, torch.Tensor] = {}
+        self.rank = self.schema.rank
+
+    def load(self, tensors: Tensors, rank: int | None = None) -> None:
+        """Put adapter values in place; low-rank factors below the schema's rank are padded with zeros.
+
+        Args:
+            tensors: Values by schema name; names left out keep their value.
+            rank: Rank the client works at from now on; None is the schema's.
+        """
+        self.rank = rank or self.schema.rank
+        with torch.no_grad():
+            for name, value in tensors.items():
+                if name in self.slots:
+                    slot = self.slots[name]
+                    target = torch.zeros_like(slot.parameter)
+                    target[tuple(slice(0, size) for size in value.shape)] = torch.from_numpy(np.array(value)).to(target)
+                    slot.parameter.copy_(target if slot.origin is None else slot.origin.to(target) + target)
+            for pair in self.schema.pairs:
+                if f"{pair.module}.base_A" in tensors:
+                    self._correct(pair.module, tensors)
+
+    def _correct(self, module: str, tensors: Tensors) -> None:
+        """Set a frozen weight to its pretrained value plus scale·base_B·base_A."""
+        weight = self.model.get_submodule(f"base_model.model.{module}").base_layer.weight
+        pretrained = self._base_weights.setdefault(module, weight.detach().clone())
+        left, right = (torch.from_numpy(np.array(tensors[f"{module}.base_{side}"])) for side in "BA")
+        correction = self.schema.scale * (left.to(weight) @ right.to(weight))
+        weight.copy_(pretrained + correction)
+
+    def read(self, schema: Schema) -> dict[str, Array]:
+        """The current values of the tensors of `schema`, at its shapes, float32."""
+        values: dict[str, Array] = {}
+        for spec in schema.tensors:
+            slot = self.slots[spec.name]
+            value = slot.parameter.detach()
+            value = value if slot.origin is None else value - slot.origin.to(value)
+            cut = value[tuple(slice(0, size) for size in spec.shape)]
+            values[spec.name] = cut.to("cpu", torch.float32, copy=True).numpy()
+        return values
+
+    def trainable(self, roles: Iterable[Role]) -> list[nn.Parameter]:
+        """Make exactly the tensors of `roles` require gradients, and return their parameters in wire order."""
+        wanted = frozenset(roles)
+        chosen: list[nn.Parameter] = []
+        for slot in self.slots.values():
+            slot.parameter.requires_grad_(slot.spec.role in wanted)
+            slot.parameter.grad = None
+            if slot.spec.role in wanted:
+                chosen.append(slot.parameter)
+        return chosen
+
+    def rank_masks(self, parameters: list[nn.Parameter]) -> dict[nn.Parameter, torch.Tensor]:
+        """1 within the current rank and 0 beyond, for the low-rank factors among `parameters`; empty at full rank."""
+        if self.rank >= self.schema.rank:
+            return {}
+        cut = {spec.name: spec.shape for spec in self.schema.with_rank(self.rank).tensors}
+        masks: dict[nn.Parameter, torch.Tensor] = {}
+        chosen = set(parameters)
+        for name, slot in self.slots.items():
+            if slot.parameter in chosen and cut[name] != slot.spec.shape:
+                mask = torch.zeros_like(slot.parameter)
+                mask[tuple(slice(0, size) for size in cut[name])] = 1.0
+                masks[slot.parameter] = mask
+        return masks
+
+    def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Class scores, shape (batch, labels), float32."""
+        inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        scores: torch.Tensor = self.model(**inputs).logits
+        return scores.float()
+
+
+def load_model(model: ModelSection, adapter: AdapterSection, device: str = "cpu") -> AdapterModel:
+    """Load the base model from its local folder and attach the adapter.
+
+    Raises:
+        ModelError: The folder is not a usable model, its digest is not the pinned one, or a target is missing.
+    """
+    folder = resolve_base(model.base)
+    if model.digest is not None and (found := base_digest(folder)) != model.digest:
+        raise ModelError(
+            f"base model {model.base!r} has digest {found}; the run pins {model.digest}; get the same files"
+        )
+    labels = dict(enumerate(model.labels))
+    try:
+        with warnings.catch_warnings(), quiet():
+            warnings.simplefilter("ignore")
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, id2label=labels)
+            config.label2id = {name: index for index, name in labels.items()}
+            base = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"base model {model.base!r} cannot be loaded for {model.task}: {error}") from error
+    peft_model, slots = attach(base, adapter, model.task)
+    return AdapterModel(peft_model, tokenizer, slots, adapter.alpha / adapter.rank, torch.device(device))
+
+
+class quiet:
+    """Silence transformers' load report and progress bars, which list the head as missing by design."""
+
+    def __enter__(self) -> None:
+        """Turn them off."""
+        self._level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        """Put the level back."""
+        transformers.logging.set_verbosity(self._level)
+        transformers.logging.enable_progress_bar()

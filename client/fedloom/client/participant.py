@@ -1,0 +1,190 @@
+"""The client's life: join, ask for work, train, submit, until the run is over."""
+
+import hashlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fedloom.client.config import Policy, check_spec
+from fedloom.client.connection import Connection
+from fedloom.client.trainer import Trainer
+from fedloom.proto.codec import codec
+from fedloom.proto.errors import FedloomError, PolicyError, ProtocolError, SchemaError, Unavailable
+from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, Wait, broadcast_schema, upload_schema
+
+__all__ = ["Participant"]
+
+log = logging.getLogger(__name__)
+
+_HEARTBEAT_S = 5.0
+_BACKOFF_S = (0.5, 30.0)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An update that is finished and must reach the coordinator as it is, however often it takes."""
+
+    header: UpdateHeader
+    payload: bytes
+
+
+class Participant:
+    """One client in one run.
+
+    Args:
+        connection: Line to the coordinator.
+        policy: The site's policy.
+        prepare: Makes the trainer once the run is known and allowed; the base model is loaded here, once.
+    """
+
+    def __init__(self, connection: Connection, policy: Policy, prepare: Callable[[Joined], Trainer]) -> None:
+        self.connection, self.policy = connection, policy
+        self.rounds_trained = 0
+        self._prepare = prepare
+        self._trainer: Trainer | None = None
+        self._joined: Joined | None = None
+        self._pending: _Pending | None = None
+
+    @property
+    def name(self) -> str:
+        """The client's name in the run."""
+        return self.policy.client.name
+
+    def join(self) -> Joined:
+        """Learn about the run, check it against the policy and get ready to train.
+
+        Raises:
+            PolicyError: The policy refuses the run; the coordinator is told that this client leaves.
+            SchemaError: The run's schema is not the one the base model gives here.
+        """
+        joined = self.connection.join(self.name, self._trainer.declared_examples if self._trainer else 0)
+        try:
+            check_spec(self.policy, joined.spec)
+            if self._trainer is None:
+                self._trainer = self._prepare(joined)
+                _check_schema(self._trainer, joined)
+                joined = self.connection.join(self.name, self._trainer.declared_examples)
+            elif self._joined is not None and joined.spec != self._joined.spec:
+                raise ProtocolError("the coordinator changed the run while this client was away; start the client anew")
+        except FedloomError as error:
+            # The peer learns the kind of refusal, not its text: that may name files of this site.
+            self.connection.leave(f"refused: {type(error).__name__}")
+            raise
+        self._joined = joined
+        return joined
+
+    def step(self) -> Finished | None:
+        """Ask once for work and do it.
+
+        Returns:
+            The end of the run, or None while it goes on.
+        """
+        if self._pending is not None:
+            self._deliver()
+            return None
+        answer = self.connection.work()
+        if isinstance(answer, Finished):
+            return answer
+        if isinstance(answer, Wait):
+            time.sleep(answer.retry_after_s)
+            return None
+        try:
+            self._pending = self._train(answer)
+        except PolicyError as error:
+            self.connection.leave(f"refused: {type(error).__name__}")
+            raise
+        self._deliver()
+        return None
+
+    def run(self, *, patience_s: float = 300.0) -> Finished:
+        """Join and work until the run is over, through coordinator restarts and network loss.
+
+        Args:
+            patience_s: Give up when the coordinator cannot be reached for so long.
+
+        Raises:
+            Unavailable: Patience ran out.
+            PolicyError: The policy refuses the run, or the privacy budget is spent.
+        """
+        last_contact, attempt, joined = time.monotonic(), 0, False
+        while True:
+            try:
+                if not joined:
+                    self.join()
+                    joined = True
+                finished = self.step()
+                last_contact, attempt = time.monotonic(), 0
+                if finished is not None:
+                    return finished
+            except Unavailable as error:
+                if time.monotonic() - last_contact > patience_s:
+                    raise
+                attempt, joined = attempt + 1, False
+                pause = random.uniform(0, min(_BACKOFF_S[1], _BACKOFF_S[0] * 2**attempt))  # full jitter
+                log.warning("%s; trying again in %.1f s", error, pause)
+                time.sleep(pause)
+
+    def _train(self, assignment: Assignment) -> _Pending:
+        trainer, joined = self._trainer, self._joined
+        assert trainer is not None  # step is only called after join
+        assert joined is not None
+        incoming = codec(assignment.broadcast_codec)
+        schema = broadcast_schema(joined.schema, assignment)
+        if incoming.encoded_size(schema) != assignment.broadcast_bytes:
+            raise ProtocolError(
+                f"broadcast of {assignment.broadcast_bytes} bytes; {incoming.name} under the schema needs "
+                f"{incoming.encoded_size(schema)}"
+            )
+        with self._heartbeats():
+            payload = self.connection.fetch(assignment.broadcast_digest, assignment.broadcast_bytes)
+            trained = trainer.train(joined.run, assignment, incoming.decode(schema, payload))
+            upload = upload_schema(joined.schema, assignment)
+            body = codec(assignment.upload_codec).encode(upload, trained.delta)
+            digest = hashlib.sha256(body).hexdigest()
+            trainer.release(trained, digest)
+        header = UpdateHeader(self.name, assignment.round, upload.digest, assignment.upload_codec, len(body), digest)
+        return _Pending(header, body)
+
+    def _deliver(self) -> None:
+        """Send the pending update; it is forgotten once the coordinator has it or no longer wants it."""
+        assert self._pending is not None  # callers check
+        try:
+            self.connection.submit(self._pending.header, self._pending.payload)
+            self.rounds_trained += 1
+        except ProtocolError as error:
+            log.warning("round %d: update not taken: %s", self._pending.header.round + 1, error)
+        self._pending = None
+
+    @contextmanager
+    def _heartbeats(self) -> Iterator[None]:
+        """Keep the lease alive from a thread while training holds this one."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(_HEARTBEAT_S):
+                try:
+                    self.connection.heartbeat()
+                except FedloomError as error:
+                    log.info("heartbeat: %s", error)
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _check_schema(trainer: Trainer, joined: Joined) -> None:
+    """Refuse to train when the base model here does not give the run's schema."""
+    if trainer.model.schema.digest != joined.schema.digest:
+        raise SchemaError(
+            f"the run's adapter has {len(joined.schema.tensors)} tensors (schema {joined.schema.digest[:12]}), this "
+            f"base model gives {len(trainer.model.schema.tensors)} (schema {trainer.model.schema.digest[:12]}); use "
+            "the base model and adapter section that the run names"
+        )

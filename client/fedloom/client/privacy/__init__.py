@@ -1,0 +1,1 @@
+"""Differential privacy on the client: per-example gradients, noise, the ledger."""

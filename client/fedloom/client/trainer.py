@@ -1,0 +1,223 @@
+"""Local training of one round: Poisson-sampled steps on the adapter, private or not."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedloom.client.config import Policy, check_local
+from fedloom.client.data.rows import Indices, Rows
+from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
+from fedloom.client.model import AdapterModel
+from fedloom.client.privacy.entropy import Entropy, Seeded, System
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.privacy.optimizer import PrivateOptimizer
+from fedloom.client.privacy.per_example import Tape, recording
+from fedloom.proto.accounting import Spend
+from fedloom.proto.errors import DataError, PolicyError
+from fedloom.proto.messages import Assignment, upload_schema
+from fedloom.proto.run import Spec
+from fedloom.proto.schema import Array, Tensors
+
+__all__ = ["Score", "Trained", "Trainer", "evaluate"]
+
+EntropyFor = Callable[[int], Entropy]
+"""Gives the randomness of one round (counted from 0)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a round's training leaves."""
+
+    delta: dict[str, Array]
+    """Trained value minus broadcast value, float32, under the upload schema."""
+    charge: int | None
+    """Number of the ledger's charge; None without privacy."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Result of an evaluation."""
+
+    accuracy: float
+    loss: float
+    examples: int
+
+
+class Trainer:
+    """Trains one client's data on a model that may be shared with other trainers of the same process."""
+
+    def __init__(
+        self,
+        model: AdapterModel,
+        rows: Rows,
+        spec: Spec,
+        policy: Policy,
+        ledger: Ledger | None,
+        *,
+        entropy_for: EntropyFor | None = None,
+    ) -> None:
+        """Tokenize the data.
+
+        Args:
+            model: Holds the base model and the adapter.
+            rows: The private examples.
+            spec: The run, already checked against `policy`.
+            policy: The site's policy.
+            ledger: The data set's account; a private run needs it.
+            entropy_for: Test seam. None draws from the operating system in a private run, and from the run's
+                seed, the round and the client's name otherwise.
+
+        Raises:
+            DataError: There is no example.
+            PolicyError: The run is private and there is no ledger or no declared size.
+        """
+        if len(rows) == 0:
+            raise DataError(f"client {policy.client.name!r} has no training example; check data.source in its policy")
+        if spec.privacy.enabled and (ledger is None or policy.data.declared_examples is None):
+            raise PolicyError("a private run needs a ledger and data.declared_examples in the policy")
+        self.model, self.spec, self.policy, self.ledger = model, spec, policy, ledger
+        self.encoded: Encoded = encode(rows, model.tokenizer, spec.model.max_length)
+        self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
+        self._personal: dict[str, Array] = {}
+
+    @property
+    def declared_examples(self) -> int:
+        """What the coordinator is told: the policy's figure, or without privacy the true count."""
+        declared = self.policy.data.declared_examples
+        return declared if declared is not None else (0 if self.spec.privacy.enabled else len(self.encoded))
+
+    def _seeded(self, round: int) -> Entropy:
+        name = int.from_bytes(hashlib.sha256(self.policy.client.name.encode()).digest()[:8], "big")
+        return Seeded(self.spec.run.seed, round, name)
+
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+        """Do one round's steps from `broadcast`.
+
+        In a private run the round is charged to the ledger, durably, before the first step.
+
+        Raises:
+            PolicyError: The assignment overrides more than it may.
+            BudgetError: The privacy budget does not cover the round; nothing was done.
+        """
+        check_local(dict(assignment.local))
+        charge = self._reserve(run, assignment.round)
+        self.model.load(broadcast, assignment.rank)
+        self.model.load(self._personal, assignment.rank)
+        parameters = self.model.trainable(assignment.train)
+        entropy = self._entropy_for(assignment.round)
+        optimizer = self._optimizer(parameters, assignment)
+        prox = assignment.local.get("proximal_mu", self.spec.train.proximal_mu)
+        if self.spec.privacy.enabled:
+            self._private_steps(optimizer, parameters, entropy, prox)
+        else:
+            self._plain_steps(optimizer, parameters, entropy, prox)
+        schema = upload_schema(self.model.schema, assignment)
+        if assignment.personal:
+            self._personal = self.model.read(self.model.schema.select(assignment.personal))
+        after = self.model.read(schema)
+        return Trained({name: after[name] - broadcast[name] for name in after}, charge)
+
+    def release(self, trained: Trained, digest: str) -> None:
+        """Note in the ledger what is about to leave; durable on return."""
+        if trained.charge is not None and self.ledger is not None:
+            self.ledger.release(trained.charge, digest)
+
+    def _reserve(self, run: str, round: int) -> int | None:
+        privacy, train = self.spec.privacy, self.spec.train
+        if not privacy.enabled:
+            return None
+        # Both were checked at construction and when the spec met the policy.
+        assert self.ledger is not None
+        assert privacy.noise_multiplier is not None
+        spend = Spend(train.sampling_rate, privacy.noise_multiplier, train.steps)
+        mine = self.policy.privacy
+        return self.ledger.reserve(run, round, spend, budget=mine.epsilon, delta=mine.delta)
+
+    def _optimizer(self, parameters: list[nn.Parameter], assignment: Assignment) -> torch.optim.Optimizer:
+        train = self.spec.train
+        rate = assignment.local.get("learning_rate", train.learning_rate)
+        if train.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=rate)
+        return torch.optim.SGD(parameters, lr=rate, momentum=assignment.local.get("momentum", train.momentum))
+
+    def _sample(self, entropy: Entropy) -> Indices:
+        """One Poisson sample: each example on its own with the public rate."""
+        chosen = entropy.uniform(len(self.encoded)) < self.spec.train.sampling_rate
+        return np.flatnonzero(chosen).astype(np.int64)
+
+    def _loss(self, indices: Indices) -> torch.Tensor:
+        """Sum of per-example losses; no term of one example depends on another."""
+        batch = collate(self.encoded, indices, self.model.tokenizer.pad_token_id)
+        return F.cross_entropy(self.model.logits(batch), batch["labels"].to(self.model.device), reduction="sum")
+
+    def _private_steps(
+        self, base: torch.optim.Optimizer, parameters: list[nn.Parameter], entropy: Entropy, prox: float
+    ) -> None:
+        privacy, train = self.spec.privacy, self.spec.train
+        declared = self.policy.data.declared_examples
+        # Both were checked at construction and when the spec met the policy.
+        assert privacy.noise_multiplier is not None
+        assert declared is not None
+        start = [parameter.detach().clone() for parameter in parameters]
+        with recording(self.model.model, parameters) as tape:
+            optimizer = PrivateOptimizer(
+                base,
+                tape,
+                entropy,
+                noise_multiplier=privacy.noise_multiplier,
+                clip_norm=privacy.clip_norm,
+                expected_batch=train.sampling_rate * declared,
+            )
+            optimizer.masks = self.model.rank_masks(parameters)
+            for _ in range(train.steps):
+                self._accumulate(optimizer, tape, entropy)
+                optimizer.release(_pull(parameters, start, prox))
+
+    def _accumulate(self, optimizer: PrivateOptimizer, tape: Tape, entropy: Entropy) -> None:
+        for part in microbatches(self._sample(entropy), self.encoded, self.spec.train.microbatch):
+            tape.begin(len(part))
+            torch.autograd.backward(self._loss(part))
+            optimizer.accumulate()
+
+    def _plain_steps(
+        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], entropy: Entropy, prox: float
+    ) -> None:
+        start = [parameter.detach().clone() for parameter in parameters]
+        for _ in range(self.spec.train.steps):
+            sample = self._sample(entropy)
+            if len(sample) == 0:
+                continue
+            optimizer.zero_grad(set_to_none=True)
+            for part in microbatches(sample, self.encoded, self.spec.train.microbatch):
+                torch.autograd.backward(self._loss(part) / len(sample))
+            for parameter, pull in zip(parameters, _pull(parameters, start, prox), strict=False):
+                parameter.grad = pull if parameter.grad is None else parameter.grad + pull
+            optimizer.step()
+
+
+def _system(_: int) -> Entropy:
+    return System()
+
+
+def _pull(parameters: list[nn.Parameter], start: list[torch.Tensor], prox: float) -> list[torch.Tensor]:
+    """Gradient of FedProx's mu/2·|w - start|², no function of the data (Li et al., MLSys 2020); empty when mu is 0."""
+    if prox == 0.0:
+        return []
+    return [prox * (parameter.detach() - begin) for parameter, begin in zip(parameters, start, strict=True)]
+
+
+def evaluate(model: AdapterModel, encoded: Encoded, batch: int = 64) -> Score:
+    """Accuracy and mean cross-entropy of the model as it is on labelled texts."""
+    correct, loss = 0, 0.0
+    with torch.inference_mode():
+        for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, batch):
+            inputs = collate(encoded, part, model.tokenizer.pad_token_id)
+            scores, labels = model.logits(inputs), inputs["labels"].to(model.device)
+            correct += int((scores.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(scores, labels, reduction="sum"))
+    return Score(correct / len(encoded), loss / len(encoded), len(encoded))
