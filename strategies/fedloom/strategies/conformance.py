@@ -102,15 +102,15 @@ class StrategyConformance:
 
     def test_plans_fit_the_schema(self) -> None:
         """Every plan asks for roles the schema has and broadcasts tensors of the agreed shapes."""
-        strategy, state = self._begin()
+        strategy, state = self.begin()
         for _ in range(ROUNDS):
             for client in CLIENTS:
                 _assert_plan_fits(state.schema, strategy.plan(state, state.round, client))
-            state = run_round(strategy, state, self._updates(strategy, state))
+            state = run_round(strategy, state, self.updates(strategy, state))
 
     def test_one_client_becomes_the_model(self) -> None:
         """With a single client, the next broadcast is that client's model."""
-        strategy, state = self._begin()
+        strategy, state = self.begin()
         for index in range(ROUNDS):
             plan = strategy.plan(state, state.round, CLIENTS[0])
             update = respond(state.schema, plan, CLIENTS[0], index)
@@ -122,7 +122,7 @@ class StrategyConformance:
 
     def test_equal_updates_become_the_model(self) -> None:
         """Clients that moved alike count as one, whatever their weights."""
-        strategy, state = self._begin()
+        strategy, state = self.begin()
         for index in range(ROUNDS):
             plan = strategy.plan(state, state.round, CLIENTS[0])
             updates = [respond(state.schema, strategy.plan(state, state.round, c), c, index) for c in CLIENTS]
@@ -134,9 +134,9 @@ class StrategyConformance:
 
     def test_arrival_order_is_forgotten_by_sorting(self) -> None:
         """Updates put in client order give the same bytes however they arrived."""
-        strategy, state = self._begin()
+        strategy, state = self.begin()
         for _ in range(ROUNDS):
-            updates = self._updates(strategy, state)
+            updates = self.updates(strategy, state)
             arrivals = (updates, updates[::-1], updates[1:] + updates[:1])
 
             ends = [run_round(strategy, state, sorted(each, key=lambda u: u.client)) for each in arrivals]
@@ -146,9 +146,9 @@ class StrategyConformance:
 
     def test_order_matters_only_by_rounding(self) -> None:
         """Updates folded in another order give the same model but for the last digits."""
-        strategy, state = self._begin()
+        strategy, state = self.begin()
         for _ in range(ROUNDS):
-            updates = self._updates(strategy, state)
+            updates = self.updates(strategy, state)
 
             forward, backward = (run_round(strategy, state, each) for each in (updates, updates[::-1]))
 
@@ -158,9 +158,9 @@ class StrategyConformance:
     @pytest.mark.parametrize("factor", [0.125, 3.0, 1000.0])
     def test_only_relative_weights_matter(self, factor: float) -> None:
         """Weights times a constant change nothing."""
-        strategy, state = self._begin()
+        strategy, state = self.begin()
         for _ in range(ROUNDS):
-            updates = self._updates(strategy, state)
+            updates = self.updates(strategy, state)
             scaled = [replace(each, weight=each.weight * factor) for each in updates]
 
             plain = run_round(strategy, state, updates)
@@ -172,8 +172,8 @@ class StrategyConformance:
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     def test_numbers_that_are_none_are_refused(self, value: float) -> None:
         """One NaN or Inf in any tensor is refused before it reaches the adapter."""
-        strategy, state = self._begin()
-        update = self._updates(strategy, state)[0]
+        strategy, state = self.begin()
+        update = self.updates(strategy, state)[0]
         for name, tensor in update.delta.items():
             spoiled = tensor.copy()
             spoiled.flat[-1] = value
@@ -183,16 +183,16 @@ class StrategyConformance:
     @pytest.mark.parametrize("weight", [0.0, -1.0, np.nan, np.inf])
     def test_bad_weights_are_refused(self, weight: float) -> None:
         """A weight that is not positive and finite is refused."""
-        strategy, state = self._begin()
-        first, *rest = self._updates(strategy, state)
+        strategy, state = self.begin()
+        first, *rest = self.updates(strategy, state)
 
         with pytest.raises(UpdateRejected):
             run_round(strategy, state, [replace(first, weight=weight), *rest])
 
     def test_tensors_that_do_not_fit_are_refused(self) -> None:
         """A missing, extra or misshapen tensor is refused."""
-        strategy, state = self._begin()
-        update = self._updates(strategy, state)[0]
+        strategy, state = self.begin()
+        update = self.updates(strategy, state)[0]
         name, tensor = next(iter(update.delta.items()))
         others = {key: each for key, each in update.delta.items() if key != name}
         misshapen = np.zeros((*tensor.shape[:-1], tensor.shape[-1] + 1), np.float32)
@@ -203,15 +203,15 @@ class StrategyConformance:
 
     def test_state_survives_storage(self) -> None:
         """A run resumed from stored bytes continues exactly as one that was never interrupted."""
-        strategy, state = self._begin()
+        strategy, state = self.begin()
         for _ in range(ROUNDS):
             stored = state_to_bytes(state)
             restored = state_from_bytes(stored, state.schema)
             assert state_to_bytes(restored) == stored, "storing a restored state gives other bytes"
 
             resumed = self.strategy()
-            continued = run_round(resumed, restored, self._updates(resumed, restored))
-            state = run_round(strategy, state, self._updates(strategy, state))
+            continued = run_round(resumed, restored, self.updates(resumed, restored))
+            state = run_round(strategy, state, self.updates(strategy, state))
 
             assert state_to_bytes(continued) == state_to_bytes(state), "what matters is not all in State"
 
@@ -219,27 +219,27 @@ class StrategyConformance:
         """Two runs on the same updates end in the same bytes."""
         ends = []
         for _ in range(2):
-            strategy, state = self._begin()
+            strategy, state = self.begin()
             for _ in range(ROUNDS):
-                state = run_round(strategy, state, self._updates(strategy, state))
+                state = run_round(strategy, state, self.updates(strategy, state))
             ends.append(state_to_bytes(state))
 
         assert ends[0] == ends[1], "the same inputs gave other bytes; draw from Philox(key=[seed, round]) only"
 
     def test_commit_counts_the_round_and_keeps_the_schema(self) -> None:
         """A commit is one round, and the adapter stays what was agreed."""
-        strategy, state = self._begin()
+        strategy, state = self.begin()
         for index in range(1, ROUNDS + 1):
-            state = run_round(strategy, state, self._updates(strategy, state))
+            state = run_round(strategy, state, self.updates(strategy, state))
 
             assert (state.round, state.seed, state.schema) == (index, 5, self.schema())
             _assert_float32(state.schema, state.adapter)
 
     def test_inputs_are_left_alone(self) -> None:
         """No function writes into what it was given."""
-        strategy, state = self._begin()
+        strategy, state = self.begin()
         for _ in range(ROUNDS):
-            updates = self._updates(strategy, state)
+            updates = self.updates(strategy, state)
             before = copy.deepcopy((state_to_bytes(state), updates))
 
             end = run_round(strategy, state, updates)
@@ -250,7 +250,7 @@ class StrategyConformance:
                 _assert_same(update.start, kept.start)
             state = end
 
-    def _begin(self) -> tuple[Strategy, State]:
+    def begin(self) -> tuple[Strategy, State]:
         """A strategy and a state whose every tensor is away from zero, so that no law holds trivially."""
         strategy, schema = self.strategy(), self.schema()
         draw = np.random.Generator(np.random.Philox(key=[5, 99]))
@@ -258,7 +258,7 @@ class StrategyConformance:
         adapter = {n: each + draw.normal(0, 0.3, each.shape).astype(np.float32) for n, each in drawn.items()}
         return strategy, strategy.init(schema, adapter, 5)
 
-    def _updates(self, strategy: Strategy, state: State) -> list[Update]:
+    def updates(self, strategy: Strategy, state: State) -> list[Update]:
         """One update of every client, in client order, different in every round."""
         plans = [strategy.plan(state, state.round, client) for client in CLIENTS]
         return [
