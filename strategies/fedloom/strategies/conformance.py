@@ -289,9 +289,9 @@ def _assert_plan_fits(schema: Schema, plan: Plan) -> None:
     at_rank = schema.with_rank(plan.rank) if plan.rank else schema
     corrections = [tensor.shape[0] for name, tensor in plan.broadcast.items() if name.endswith(".base_A")]
     full = at_rank.with_base(max(corrections)) if corrections else at_rank
-    _assert_float32(replace(full, tensors=tuple(s for s in full.tensors if s.name in plan.broadcast)), plan.broadcast)
-    reached = plan.personal | {spec.role for spec in full.tensors if spec.name in plan.broadcast}
-    assert LORA & reached in (frozenset(), LORA), "broadcast both factors of a pair: a late client has neither"
+    roles = {spec.role for spec in full.tensors if spec.name in plan.broadcast}
+    _assert_float32(full.select(roles), plan.broadcast)
+    assert LORA & roles in (frozenset(), LORA), "broadcast both factors of a pair: a client that joins late has neither"
 
 
 def _assert_float32(schema: Schema, tensors: Tensors) -> None:

@@ -1,0 +1,218 @@
+"""Methods that fedloom does not ship, written against the unchanged interface: docs/strategies.md relies on these."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from fedloom.proto.errors import ProtocolError
+from fedloom.proto.schema import LORA, Array, Role, Schema, Tensors
+from fedloom.strategies.api import Plan, State, Update
+from fedloom.strategies.conformance import StrategyConformance, effective, respond, run_round
+from fedloom.strategies.lowrank import refactorize
+from fedloom.strategies.mean import Sum, begin, check, fold, mean, moved, trained
+
+Kept = tuple[Update, ...]
+
+
+def _corrected(schema: Schema, memory: Tensors, stacks: dict[str, tuple[Array, Array]]) -> dict[str, Array]:
+    """The old correction plus the stacked factors, at the smallest rank that loses nothing in any module."""
+    exact = {}
+    for module, (b, a) in stacks.items():
+        if f"{module}.base_A" in memory:
+            b = np.concatenate([memory[f"{module}.base_B"], b], axis=1)
+            a = np.concatenate([memory[f"{module}.base_A"], a])
+        exact[module] = refactorize(b, a)
+    rank = max(min(b.shape[0], *a.shape) for b, a in exact.values())
+    out = {}
+    for module, (b, a) in exact.items():
+        out[f"{module}.base_A"] = np.zeros((rank, a.shape[1]), np.float32)
+        out[f"{module}.base_B"] = np.zeros((b.shape[0], rank), np.float32)
+        kept = min(rank, len(a))
+        out[f"{module}.base_A"][:kept] = a[:kept]
+        out[f"{module}.base_B"][:, :kept] = b[:, :kept]
+    return out
+
+
+@dataclass(frozen=True)
+class FedEx:
+    """FedEx-LoRA (arXiv 2410.09432): average the factors, and put what that misses into the frozen weight."""
+
+    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
+        return begin(schema, adapter, seed)
+
+    def plan(self, state: State, round: int, client: str) -> Plan:
+        return Plan(train=state.schema.roles, broadcast={**state.adapter, **state.memory})
+
+    def fold(self, state: State, acc: tuple[Sum, Kept] | None, update: Update) -> tuple[Sum, Kept]:
+        total, kept = acc or (None, ())
+        return fold(state.schema, total, update), (*kept, update)
+
+    def commit(self, state: State, acc: tuple[Sum, Kept]) -> State:
+        total, kept = acc
+        adapter = moved(state.adapter, total)
+        stacks = {}
+        for pair in state.schema.pairs:
+            shares = [update.weight / total.weight for update in kept]
+            bs = [p * u.value(pair.b) for p, u in zip(shares, kept, strict=True)]
+            b = np.concatenate([*bs, -adapter[pair.b]], axis=1)
+            a = np.concatenate([*(u.value(pair.a) for u in kept), adapter[pair.a]])
+            stacks[pair.module] = b, a
+        memory = _corrected(state.schema, state.memory, stacks)
+        return replace(state, adapter=adapter, memory=memory, round=state.round + 1)
+
+
+class TestFedEx(StrategyConformance):
+    def strategy(self) -> FedEx:
+        return FedEx()
+
+    def test_the_model_is_the_mean_of_the_clients_models(self) -> None:
+        strategy, state = self.begin()
+        for _ in range(4):
+            updates = self.updates(strategy, state)
+            values = [{**u.start, **{n: u.value(n) for n in u.delta}} for u in updates]
+            models = [effective(state.schema, each) for each in values]
+            shares = np.array([u.weight for u in updates]) / sum(u.weight for u in updates)
+
+            state = run_round(strategy, state, updates)
+
+            for name, tensor in effective(state.schema, {**state.adapter, **state.memory}).items():
+                expected = np.tensordot(shares, np.stack([model[name] for model in models]), axes=1)
+                np.testing.assert_allclose(tensor, expected, atol=1e-5)
+        # Cumulative, yet never of more rank than the weight has: min(4, 7) and min(6, 5).
+        ranks = {t.shape[0] for name, t in state.memory.items() if name.endswith("base_A")}
+        assert ranks == {5}
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """FedAvgM (arXiv 1909.06335): m <- beta m + change, adapter += m, with m in memory."""
+
+    beta: float
+
+    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
+        return replace(begin(schema, adapter, seed), memory={n: np.zeros(t.shape) for n, t in adapter.items()})
+
+    def plan(self, state: State, round: int, client: str) -> Plan:
+        return Plan(train=state.schema.roles, broadcast=state.adapter)
+
+    def fold(self, state: State, acc: Sum | None, update: Update) -> Sum:
+        return fold(state.schema, acc, update)
+
+    def commit(self, state: State, acc: Sum | None) -> State:
+        memory = {name: self.beta * state.memory[name] + change for name, change in mean(acc).items()}
+        adapter = {n: (t + memory[n]).astype(np.float32) for n, t in state.adapter.items()}
+        return replace(state, adapter=adapter, memory=memory, round=state.round + 1)
+
+
+class TestServerMomentumOfZero(StrategyConformance):
+    def strategy(self) -> Momentum:
+        return Momentum(beta=0.0)
+
+
+def test_server_momentum_adds_up_over_rounds_and_through_storage() -> None:
+    battery = TestServerMomentumOfZero()
+    schema, strategy = battery.schema(), Momentum(beta=0.5)
+    state = strategy.init(schema, schema.zeros(), 0)
+    for _ in range(3):
+        delta = {name: np.ones_like(tensor) for name, tensor in state.adapter.items()}
+        state = run_round(strategy, state, [Update("ada", 1.0, state.adapter, delta)])
+
+    # Moments 1, 1.5 and 1.75.
+    for tensor in state.adapter.values():
+        np.testing.assert_array_equal(tensor, np.float32(4.25))
+
+
+@dataclass(frozen=True)
+class Krum:
+    """Krum (Blanchard et al., NeurIPS 2017) on B with a shared A: it compares updates, so it keeps them."""
+
+    faulty: int
+
+    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
+        return begin(schema, adapter, seed)
+
+    def plan(self, state: State, round: int, client: str) -> Plan:
+        return Plan(train=frozenset({Role.LORA_B}), broadcast=state.adapter)
+
+    def fold(self, state: State, acc: Kept | None, update: Update) -> Kept:
+        check(trained(state.schema, {Role.LORA_B}, head=False), update)
+        return (*(acc or ()), update)
+
+    def commit(self, state: State, acc: Kept) -> State:
+        if len(acc) < 2 * self.faulty + 3:
+            raise ProtocolError(f"Krum against {self.faulty} needs {2 * self.faulty + 3} updates; got {len(acc)}")
+        flat = np.stack([np.concatenate([u.delta[p.b].ravel() for p in state.schema.pairs]) for u in acc])
+        distances = np.sort(np.sum((flat[:, None] - flat[None]) ** 2, axis=2), axis=1)
+        nearest = distances[:, 1 : len(acc) - self.faulty - 1].sum(axis=1)
+        best = acc[int(np.argmin(nearest))]
+        change = {n: t + best.delta[n] if n in best.delta else t for n, t in state.adapter.items()}
+        return replace(state, adapter=change, round=state.round + 1)
+
+
+def test_krum_returns_an_honest_update_whatever_the_liar_sends() -> None:
+    schema = TestServerMomentumOfZero().schema()
+    strategy = Krum(faulty=1)
+    state = strategy.init(schema, schema.zeros(), 0)
+    updates = [respond(schema, strategy.plan(state, 0, "x"), f"client-{k}", k) for k in range(5)]
+    updates[3] = replace(updates[3], delta={n: np.full_like(t, 1e6) for n, t in updates[3].delta.items()})
+
+    after = run_round(strategy, state, updates).adapter
+
+    honest = [u for index, u in enumerate(updates) if index != 3]
+    name = schema.pairs[0].b
+    assert sum(np.array_equal(after[name], u.delta[name]) for u in honest) == 1
+    with pytest.raises(ProtocolError, match="needs 5"):
+        run_round(strategy, state, updates[:4])
+
+
+@dataclass(frozen=True)
+class FlexLoRA:
+    """FlexLoRA (arXiv 2402.11505): every client its own rank, cut from the SVD of the mean product."""
+
+    ranks: tuple[tuple[str, int], ...]
+
+    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
+        return begin(schema, adapter, seed)
+
+    def plan(self, state: State, round: int, client: str) -> Plan:
+        rank = dict(self.ranks)[client]
+        specs = state.schema.with_rank(rank).tensors
+        cut = {spec.name: state.adapter[spec.name][tuple(map(slice, spec.shape))] for spec in specs}
+        return Plan(train=LORA, broadcast=cut, rank=rank)
+
+    def fold(self, state: State, acc: Kept | None, update: Update) -> Kept:
+        check(state.schema.with_rank(dict(self.ranks)[update.client]), update)
+        return (*(acc or ()), update)
+
+    def commit(self, state: State, acc: Kept) -> State:
+        adapter = dict(state.adapter)
+        total = sum(update.weight for update in acc)
+        for pair in state.schema.pairs:
+            bs, rows = [u.weight / total * u.value(pair.b) for u in acc], [u.value(pair.a) for u in acc]
+            b, a = refactorize(np.concatenate(bs, axis=1), np.concatenate(rows))
+            rank = adapter[pair.a].shape[0]
+            adapter[pair.b], adapter[pair.a] = b[:, :rank].astype(np.float32), a[:rank].astype(np.float32)
+        return replace(state, adapter=adapter, round=state.round + 1)
+
+
+def test_ranks_differ_by_client_and_only_the_tail_of_the_mean_is_lost() -> None:
+    schema = TestServerMomentumOfZero().schema().select(LORA)
+    strategy = FlexLoRA(ranks=(("ada", 1), ("bo", 2), ("cy", 3)))
+    draw = np.random.Generator(np.random.Philox(key=[8, 8]))
+    start = {n: draw.normal(size=t.shape).astype(np.float32) for n, t in schema.zeros().items()}
+    state = strategy.init(schema, start, 0)
+    plans = {name: strategy.plan(state, 0, name) for name, _ in strategy.ranks}
+    updates = [respond(schema, plan, name, k) for k, (name, plan) in enumerate(plans.items())]
+    total = sum(u.weight for u in updates)
+
+    after = run_round(strategy, state, updates).adapter
+
+    for pair in schema.pairs:
+        terms = np.stack([u.weight / total * u.value(pair.b) @ u.value(pair.a) for u in updates])
+        product = terms.sum(axis=0)
+        lost = np.linalg.norm(product - after[pair.b].astype(np.float64) @ after[pair.a])
+        tail = np.linalg.svd(product, compute_uv=False)[3:]
+        assert lost == pytest.approx(np.linalg.norm(tail), abs=1e-5)
+        assert lost > 0.01
+    assert plans["ada"].broadcast[schema.pairs[0].a].shape == (1, 5)
