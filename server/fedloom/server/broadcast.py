@@ -1,0 +1,131 @@
+"""A strategy's plans as assignments and bytes: each distinct broadcast of a round is encoded and hashed once."""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+from fedloom.proto.codec import codec
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
+from fedloom.proto.run import RunConfig
+from fedloom.proto.schema import Role, Schema, Tensors
+from fedloom.strategies.api import Plan, State, Strategy
+
+__all__ = ["FINAL_CODEC", "Broadcasts", "Order", "final"]
+
+FINAL_CODEC = "fp32"
+"""Codec of the final adapter: it is what the run is for, so nothing of it is rounded away."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one client is asked to do, with the schemas of both directions."""
+
+    assignment: Assignment
+    broadcast: Schema
+    upload: Schema
+
+
+class Broadcasts:
+    """The orders and broadcast payloads of one round. Everything here is a function of its arguments alone.
+
+    Args:
+        config: The run file.
+        schema: The run's schema.
+        strategy: Plans the round.
+        state: The strategy's state at the start of the round.
+    """
+
+    def __init__(self, config: RunConfig, schema: Schema, strategy: Strategy, state: State) -> None:
+        self._config = config
+        self._schema = schema
+        self._strategy = strategy
+        self._state = state
+        self._roles = {spec.name: spec.role for spec in schema.tensors}
+        self._orders: dict[str, Order] = {}
+        self._payloads: dict[str, bytes] = {}
+        self._starts: dict[str, Tensors] = {}
+        self._shared: dict[object, tuple[Plan, Order]] = {}
+
+    def order(self, client: str) -> Order:
+        """What `client` is asked to do; the same object for every client with the same plan.
+
+        Raises:
+            ConfigError: The strategy plans what this run file rules out.
+            SchemaError: The plan's broadcast does not fit the schema.
+            CodecError: The broadcast cannot be represented under [wire] broadcast.
+        """
+        if client not in self._orders:
+            plan = self._strategy.plan(self._state, self._state.round, client)
+            key = _identity(plan)
+            if key not in self._shared:
+                # The plan is kept with the order: while its arrays live, their identities are not used again.
+                self._shared[key] = plan, self._encoded(plan)
+            self._orders[client] = self._shared[key][1]
+        return self._orders[client]
+
+    def payload(self, order: Order) -> bytes:
+        """The broadcast's bytes."""
+        return self._payloads[order.assignment.broadcast_digest]
+
+    def start(self, order: Order) -> Tensors:
+        """What the client starts from: the broadcast as it reads it, after the codec's rounding."""
+        digest = order.assignment.broadcast_digest
+        if digest not in self._starts:
+            name = order.assignment.broadcast_codec
+            self._starts[digest] = codec(name).decode(order.broadcast, self._payloads[digest])
+        return self._starts[digest]
+
+    def _encoded(self, plan: Plan) -> Order:
+        self._check(plan)
+        wire = self._config.wire
+        draft = Assignment(
+            round=self._state.round,
+            train=plan.train,
+            broadcast_roles=frozenset(self._role(name) for name in plan.broadcast),
+            broadcast_digest="",
+            broadcast_bytes=0,
+            broadcast_codec=wire.broadcast,
+            upload_codec=wire.upload,
+            personal=plan.personal,
+            rank=plan.rank,
+            base_rank=_base_rank(plan.broadcast, self._schema),
+            local=dict(plan.local),
+        )
+        derived = broadcast_schema(self._schema, draft)
+        payload = codec(wire.broadcast).encode(derived, plan.broadcast)
+        digest = hashlib.sha256(payload).hexdigest()
+        self._payloads[digest] = payload
+        final = replace(draft, broadcast_digest=digest, broadcast_bytes=len(payload))
+        return Order(final, derived, upload_schema(self._schema, final))
+
+    def _check(self, plan: Plan) -> None:
+        if not plan.train or not plan.train <= self._schema.roles or not plan.personal <= plan.train:
+            raise ConfigError(
+                f"the strategy plans to train {sorted(plan.train)} and keep {sorted(plan.personal)}, "
+                f"but the adapter has {sorted(self._schema.roles)}; choose another strategy or adapter kind"
+            )
+        if Role.HEAD in plan.train and self._config.model.head == "frozen":
+            raise ConfigError('the strategy trains the head, but model.head = "frozen"; set it to "train"')
+
+    def _role(self, name: str) -> Role:
+        """The role of a broadcast tensor; one the schema does not know can only be a correction factor."""
+        return self._roles.get(name) or (Role.BASE_A if name.endswith(".base_A") else Role.BASE_B)
+
+
+def final(schema: Schema, state: State) -> tuple[Finished, bytes]:
+    """The end of a run: its announcement, and the final adapter under the whole schema."""
+    payload = codec(FINAL_CODEC).encode(schema, state.adapter)
+    return Finished(state.round, FINAL_CODEC, hashlib.sha256(payload).hexdigest(), len(payload)), payload
+
+
+def _base_rank(broadcast: Tensors, schema: Schema) -> int:
+    """Rank of the correction factors among the tensors; 0 when there are none."""
+    known = {spec.name for spec in schema.tensors}
+    ranks = {tensor.shape[0] for name, tensor in broadcast.items() if name not in known and name.endswith(".base_A")}
+    return max(ranks, default=0)
+
+
+def _identity(plan: Plan) -> object:
+    """Equal for plans that surely are the same: equal instructions over the very same arrays."""
+    arrays = frozenset((name, id(tensor)) for name, tensor in plan.broadcast.items())
+    return plan.train, plan.personal, plan.rank, frozenset(plan.local.items()), arrays

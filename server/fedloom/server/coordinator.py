@@ -1,0 +1,398 @@
+"""The coordinator: one run, its log and its clients, behind plain calls that any thread may make.
+
+The gRPC servicer and the in-process simulation make the same calls. Nothing here blocks on a client; the
+caller polls `work` and `tick`, or is told by the hooks `wake` and `on_commit`.
+"""
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from fedloom.proto.errors import ProtocolError
+from fedloom.proto.messages import Answer, Finished, Joined, UpdateHeader, Wait
+from fedloom.proto.run import RunConfig
+from fedloom.proto.schema import Schema, Tensors
+from fedloom.server.admission import MAX_CLIENTS, check_config, check_join
+from fedloom.server.broadcast import Broadcasts, final
+from fedloom.server.history import History
+from fedloom.server.progress import Member, Progress, Traffic
+from fedloom.server.rounds import (
+    ClientLost,
+    LostReason,
+    RoundClosed,
+    RoundOpened,
+    Rounds,
+    UpdateAccepted,
+    decision,
+)
+from fedloom.server.store import Store
+from fedloom.server.submission import check_address, expected_bytes, is_repeat, refusal
+from fedloom.strategies.api import State, Strategy, Update
+
+__all__ = ["Coordinator"]
+
+_log = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """One run on one state directory. Opening the same directory again goes on where the log ends.
+
+    Args:
+        config: The run file.
+        schema: The run's schema.
+        strategy: Plans and folds; built by the caller from [strategy] of the run file.
+        store: The state directory, open; it stays the caller's to close.
+        starting: The adapter before the first round; not looked at when the run goes on.
+        clock: Seconds from any origin, never going back. Leases and deadlines are measured with it, and start
+            anew when the coordinator does. A clock that stands still switches both off.
+        expect: Clients that must be live before the first round of this run opens, if more than [rounds]
+            min_clients; a simulation knows how many there will be.
+
+    Attributes:
+        config: The run file.
+        wake: Called without arguments, off the lock, when a waiting client may have an answer: a round has
+            opened or the run is over.
+        on_commit: Called off the lock with the number of committed rounds and the state after the last of them, in
+            order. It delays only the call that closed the round.
+
+    Raises:
+        ConfigError: The run file contradicts itself, or the directory holds another run.
+        StoreError: The state cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        schema: Schema,
+        strategy: Strategy,
+        store: Store,
+        *,
+        starting: Tensors,
+        clock: Callable[[], float] = time.monotonic,
+        expect: int = 0,
+    ) -> None:
+        check_config(config)
+        self.wake: Callable[[], None] = _nothing
+        self.on_commit: Callable[[int, State], None] = _ignore
+        self.config, self._schema, self._strategy, self._store = config, schema, strategy, store
+        self._clock, self._expect = clock, expect
+        self._lock, self._hooks = threading.RLock(), threading.RLock()
+        self._committed: list[tuple[int, State]] = []
+        self._stirred = False
+        self._ending: tuple[Finished, bytes] | None = None
+        self._traffic = Traffic()
+        self._history = History(config, schema, strategy, store, starting=starting)
+        self._opened_s = clock()
+        # Whoever the open round waits for gets one lease to come back after a restart.
+        self._members = {name: Member(self._opened_s, asked=True) for name in self._rounds.pending}
+        with self._lock:
+            self._advance()
+            self._history.write()
+
+    @property
+    def epoch(self) -> int:
+        """How many times the state directory has been opened."""
+        return self._store.epoch
+
+    @property
+    def finished(self) -> bool:
+        """Whether every round is committed."""
+        return self._rounds.round >= self.config.run.rounds
+
+    @property
+    def state(self) -> State:
+        """The strategy's state after the last commit."""
+        return self._history.state
+
+    @property
+    def progress(self) -> Progress:
+        """What a display may show."""
+        with self._lock:
+            live, now = self._live(), self._clock()
+            return Progress.of(self._rounds, self.config, live, self._traffic, now - self._opened_s)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run is finished and no live client still has to fetch the final adapter or to leave."""
+        with self._lock:
+            served = [name for name, each in self._members.items() if each.served]
+            return self.finished and bool(served) and set(self._live()) <= set(served)
+
+    def join(self, client: str, protocol: int, declared_examples: int) -> Joined:
+        """What a client needs to know about the run. Joining again is allowed and changes its declaration.
+
+        Raises:
+            ProtocolError: The name is not one, another protocol version is spoken, or the run is full.
+            ConfigError: The run weighs clients by examples and this one declares none, or too many.
+        """
+        check_join(self.config, client, protocol, declared_examples)
+        with self._lock:
+            self._history.check()
+            if client not in self._members and len(self._members) >= MAX_CLIENTS:
+                raise ProtocolError(f"the run has {MAX_CLIENTS} clients already; join under a name already known")
+            member = self._members.setdefault(client, Member(self._clock()))
+            member.joined, member.declared_examples, member.seen_s = True, declared_examples, self._clock()
+        return Joined(run=self._history.run, epoch=self.epoch, spec=self.config.spec, schema=self._schema)
+
+    def work(self, client: str, run: str, epoch: int) -> Answer:
+        """What this client should do now. Asking counts it among the live.
+
+        Raises:
+            ProtocolError: The run, the epoch or the client is not known here.
+            ConfigError: The strategy plans what the run file rules out.
+        """
+        with self._changing():
+            member = self._admit(client, run, epoch)
+            member.asked, member.served = True, member.served and self.finished
+            self._advance()
+            if self.finished:
+                return self._final()[0]
+            if self._takes_from(client):
+                return self._broadcasts.order(client).assignment
+            return Wait(retry_after_s=0.0)
+
+    def blob(self, client: str, digest: str, run: str, epoch: int, offset: int = 0) -> bytes:
+        """The whole payload with this digest, if it is this client's to fetch: its broadcast, or the final adapter.
+
+        Args:
+            client: Who asks.
+            digest: From its assignment or from `Finished`.
+            run: The run it joined.
+            epoch: The epoch it joined in.
+            offset: Where the caller goes on, in bytes; only the rest is counted as sent.
+
+        Raises:
+            ProtocolError: It is not, or the offset lies beyond the end.
+        """
+        with self._lock:
+            member = self._admit(client, run, epoch)
+            payload = self._payload(client, digest)
+            if payload is None:
+                raise ProtocolError(f"client {client[:64]!r} may not fetch {digest[:12]!r} now; ask for work first")
+            if not 0 <= offset <= len(payload):
+                raise ProtocolError(f"offset {offset} lies beyond the payload of {len(payload)} bytes; start from 0")
+            self._traffic.down(self._rounds.round, client, len(payload) - offset)
+            member.served = member.served or self.finished
+            return payload
+
+    def check_header(self, header: UpdateHeader, run: str, epoch: int) -> int | None:
+        """The exact length of the payload that must follow, in bytes, before any of it is read.
+
+        Returns:
+            None when exactly this update was accepted before, in this round or an earlier one: nothing need
+            follow.
+
+        Raises:
+            ProtocolError: The update fits neither the run nor its open round.
+        """
+        with self._lock:
+            self._admit(header.client, run, epoch)
+            return self._expected(header)
+
+    def submit(self, header: UpdateHeader, payload: bytes, run: str, epoch: int) -> bool:
+        """Take an update; when the call returns it is durable.
+
+        Returns:
+            True when exactly this update had been accepted before.
+
+        Raises:
+            ProtocolError: The update fits neither the run nor its open round, nor its own header.
+            UpdateRejected: It holds NaN or Inf, or the strategy refuses it. The round goes on without it.
+        """
+        expected = self.check_header(header, run, epoch)
+        if expected is None:
+            return True
+        if len(payload) != expected:
+            raise ProtocolError(f"update of {len(payload)} bytes; its header and the schema say {expected}")
+        if hashlib.sha256(payload).hexdigest() != header.digest:
+            raise ProtocolError("the update's bytes do not have the digest in its header; send it again")
+        client = header.client
+        with self._lock:
+            order, state = self._broadcasts.order(client), self.state
+            update = Update(client, self._weight(client), self._broadcasts.start(order), {})
+        rejection = refusal(self._strategy, state, order, payload, update)
+        if rejection is None:
+            self._store.put_blob(payload, header.digest)
+        with self._changing():
+            self._admit(client, run, epoch)
+            if self._expected(header) is None:
+                return True
+            self._traffic.up(header.round, client, len(payload))
+            if rejection is None:
+                self._history.record(UpdateAccepted(header.round, client, header.digest, update.weight))
+            else:
+                self._lose(client, "rejected")
+            self._advance()
+        if rejection is not None:
+            raise rejection
+        return False
+
+    def heartbeat(self, client: str, run: str, epoch: int) -> tuple[int, bool]:
+        """Keep the client's lease; the round that is open or comes next, and whether it is open.
+
+        Raises:
+            ProtocolError: The run, the epoch or the client is not known here.
+        """
+        with self._lock:
+            self._admit(client, run, epoch)
+            return self._rounds.round, self._rounds.phase == "open"
+
+    def leave(self, client: str, reason: str, run: str, epoch: int) -> None:
+        """Do not wait for this client. It may come back by asking for work.
+
+        Raises:
+            ProtocolError: The run, the epoch or the client is not known here.
+        """
+        with self._changing():
+            member = self._admit(client, run, epoch)
+            member.asked, member.served = False, True
+            _log.info("client %r leaves: %.200r", client, reason)
+            if self._rounds.phase == "open" and client in self._rounds.pending:
+                self._lose(client, "left")
+            self._advance()
+
+    def tick(self) -> None:
+        """Check leases and the deadline; call it at least a few times per lease.
+
+        Raises:
+            StoreError: The state cannot be written; the coordinator must stop.
+        """
+        with self._changing():
+            self._advance()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock; on the way out write what was decided, then tell the hooks off the lock."""
+        try:
+            with self._lock:
+                self._history.check()
+                try:
+                    yield
+                finally:
+                    self._history.write()
+        finally:
+            self._notify()
+
+    def _advance(self) -> None:
+        """Take every decision that is due."""
+        now_s = self._clock()
+        if self._rounds.phase == "closed":
+            self._commit()
+        if self._rounds.phase == "open":
+            for client in sorted(self._rounds.pending):
+                if now_s - self._members[client].seen_s > self.config.rounds.lease_s:
+                    self._lose(client, "lease")
+        while event := self._due(now_s):
+            self._history.record(event)
+            if isinstance(event, RoundClosed):
+                self._history.write()  # on disk before it is acted on
+                self._commit()
+            else:
+                self._opened_s = now_s
+                self._stirred = True
+
+    def _due(self, now_s: float) -> RoundClosed | RoundOpened | None:
+        return decision(self._rounds, self._live(), self.config, now_s - self._opened_s, self._expect)
+
+    def _commit(self) -> None:
+        number = self._rounds.round
+        self._committed.append((number + 1, self._history.commit()))
+        self._stirred = self._stirred or self.finished
+
+    def _notify(self) -> None:
+        with self._lock:
+            stirred, self._stirred = self._stirred, False
+        if stirred:
+            self.wake()
+        if self._committed:
+            with self._hooks:
+                with self._lock:
+                    committed, self._committed = self._committed, []
+                for number, state in committed:
+                    self.on_commit(number, state)
+
+    def _admit(self, client: str, run: str, epoch: int) -> Member:
+        """The member behind a message, whose lease begins anew."""
+        self._history.check()
+        if run != self._history.run:
+            raise ProtocolError(f"run {run[:64]!r} is not the one served here; join again")
+        if epoch != self.epoch:
+            raise ProtocolError(
+                f"epoch {epoch} is not the coordinator's, it has restarted: now {self.epoch}; join again"
+            )
+        member = self._members.get(client)
+        if member is None or not member.joined:
+            raise ProtocolError(f"client {client[:64]!r} is not known in this epoch; join first")
+        member.seen_s = self._clock()
+        return member
+
+    def _expected(self, header: UpdateHeader) -> int | None:
+        """See `check_header`; the client is already admitted."""
+        if header.round < self._rounds.round:
+            accepted = self._store.accepted(header.round, header.client)
+        else:
+            accepted = self._rounds.updates.get(header.client) if header.round == self._rounds.round else None
+        if is_repeat(header, accepted):
+            return None
+        check_address(header, self._rounds)
+        return expected_bytes(header, self._broadcasts.order(header.client))
+
+    def _lose(self, client: str, reason: LostReason) -> None:
+        self._history.record(ClientLost(self._rounds.round, client, reason))
+        possible = len(self._rounds.updates) + len(self._rounds.pending)
+        if possible < self.config.rounds.min_clients:
+            _log.warning(
+                "round %d can reach only %d of the %d updates it needs; it is opened again once enough other "
+                "clients ask for work",
+                self._rounds.round,
+                possible,
+                self.config.rounds.min_clients,
+            )
+
+    def _live(self) -> list[str]:
+        now_s, lease_s = self._clock(), self.config.rounds.lease_s
+        return [name for name, each in self._members.items() if each.asked and now_s - each.seen_s <= lease_s]
+
+    def _weight(self, client: str) -> float:
+        uniform = self.config.strategy.weighting == "uniform"
+        return 1.0 if uniform else float(self._members[client].declared_examples)
+
+    def _takes_from(self, client: str) -> bool:
+        """Whether the open round still takes an update from this client; one that was lost may come back."""
+        rounds = self._rounds
+        return rounds.phase == "open" and client in rounds.cohort - rounds.updates.keys() - rounds.rejected
+
+    def _payload(self, client: str, digest: str) -> bytes | None:
+        """The bytes this client may have under this digest."""
+        if self.finished:
+            ending, payload = self._final()
+            return payload if digest == ending.digest else None
+        if self._rounds.phase != "open" or client not in self._rounds.cohort:
+            return None
+        order = self._broadcasts.order(client)
+        return self._broadcasts.payload(order) if digest == order.assignment.broadcast_digest else None
+
+    @property
+    def _rounds(self) -> Rounds:
+        return self._history.rounds
+
+    @property
+    def _broadcasts(self) -> Broadcasts:
+        return self._history.broadcasts
+
+    def _final(self) -> tuple[Finished, bytes]:
+        """The end of the run and the final adapter's bytes, encoded at the first call."""
+        if self._ending is None:
+            self._ending = final(self._schema, self.state)
+        return self._ending
+
+
+def _nothing() -> None:
+    return None
+
+
+def _ignore(rounds: int, state: State) -> None:
+    return None

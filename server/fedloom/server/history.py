@@ -1,0 +1,148 @@
+"""The run as the disk knows it: the log folded into rounds, the strategy's state, and the step between two states.
+
+Not safe for several threads; the coordinator holds its lock around every call.
+"""
+
+import hashlib
+import logging
+import uuid
+from typing import Any
+
+import numpy as np
+
+from fedloom.proto.codec import codec
+from fedloom.proto.errors import ConfigError, StoreError
+from fedloom.proto.run import RunConfig
+from fedloom.proto.schema import Schema, Tensors
+from fedloom.server.broadcast import Broadcasts
+from fedloom.server.rounds import AdapterCommitted, ClientLost, Event, Rounds, RunCreated, apply
+from fedloom.server.store import Store
+from fedloom.strategies.api import State, Strategy, Update
+from fedloom.strategies.state import state_from_bytes, state_to_bytes
+
+__all__ = ["History"]
+
+_log = logging.getLogger(__name__)
+
+
+class History:
+    """One run on one state directory: begun, or taken up where the log ends.
+
+    Args:
+        config: The run file.
+        schema: The run's schema.
+        strategy: Plans and folds.
+        store: The state directory, open.
+        starting: The adapter before the first round; not looked at when the run goes on.
+
+    Attributes:
+        rounds: Where the run stands.
+        state: The strategy's state after the last commit.
+        broadcasts: What clients of the current round are asked to do.
+
+    Raises:
+        ConfigError: The directory holds another run.
+        StoreError: The state cannot be read or written.
+    """
+
+    def __init__(
+        self, config: RunConfig, schema: Schema, strategy: Strategy, store: Store, *, starting: Tensors
+    ) -> None:
+        self._config, self._schema, self._strategy, self._store = config, schema, strategy, store
+        self._unwritten: list[Event] = []
+        self._broken: StoreError | None = None
+        self.state: State
+        self.rounds = Rounds()
+        for event in store.events():
+            self.rounds = apply(self.rounds, event)
+        self.run = self._begin(starting) if self.rounds.created is None else self._continue(self.rounds.created)
+        self.broadcasts = Broadcasts(config, schema, strategy, self.state)
+        self._sweep()
+
+    def check(self) -> None:
+        """Refuse to go on after a failure of the disk: memory may then be ahead of it.
+
+        Raises:
+            StoreError: What the disk said.
+        """
+        if self._broken is not None:
+            raise self._broken
+
+    def record(self, event: Event) -> None:
+        """Take an event in; it counts for nobody outside before `write`."""
+        self.rounds = apply(self.rounds, event)
+        self._unwritten.append(event)
+        _log.log(logging.WARNING if isinstance(event, ClientLost) else logging.INFO, "%s", event)
+
+    def write(self) -> None:
+        """Make what was recorded durable.
+
+        Raises:
+            StoreError: The disk refuses; `check` repeats it from now on.
+        """
+        events, self._unwritten = self._unwritten, []
+        if not events:
+            return
+        try:
+            self._store.append(*events)
+            if any(isinstance(event, AdapterCommitted) for event in events):
+                self._sweep()
+        except StoreError as error:
+            self._broken = error
+            raise
+
+    def commit(self) -> State:
+        """Fold the closed round's updates in their order; record the result and make it the state.
+
+        Raises:
+            StoreError: An update or the new state cannot be read or written, or the new state is not finite.
+        """
+        acc: Any = None
+        for client in self.rounds.folding:
+            update, order = self.rounds.updates[client], self.broadcasts.order(client)
+            payload = self._store.get_blob(update.digest)
+            delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
+            folded = Update(client, update.weight, self.broadcasts.start(order), delta)
+            acc = self._strategy.fold(self.state, acc, folded)
+        state = self._strategy.commit(self.state, acc)
+        self._schema.check(state.adapter)
+        spoilt = [name for name, tensor in state.adapter.items() if not np.isfinite(tensor).all()]
+        if spoilt or state.round != self.rounds.round + 1:
+            self._broken = StoreError(
+                f"round {self.rounds.round} would give NaN or Inf in {spoilt[:3]} (state of round {state.round}); "
+                "nothing is committed, look at the strategy's options and at who took part"
+            )
+            raise self._broken
+        digest = self._store.put_blob(state_to_bytes(state))
+        self.record(AdapterCommitted(self.rounds.round, digest))
+        self.state = state
+        self.broadcasts = Broadcasts(self._config, self._schema, self._strategy, state)
+        return state
+
+    def _begin(self, starting: Tensors) -> str:
+        self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
+        digest = self._store.put_blob(state_to_bytes(self.state))
+        created = RunCreated(uuid.uuid4().hex, _agreed(self._config), self._schema.digest, digest)
+        self.record(created)
+        self.write()
+        return created.run
+
+    def _continue(self, created: RunCreated) -> str:
+        if (created.spec, created.schema) != (_agreed(self._config), self._schema.digest):
+            raise ConfigError(
+                f"{self._store.folder} holds run {created.run[:8]} of another run file or base model; "
+                "start with the run file it was made with, or give this run another directory"
+            )
+        self.state = state_from_bytes(self._store.get_blob(self.rounds.state), self._schema)
+        _log.info("run %s goes on at round %d, epoch %d", created.run[:8], self.rounds.round, self._store.epoch)
+        return created.run
+
+    def _sweep(self) -> None:
+        """Drop the updates of committed rounds and the states before the current one."""
+        self._store.sweep({self.rounds.state, *(update.digest for update in self.rounds.updates.values())})
+
+
+def _agreed(config: RunConfig) -> str:
+    """Digest of what a run may not change on the way: all that clients were told, and the strategy."""
+    text = config.spec.model_dump_json() + config.strategy.model_dump_json()
+    return hashlib.sha256(text.encode()).hexdigest()

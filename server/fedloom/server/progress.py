@@ -1,0 +1,98 @@
+"""What the coordinator knows about its clients, and what a display may show of a run."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from fedloom.proto.run import RunConfig
+from fedloom.server.rounds import Rounds
+
+__all__ = ["Member", "Progress", "Traffic"]
+
+
+@dataclass
+class Member:
+    """One client as this process has seen it; nothing of it outlives the process."""
+
+    seen_s: float
+    """Last sign of life, on the coordinator's clock."""
+    asked: bool = False
+    """It has asked for work, and has not left since."""
+    joined: bool = False
+    """It has joined in this epoch."""
+    declared_examples: int = 0
+    served: bool = False
+    """It needs nothing more: it has fetched the final adapter, or left."""
+
+
+@dataclass
+class Traffic:
+    """Payload bytes down to and up from the clients, without framing."""
+
+    rounds: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """(down, up) by round; the final adapter counts under the number of rounds."""
+    clients: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(down, up) by client, over the life of this process."""
+
+    def down(self, round: int, client: str, size_bytes: int) -> None:
+        """Count what is sent to a client."""
+        self._add(round, client, size_bytes, 0)
+
+    def up(self, round: int, client: str, size_bytes: int) -> None:
+        """Count what came from a client."""
+        self._add(round, client, 0, size_bytes)
+
+    def _add(self, round: int, client: str, down: int, up: int) -> None:
+        before = self.rounds.get(round, (0, 0))
+        self.rounds[round] = before[0] + down, before[1] + up
+        before = self.clients.get(client, (0, 0))
+        self.clients[client] = before[0] + down, before[1] + up
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A picture of the run at one moment."""
+
+    run: str
+    round: int
+    """The round that is open or comes next, from 0; equal to `rounds` when the run is finished."""
+    rounds: int
+    """Rounds of the whole run."""
+    open: bool
+    elapsed_s: float
+    """Seconds since the round was opened; 0 while none is open."""
+    needed: int
+    """Updates a round needs."""
+    short: bool
+    """The open round cannot reach `needed` until another client asks for work."""
+    live: tuple[str, ...]
+    """Clients that ask for work and whose lease has not lapsed, sorted."""
+    cohort: tuple[str, ...]
+    submitted: tuple[str, ...]
+    lost: Mapping[str, str]
+    """Why the round no longer waits for a cohort member: left, lease or rejected."""
+    bytes_by_round: Mapping[int, tuple[int, int]]
+    bytes_by_client: Mapping[str, tuple[int, int]]
+    """(down, up) payload bytes since this process started."""
+
+    @classmethod
+    def of(
+        cls, rounds: Rounds, config: RunConfig, live: Iterable[str], traffic: Traffic, elapsed_s: float
+    ) -> "Progress":
+        """The picture of what the arguments say."""
+        is_open = rounds.phase == "open"
+        needed = config.rounds.min_clients
+        return cls(
+            run=rounds.created.run if rounds.created else "",
+            round=rounds.round,
+            rounds=config.run.rounds,
+            open=is_open,
+            elapsed_s=elapsed_s if is_open else 0.0,
+            needed=needed,
+            short=is_open and len(rounds.updates) + len(rounds.pending) < needed,
+            live=tuple(sorted(live)),
+            cohort=tuple(sorted(rounds.cohort)),
+            submitted=tuple(sorted(rounds.updates)),
+            lost=dict(rounds.lost),
+            bytes_by_round=dict(traffic.rounds),
+            bytes_by_client=dict(traffic.clients),
+        )

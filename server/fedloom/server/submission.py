@@ -1,0 +1,93 @@
+"""Whether an update may be taken: its header before a byte is read, its values before they count."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from fedloom.proto.codec import codec
+from fedloom.proto.errors import CodecError, ProtocolError, SchemaError, UpdateRejected
+from fedloom.proto.messages import UpdateHeader
+from fedloom.server.broadcast import Order
+from fedloom.server.rounds import Rounds, UpdateAccepted
+from fedloom.strategies.api import State, Strategy, Update
+
+__all__ = ["check_address", "expected_bytes", "is_repeat", "refusal"]
+
+
+def is_repeat(header: UpdateHeader, accepted: UpdateAccepted | None) -> bool:
+    """Whether exactly this update was accepted before, given what was accepted under its round and client.
+
+    Raises:
+        ProtocolError: Another update was.
+    """
+    if accepted is not None and accepted.digest != header.digest:
+        raise ProtocolError(
+            f"client {header.client!r} has already sent another update for round {header.round}; "
+            "only the very same bytes may be sent again"
+        )
+    return accepted is not None
+
+
+def check_address(header: UpdateHeader, rounds: Rounds) -> None:
+    """Refuse an update that is not for the open round, or not from one of its cohort.
+
+    Raises:
+        ProtocolError: It is late, early, or nobody asked for it.
+        UpdateRejected: This client's update was refused in this round before.
+    """
+    client, is_open = header.client, rounds.phase == "open"
+    if header.round != rounds.round or not is_open:
+        raise ProtocolError(
+            f"update of client {client!r} is for round {header.round}, but round {rounds.round} is "
+            f"{'open' if is_open else 'next and not open'}; drop it and ask for work"
+        )
+    if client not in rounds.cohort:
+        raise ProtocolError(f"client {client!r} was not asked to train in round {header.round}; ask for work")
+    if client in rounds.rejected:
+        raise UpdateRejected(f"the update of client {client!r} for round {header.round} was refused before")
+
+
+def expected_bytes(header: UpdateHeader, order: Order) -> int:
+    """The payload's exact length, from what the client was asked to do.
+
+    Raises:
+        ProtocolError: Schema, codec or announced length differ from that.
+    """
+    wanted = order.assignment.upload_codec
+    if header.schema_digest != order.upload.digest:
+        raise ProtocolError(
+            f"client {header.client!r} sends schema {header.schema_digest[:12]}, it was asked for "
+            f"{order.upload.digest[:12]}; send exactly the trained roles at the assigned rank"
+        )
+    if header.codec != wanted:
+        raise ProtocolError(f"client {header.client!r} sends codec {header.codec[:32]!r}; this run takes {wanted!r}")
+    size_bytes = codec(wanted).encoded_size(order.upload)
+    if header.payload_bytes != size_bytes:
+        raise ProtocolError(
+            f"client {header.client!r} announces {header.payload_bytes} bytes; the schema in {wanted} is {size_bytes}"
+        )
+    return size_bytes
+
+
+def refusal(strategy: Strategy, state: State, order: Order, payload: bytes, update: Update) -> UpdateRejected | None:
+    """Why well-addressed bytes must not be folded; None when they may.
+
+    Args:
+        strategy: Folds the update once for trial, so that what it would refuse is refused before it counts.
+        state: Its state at the start of the round.
+        order: What the client was asked to do.
+        payload: The encoded change, of the right length.
+        update: Client, weight and start; its `delta` is not looked at, the payload's takes its place.
+    """
+    try:
+        delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
+        for name, tensor in delta.items():
+            if not np.isfinite(tensor).all():
+                return UpdateRejected(
+                    f"update of client {update.client!r} holds NaN or Inf in {name!r}; "
+                    "the round goes on without it, lower the learning rate"
+                )
+        strategy.fold(state, None, replace(update, delta=delta))
+    except (CodecError, SchemaError, UpdateRejected) as error:
+        return UpdateRejected(str(error))
+    return None
