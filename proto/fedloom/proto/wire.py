@@ -9,7 +9,21 @@ import re
 from collections.abc import Iterable
 
 from fedloom.proto.codec import codec
-from fedloom.proto.errors import ProtocolError
+from fedloom.proto.errors import (
+    BudgetError,
+    CodecError,
+    ConfigError,
+    DataError,
+    FedloomError,
+    LedgerError,
+    ModelError,
+    PolicyError,
+    ProtocolError,
+    SchemaError,
+    StoreError,
+    Unavailable,
+    UpdateRejected,
+)
 from fedloom.proto.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, Wait
 from fedloom.proto.run import Spec
@@ -18,6 +32,7 @@ from fedloom.proto.v1 import federation_pb2 as pb
 
 __all__ = [
     "LOCAL_NAMES",
+    "STATUS",
     "answer_from_wire",
     "answer_to_wire",
     "header_from_wire",
@@ -28,6 +43,25 @@ __all__ = [
 
 LOCAL_NAMES = frozenset({"learning_rate", "momentum", "proximal_mu"})
 """Local hyper-parameters an assignment may change. Nothing that the privacy account depends on is here."""
+
+STATUS: dict[type[FedloomError], str] = {
+    FedloomError: "INTERNAL",
+    ConfigError: "INVALID_ARGUMENT",
+    DataError: "INVALID_ARGUMENT",
+    ModelError: "INVALID_ARGUMENT",
+    SchemaError: "INVALID_ARGUMENT",
+    CodecError: "INVALID_ARGUMENT",
+    UpdateRejected: "OUT_OF_RANGE",
+    PolicyError: "PERMISSION_DENIED",
+    BudgetError: "PERMISSION_DENIED",
+    LedgerError: "DATA_LOSS",
+    ProtocolError: "FAILED_PRECONDITION",
+    Unavailable: "UNAVAILABLE",
+    StoreError: "INTERNAL",
+}
+"""Name of the gRPC status that carries each error. A client may read FAILED_PRECONDITION as ProtocolError (join
+again), OUT_OF_RANGE as UpdateRejected (do not send these bytes again) and INVALID_ARGUMENT as ConfigError; it
+retries UNAVAILABLE only."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _MAX_RETRY_S = 3600.0

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fedloom.proto.errors import ProtocolError
+from fedloom.proto.errors import ProtocolError, UpdateRejected
 from fedloom.proto.messages import Answer, Finished, Joined, UpdateHeader, Wait
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
@@ -29,7 +29,7 @@ from fedloom.server.rounds import (
     decision,
 )
 from fedloom.server.store import Store
-from fedloom.server.submission import check_address, expected_bytes, is_repeat, refusal
+from fedloom.server.submission import check_address, decoded, expected_bytes, is_repeat
 from fedloom.strategies.api import State, Strategy, Update
 
 __all__ = ["Coordinator"]
@@ -213,9 +213,12 @@ class Coordinator:
         with self._lock:
             order, state = self._broadcasts.order(client), self.state
             update = Update(client, self._weight(client), self._broadcasts.start(order), {})
-        rejection = refusal(self._strategy, state, order, payload, update)
-        if rejection is None:
+        rejection: UpdateRejected | None = None
+        try:
+            update = decoded(self._strategy, state, order, payload, update)
             self._store.put_blob(payload, header.digest)
+        except UpdateRejected as error:
+            rejection = error
         with self._changing():
             self._admit(client, run, epoch)
             if self._expected(header) is None:
@@ -223,6 +226,7 @@ class Coordinator:
             self._traffic.up(header.round, client, len(payload))
             if rejection is None:
                 self._history.record(UpdateAccepted(header.round, client, header.digest, update.weight))
+                self._history.keep(update)
             else:
                 self._lose(client, "rejected")
             self._advance()

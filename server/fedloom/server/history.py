@@ -22,6 +22,9 @@ from fedloom.strategies.state import state_from_bytes, state_to_bytes
 
 __all__ = ["History"]
 
+_FRESH_BYTES = 256 << 20
+"""Decoded updates kept in memory between their arrival and the fold, which spares reading and hashing them again."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -50,6 +53,7 @@ class History:
     ) -> None:
         self._config, self._schema, self._strategy, self._store = config, schema, strategy, store
         self._unwritten: list[Event] = []
+        self._fresh: dict[str, Update] = {}
         self._broken: StoreError | None = None
         self.state: State
         self.rounds = Rounds()
@@ -73,6 +77,12 @@ class History:
         self.rounds = apply(self.rounds, event)
         self._unwritten.append(event)
         _log.log(logging.WARNING if isinstance(event, ClientLost) else logging.INFO, "%s", event)
+
+    def keep(self, update: Update) -> None:
+        """Remember an accepted update's values until the round is folded, if there is room; the disk has them too."""
+        room = _FRESH_BYTES // (4 * self._schema.size)
+        if len(self._fresh) < room:
+            self._fresh[update.client] = update
 
     def write(self) -> None:
         """Make what was recorded durable.
@@ -99,11 +109,9 @@ class History:
         """
         acc: Any = None
         for client in self.rounds.folding:
-            update, order = self.rounds.updates[client], self.broadcasts.order(client)
-            payload = self._store.get_blob(update.digest)
-            delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
-            folded = Update(client, update.weight, self.broadcasts.start(order), delta)
-            acc = self._strategy.fold(self.state, acc, folded)
+            update = self._fresh[client] if client in self._fresh else self._reread(client)
+            acc = self._strategy.fold(self.state, acc, update)
+        self._fresh.clear()
         state = self._strategy.commit(self.state, acc)
         self._schema.check(state.adapter)
         spoilt = [name for name, tensor in state.adapter.items() if not np.isfinite(tensor).all()]
@@ -118,6 +126,13 @@ class History:
         self.state = state
         self.broadcasts = Broadcasts(self._config, self._schema, self._strategy, state)
         return state
+
+    def _reread(self, client: str) -> Update:
+        """An accepted update, from its blob."""
+        accepted, order = self.rounds.updates[client], self.broadcasts.order(client)
+        payload = self._store.get_blob(accepted.digest)
+        delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
+        return Update(client, accepted.weight, self.broadcasts.start(order), delta)
 
     def _begin(self, starting: Tensors) -> str:
         self.state = self._strategy.init(self._schema, starting, self._config.run.seed)

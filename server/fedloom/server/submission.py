@@ -11,7 +11,7 @@ from fedloom.server.broadcast import Order
 from fedloom.server.rounds import Rounds, UpdateAccepted
 from fedloom.strategies.api import State, Strategy, Update
 
-__all__ = ["check_address", "expected_bytes", "is_repeat", "refusal"]
+__all__ = ["check_address", "decoded", "expected_bytes", "is_repeat"]
 
 
 def is_repeat(header: UpdateHeader, accepted: UpdateAccepted | None) -> bool:
@@ -69,25 +69,29 @@ def expected_bytes(header: UpdateHeader, order: Order) -> int:
     return size_bytes
 
 
-def refusal(strategy: Strategy, state: State, order: Order, payload: bytes, update: Update) -> UpdateRejected | None:
-    """Why well-addressed bytes must not be folded; None when they may.
+def decoded(strategy: Strategy, state: State, order: Order, payload: bytes, update: Update) -> Update:
+    """The update with the payload's values, once it is sure that they may be folded.
 
     Args:
         strategy: Folds the update once for trial, so that what it would refuse is refused before it counts.
         state: Its state at the start of the round.
         order: What the client was asked to do.
         payload: The encoded change, of the right length.
-        update: Client, weight and start; its `delta` is not looked at, the payload's takes its place.
+        update: Client, weight and start; the payload's values take the place of its `delta`.
+
+    Raises:
+        UpdateRejected: The values are not finite, do not decode, or the strategy refuses them.
     """
     try:
         delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
         for name, tensor in delta.items():
             if not np.isfinite(tensor).all():
-                return UpdateRejected(
+                raise UpdateRejected(
                     f"update of client {update.client!r} holds NaN or Inf in {name!r}; "
                     "the round goes on without it, lower the learning rate"
                 )
-        strategy.fold(state, None, replace(update, delta=delta))
-    except (CodecError, SchemaError, UpdateRejected) as error:
-        return UpdateRejected(str(error))
-    return None
+        update = replace(update, delta=delta)
+        strategy.fold(state, None, update)
+    except (CodecError, SchemaError) as error:
+        raise UpdateRejected(str(error)) from error
+    return update
