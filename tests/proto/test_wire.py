@@ -1,0 +1,165 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from fedloom.proto import errors
+from fedloom.proto.errors import CodecError, FedloomError, ProtocolError, SchemaError
+from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, Wait
+from fedloom.proto.run import Spec
+from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.proto.v1 import federation_pb2 as pb
+from fedloom.proto.wire import (
+    STATUS,
+    answer_from_wire,
+    answer_to_wire,
+    header_from_wire,
+    header_to_wire,
+    joined_from_wire,
+    joined_to_wire,
+)
+
+DIGEST = "ab" * 32
+SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (2, 3)), TensorSpec("m.B", "m", Role.LORA_B, (4, 2))), 2.0)
+SPEC = Spec.model_validate(
+    {
+        "run": {"name": "trial", "rounds": 3},
+        "model": {"base": "tiny", "labels": ["no", "yes"]},
+        "train": {"steps": 5, "sampling_rate": 0.1, "learning_rate": 0.5},
+    }
+)
+ASSIGNMENT = Assignment(
+    round=7,
+    train=frozenset({Role.LORA_B, Role.HEAD}),
+    broadcast_roles=frozenset({Role.LORA_A, Role.LORA_B, Role.BASE_A, Role.BASE_B}),
+    broadcast_digest=DIGEST,
+    broadcast_bytes=1234,
+    broadcast_codec="fp16",
+    upload_codec="fp32",
+    personal=frozenset({Role.HEAD}),
+    rank=2,
+    base_rank=16,
+    local={"learning_rate": 0.25},
+)
+HEADER = UpdateHeader("ward-3", 7, DIGEST, "fp16", 24, "cd" * 32)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [ASSIGNMENT, replace(ASSIGNMENT, rank=None, local={}), Wait(1.5), Finished(9, "fp32", DIGEST, 56)],
+)
+def test_an_answer_survives_the_wire(answer: Answer) -> None:
+    sent = answer_to_wire(answer).SerializeToString()
+
+    assert answer_from_wire(pb.WorkReply.FromString(sent)) == answer
+
+
+def test_a_join_reply_survives_the_wire() -> None:
+    joined = Joined(run="4f", epoch=3, spec=SPEC, schema=SCHEMA)
+
+    sent = joined_to_wire(joined).SerializeToString()
+
+    assert joined_from_wire(pb.JoinReply.FromString(sent)) == joined
+
+
+def test_a_header_survives_the_wire() -> None:
+    sent = header_to_wire(HEADER, "4f", 3).SerializeToString()
+
+    assert header_from_wire(pb.UpdateHeader.FromString(sent)) == (HEADER, "4f", 3)
+
+
+def spoilt_assignment(**changes: object) -> pb.WorkReply:
+    message = answer_to_wire(ASSIGNMENT)
+    for name, value in changes.items():
+        if isinstance(value, list):
+            del getattr(message.assignment, name)[:]
+            getattr(message.assignment, name).extend(value)
+        else:
+            setattr(message.assignment, name, value)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "text"),
+    [
+        (spoilt_assignment(train=["everything"]), ProtocolError, "unknown role"),
+        (spoilt_assignment(train=[]), ProtocolError, "must train something"),
+        (spoilt_assignment(train=["lora_B"], personal=["head"]), ProtocolError, "only what it trains"),
+        (spoilt_assignment(broadcast_roles=["os.system"]), ProtocolError, "unknown role"),
+        (spoilt_assignment(broadcast_digest="../../etc/passwd"), ProtocolError, "64 lower-case"),
+        (spoilt_assignment(broadcast_digest=DIGEST + "\n"), ProtocolError, "64 lower-case"),
+        (spoilt_assignment(broadcast_bytes=1 << 40), ProtocolError, "at most"),
+        (spoilt_assignment(broadcast_codec="pickle"), CodecError, "unknown codec"),
+        (spoilt_assignment(upload_codec="pickle"), CodecError, "unknown codec"),
+        (pb.WorkReply(), ProtocolError, "no answer"),
+        (pb.WorkReply(wait=pb.Wait(retry_after_s=float("nan"))), ProtocolError, "wait of nan"),
+        (pb.WorkReply(wait=pb.Wait(retry_after_s=-1)), ProtocolError, "wait of -1"),
+        (pb.WorkReply(wait=pb.Wait(retry_after_s=1e9)), ProtocolError, "wait of 1000000000"),
+        (pb.WorkReply(finished=pb.Finished(rounds=1, codec="fp32", digest="")), ProtocolError, "64 lower-case"),
+    ],
+)
+def test_an_answer_no_honest_coordinator_sends_is_refused(
+    message: pb.WorkReply, error: type[FedloomError], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        answer_from_wire(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("noise_multiplier", 0.0), ("clip_norm", 9.0), ("learning_rate", float("inf")), ("learning_rate", -1.0)],
+)
+def test_an_assignment_cannot_change_anything_private(name: str, value: float) -> None:
+    message = answer_to_wire(ASSIGNMENT)
+    message.assignment.local[name] = value
+
+    with pytest.raises(ProtocolError, match=name):
+        answer_from_wire(message)
+
+
+def test_a_schema_with_another_digest_is_refused() -> None:
+    reply = joined_to_wire(Joined(run="4f", epoch=3, spec=SPEC, schema=SCHEMA))
+    reply.schema_digest = DIGEST
+
+    with pytest.raises(ProtocolError, match="digest"):
+        joined_from_wire(reply)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (lambda reply: reply.ClearField("run"), ProtocolError),
+        (lambda reply: reply.ClearField("epoch"), ProtocolError),
+        (lambda reply: reply.ClearField("spec"), errors.ConfigError),
+        (lambda reply: reply.ClearField("schema"), SchemaError),
+    ],
+)
+def test_an_incomplete_join_reply_is_refused(spoil: Callable[[pb.JoinReply], None], error: type[FedloomError]) -> None:
+    reply = joined_to_wire(Joined(run="4f", epoch=3, spec=SPEC, schema=SCHEMA))
+    spoil(reply)
+
+    with pytest.raises(error):
+        joined_from_wire(reply)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("digest", "CD" * 32, ProtocolError),
+        ("schema_digest", "", ProtocolError),
+        ("payload_bytes", (4 << 30) + 1, ProtocolError),
+        ("codec", "zip" * 1000, CodecError),
+    ],
+)
+def test_a_header_no_honest_client_sends_is_refused(field: str, value: object, error: type[FedloomError]) -> None:
+    message = header_to_wire(HEADER, "4f", 3)
+    setattr(message, field, value)
+
+    with pytest.raises(error):
+        header_from_wire(message)
+
+
+def test_every_error_has_a_status() -> None:
+    kinds = {getattr(errors, name) for name in errors.__all__}
+
+    assert kinds == STATUS.keys()
