@@ -183,14 +183,14 @@ class Schema:
     def to_json(self) -> str:
         """The canonical JSON form: the digest is over exactly these characters."""
         rows = [[s.name, s.module, s.role.value, list(s.shape)] for s in self.tensors]
-        return json.dumps({"version": 1, "scale": self.scale, "tensors": rows}, separators=(",", ":"))
+        return json.dumps({"version": 1, "scale": float(self.scale), "tensors": rows}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Schema":
         """Read what `to_json` wrote.
 
         Raises:
-            SchemaError: The document is too large, not JSON, or not a schema.
+            SchemaError: The document is too large, not JSON, not a schema, or not exactly as `to_json` writes it.
         """
         if len(text) > MAX_SCHEMA_BYTES:
             raise SchemaError(f"schema of {len(text)} characters; at most {MAX_SCHEMA_BYTES} are allowed")
@@ -202,6 +202,10 @@ class Schema:
                 TensorSpec(str(name), str(module), Role(role), tuple(int(n) for n in shape))
                 for name, module, role, shape in document["tensors"]
             )
-            return cls(specs, float(document["scale"]))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            schema = cls(specs, float(document["scale"]))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise SchemaError(f"not a schema document: {error}") from error
+        # The conversions above are lenient; one schema must have one spelling, or equal digests mean nothing.
+        if schema.to_json() != text:
+            raise SchemaError("schema document is not in canonical form; send what to_json writes")
+        return schema
