@@ -15,7 +15,7 @@ from fedloom.proto.errors import ProtocolError, UpdateRejected
 from fedloom.proto.messages import Answer, Finished, Joined, UpdateHeader, Wait
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
-from fedloom.server.admission import MAX_CLIENTS, check_config, check_join
+from fedloom.server.admission import MAX_CLIENTS, check_config, check_join, check_work
 from fedloom.server.broadcast import Broadcasts, final
 from fedloom.server.history import History
 from fedloom.server.progress import Member, Progress, Traffic
@@ -23,7 +23,6 @@ from fedloom.server.rounds import (
     ClientLost,
     LostReason,
     RoundClosed,
-    RoundOpened,
     Rounds,
     UpdateAccepted,
     decision,
@@ -111,8 +110,8 @@ class Coordinator:
     def progress(self) -> Progress:
         """What a display may show."""
         with self._lock:
-            live, now = self._live(), self._clock()
-            return Progress.of(self._rounds, self.config, live, self._traffic, now - self._opened_s)
+            elapsed_s = self._clock() - self._opened_s
+            return Progress.of(self._rounds, self.config, self._live(), self._traffic, elapsed_s)
 
     @property
     def over(self) -> bool:
@@ -128,7 +127,7 @@ class Coordinator:
             ProtocolError: The name is not one, another protocol version is spoken, or the run is full.
             ConfigError: The run weighs clients by examples and this one declares none, or too many.
         """
-        check_join(self.config, client, protocol, declared_examples)
+        check_join(client, protocol, declared_examples)
         with self._lock:
             self._history.check()
             if client not in self._members and len(self._members) >= MAX_CLIENTS:
@@ -146,6 +145,7 @@ class Coordinator:
         """
         with self._changing():
             member = self._admit(client, run, epoch)
+            check_work(self.config, client, member.declared_examples)
             member.asked, member.served = True, member.served and self.finished
             self._advance()
             if self.finished:
@@ -252,6 +252,7 @@ class Coordinator:
         """
         with self._changing():
             member = self._admit(client, run, epoch)
+            check_work(self.config, client, member.declared_examples)
             member.asked, member.served = False, True
             _log.info("client %r leaves: %.200r", client, reason)
             if self._rounds.phase == "open" and client in self._rounds.pending:
@@ -289,7 +290,7 @@ class Coordinator:
             for client in sorted(self._rounds.pending):
                 if now_s - self._members[client].seen_s > self.config.rounds.lease_s:
                     self._lose(client, "lease")
-        while event := self._due(now_s):
+        while event := decision(self._rounds, self._live(), self.config, now_s - self._opened_s, self._expect):
             self._history.record(event)
             if isinstance(event, RoundClosed):
                 self._history.write()  # on disk before it is acted on
@@ -297,9 +298,6 @@ class Coordinator:
             else:
                 self._opened_s = now_s
                 self._stirred = True
-
-    def _due(self, now_s: float) -> RoundClosed | RoundOpened | None:
-        return decision(self._rounds, self._live(), self.config, now_s - self._opened_s, self._expect)
 
     def _commit(self) -> None:
         number = self._rounds.round

@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Self
 
 from fedloom.proto.errors import StoreError
 from fedloom.server.rounds import Event, UpdateAccepted, event_from_json, event_to_json
@@ -75,7 +75,7 @@ class Store:
             self._lock.close()
             raise
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> Self:
         """The store itself; leaving the block closes it."""
         return self
 
