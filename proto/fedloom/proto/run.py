@@ -1,6 +1,7 @@
 """The run file: one TOML that simulate, server and every engine read; its `spec` part is what clients see."""
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "load_run",
     "parse",
+    "read_json",
     "read_toml",
 ]
 
@@ -35,9 +37,9 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Section(BaseModel):
-    """One table of the run file: frozen, and strangers are refused."""
+    """One table of the run file: frozen, numbers are finite, and strangers are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RunSection(Section):
@@ -241,6 +243,21 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist; give the path of a TOML file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: The file is missing or is not a JSON object.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} holds a JSON {type(document).__name__}; an object is needed")
+    return document
 
 
 def load_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:

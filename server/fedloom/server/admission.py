@@ -6,7 +6,7 @@ from fedloom.proto.limits import MAX_NAME_LENGTH
 from fedloom.proto.messages import PROTOCOL_VERSION
 from fedloom.proto.run import RunConfig
 
-__all__ = ["MAX_CLIENTS", "MAX_EXAMPLES", "check_config", "check_join"]
+__all__ = ["MAX_CLIENTS", "MAX_EXAMPLES", "check_config", "check_join", "check_work"]
 
 MAX_CLIENTS = 10_000
 """Most client names one run admits, the upper end of [data] clients."""
@@ -32,12 +32,12 @@ def check_config(config: RunConfig) -> None:
         )
 
 
-def check_join(config: RunConfig, client: str, protocol: int, declared_examples: int) -> None:
+def check_join(client: str, protocol: int, declared_examples: int) -> None:
     """Refuse a client that cannot take part in this run.
 
     Raises:
         ProtocolError: The name is not one, or another protocol version is spoken.
-        ConfigError: The run weighs clients by examples and this one declares none, or too many.
+        ConfigError: The client declares more examples than any has.
     """
     if not 0 < len(client) <= MAX_NAME_LENGTH or not client.isprintable() or " " in client:
         raise ProtocolError(
@@ -48,8 +48,20 @@ def check_join(config: RunConfig, client: str, protocol: int, declared_examples:
             f"client {client!r} speaks protocol {protocol}, this coordinator {PROTOCOL_VERSION}; "
             "install the same version of fedloom on both sides"
         )
-    if config.strategy.weighting == "examples" and not 0 < declared_examples <= MAX_EXAMPLES:
+    if declared_examples > MAX_EXAMPLES:
         raise ConfigError(
-            f"client {client!r} declares {declared_examples} examples, but this run weighs clients by examples; "
-            f"declare 1 to {MAX_EXAMPLES} in the client's policy"
+            f"client {client!r} declares {declared_examples} examples; at most {MAX_EXAMPLES} are allowed"
+        )
+
+
+def check_work(config: RunConfig, client: str, declared_examples: int) -> None:
+    """Refuse work to a client whose update could not be weighed. Joining to look at the run needs no declaration.
+
+    Raises:
+        ConfigError: The run weighs clients by examples and this one has declared none.
+    """
+    if config.strategy.weighting == "examples" and declared_examples < 1:
+        raise ConfigError(
+            f"client {client!r} declares no examples, but this run weighs clients by examples; "
+            f"set data.declared_examples to 1 to {MAX_EXAMPLES} in the client's policy"
         )
