@@ -1,5 +1,6 @@
 """The client's own policy file: what this site allows, whatever a coordinator asks."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -130,10 +131,10 @@ def _privacy_problems(policy: Policy, spec: Spec) -> list[str]:
 
 
 def check_local(asked: dict[str, float]) -> None:
-    """Refuse per-round overrides beyond the harmless ones.
+    """Refuse per-round overrides beyond the harmless ones, and values [train] would refuse.
 
     Raises:
-        PolicyError: An override is not among `LOCAL_OVERRIDES`.
+        PolicyError: An override is not among `LOCAL_OVERRIDES`, or its value is out of range.
     """
     extra = sorted(asked.keys() - LOCAL_OVERRIDES)
     if extra:
@@ -141,3 +142,7 @@ def check_local(asked: dict[str, float]) -> None:
             f"the coordinator tries to set {', '.join(extra)} for one round; only "
             f"{', '.join(sorted(LOCAL_OVERRIDES))} may vary"
         )
+    for name, value in asked.items():
+        if not 0 <= value < (1 if name == "momentum" else math.inf):
+            allowed = "0 to below 1" if name == "momentum" else "finite values from 0"
+            raise PolicyError(f"the coordinator sets {name} to {value!r} for one round; {allowed} allowed")

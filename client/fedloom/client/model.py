@@ -19,7 +19,7 @@ from fedloom.proto.errors import ModelError
 from fedloom.proto.run import AdapterSection, ModelSection
 from fedloom.proto.schema import Array, Role, Schema, Tensors
 
-__all__ = ["AdapterModel", "base_digest", "load_model", "resolve_base"]
+__all__ = ["AdapterModel", "base_digest", "load_model", "quiet", "resolve_base"]
 
 _DIGESTED = ("*.json", "*.safetensors", "*.txt", "*.model")
 
@@ -95,6 +95,11 @@ class AdapterModel:
         left, right = (torch.from_numpy(np.array(tensors[f"{module}.base_{side}"])) for side in "BA")
         correction = self.schema.scale * (left.to(weight) @ right.to(weight))
         weight.copy_(pretrained + correction)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether frozen weights carry a correction."""
+        return bool(self._base_weights)
 
     def read(self, schema: Schema) -> dict[str, Array]:
         """The current values of the tensors of `schema`, at its shapes, float32."""

@@ -6,12 +6,12 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.connection import Connection
-from fedloom.client.trainer import Trainer
+from fedloom.client.training import Training
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import FedloomError, PolicyError, ProtocolError, SchemaError, Unavailable
 from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, Wait, broadcast_schema, upload_schema
@@ -41,11 +41,11 @@ class Participant:
         prepare: Makes the trainer once the run is known and allowed; the base model is loaded here, once.
     """
 
-    def __init__(self, connection: Connection, policy: Policy, prepare: Callable[[Joined], Trainer]) -> None:
+    def __init__(self, connection: Connection, policy: Policy, prepare: Callable[[Joined], Training]) -> None:
         self.connection, self.policy = connection, policy
         self.rounds_trained = 0
         self._prepare = prepare
-        self._trainer: Trainer | None = None
+        self._trainer: Training | None = None
         self._joined: Joined | None = None
         self._pending: _Pending | None = None
 
@@ -61,19 +61,17 @@ class Participant:
             PolicyError: The policy refuses the run; the coordinator is told that this client leaves.
             SchemaError: The run's schema is not the one the base model gives here.
         """
-        joined = self.connection.join(self.name, self._trainer.declared_examples if self._trainer else 0)
-        try:
-            check_spec(self.policy, joined.spec)
-            if self._trainer is None:
-                self._trainer = self._prepare(joined)
-                _check_schema(self._trainer, joined)
-                joined = self.connection.join(self.name, self._trainer.declared_examples)
-            elif self._joined is not None and joined.spec != self._joined.spec:
-                raise ProtocolError("the coordinator changed the run while this client was away; start the client anew")
-        except FedloomError as error:
-            # The peer learns the kind of refusal, not its text: that may name files of this site.
-            self.connection.leave(f"refused: {type(error).__name__}")
-            raise
+        if self._trainer is None:
+            first = self.connection.join(self.name, 0)
+            with self._leaving_on(FedloomError):
+                check_spec(self.policy, first.spec)
+                trainer = self._prepare(first)
+                _check_schema(trainer, first)
+            self._trainer, self._joined = trainer, first
+        # Joining again tells the declared size, which is known once the data set is read.
+        joined = self.connection.join(self.name, self._trainer.declared_examples)
+        with self._leaving_on(FedloomError):
+            _check_same_run(self._joined, joined)
         self._joined = joined
         return joined
 
@@ -92,11 +90,8 @@ class Participant:
         if isinstance(answer, Wait):
             time.sleep(answer.retry_after_s)
             return None
-        try:
+        with self._leaving_on(PolicyError):
             self._pending = self._train(answer)
-        except PolicyError as error:
-            self.connection.leave(f"refused: {type(error).__name__}")
-            raise
         self._deliver()
         return None
 
@@ -132,7 +127,7 @@ class Participant:
         trainer, joined = self._trainer, self._joined
         assert trainer is not None  # step is only called after join
         assert joined is not None
-        incoming = codec(assignment.broadcast_codec)
+        incoming, outgoing = codec(assignment.broadcast_codec), codec(assignment.upload_codec)
         schema = broadcast_schema(joined.schema, assignment)
         if incoming.encoded_size(schema) != assignment.broadcast_bytes:
             raise ProtocolError(
@@ -143,7 +138,7 @@ class Participant:
             payload = self.connection.fetch(assignment.broadcast_digest, assignment.broadcast_bytes)
             trained = trainer.train(joined.run, assignment, incoming.decode(schema, payload))
             upload = upload_schema(joined.schema, assignment)
-            body = codec(assignment.upload_codec).encode(upload, trained.delta)
+            body = outgoing.encode(upload, trained.delta)
             digest = hashlib.sha256(body).hexdigest()
             trainer.release(trained, digest)
         header = UpdateHeader(self.name, assignment.round, upload.digest, assignment.upload_codec, len(body), digest)
@@ -158,6 +153,20 @@ class Participant:
         except ProtocolError as error:
             log.warning("round %d: update not taken: %s", self._pending.header.round + 1, error)
         self._pending = None
+
+    @contextmanager
+    def _leaving_on(self, kind: type[FedloomError]) -> Iterator[None]:
+        """On an error of `kind`, tell the coordinator not to wait; the error goes on.
+
+        The peer learns the kind of refusal, not its text: that may name files of this site.
+        """
+        try:
+            yield
+        except kind as error:
+            # A line that fails now must not hide why the client leaves; the lease runs out on its own.
+            with suppress(Unavailable, ProtocolError):
+                self.connection.leave(f"refused: {type(error).__name__}")
+            raise
 
     @contextmanager
     def _heartbeats(self) -> Iterator[None]:
@@ -180,11 +189,17 @@ class Participant:
             thread.join()
 
 
-def _check_schema(trainer: Trainer, joined: Joined) -> None:
+def _check_same_run(known: Joined | None, joined: Joined) -> None:
+    """Refuse a coordinator that comes back with another run than the one this client checked and prepared for."""
+    if known is None or (joined.spec, joined.schema) != (known.spec, known.schema):
+        raise ProtocolError("the coordinator changed the run while this client was away; start the client anew")
+
+
+def _check_schema(trainer: Training, joined: Joined) -> None:
     """Refuse to train when the base model here does not give the run's schema."""
-    if trainer.model.schema.digest != joined.schema.digest:
+    if trainer.schema.digest != joined.schema.digest:
         raise SchemaError(
             f"the run's adapter has {len(joined.schema.tensors)} tensors (schema {joined.schema.digest[:12]}), this "
-            f"base model gives {len(trainer.model.schema.tensors)} (schema {trainer.model.schema.digest[:12]}); use "
+            f"base model gives {len(trainer.schema.tensors)} (schema {trainer.schema.digest[:12]}); use "
             "the base model and adapter section that the run names"
         )

@@ -1,5 +1,7 @@
 """From a joined run and a policy to a trainer: data, base model, adapter and ledger of this site."""
 
+from contextlib import ExitStack
+
 from fedloom.client.config import Policy
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.rows import digest
@@ -29,6 +31,11 @@ def prepare(policy: Policy, spec: Spec) -> Trainer:
             f"base model {base!r} has digest {found}; this site allows {', '.join(policy.model.digests)} "
             "(model.digests in the policy)"
         )
-    ledger = Ledger(policy.client.state / "ledger", digest(rows)) if spec.privacy.enabled else None
-    model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.client.device)
-    return Trainer(model, rows, spec, policy, ledger)
+    with ExitStack() as on_failure:
+        ledger = None
+        if spec.privacy.enabled:
+            ledger = on_failure.enter_context(Ledger(policy.client.state / "ledger", digest(rows)))
+        model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.client.device)
+        trainer = Trainer(model, rows, spec, policy, ledger)
+        on_failure.pop_all()  # the ledger stays open with the trainer
+    return trainer

@@ -17,26 +17,17 @@ from fedloom.client.privacy.entropy import Entropy, Seeded, System
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import Tape, recording
+from fedloom.client.training import Trained
 from fedloom.proto.accounting import Spend
 from fedloom.proto.errors import DataError, PolicyError
 from fedloom.proto.messages import Assignment, upload_schema
 from fedloom.proto.run import Spec
-from fedloom.proto.schema import Array, Tensors
+from fedloom.proto.schema import Array, Schema, Tensors
 
-__all__ = ["Score", "Trained", "Trainer", "evaluate"]
+__all__ = ["EntropyFor", "Score", "Trainer", "evaluate"]
 
 EntropyFor = Callable[[int], Entropy]
 """Gives the randomness of one round (counted from 0)."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a round's training leaves."""
-
-    delta: dict[str, Array]
-    """Trained value minus broadcast value, float32, under the upload schema."""
-    charge: int | None
-    """Number of the ledger's charge; None without privacy."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +75,11 @@ class Trainer:
         self.encoded: Encoded = encode(rows, model.tokenizer, spec.model.max_length)
         self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
         self._personal: dict[str, Array] = {}
+
+    @property
+    def schema(self) -> Schema:
+        """The adapter's schema as the base model here gives it."""
+        return self.model.schema
 
     @property
     def declared_examples(self) -> int:

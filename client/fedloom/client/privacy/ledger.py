@@ -14,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 
 from fedloom.proto.accounting import Spend, epsilon
-from fedloom.proto.errors import BudgetError, LedgerError
+from fedloom.proto.errors import BudgetError, ConfigError, LedgerError
 
-__all__ = ["Charge", "Ledger"]
+__all__ = ["Charge", "Ledger", "stored_accounts"]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS dataset (digest TEXT PRIMARY KEY, created REAL NOT NULL) STRICT;
@@ -67,6 +67,7 @@ class Ledger:
             raise LedgerError(f"{self.path} is in use by another client; only one may train on a data set") from None
         try:
             self._db = self._open(dataset)
+            self.charges()
         except sqlite3.Error as error:
             os.close(self._lock)
             raise LedgerError(
@@ -87,6 +88,9 @@ class Ledger:
         if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
             raise LedgerError(f"{self.path} is damaged; restore it from a backup that is not older than its last run")
         rows = db.execute("SELECT digest FROM dataset").fetchall()
+        (charges,) = db.execute("SELECT count(*) FROM charge").fetchone()
+        if not rows and charges:
+            raise LedgerError(f"{self.path} has charges but names no data set; restore it from a backup")
         if not rows:
             db.execute("INSERT INTO dataset VALUES (?, ?)", (dataset, time.time()))
             _sync_folder(self.path.parent)
@@ -95,11 +99,20 @@ class Ledger:
         return db
 
     def charges(self) -> list[Charge]:
-        """Every charge, oldest first."""
+        """Every charge, oldest first.
+
+        Raises:
+            LedgerError: An entry is none that a client writes.
+        """
         rows = self._db.execute(
             "SELECT number, run, round, sampling_rate, noise_multiplier, steps, digest FROM charge ORDER BY number"
         )
-        return [Charge(n, run, rnd, Spend(q, sigma, steps), digest) for n, run, rnd, q, sigma, steps, digest in rows]
+        try:
+            return [Charge(n, run, rnd, Spend(q, sigma, steps), sent) for n, run, rnd, q, sigma, steps, sent in rows]
+        except ConfigError as error:
+            raise LedgerError(
+                f"{self.path} holds an entry no client writes: {error}; restore it from a backup"
+            ) from error
 
     def epsilon(self, delta: float) -> float:
         """Epsilon spent over the whole life of the data set: everything reserved, released or not."""
@@ -156,6 +169,25 @@ class Ledger:
     ) -> None:
         """Close it."""
         self.close()
+
+
+def stored_accounts(folder: Path) -> list[str]:
+    """Digests of the data sets that have an account in `folder`.
+
+    Raises:
+        LedgerError: A file there cannot be read as a ledger.
+    """
+    digests: list[str] = []
+    for path in sorted(folder.glob("*.ledger")):
+        try:
+            db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+            try:
+                digests += [digest for (digest,) in db.execute("SELECT digest FROM dataset")]
+            finally:
+                db.close()
+        except sqlite3.Error as error:
+            raise LedgerError(f"{path} cannot be read as a ledger: {error}") from error
+    return digests
 
 
 def _sync_folder(folder: Path) -> None:

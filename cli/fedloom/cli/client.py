@@ -1,0 +1,43 @@
+"""`fedloom client`: one data owner's side of a run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.cli.console import out
+
+__all__ = ["client"]
+
+
+def client(
+    server: Annotated[str, typer.Option(help="Address of the coordinator, HOST:PORT.")],
+    policy: Annotated[Path, typer.Option(help="This site's policy file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a policy key, such as client.device=cuda.")
+    ] = None,
+) -> None:
+    """Train on this site's data, within this site's policy, until the run is over.
+
+    The base model is loaded once and stays; the data and the ledger never leave this machine.
+
+    Example: fedloom client --server coordinator.example:8470 --policy client.toml
+    """
+    import torch
+
+    from fedloom.client.config import load_policy
+    from fedloom.client.connection import GrpcConnection
+    from fedloom.client.participant import Participant
+    from fedloom.client.prepare import prepare
+
+    site = load_policy(policy, tuple(overrides or ()))
+    if site.client.threads:
+        torch.set_num_threads(site.client.threads)
+    connection = GrpcConnection(server)
+    participant = Participant(connection, site, lambda joined: prepare(site, joined.spec))
+    out.print(f"{participant.name}: joining {server}", markup=False)
+    try:
+        finished = participant.run()
+    finally:
+        connection.close()
+    out.print(f"{participant.name}: run over after {finished.rounds} rounds; trained {participant.rounds_trained}")

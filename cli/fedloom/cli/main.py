@@ -1,0 +1,59 @@
+"""The one console command and its subcommands."""
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from fedloom.cli import assets, bench, client, ledger, server, simulate, strategies
+from fedloom.cli.console import failed, version
+from fedloom.proto.errors import FedloomError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fedloom",
+    help="Fine-tune one model on data that never leaves its owners.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, with times, to stderr.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=version)
+    ] = False,
+) -> None:
+    """Options that come before the command's name."""
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+app.command("simulate")(simulate.simulate)
+app.command("server")(server.server)
+app.command("prepare")(server.prepare)
+app.command("client")(client.client)
+app.command("assets")(assets.assets)
+app.add_typer(strategies.app, name="strategies")
+app.add_typer(ledger.app, name="ledger")
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line and exit status 2, never a traceback."""
+    try:
+        app()
+    except FedloomError as error:
+        failed(error)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        failed(f"this command needs {error.name!r}, which is not installed; install fedloom[client] or fedloom[server]")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

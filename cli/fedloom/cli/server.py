@@ -1,0 +1,99 @@
+"""`fedloom server` and `fedloom prepare`: the coordinator's side of a run."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedloom.cli.console import out
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.run import RunConfig, load_run, read_json
+from fedloom.proto.schema import Schema
+
+__all__ = ["prepare", "server"]
+
+RunFile = Annotated[Path, typer.Argument(help="The run file.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as run.rounds=5.")]
+
+
+def prepare(run: RunFile, overrides: Overrides = None) -> None:
+    """Write RUN.schema.json, from which a coordinator without torch can serve the run.
+
+    It holds the adapter's schema and the base model's digest; make it where the base model lies.
+
+    Example: fedloom prepare examples/sentiment.toml
+    """
+    path = _prepared_path(run)
+    path.write_text(json.dumps(_derive(load_run(run, tuple(overrides or ()))), indent=1) + "\n", encoding="utf-8")
+    out.print(f"wrote {path}", markup=False)
+
+
+def server(
+    run: RunFile,
+    listen: Annotated[str, typer.Option(help="Address to listen on; port 0 picks a free one.")] = "127.0.0.1:8470",
+    state: Annotated[Path | None, typer.Option(help="State directory; runs/NAME/state if not given.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Coordinate a run: wait for clients, run the rounds, keep the adapter. Started again, it goes on.
+
+    Example: fedloom server examples/sentiment.toml --listen 127.0.0.1:8470
+    """
+    from fedloom.server.coordinator import Coordinator
+    from fedloom.server.launch import build_strategy, calibrated
+    from fedloom.server.serve import serve
+    from fedloom.server.store import Store
+    from fedloom.strategies.start import starting_adapter
+
+    config = calibrated(load_run(run, tuple(overrides or ())))
+    config, schema = _with_base(config, run)
+    strategy = build_strategy(config)
+    folder = state or Path("runs") / config.run.name / "state"
+    with Store(folder) as store:
+        coordinator = Coordinator(config, schema, strategy, store, starting=starting_adapter(schema, config.run.seed))
+        coordinator.on_commit = lambda rounds, _: out.print(f"round {rounds}/{config.run.rounds} committed")
+        asyncio.run(serve(coordinator, listen, ready=lambda at: out.print(f"listening on {at}; state in {folder}")))
+        done = coordinator.finished
+    out.print("run over" if done else "stopped; start again with the same state directory to go on")
+
+
+def _with_base(config: RunConfig, run: Path) -> tuple[RunConfig, Schema]:
+    """The run file with the base model pinned, and the schema: from RUN.schema.json, or from the model itself."""
+    path = _prepared_path(run)
+    if path.exists():
+        prepared = read_json(path)
+    else:
+        try:
+            prepared = _derive(config)
+        except ModuleNotFoundError:
+            raise ConfigError(
+                f"{path} does not exist and torch is not installed here; run `fedloom prepare {run}` where "
+                "fedloom[client] is installed and put the file beside the run file"
+            ) from None
+    for key, value in (("model", config.model), ("adapter", config.adapter)):
+        asked = value.model_dump(mode="json", exclude={"digest"})
+        if prepared.get(key) != asked:
+            raise ConfigError(f"{path} was made for another [{key}] section; run `fedloom prepare {run}` again")
+    if config.model.digest not in (None, prepared["digest"]):
+        raise ConfigError(f"{path} has base model {prepared['digest']}; the run file pins {config.model.digest}")
+    model = config.model.model_copy(update={"digest": prepared["digest"]})
+    return config.model_copy(update={"model": model}), Schema.from_json(json.dumps(prepared["schema"]))
+
+
+def _prepared_path(run: Path) -> Path:
+    return run.with_suffix(".schema.json")
+
+
+def _derive(config: RunConfig) -> dict[str, Any]:
+    """What `prepare` writes, from the base model."""
+    from fedloom.client.model import base_digest, load_model, resolve_base
+
+    digest = base_digest(resolve_base(config.model.base))
+    schema = load_model(config.model, config.adapter).schema
+    return {
+        "model": config.model.model_dump(mode="json", exclude={"digest"}),
+        "adapter": config.adapter.model_dump(mode="json"),
+        "digest": digest,
+        "schema": json.loads(schema.to_json()),
+    }

@@ -1,0 +1,111 @@
+"""`fedloom simulate`: a whole federation on this machine."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedloom.cli.console import megabytes, out
+from fedloom.proto.run import RunConfig, load_run
+
+if TYPE_CHECKING:
+    from fedloom.server.progress import Progress as Standing
+    from fedloom.simulation.federation import Federation
+    from fedloom.simulation.record import RoundRecord
+    from fedloom.simulation.simulate import Result
+
+__all__ = ["simulate"]
+
+
+def simulate(
+    run: Annotated[Path, typer.Argument(help="The run file.")],
+    engine: Annotated[
+        Literal["inprocess", "grpc"] | None,
+        typer.Option(help="inprocess: one process. grpc: a coordinator and a process per client, on loopback."),
+    ] = None,
+    no_privacy: Annotated[
+        bool, typer.Option("--no-privacy", help="Train without differential privacy, for comparison.")
+    ] = False,
+    out_folder: Annotated[Path, typer.Option("--out", help="Parent of the run folder.")] = Path("runs"),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key, such as train.learning_rate=0.5.")
+    ] = None,
+) -> None:
+    """Run a federation on this machine and leave a PEFT adapter in runs/NAME/adapter.
+
+    Example: fedloom simulate examples/sentiment.toml --set run.rounds=3
+    """
+    from fedloom.simulation.simulate import Watcher
+    from fedloom.simulation.simulate import simulate as run_simulation
+
+    chosen = list(overrides or ())
+    chosen += [f"engine.kind={engine}"] if engine else []
+    chosen += ["privacy.enabled=false"] if no_privacy else []
+    config = load_run(run, tuple(chosen))
+    if no_privacy:
+        open_run = config.run.model_copy(update={"name": f"{config.run.name}-no-privacy"})
+        config = config.model_copy(update={"run": open_run})
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("loading model and data", total=None)
+
+        def moved(standing: "Standing") -> None:
+            total = standing.rounds * max(1, len(standing.cohort) or len(standing.live))
+            done = standing.round * max(1, len(standing.cohort) or len(standing.live)) + len(standing.submitted)
+            label = f"round {min(standing.round + 1, standing.rounds)}/{standing.rounds}"
+            bar.update(task, description=label, total=total, completed=done)
+
+        watcher = Watcher(ready=_introduce, moved=moved, recorded=lambda record: _line(config, record))
+        result = run_simulation(config, out_folder, watcher)
+    _summary(config, result)
+
+
+def _introduce(federation: "Federation", folder: Path) -> None:
+    """Say what is about to run, before it takes minutes."""
+    config, schema = federation.config, federation.model.schema
+    out.print(
+        f"[bold]{folder.name}[/]: {config.strategy.name}, {len(federation.clients)} clients, {config.engine.kind}"
+    )
+    trained = f"{config.adapter.kind}, head {config.model.head}"
+    out.print(f"  base {config.model.base}; adapter of {schema.size:,} values ({trained})", markup=False)
+    for name, rows in federation.clients.items():
+        groups = ", ".join(sorted(set(rows.groups) - {""}))
+        out.print(f"  {name}: {len(rows):,} examples {groups}", markup=False)
+    privacy = config.privacy
+    if privacy.enabled:
+        out.print(
+            f"  private: epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for each example over the whole run; "
+            f"noise multiplier {privacy.noise_multiplier:.3f}, rate {config.train.sampling_rate:g}, "
+            f"{config.train.steps * config.run.rounds} steps"
+        )
+    else:
+        out.print("  [yellow]not private[/]: updates leave the clients without noise")
+
+
+def _line(config: RunConfig, record: "RoundRecord") -> None:
+    """One line per round."""
+    label = f"round {record.round:>3}/{config.run.rounds}" if record.round else "start    "
+    score = f"accuracy {record.accuracy:.1%}  loss {record.loss:.3f}" if record.accuracy is not None else ""
+    spent = f"  epsilon {max(record.epsilon.values()):.2f}" if record.epsilon else ""
+    traffic = f"  {record.clients} clients  up {megabytes(record.bytes_up)}  down {megabytes(record.bytes_down)}"
+    out.print(f"{label}  {score}{spent}{traffic if record.round else ''}  {record.seconds:.0f} s", markup=False)
+
+
+def _summary(config: RunConfig, result: "Result") -> None:
+    """The closing table and where everything is."""
+    table = Table("", "start", "end", box=None, pad_edge=False)
+    table.add_row("held-out accuracy", f"{result.start.accuracy:.1%}", f"[bold]{result.final.accuracy:.1%}[/]")
+    table.add_row("held-out loss", f"{result.start.loss:.3f}", f"{result.final.loss:.3f}")
+    up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
+    table.add_row("sent by all clients", "", f"{megabytes(up)} up, {megabytes(down)} down")
+    table.add_row("time", "", f"{result.records[-1].seconds:.0f} s")
+    for name, spent in result.epsilon.items():
+        table.add_row(f"epsilon of {name}", "0", f"{spent:.3f} at delta {config.privacy.delta:g}")
+    out.print()
+    out.print(table)
+    out.print(f"\nadapter  {result.folder / 'adapter'}", markup=False)
+    out.print(f"         reloaded with PeftModel.from_pretrained: {result.agreement:.1%} of predictions the same")
+    out.print(f"metrics  {result.folder / 'metrics.jsonl'}", markup=False)
+    out.print(f"plot     {result.folder / 'curves.png'}", markup=False)

@@ -1,0 +1,46 @@
+"""`fedloom strategies`: what can be named in [strategy]."""
+
+import inspect
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fedloom.cli.console import out
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Aggregation strategies that are installed, ours and others'.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_() -> None:
+    """List every registered strategy with its version and origin.
+
+    Example: fedloom strategies list
+    """
+    from fedloom.strategies.registry import available
+
+    table = Table("name", "from", "version", "summary", box=None, pad_edge=False)
+    for entry in available():
+        table.add_row(entry.name, entry.distribution, entry.version, entry.summary)
+    out.print(table)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="Name as in `fedloom strategies list`.")]) -> None:
+    """Show one strategy's description and options.
+
+    Example: fedloom strategies show fedsvd
+    """
+    from fedloom.strategies.registry import load
+
+    strategy = load(name, {})
+    out.print(inspect.getdoc(type(strategy)) or "", markup=False)
+    table = Table("option", "type", "default", box=None, pad_edge=False)
+    for option in inspect.signature(type(strategy)).parameters.values():
+        kind = getattr(option.annotation, "__name__", str(option.annotation))
+        table.add_row(option.name, kind, "" if option.default is option.empty else repr(option.default))
+    out.print()
+    out.print(table)
+    out.print("\ntrain_head is set by model.head of the run file; the others go into \\[strategy] options = { ... }")

@@ -1,0 +1,71 @@
+"""The result as an ordinary Hugging Face PEFT adapter."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from fedloom.client.data.tokens import Encoded, collate, microbatches
+from fedloom.client.model import AdapterModel, quiet
+from fedloom.proto.errors import ModelError
+from fedloom.proto.schema import Role
+
+__all__ = ["load_exported", "predict", "save_adapter"]
+
+_CARD = """# {name}
+
+A PEFT adapter trained with fedloom.
+
+```python
+from transformers import AutoModelForSequenceClassification
+from peft import PeftModel
+
+base = AutoModelForSequenceClassification.from_pretrained("BASE", num_labels={labels})
+model = PeftModel.from_pretrained(base, "THIS FOLDER")
+```
+
+`fedloom.json` has the base model's digest, the label names and, for a private run, the guarantee.
+"""
+
+
+def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write the adapter the model holds now: PEFT's files, a card, and `facts` as fedloom.json.
+
+    Raises:
+        ModelError: The adapter changes the frozen weights too, which a PEFT adapter cannot carry.
+    """
+    if any(spec.role in (Role.BASE_A, Role.BASE_B) for spec in model.schema.tensors) or model.corrected:
+        raise ModelError("this adapter corrects the frozen weights; export it as a merged model instead")
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft cannot find a model card for a base model in a local folder
+        model.model.save_pretrained(str(folder), safe_serialization=True)
+    labels = facts.get("labels", ())
+    (folder / "README.md").write_text(_CARD.format(name=facts.get("run", "adapter"), labels=len(labels)))
+    (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def load_exported(base: Path, adapter: Path, labels: int) -> PeftModel:
+    """What a user gets who follows the card: the plain base model with the saved adapter."""
+    with warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        plain = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=labels, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+        return PeftModel.from_pretrained(plain, str(adapter)).eval()
+
+
+def predict(model: Any, encoded: Encoded, pad_id: int, device: str = "cpu") -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Predicted label indices, int64 of shape (n,), by a model with the Hugging Face call convention."""
+    found = np.zeros(len(encoded), np.int64)
+    with torch.inference_mode():
+        for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, 64):
+            batch = collate(encoded, part, pad_id)
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            found[part] = model(**inputs).logits.argmax(1).cpu().numpy()
+    return found

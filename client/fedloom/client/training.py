@@ -1,0 +1,37 @@
+"""What a participant needs of whoever trains: the seam between the protocol and torch."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedloom.proto.messages import Assignment
+from fedloom.proto.schema import Array, Schema, Tensors
+
+__all__ = ["Trained", "Training"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a round's training leaves."""
+
+    delta: dict[str, Array]
+    """Trained value minus broadcast value, float32, under the upload schema."""
+    charge: int | None
+    """Number of the ledger's charge; None without privacy."""
+
+
+class Training(Protocol):
+    """Does the work of a round."""
+
+    @property
+    def schema(self) -> Schema:
+        """The adapter's schema as the base model here gives it."""
+
+    @property
+    def declared_examples(self) -> int:
+        """Number of examples the coordinator is told; 0 declares nothing."""
+
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+        """Do one round's work from `broadcast`."""
+
+    def release(self, trained: Trained, digest: str) -> None:
+        """Note, durably, that the payload with this SHA-256 is about to leave."""

@@ -1,0 +1,105 @@
+"""What every engine needs: the completed run file, the clients' data and policies, and the held-out set."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedloom.client.config import Policy
+from fedloom.client.data.load import load_rows
+from fedloom.client.data.partition import partition
+from fedloom.client.data.rows import Rows
+from fedloom.client.data.tokens import Encoded, encode
+from fedloom.client.model import AdapterModel, base_digest, load_model, resolve_base
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.run import RunConfig, Spec
+from fedloom.server.launch import calibrated
+
+__all__ = ["Federation", "build", "completed", "declared_size"]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A simulated federation, ready to run."""
+
+    config: RunConfig
+    model: AdapterModel
+    clients: dict[str, Rows]
+    """Each client's private rows, by client name."""
+    policies: dict[str, Policy]
+    held_out: Encoded
+    """Held-out rows for evaluation, tokenized."""
+
+
+def completed(config: RunConfig) -> RunConfig:
+    """The run file with what the coordinator decides filled in: noise multiplier and the base model's digest.
+
+    Raises:
+        ConfigError: The privacy target cannot be reached.
+        ModelError: The base model is missing.
+    """
+    digest = config.model.digest or base_digest(resolve_base(config.model.base))
+    model = config.model.model_copy(update={"digest": digest})
+    return calibrated(config).model_copy(update={"model": model})
+
+
+def declared_size(count: int) -> int:
+    """What a simulated client declares in public: its number of examples to two significant digits.
+
+    >>> declared_size(3064), declared_size(87), declared_size(5)
+    (3100, 87, 5)
+    """
+    return int(float(f"{count:.2g}"))
+
+
+def build(config: RunConfig, folder: Path) -> Federation:
+    """Load the model and the data, split the data among the clients, and write each client's policy.
+
+    Args:
+        config: A completed run file (see `completed`).
+        folder: Run folder; the clients' ledgers go below it, so that a simulation never charges a real account.
+
+    Raises:
+        ConfigError: The run file has no [data] section, or more clients than rows.
+        DataError: The data cannot be loaded.
+        ModelError: The base model cannot be loaded.
+    """
+    if config.data is None:
+        raise ConfigError("a simulation needs a [data] section with source and clients; see examples/sentiment.toml")
+    names = config.model.labels
+    rows = load_rows(config.data.source, names, "train")
+    rng = np.random.default_rng([config.run.seed, 1])
+    if config.data.max_examples is not None and config.data.max_examples < len(rows):
+        rows = rows.take(np.sort(rng.permutation(len(rows))[: config.data.max_examples]))
+    held_out = load_rows(config.data.source, names, "test")
+    held_out = held_out.take(np.sort(rng.permutation(len(held_out))[: config.evaluation.max_examples]))
+    parts = partition(rows, config.data.clients, config.data.partition, config.data.dirichlet_alpha, config.run.seed)
+    width = len(str(len(parts) - 1))
+    clients = {f"client-{index:0{width}d}": rows.take(part) for index, part in enumerate(parts)}
+    policies = {name: simulated_policy(name, len(own), config, folder) for name, own in clients.items()}
+    model = load_model(config.model, config.adapter)
+    encoded = encode(held_out, model.tokenizer, config.model.max_length)
+    return Federation(config, model, clients, policies, encoded)
+
+
+def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
+    """A policy that allows exactly what the run asks, as an agreeing site would write it."""
+    return Policy.model_validate(
+        {
+            "client": {"name": name, "state": str(folder / "clients" / name)},
+            "data": {"source": "train.jsonl", "declared_examples": declared_size(count)},
+            "model": {"digests": [spec.model.digest] if spec.model.digest else []},
+            "privacy": {
+                "epsilon": spec.privacy.epsilon,
+                "delta": spec.privacy.delta,
+                "min_noise_multiplier": spec.privacy.noise_multiplier or spec.privacy.epsilon,
+                "max_sampling_rate": spec.train.sampling_rate,
+                "allow_non_private": not spec.privacy.enabled,
+            },
+            "limits": {
+                "adapter_kinds": [spec.adapter.kind],
+                "max_steps_per_round": spec.train.steps,
+                "max_rounds": spec.run.rounds,
+            },
+        }
+    )

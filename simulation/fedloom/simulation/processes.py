@@ -1,0 +1,96 @@
+"""The gRPC engine: a coordinator on a loopback socket and one `fedloom client` process per client."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import tomli_w
+
+from fedloom.client.config import Policy
+from fedloom.client.data.rows import Rows
+from fedloom.proto.errors import FedloomError, Unavailable
+from fedloom.server.coordinator import Coordinator
+from fedloom.server.serve import serving
+from fedloom.simulation.federation import Federation
+
+__all__ = ["run_processes", "write_client"]
+
+_END_S = 60.0
+
+
+def write_client(policy: Policy, rows: Rows, folder: Path) -> Path:
+    """Write a client's data file and policy file, as its owner would have them; returns the policy's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
+        for text, label in zip(rows.texts, rows.labels, strict=True):
+            file.write(json.dumps({"text": text, "label": rows.label_names[label]}) + "\n")
+    tables = policy.model_dump(mode="json", exclude_none=True)
+    tables["client"]["state"] = "."
+    path = folder / "policy.toml"
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return path
+
+
+def run_processes(federation: Federation, coordinator: Coordinator, folder: Path, threads: int) -> Iterator[None]:
+    """Run to the end, yielding a few times a second so that the caller can look and evaluate.
+
+    Args:
+        federation: Data and policies; each process loads its own base model.
+        coordinator: Just made, expecting as many clients as there are.
+        folder: Run folder; clients/NAME below it gets each client's files and log.
+        threads: Torch threads of each client.
+
+    Raises:
+        FedloomError: A client process failed and the run cannot go on without it.
+    """
+    with serving(coordinator, "127.0.0.1:0") as address, ExitStack() as stack:
+        clients = {
+            name: _start(stack, federation, name, folder / "clients" / name, address, threads)
+            for name in federation.clients
+        }
+        while not coordinator.finished:
+            yield
+            dead = [name for name, process in clients.items() if process.poll() not in (None, 0)]
+            if len(clients) - len(dead) < coordinator.progress.needed:
+                log = folder / "clients" / dead[0] / "client.log"
+                last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+                raise FedloomError(
+                    f"{len(dead)} of {len(clients)} clients failed; {dead[0]} says: {' '.join(last)} ({log})"
+                )
+            time.sleep(0.1)
+        deadline = time.monotonic() + _END_S
+        for name, process in clients.items():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise Unavailable(f"{name} did not end within {_END_S:g} s of the run's end") from None
+            yield
+
+
+def _start(
+    stack: ExitStack, federation: Federation, name: str, folder: Path, address: str, threads: int
+) -> "subprocess.Popen[bytes]":
+    """Start one client; whatever happens, it is gone when the stack is unwound."""
+    policy = federation.policies[name]
+    client = policy.client.model_copy(update={"threads": threads})
+    path = write_client(policy.model_copy(update={"client": client}), federation.clients[name], folder)
+    log = stack.enter_context((folder / "client.log").open("wb"))
+    command = [sys.executable, "-m", "fedloom.cli.main", "client", "--server", address, "--policy", str(path)]
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+    stack.callback(_end, process)
+    return process
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,235 @@
+"""One call from a run file to a PEFT adapter in a run folder."""
+
+import os
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedloom.client.data.rows import digest
+from fedloom.client.export import load_exported, predict, save_adapter
+from fedloom.client.model import resolve_base
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.trainer import Score, evaluate
+from fedloom.proto.accounting import GRID, Spend, epsilon
+from fedloom.proto.errors import FedloomError
+from fedloom.proto.run import RunConfig
+from fedloom.server.coordinator import Coordinator
+from fedloom.server.launch import build_strategy
+from fedloom.server.progress import Progress
+from fedloom.server.rounds import RoundOpened
+from fedloom.server.store import Store
+from fedloom.simulation.federation import Federation, build, completed
+from fedloom.simulation.inprocess import run_inprocess
+from fedloom.simulation.processes import run_processes
+from fedloom.simulation.record import RoundRecord, new_folder, plot, write_config, write_json, write_record
+from fedloom.strategies.api import State
+from fedloom.strategies.start import starting_adapter
+
+__all__ = ["Result", "Watcher", "simulate"]
+
+
+@dataclass
+class Watcher:
+    """Callbacks of a display; each does nothing unless set."""
+
+    ready: Callable[[Federation, Path], None] = lambda _federation, _folder: None
+    moved: Callable[[Progress], None] = lambda _progress: None
+    recorded: Callable[[RoundRecord], None] = lambda _record: None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a simulation leaves."""
+
+    folder: Path
+    records: list[RoundRecord]
+    start: Score
+    final: Score
+    epsilon: dict[str, float]
+    """Epsilon by client, read from the ledgers; empty without privacy."""
+    agreement: float
+    """Share of held-out rows on which the adapter reloaded through PEFT predicts what the run's model predicts."""
+
+
+@dataclass
+class _Tape:
+    """Commits waiting to be evaluated, and what has been recorded."""
+
+    commits: "queue.SimpleQueue[tuple[int, State]]" = field(default_factory=queue.SimpleQueue)
+    records: list[RoundRecord] = field(default_factory=list)
+
+
+def simulate(config: RunConfig, out: Path, watcher: Watcher | None = None) -> Result:
+    """Run a federation on this machine.
+
+    Args:
+        config: A run file with a [data] section.
+        out: Parent of the run folder.
+        watcher: Callbacks for a display.
+
+    Raises:
+        FedloomError: Anything that stops the run; nothing is left that looks like a finished run.
+    """
+    watcher = watcher or Watcher()
+    config = completed(config)
+    strategy = build_strategy(config)
+    folder = new_folder(out, config.run.name)
+    write_config(folder, config)
+    set_threads(config.engine.threads)
+    federation = build(config, folder)
+    schema = federation.model.schema
+    starting = starting_adapter(schema, config.run.seed)
+    watcher.ready(federation, folder)
+    federation.model.load(starting)
+    start = evaluate(federation.model, federation.held_out)
+    tape = _Tape()
+    with Store(folder / "state", durable=False) as store:
+        coordinator = Coordinator(config, schema, strategy, store, starting=starting, expect=len(federation.clients))
+        coordinator.on_commit = lambda rounds, state: tape.commits.put((rounds, state))
+        began = time.monotonic()
+        _record(folder, tape, watcher, RoundRecord(0, 0, start.accuracy, start.loss, None, 0, 0, 0.0))
+        for _ in _engine(federation, coordinator, folder):
+            watcher.moved(coordinator.progress)
+            _drain(federation, coordinator, store, tape, watcher, began)
+        _drain(federation, coordinator, store, tape, watcher, began)
+        if not coordinator.finished:
+            raise FedloomError(f"the run stopped after {coordinator.progress.round} of {config.run.rounds} rounds")
+        final_state = coordinator.state
+    return _finish(federation, folder, tape, start, final_state)
+
+
+def set_threads(threads: int) -> int:
+    """Set torch's threads; 0 leaves torch's choice. Returns the number in force."""
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def _engine(federation: Federation, coordinator: Coordinator, folder: Path) -> Iterator[None]:
+    engine = federation.config.engine
+    if engine.kind == "inprocess":
+        return run_inprocess(federation, coordinator)
+    # Several processes on few cores: one torch thread each is fastest, more only wait for each other.
+    share = max(1, (os.cpu_count() or 1) // len(federation.clients))
+    return run_processes(federation, coordinator, folder, engine.threads or share)
+
+
+def _drain(
+    federation: Federation, coordinator: Coordinator, store: Store, tape: _Tape, watcher: Watcher, began: float
+) -> None:
+    """Evaluate and record the rounds committed since the last call."""
+    config = federation.config
+    while not tape.commits.empty():
+        rounds, state = tape.commits.get()
+        opened = [event for event in store.events() if isinstance(event, RoundOpened) and event.round < rounds]
+        score = None
+        if rounds % config.evaluation.every == 0 or rounds == config.run.rounds:
+            federation.model.load(state.adapter)
+            score = evaluate(federation.model, federation.held_out)
+        down, up = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
+        record = RoundRecord(
+            rounds,
+            len(opened[-1].cohort),
+            score.accuracy if score else None,
+            score.loss if score else None,
+            _spent(federation, opened) if config.privacy.enabled else None,
+            up,
+            down,
+            round(time.monotonic() - began, 3),
+        )
+        _record(store.folder.parent, tape, watcher, record)
+
+
+def _spent(federation: Federation, opened: list[RoundOpened]) -> dict[str, float]:
+    """Epsilon by client if each has trained whenever it was asked to: never below what its ledger says."""
+    privacy, train = federation.config.privacy, federation.config.train
+    assert privacy.noise_multiplier is not None  # a completed private run has one
+    asked = Counter(name for event in opened for name in event.cohort)
+    return {
+        name: epsilon(
+            [Spend(train.sampling_rate, privacy.noise_multiplier, train.steps * asked[name])] if asked[name] else [],
+            privacy.delta,
+        )
+        for name in federation.clients
+    }
+
+
+def _record(folder: Path, tape: _Tape, watcher: Watcher, record: RoundRecord) -> None:
+    tape.records.append(record)
+    write_record(folder, record)
+    watcher.recorded(record)
+
+
+def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, state: State) -> Result:
+    """Export the adapter, reload it as a user would, and write the summary and the plot."""
+    config, model = federation.config, federation.model
+    model.load(state.adapter)
+    final = evaluate(model, federation.held_out)
+    spent = ledger_epsilon(federation) if config.privacy.enabled else {}
+    save_adapter(model, folder / "adapter", facts(config, final, spent))
+    pad = model.tokenizer.pad_token_id
+    ours = predict(model.model, federation.held_out, pad, str(model.device))
+    reloaded = load_exported(resolve_base(config.model.base), folder / "adapter", len(config.model.labels))
+    agreement = float(np.mean(ours == predict(reloaded, federation.held_out, pad)))
+    plot(folder, f"{folder.name}: {config.strategy.name}, {len(federation.clients)} clients", tape.records)
+    result = Result(folder, tape.records, start, final, spent, agreement)
+    write_json(
+        folder / "summary.json",
+        {
+            "accuracy_start": start.accuracy,
+            "accuracy": final.accuracy,
+            "loss": final.loss,
+            "held_out_examples": final.examples,
+            "epsilon": spent,
+            "reloaded_agreement": agreement,
+            "seconds": tape.records[-1].seconds,
+            "bytes_up": sum(r.bytes_up for r in tape.records),
+            "bytes_down": sum(r.bytes_down for r in tape.records),
+        },
+    )
+    return result
+
+
+def ledger_epsilon(federation: Federation) -> dict[str, float]:
+    """What each client's own ledger says it has spent."""
+    spent: dict[str, float] = {}
+    for name, rows in federation.clients.items():
+        policy = federation.policies[name]
+        with Ledger(policy.client.state / "ledger", digest(rows)) as ledger:
+            spent[name] = ledger.epsilon(policy.privacy.delta)
+    return spent
+
+
+def facts(config: RunConfig, final: Score, spent: dict[str, float]) -> dict[str, Any]:
+    """What an adapter's user should know: base model, labels, result, and the privacy guarantee with its terms."""
+    known: dict[str, Any] = {
+        "run": config.run.name,
+        "base": config.model.base,
+        "base_digest": config.model.digest,
+        "labels": list(config.model.labels),
+        "strategy": config.strategy.name,
+        "rounds": config.run.rounds,
+        "held_out_accuracy": final.accuracy,
+        "privacy": None,
+    }
+    if config.privacy.enabled:
+        known["privacy"] = {
+            "epsilon": max(spent.values()),
+            "delta": config.privacy.delta,
+            "unit": "one training example",
+            "adjacency": "add or remove one",
+            "mechanism": "DP-SGD on every client: Poisson sampling, per-example clipping, Gaussian noise",
+            "sampling_rate": config.train.sampling_rate,
+            "noise_multiplier": config.privacy.noise_multiplier,
+            "clip_norm": config.privacy.clip_norm,
+            "accountant": "dp-accounting PLD, pessimistic",
+            "grid": GRID,
+        }
+    return known
