@@ -68,6 +68,8 @@ async def serve(coordinator: Coordinator, listen: str, *, ready: Callable[[str],
     finally:
         await server.stop(_STOP_GRACE_S)
         await servicer.close()
+        if servicer.failed.done():  # also when a cancellation came at the same moment: the disk is the worse news
+            servicer.failed.result()
 
 
 @contextmanager
@@ -128,7 +130,7 @@ async def _until_over(coordinator: Coordinator, servicer: Servicer, stopped: asy
         while True:
             await asyncio.wait((stop, servicer.failed), timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
             if servicer.failed.done():
-                servicer.failed.result()
+                return
             if stop.done():
                 _log.info("told to stop at round %d", coordinator.progress.round)
                 return
