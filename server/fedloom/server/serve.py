@@ -66,10 +66,18 @@ async def serve(coordinator: Coordinator, listen: str, *, ready: Callable[[str],
             ready(f"{host}:{port}")
             await _until_over(coordinator, servicer, stopped, linger_s)
     finally:
-        await server.stop(_STOP_GRACE_S)
-        await servicer.close()
-        if servicer.failed.done():  # also when a cancellation came at the same moment: the disk is the worse news
-            servicer.failed.result()
+        stopping = asyncio.ensure_future(_stop(server, servicer))
+        while not stopping.done():
+            with suppress(asyncio.CancelledError):  # it ends soon by itself, and must not be left half done
+                await asyncio.shield(stopping)
+        stopping.result()
+
+
+async def _stop(server: aio.Server, servicer: Servicer) -> None:
+    await server.stop(_STOP_GRACE_S)
+    await servicer.close()
+    if servicer.failed.done():
+        servicer.failed.result()
 
 
 @contextmanager
