@@ -1,0 +1,53 @@
+# Every target sets up what it needs; after that nothing here touches the network.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export FEDLOOM_CACHE ?= $(CURDIR)/.cache
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo test check fix proto docs bench study-small clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[client,server,dev]'
+	$(BIN)/python -m fedloom.client.assets minilm-l6 sentiment
+	touch $@
+
+demo: setup
+	fedloom simulate examples/sentiment.toml
+
+test: setup
+	pytest
+
+check: setup
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+	python docs/make_reference.py --check
+	$(MAKE) --no-print-directory proto
+	git diff --exit-code -- proto
+
+fix: setup
+	ruff format .
+	ruff check --fix .
+
+proto: setup
+	python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto \
+		--mypy_grpc_out=quiet:proto proto/fedloom/proto/v1/federation.proto
+
+docs: setup
+	python docs/make_reference.py
+
+bench: setup
+	fedloom bench round
+	fedloom bench dp-step
+
+study-small: setup
+	python benchmarks/study_small.py
+
+clean:
+	rm -rf $(VENV) .cache
