@@ -159,12 +159,19 @@ def test_weights_follow_the_declared_examples(store: Store) -> None:
     np.testing.assert_allclose(federation.adapter()["head"], np.array(start["head"]) + 4.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("examples", [0, 10**12 + 1])
-def test_a_client_that_declares_no_usable_number_of_examples_is_refused(store: Store, examples: int) -> None:
+def test_a_client_that_declares_no_examples_may_look_but_gets_no_work(store: Store) -> None:
     federation = Federation(store, config(strategy={"weighting": "examples"}))
+    federation.join("ann")
 
-    with pytest.raises(ConfigError, match="declare"):
-        federation.join("ann", examples=examples)
+    with pytest.raises(ConfigError, match="declares no examples"):
+        federation.work("ann")
+    assert federation.coordinator.progress.live == ()
+    federation.coordinator.leave("ann", "only looked", *federation.runs["ann"])
+
+
+def test_a_client_that_declares_more_examples_than_anybody_has_is_refused(store: Store) -> None:
+    with pytest.raises(ConfigError, match="at most"):
+        Federation(store).join("ann", examples=10**12 + 1)
 
 
 @pytest.mark.parametrize("name", ["", "a" * 257, "two words", "tab\t", "\x1b[31m"])

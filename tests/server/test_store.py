@@ -76,7 +76,9 @@ def test_sweeping_keeps_what_is_named_and_what_is_being_written(tmp_path: Path) 
         half.write_bytes(b"ha")
 
         store.sweep({kept})
+        store.discard()
 
+        assert {each.name for each in (tmp_path / "blobs").iterdir()} == {kept, half.name}
         assert store.get_blob(kept) == b"kept"
         assert half.exists()
         with pytest.raises(StoreError):

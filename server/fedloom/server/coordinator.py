@@ -252,7 +252,6 @@ class Coordinator:
         """
         with self._changing():
             member = self._admit(client, run, epoch)
-            check_work(self.config, client, member.declared_examples)
             member.asked, member.served = False, True
             _log.info("client %r leaves: %.200r", client, reason)
             if self._rounds.phase == "open" and client in self._rounds.pending:
@@ -309,6 +308,7 @@ class Coordinator:
             stirred, self._stirred = self._stirred, False
         if stirred:
             self.wake()
+        self._store.discard()
         if self._committed:
             with self._hooks:
                 with self._lock:

@@ -59,7 +59,8 @@ class Store:
         self.durable = durable
         self._blobs = folder / "blobs"
         self._mutex = threading.Lock()
-        self._temporary = itertools.count()
+        self._numbers = itertools.count()
+        self._forgotten: list[Path] = []
         with _explained(folder):
             self._blobs.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(folder)
@@ -143,7 +144,7 @@ class Store:
         with _explained(target):
             if target.exists():
                 return digest
-            temporary = self._blobs / f"{digest}.{next(self._temporary)}{_TEMPORARY}"
+            temporary = self._temporary(digest)
             with temporary.open("wb", buffering=0) as file:
                 file.write(blob)
                 if self.durable:
@@ -167,7 +168,9 @@ class Store:
         return blob
 
     def sweep(self, keep: Collection[str]) -> None:
-        """Drop every blob but those in `keep`. One that another thread is writing right now stays.
+        """Forget every blob but those in `keep`. One that another thread is writing right now stays.
+
+        They only lose their names here, which is quick; `discard` gives their space back.
 
         Raises:
             StoreError: The disk refuses.
@@ -175,7 +178,25 @@ class Store:
         with _explained(self._blobs):
             for entry in self._blobs.iterdir():
                 if entry.name not in keep and entry.suffix != _TEMPORARY:
-                    entry.unlink(missing_ok=True)
+                    self._forgotten.append(entry.rename(self._temporary(entry.name)))
+
+    def discard(self) -> None:
+        """Delete what `sweep` has forgotten; freeing large files takes milliseconds, so do it off any lock.
+
+        Raises:
+            StoreError: The disk refuses.
+        """
+        while self._forgotten:
+            try:
+                path = self._forgotten.pop()
+            except IndexError:  # another thread took the last one
+                return
+            with _explained(path):
+                path.unlink(missing_ok=True)
+
+    def _temporary(self, name: str) -> Path:
+        """A name that nothing else has; what a crash leaves under one is deleted at the next opening."""
+        return self._blobs / f"{name}.{next(self._numbers)}{_TEMPORARY}"
 
     def _next_epoch(self) -> int:
         with self._db:
