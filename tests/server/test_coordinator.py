@@ -441,6 +441,7 @@ def test_updates_are_dropped_from_the_disk_after_the_commit(store: Store) -> Non
 
     federation.send(*federation.update("ben"))
 
+    federation.coordinator.tick()
     (left,) = (store.folder / "blobs").iterdir()
     assert left.name == hashlib.sha256(state_to_bytes(federation.coordinator.state)).hexdigest()
 

@@ -259,13 +259,14 @@ class Coordinator:
             self._advance()
 
     def tick(self) -> None:
-        """Check leases and the deadline; call it at least a few times per lease.
+        """Check leases and the deadline, and tidy the disk; call it at least a few times per lease.
 
         Raises:
             StoreError: The state cannot be written; the coordinator must stop.
         """
         with self._changing():
             self._advance()
+        self._store.discard()
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -308,7 +309,6 @@ class Coordinator:
             stirred, self._stirred = self._stirred, False
         if stirred:
             self.wake()
-        self._store.discard()
         if self._committed:
             with self._hooks:
                 with self._lock:
