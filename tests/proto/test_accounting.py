@@ -8,8 +8,8 @@ import pytest
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
 from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant
-from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.optimize import brentq  # type: ignore[import-untyped]  # no stubs here
+from scipy.stats import norm  # type: ignore[import-untyped]  # no stubs here
 
 from fedloom.proto.accounting import GRID, REPORT_GRID, Spend, calibrate, epsilon
 from fedloom.proto.errors import ConfigError
@@ -125,9 +125,7 @@ def test_no_spend_costs_nothing() -> None:
     assert epsilon([], DELTA) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("target", "rate", "steps"), [(6.0, 0.05, 200), (1.0, 0.02, 100), (0.1, 0.01, 40)]
-)
+@pytest.mark.parametrize(("target", "rate", "steps"), [(6.0, 0.05, 200), (1.0, 0.02, 100), (0.1, 0.01, 40)])
 def test_calibrated_noise_is_the_least_that_keeps_the_target(target: float, rate: float, steps: int) -> None:
     sigma = calibrate(target, DELTA, rate, steps)
 

@@ -122,7 +122,7 @@ def test_overrides_are_toml_values_and_plain_text_otherwise(file: Path) -> None:
 
 def test_a_head_adapter_needs_a_trained_head(file: Path) -> None:
     assert load_run(file, ("adapter.kind=head",)).adapter.kind == "head"
-    with pytest.raises(ConfigError, match='set model.head = "train"'):
+    with pytest.raises(ConfigError, match=r'set model\.head = "train"'):
         load_run(file, ("adapter.kind=head", "model.head=frozen"))
 
 
@@ -130,7 +130,7 @@ def test_sections_are_frozen(file: Path) -> None:
     config = load_run(file)
 
     with pytest.raises(ValueError, match="frozen"):
-        config.privacy.enabled = False
+        config.privacy.enabled = False  # type: ignore[misc]  # mypy knows it too
 
 
 def test_unreadable_files_say_so(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_field_of_any_json_value_gives_a_schema_or_a_schema_error(field: str, 
         (document(tensors=[["a", "m", "lora_A", []]]), "1 to 4 positive sizes"),
         (document(tensors=[["a", "m", "lora_A", [1] * 5]]), "1 to 4 positive sizes"),
         (document(tensors=[["a", "m", "lora_A", [10**30, 10**30]]]), f"exceeds {MAX_PAYLOAD_BYTES} bytes"),
-        (document(tensors=[["a", "m", "bias", [MAX_PAYLOAD_BYTES // 4]], ROW[:1] + ["m", "bias", [1]]]), "twice"),
+        (document(tensors=[["b", "m", "bias", [9]], ["b", "m", "bias", [1]]]), "twice"),
         (document(tensors=[["b", "m", "bias", [MAX_PAYLOAD_BYTES // 4]], ROW]), f"exceeds {MAX_PAYLOAD_BYTES} bytes"),
         (document(tensors=[["", "m", "lora_A", [2]]]), "1 to 256 characters"),
         (document(tensors=[["n" * (MAX_NAME_LENGTH + 1), "m", "lora_A", [2]]]), "1 to 256 characters"),
@@ -151,9 +151,7 @@ def test_pairs_join_the_factors_of_a_module() -> None:
 
     pairs = Schema((*SCHEMA.tensors, lone)).pairs
 
-    assert pairs == (
-        Pair(QUERY, f"base_model.model.{QUERY}.lora_A.weight", f"base_model.model.{QUERY}.lora_B.weight"),
-    )
+    assert pairs == (Pair(QUERY, f"base_model.model.{QUERY}.lora_A.weight", f"base_model.model.{QUERY}.lora_B.weight"),)
 
 
 def test_select_keeps_order_and_scale() -> None:
@@ -200,7 +198,7 @@ def test_check_names_what_does_not_fit() -> None:
 
     with pytest.raises(SchemaError, match=f"1 tensors missing, 0 unexpected .{bias}"):
         SCHEMA.check({name: value for name, value in zeros.items() if name != bias})
-    with pytest.raises(SchemaError, match="0 tensors missing, 1 unexpected .stranger"):
+    with pytest.raises(SchemaError, match=r"0 tensors missing, 1 unexpected \(stranger\)"):
         SCHEMA.check(zeros | {"stranger": np.zeros(3, np.float32)})
     with pytest.raises(SchemaError, match=rf"'{head}' has shape \(16, 2\); the schema says \(2, 16\)"):
         SCHEMA.check(zeros | {head: np.zeros((16, 2), np.float32)})

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -68,6 +69,7 @@ class AdapterModel:
         self.schema = Schema(tuple(slot.spec for slot in slots), scale)
         self._base_weights: dict[str, torch.Tensor] = {}
         self.rank = self.schema.rank
+        self._initial = self.read(self.schema)
 
     def load(self, tensors: Tensors, rank: int | None = None) -> None:
         """Put adapter values in place; low-rank factors below the schema's rank are padded with zeros.
@@ -87,6 +89,12 @@ class AdapterModel:
             for pair in self.schema.pairs:
                 if f"{pair.module}.base_A" in tensors:
                     self._correct(pair.module, tensors)
+
+    def reset(self, roles: Iterable[Role], rank: int | None = None) -> None:
+        """Put the tensors of `roles` back to the values they had when the model was loaded, cut to `rank`."""
+        schema = self.schema if rank is None else self.schema.with_rank(rank)
+        cut = {s.name: tuple(slice(0, size) for size in s.shape) for s in schema.select(roles).tensors}
+        self.load({name: self._initial[name][part] for name, part in cut.items()}, rank)
 
     def _correct(self, module: str, tensors: Tensors) -> None:
         """Set a frozen weight to its pretrained value plus scale·base_B·base_A."""
@@ -165,7 +173,7 @@ def load_model(model: ModelSection, adapter: AdapterSection, device: str = "cpu"
                 folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"base model {model.base!r} cannot be loaded for {model.task}: {error}") from error
     peft_model, slots = attach(base, adapter, model.task)
     return AdapterModel(peft_model, tokenizer, slots, adapter.alpha / adapter.rank, torch.device(device))

@@ -19,7 +19,7 @@ from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import Tape, recording
 from fedloom.client.training import Trained
 from fedloom.proto.accounting import Spend
-from fedloom.proto.errors import DataError, PolicyError
+from fedloom.proto.errors import DataError, PolicyError, ProtocolError
 from fedloom.proto.messages import Assignment, upload_schema
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Array, Schema, Tensors
@@ -98,10 +98,15 @@ class Trainer:
 
         Raises:
             PolicyError: The assignment overrides more than it may.
+            ProtocolError: It trains nothing this adapter has, or something without a broadcast value.
             BudgetError: The privacy budget does not cover the round; nothing was done.
         """
         check_local(dict(assignment.local))
+        schema = self._upload(assignment, broadcast)
         charge = self._reserve(run, assignment.round)
+        if assignment.personal:
+            # Another trainer of this process may have left its own personal values in the shared model.
+            self.model.reset(assignment.personal, assignment.rank)
         self.model.load(broadcast, assignment.rank)
         self.model.load(self._personal, assignment.rank)
         parameters = self.model.trainable(assignment.train)
@@ -112,11 +117,21 @@ class Trainer:
             self._private_steps(optimizer, parameters, entropy, prox)
         else:
             self._plain_steps(optimizer, parameters, entropy, prox)
-        schema = upload_schema(self.model.schema, assignment)
         if assignment.personal:
             self._personal = self.model.read(self.model.schema.select(assignment.personal))
         after = self.model.read(schema)
         return Trained({name: after[name] - broadcast[name] for name in after}, charge)
+
+    def _upload(self, assignment: Assignment, broadcast: Tensors) -> Schema:
+        """The schema of the round's delta, once it is sure that the round can be trained."""
+        if not self.model.schema.select(assignment.train).tensors:
+            asked, has = (", ".join(sorted(roles)) for roles in (assignment.train, self.model.schema.roles))
+            raise ProtocolError(f"the coordinator asks to train {asked}; this adapter has {has}")
+        schema = upload_schema(self.model.schema, assignment)
+        missing = [spec.name for spec in schema.tensors if spec.name not in broadcast]
+        if missing:
+            raise ProtocolError(f"{len(missing)} tensors to train are not in the broadcast, such as {missing[0]!r}")
+        return schema
 
     def release(self, trained: Trained, digest: str) -> None:
         """Note in the ledger what is about to leave; durable on return."""

@@ -27,10 +27,14 @@ def schema_name(parameter_name: str) -> str:
     'base_model.model.encoder.query.lora_A.weight'
     >>> schema_name("base_model.model.classifier.modules_to_save.default.bias")
     'base_model.model.classifier.bias'
+
+    A bias of a layer that carries a pair keeps PEFT's infix:
+
+    >>> schema_name("base_model.model.encoder.query.base_layer.bias")
+    'base_model.model.encoder.query.base_layer.bias'
     """
     return (
         parameter_name.replace(".modules_to_save.default.", ".")
         .replace(".lora_A.default.", ".lora_A.")
         .replace(".lora_B.default.", ".lora_B.")
-        .replace(".base_layer.", ".")
     )

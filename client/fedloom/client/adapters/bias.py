@@ -34,7 +34,7 @@ def slots(model: PeftModel) -> list[Slot]:
         is_head = "modules_to_save" in name or ".original_module." in name
         if not is_head and name.endswith(".bias"):
             key = schema_name(name)
-            module = key.removeprefix("base_model.model.").removesuffix(".bias")
+            module = key.removeprefix("base_model.model.").removesuffix(".bias").removesuffix(".base_layer")
             spec = TensorSpec(key, module, Role.BIAS, tuple(parameter.shape))
             found.append(Slot(spec, parameter, origin=parameter.detach().clone()))
     return found

@@ -1,0 +1,196 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom.client.config import LOCAL_OVERRIDES, Policy, check_local, check_spec, load_policy
+from fedloom.proto.errors import ConfigError, PolicyError
+from fedloom.proto.run import Spec
+
+TEXT = """
+[client]
+name = "hospital-a"
+state = "state"
+
+[data]
+source = "train.csv"
+declared_examples = 1000
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.toml"
+    path.write_text(TEXT)
+    return path
+
+
+def policy(**sections: dict[str, Any]) -> Policy:
+    tables: dict[str, dict[str, Any]] = {
+        "client": {"name": "hospital-a"},
+        "data": {"source": "train.csv", "declared_examples": 1000},
+        "privacy": {"min_noise_multiplier": 0.8, "max_sampling_rate": 0.1},
+        "limits": {"adapter_kinds": ["lora"], "max_steps_per_round": 20, "max_rounds": 30},
+    }
+    return Policy.model_validate({name: tables.get(name, {}) | sections.get(name, {}) for name in tables | sections})
+
+
+def spec(**sections: dict[str, Any]) -> Spec:
+    """A run that sits on every limit of `policy` exactly."""
+    tables: dict[str, dict[str, Any]] = {
+        "run": {"name": "demo", "rounds": 30},
+        "model": {"base": "x", "labels": ["a", "b"]},
+        "adapter": {"kind": "lora"},
+        "train": {"steps": 20, "sampling_rate": 0.1, "learning_rate": 1.0},
+        "privacy": {"noise_multiplier": 0.8},
+    }
+    return Spec.model_validate({name: tables[name] | sections.get(name, {}) for name in tables})
+
+
+def test_a_run_on_every_limit_is_allowed() -> None:
+    check_spec(policy(), spec())
+
+
+# Each breaks one rule only, so that a rule that is dropped from the check fails its own line here.
+BROKEN: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
+    "no privacy": ({"privacy": {"enabled": False}}, "training without privacy (privacy.allow_non_private = false)"),
+    "no noise": ({"privacy": {"noise_multiplier": None}}, "a private run without a noise multiplier"),
+    "little noise": ({"privacy": {"noise_multiplier": 0.79}}, "noise multiplier 0.79 (at least 0.8)"),
+    "high rate": ({"train": {"sampling_rate": 0.11}}, "sampling rate 0.11 (at most 0.1)"),
+    "steps": ({"train": {"steps": 21}}, "21 steps a round (at most 20)"),
+    "rounds": ({"run": {"rounds": 31}}, "31 rounds (at most 30)"),
+    "kind": ({"adapter": {"kind": "bias"}}, "adapter kind bias (allowed: lora)"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_each_limit_refuses_by_itself(case: str) -> None:
+    sections, expected = BROKEN[case]
+
+    with pytest.raises(PolicyError) as refusal:
+        check_spec(policy(), spec(**sections))
+
+    assert str(refusal.value) == f"this site's policy refuses run 'demo': {expected}"
+
+
+def test_a_private_run_needs_a_declared_size() -> None:
+    undeclared = policy(data={"declared_examples": None})
+
+    with pytest.raises(PolicyError, match=r"refuses run 'demo': a private run without data\.declared_examples"):
+        check_spec(undeclared, spec())
+
+
+def test_a_run_without_privacy_is_held_to_the_caps_on_work_only() -> None:
+    open_site = policy(privacy={"allow_non_private": True}, data={"declared_examples": None})
+    public = spec(privacy={"enabled": False, "noise_multiplier": None}, train={"sampling_rate": 1.0})
+
+    check_spec(open_site, public)
+
+    with pytest.raises(PolicyError, match="21 steps"):
+        check_spec(open_site, spec(privacy={"enabled": False}, train={"steps": 21}))
+
+
+def test_permission_to_train_without_privacy_loosens_nothing_in_a_private_run() -> None:
+    with pytest.raises(PolicyError, match=r"noise multiplier 0\.1 "):
+        check_spec(policy(privacy={"allow_non_private": True}), spec(privacy={"noise_multiplier": 0.1}))
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    everything = spec(
+        run={"rounds": 31},
+        train={"steps": 21, "sampling_rate": 0.11},
+        adapter={"kind": "bias"},
+        privacy={"noise_multiplier": 0.79},
+    )
+
+    with pytest.raises(PolicyError) as refusal:
+        check_spec(policy(data={"declared_examples": None}), everything)
+
+    listed = str(refusal.value)
+    for case in ("little noise", "high rate", "steps", "rounds", "kind"):
+        assert BROKEN[case][1] in listed
+    assert "declared_examples" in listed
+    assert listed.count(";") == 6  # five between the six problems, one inside the last
+
+
+def test_the_shipped_policy_is_strict(file: Path) -> None:
+    shipped = load_policy(file)
+
+    assert not shipped.privacy.allow_non_private
+    assert shipped.privacy.epsilon <= 10
+    with pytest.raises(PolicyError, match="without privacy"):
+        check_spec(shipped, spec(privacy={"enabled": False}))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("privacy.epsilom=3", r"unknown key 'privacy\.epsilom'; did you mean 'epsilon'\?"),
+        ("limts.max_rounds=3", r"unknown key 'limts'; did you mean 'limits'\?"),
+        ("data.declared_examples=0", r"data\.declared_examples: .*received 0"),
+        ("privacy.epsilon=0", r"privacy\.epsilon: .*received 0"),
+        ("privacy.epsilon=inf", r"privacy\.epsilon: .*finite.*received inf"),
+        ("privacy.delta=1.0", r"privacy\.delta: .*less than 1"),
+        ("privacy.max_sampling_rate=1.01", r"privacy\.max_sampling_rate: .*less than or equal to 1"),
+        ("privacy.min_noise_multiplier=0", r"privacy\.min_noise_multiplier: .*greater than 0"),
+        ("limits.adapter_kinds=['prompt']", r"limits\.adapter_kinds\.0: .*received 'prompt'"),
+        ("client.name='../x'", r"client\.name"),
+    ],
+)
+def test_a_wrong_policy_is_refused(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_policy(file, (override,))
+
+
+def test_overrides_apply(file: Path) -> None:
+    assert load_policy(file, ("privacy.epsilon=2.5",)).privacy.epsilon == 2.5
+
+
+def test_relative_paths_count_from_the_policys_folder(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    loaded = load_policy(Path("..") / file.name)
+
+    assert loaded.client.state == tmp_path / "state"
+    assert Path(loaded.data.source) == tmp_path / "train.csv"
+
+
+def test_absolute_paths_and_packaged_names_stay(file: Path) -> None:
+    loaded = load_policy(file, ("client.state=/var/lib/fedloom", "data.source=sentiment"))
+
+    assert loaded.client.state == Path("/var/lib/fedloom")
+    assert loaded.data.source == "sentiment"
+
+
+def test_the_harmless_overrides_pass() -> None:
+    check_local({})
+    check_local(dict.fromkeys(LOCAL_OVERRIDES, 0.5))
+
+
+@pytest.mark.parametrize(
+    "name", ["steps", "sampling_rate", "clip_norm", "noise_multiplier", "microbatch", "optimizer", ""]
+)
+def test_no_other_override_passes(name: str) -> None:
+    with pytest.raises(PolicyError, match="only learning_rate, momentum, proximal_mu may vary"):
+        check_local({"learning_rate": 0.1, name: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", -0.1),
+        ("learning_rate", float("inf")),
+        ("learning_rate", float("nan")),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("proximal_mu", -1.0),
+        ("proximal_mu", float("nan")),
+    ],
+)
+def test_values_out_of_range_do_not_pass(name: str, value: float) -> None:
+    with pytest.raises(PolicyError, match=f"sets {name} to {value!r} for one round"):
+        check_local({name: value})
