@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedloom.cli.console import out
 
-__all__ = ["app"]
+__all__ = ["app", "dp_step", "round_"]
 
 app = typer.Typer(help="Measure this machine. Every benchmark ends with one line of JSON.", no_args_is_help=True)
 

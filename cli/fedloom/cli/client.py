@@ -21,16 +21,18 @@ def client(
 
     The base model is loaded once and stays; the data and the ledger never leave this machine.
 
-    Example: fedloom client --server coordinator.example:8470 --policy client.toml
+    Example: fedloom client --server 127.0.0.1:8470 --policy client.toml
     """
+    from fedloom.client.config import load_policy
+
+    site = load_policy(policy, tuple(overrides or ()))
+    # Loads torch, which takes seconds: a mistake in the policy file should not have to wait for it.
     import torch
 
-    from fedloom.client.config import load_policy
     from fedloom.client.connection import GrpcConnection
     from fedloom.client.participant import Participant
     from fedloom.client.prepare import prepare
 
-    site = load_policy(policy, tuple(overrides or ()))
     if site.client.threads:
         torch.set_num_threads(site.client.threads)
     connection = GrpcConnection(server)

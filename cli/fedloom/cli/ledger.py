@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fedloom.client.config import PrivacyPolicy
     from fedloom.client.privacy.ledger import Ledger
 
-__all__ = ["app"]
+__all__ = ["app", "show"]
 
 app = typer.Typer(help="The privacy account of a data set, as this client keeps it.", no_args_is_help=True)
 

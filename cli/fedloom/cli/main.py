@@ -10,7 +10,7 @@ from fedloom.cli import assets, bench, client, ledger, server, simulate, strateg
 from fedloom.cli.console import failed, version
 from fedloom.proto.errors import FedloomError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "options"]
 
 app = typer.Typer(
     name="fedloom",

@@ -46,8 +46,8 @@ def server(
     from fedloom.server.store import Store
     from fedloom.strategies.start import starting_adapter
 
-    config = calibrated(load_run(run, tuple(overrides or ())))
-    config, schema = _with_base(config, run)
+    config, schema = _with_base(load_run(run, tuple(overrides or ())), run)
+    config = calibrated(config)  # takes seconds, so it comes after what may be refused at once
     strategy = build_strategy(config)
     folder = state or Path("runs") / config.run.name / "state"
     with Store(folder) as store:
@@ -71,6 +71,8 @@ def _with_base(config: RunConfig, run: Path) -> tuple[RunConfig, Schema]:
                 f"{path} does not exist and torch is not installed here; run `fedloom prepare {run}` where "
                 "fedloom[client] is installed and put the file beside the run file"
             ) from None
+    if missing := [key for key in ("model", "adapter", "digest", "schema") if key not in prepared]:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}; run `fedloom prepare {run}` again")
     for key, value in (("model", config.model), ("adapter", config.adapter)):
         asked = value.model_dump(mode="json", exclude={"digest"})
         if prepared.get(key) != asked:
@@ -78,7 +80,9 @@ def _with_base(config: RunConfig, run: Path) -> tuple[RunConfig, Schema]:
     if config.model.digest not in (None, prepared["digest"]):
         raise ConfigError(f"{path} has base model {prepared['digest']}; the run file pins {config.model.digest}")
     model = config.model.model_copy(update={"digest": prepared["digest"]})
-    return config.model_copy(update={"model": model}), Schema.from_json(json.dumps(prepared["schema"]))
+    return config.model_copy(update={"model": model}), Schema.from_json(
+        json.dumps(prepared["schema"], separators=(",", ":"))
+    )
 
 
 def _prepared_path(run: Path) -> Path:

@@ -37,9 +37,6 @@ def simulate(
 
     Example: fedloom simulate examples/sentiment.toml --set run.rounds=3
     """
-    from fedloom.simulation.simulate import Watcher
-    from fedloom.simulation.simulate import simulate as run_simulation
-
     chosen = list(overrides or ())
     chosen += [f"engine.kind={engine}"] if engine else []
     chosen += ["privacy.enabled=false"] if no_privacy else []
@@ -47,6 +44,10 @@ def simulate(
     if no_privacy:
         open_run = config.run.model_copy(update={"name": f"{config.run.name}-no-privacy"})
         config = config.model_copy(update={"run": open_run})
+    # Loads torch, which takes seconds: a mistake in the run file should not have to wait for it.
+    from fedloom.simulation.simulate import Watcher
+    from fedloom.simulation.simulate import simulate as run_simulation
+
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task("loading model and data", total=None)

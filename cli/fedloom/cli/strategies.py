@@ -8,7 +8,7 @@ from rich.table import Table
 
 from fedloom.cli.console import out
 
-__all__ = ["app"]
+__all__ = ["app", "list_", "show"]
 
 app = typer.Typer(help="Aggregation strategies that are installed, ours and others'.", no_args_is_help=True)
 

@@ -21,6 +21,7 @@ __all__ = [
     "RoundsSection",
     "RunConfig",
     "RunSection",
+    "Section",
     "Spec",
     "StrategySection",
     "TrainSection",
@@ -57,7 +58,7 @@ class ModelSection(Section):
     """[model]: the frozen base model every client holds."""
 
     base: str
-    """Local folder, hub id, or a name from `fedloom assets` such as minilm-l6."""
+    """Local folder in Hugging Face format, or a name from `fedloom assets` such as minilm-l6."""
     digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
     """Pin of the base model's files; a client whose folder differs refuses. None accepts what is found."""
     task: Literal["text-classification"] = "text-classification"

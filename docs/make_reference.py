@@ -1,0 +1,229 @@
+"""Write docs/reference.md from the code it describes; `--check` exits 1 when the file is not what would be written."""
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+
+from fedloom.cli.main import app
+from fedloom.client.config import Policy
+from fedloom.proto import errors
+from fedloom.proto.codec import CODECS
+from fedloom.proto.run import RunConfig
+from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.proto.wire import STATUS
+from fedloom.strategies.registry import GROUP
+
+__all__ = ["main", "reference"]
+
+TARGET = Path(__file__).with_name("reference.md")
+
+_INTRODUCTION = """# Reference
+
+Made from the code by `python docs/make_reference.py`; do not edit it by hand.
+A run file and a policy file are TOML. Unknown keys are refused, and every key can be overridden with
+`--set section.key=value`."""
+
+_RANGES = {
+    "minimum": "≥ {}",
+    "exclusiveMinimum": "> {}",
+    "maximum": "≤ {}",
+    "exclusiveMaximum": "< {}",
+    "minItems": "at least {} items",
+    "maxItems": "at most {} items",
+    "pattern": "matches `{}`",
+}
+
+
+def reference() -> str:
+    """The whole document."""
+    parts = [
+        _INTRODUCTION,
+        "## Run file",
+        *_tables(RunConfig),
+        "## Policy file",
+        "What a client's own site allows, whatever a coordinator asks.",
+        *_tables(Policy),
+        "## Commands",
+        *_commands(typer.main.get_command(app), "fedloom"),
+        "## Errors",
+        "An error of ours ends a command with one line on standard error and exit status 2. Between a client and a "
+        "coordinator it travels as the gRPC status beside it.",
+        *_errors(),
+        "## Codecs",
+        "Named in `[wire]`. The length of a payload follows from the schema alone.",
+        *_codecs(),
+        "## Strategies",
+        "Those that come with fedloom; `fedloom strategies list` also shows what else is installed. What each is good "
+        "for is in [strategies.md](strategies.md).",
+        *_strategies(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Write the file, or with `--check` only compare it."""
+    text = reference()
+    if sys.argv[1:] == ["--check"]:
+        if not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != text:
+            sys.exit(f"{TARGET.name} is stale; run `python docs/make_reference.py`")
+    elif sys.argv[1:]:
+        sys.exit(f"unknown arguments {' '.join(sys.argv[1:])}; only --check is allowed")
+    else:
+        TARGET.write_text(text, encoding="utf-8")
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _tables(model: type[BaseModel]) -> Iterator[str]:
+    """One heading and one table of keys for each section of a file."""
+    document = model.model_json_schema()
+    for name, entry in document["properties"].items():
+        section = document["$defs"][_definition(entry)]
+        needed = "required" if name in document.get("required", ()) else "optional"
+        yield f"### [{name}] ({needed})"
+        about = section["description"].partition(": ")[2]
+        yield about[:1].upper() + about[1:]
+        required = section.get("required", ())
+        rows = [_key(f"{name}.{key}", spec, key in required) for key, spec in section["properties"].items()]
+        yield _table(("key", "type", "default", "allowed", "meaning"), rows)
+
+
+def _definition(entry: dict[str, Any]) -> str:
+    """The name of the section a property refers to, which may be left out of the file."""
+    choices = [entry, *entry.get("anyOf", ())]
+    (name,) = (str(choice["$ref"]).rpartition("/")[2] for choice in choices if "$ref" in choice)
+    return name
+
+
+def _key(path: str, spec: dict[str, Any], required: bool) -> tuple[str, ...]:
+    choices = [choice for choice in spec.get("anyOf", [spec]) if choice.get("type") != "null"]
+    # A key without a default that may be left out is a table, made anew for each file and so absent from the schema.
+    value = spec.get("default", {})
+    default = "required" if required else "none" if value is None else f"`{json.dumps(value)}`"
+    # The choices of a table's values are its type, not alternatives of the key.
+    allowed = _allowed(choices[0]) if len(choices) == 1 else ""
+    return f"`{path}`", " or ".join(_type(choice) for choice in choices), default, allowed, spec["description"]
+
+
+def _type(spec: dict[str, Any]) -> str:
+    match spec.get("type"):
+        case "array":
+            return f"list of {_type(spec['items'])}s"
+        case "object":
+            values = spec["additionalProperties"]
+            return "table of " + ", ".join(_type(value) for value in values.get("anyOf", [values]))
+        case kind:
+            return "path" if spec.get("format") == "path" else str(kind)
+
+
+def _allowed(spec: dict[str, Any]) -> str:
+    words = spec.get("enum") or ([spec["const"]] if "const" in spec else spec.get("items", {}).get("enum", []))
+    if words:
+        return ", ".join(f"`{json.dumps(word)}`" for word in words)
+    return ", ".join(text.format(_number(spec[key])) for key, text in _RANGES.items() if key in spec)
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _commands(command: Any, path: str) -> Iterator[str]:
+    """A command's heading, help and parameters, then those of its subcommands."""
+    about, _, example = (command.help or "").partition("Example:")
+    yield f"### `{path}`"
+    yield "\n".join(line.strip() for line in about.strip().splitlines())
+    if example:
+        yield f"```sh\n{example.strip()}\n```"
+    rows = [_parameter(each) for each in command.params if not each.hidden and "completion" not in each.name]
+    if rows:
+        yield _table(("parameter", "default", "meaning"), rows)
+    for name, child in getattr(command, "commands", {}).items():
+        yield from _commands(child, f"{path} {name}")
+
+
+def _parameter(each: Any) -> tuple[str, ...]:
+    is_option = each.param_type_name == "option"
+    names = [*each.opts, *each.secondary_opts] if is_option else [each.name.upper()]
+    value = " VALUE" if is_option and not each.is_flag else ""
+    if each.required:
+        default = "required"
+    elif each.default is None:
+        default = "none"
+    else:
+        switch = {True: "on", False: "off"}
+        default = switch[each.default] if isinstance(each.default, bool) else f"`{each.default}`"
+    more = " May be repeated." if each.multiple or each.nargs == -1 else ""
+    return ", ".join(f"`{name}{value}`" for name in names), default, f"{each.help}{more}"
+
+
+def _errors() -> Iterator[str]:
+    rows = []
+    for name in errors.__all__:
+        kind = getattr(errors, name)
+        parent = "" if kind is errors.FedloomError else f"`{kind.__base__.__name__}`"
+        rows.append((f"`{name}`", parent, f"`{STATUS[kind]}`", inspect.getdoc(kind) or ""))
+    yield _table(("error", "is a", "gRPC status", "meaning"), rows)
+
+
+def _codecs() -> Iterator[str]:
+    schema = Schema((TensorSpec("a", "a", Role.BIAS, (1000,)),), 1.0)
+    rows = []
+    for name, codec in sorted(CODECS.items()):
+        about = (inspect.getdoc(type(codec)) or "").partition("\n")[0]
+        rows.append((f"`{name}`", f"{codec.encoded_size(schema) / schema.size:g}", about))
+    yield _table(("codec", "bytes per value", "format"), rows)
+
+
+def _strategies() -> Iterator[str]:
+    # Only ours: what else is installed on the machine that writes this file is no part of fedloom.
+    ours = {each.name: each for each in entry_points(group=GROUP) if each.dist and each.dist.name == "fedloom"}
+    for name, point in sorted(ours.items()):
+        factory = point.load()
+        text = inspect.getdoc(factory) or ""
+        yield f"### `{name}`"
+        yield f"{(inspect.getdoc(sys.modules[factory.__module__]) or '').partition(chr(10))[0]}"
+        yield re.split(r"\n\s*(?:Args|Raises):\n", text)[0].strip()
+        about = _described(text)
+        options = [each for each in inspect.signature(factory).parameters.values() if each.name != "train_head"]
+        rows = [(f"`{each.name}`", _annotation(each), f"`{_toml(each)}`", about.get(each.name, "")) for each in options]
+        if rows:
+            yield _table(("option", "type", "default", "meaning"), rows)
+        else:
+            yield "It has no options."
+
+
+def _annotation(option: inspect.Parameter) -> str:
+    choices = getattr(option.annotation, "__args__", ())
+    if choices:
+        return ", ".join(f"`{json.dumps(choice)}`" for choice in choices)
+    return str(getattr(option.annotation, "__name__", option.annotation))
+
+
+def _toml(option: inspect.Parameter) -> str:
+    return "required" if option.default is option.empty else json.dumps(option.default)
+
+
+def _described(text: str) -> dict[str, str]:
+    """What the "Args:" part of a Google-style docstring says of each argument."""
+    _, _, part = text.partition("\nArgs:\n")
+    part = re.split(r"\n\S", part)[0]
+    return {name: " ".join(about.split()) for name, about in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", part, re.M)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The `fedloom` command as a user meets it: real processes, their output and their exit status."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom.client.assets import ASSETS
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.proto.accounting import Spend, epsilon
+from fedloom.proto.schema import Schema
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.toml"
+COMMAND = [sys.executable, "-m", "fedloom.cli.main"]
+OPEN = ("--set", "privacy.enabled=false")
+"""Spares tests that are not about privacy the calibration of the noise, which takes seconds."""
+
+
+def fedloom(*arguments: str | Path, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    words = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=240, cwd=cwd)
+
+
+def refused(*arguments: str | Path) -> str:
+    """The one line with which a command refuses."""
+    done = fedloom(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_bytes(EXAMPLE.read_bytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file beside which `fedloom prepare` has put its schema."""
+    path = tmp_path_factory.mktemp("prepared") / "run.toml"
+    path.write_bytes(EXAMPLE.read_bytes())
+
+    done = fedloom("prepare", path)
+
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {path.with_suffix('.schema.json')}" in done.stdout
+    return path
+
+
+def test_version() -> None:
+    done = fedloom("--version")
+
+    assert (done.returncode, done.stdout) == (0, f"fedloom {version('fedloom')}\n")
+
+
+def test_help_names_every_command() -> None:
+    done = fedloom("--help")
+
+    assert done.returncode == 0
+    for name in ("simulate", "server", "prepare", "client", "assets", "strategies", "ledger", "bench"):
+        assert re.search(rf"^\W*{name}\s", done.stdout, re.M)
+
+
+def test_strategies_are_listed_and_shown() -> None:
+    listed = fedloom("strategies", "list")
+    shown = fedloom("strategies", "show", "fedsvd")
+
+    assert (listed.returncode, shown.returncode) == (0, 0)
+    names = {line.split()[0] for line in listed.stdout.splitlines() if f" {version('fedloom')} " in line}
+    assert names >= {"fedavg", "ffa", "fedsvd", "fedpeft"}
+    assert shown.stdout.startswith("Train B (and the head), average exactly")
+    assert re.search(r"^period\s+int\s+1\s*$", shown.stdout, re.M)
+    assert "[strategy] options" in shown.stdout
+
+
+def test_an_unknown_strategy_gets_the_nearest_name() -> None:
+    assert "unknown strategy 'fedsdv'; did you mean 'fedsvd'?" in refused("strategies", "show", "fedsdv")
+
+
+@pytest.mark.parametrize("command", ["simulate", "server", "prepare"])
+def test_an_unknown_key_is_one_line_with_the_nearest_key(command: str, run_file: Path) -> None:
+    line = refused(command, run_file, "--set", "run.ruonds=3")
+
+    assert line == f"{run_file}: unknown key 'run.ruonds'; did you mean 'rounds'?"
+
+
+@pytest.mark.parametrize("command", ["simulate", "server", "prepare"])
+def test_a_missing_run_file_is_named(command: str, tmp_path: Path) -> None:
+    missing = tmp_path / "none.toml"
+
+    assert refused(command, missing) == f"{missing} does not exist; give the path of a TOML file"
+
+
+def test_an_unknown_strategy_in_a_run_file_leaves_no_run_folder(run_file: Path, tmp_path: Path) -> None:
+    line = refused("simulate", run_file, *OPEN, "--set", "strategy.name=nosuch", "--out", tmp_path / "runs")
+
+    assert "unknown strategy 'nosuch'" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_policy_key_is_named(tmp_path: Path) -> None:
+    policy = tmp_path / "client.toml"
+    policy.write_text('[client]\nname = "a"\n[data]\nsource = "x.csv"\n[privacy]\nepsilom = 3\n')
+
+    line = refused("client", "--server", "127.0.0.1:1", "--policy", policy)
+
+    assert line == f"{policy}: unknown key 'privacy.epsilom'; did you mean 'epsilon'?"
+
+
+def test_assets_are_listed() -> None:
+    done = fedloom("assets")
+
+    assert done.returncode == 0
+    for name, asset in ASSETS.items():
+        assert re.search(
+            rf"^{name}  .*{re.escape(asset.requirement)}; (in the cache|not fetched)\)$", done.stdout, re.M
+        )
+
+
+def test_an_unknown_asset_gets_the_nearest_name() -> None:
+    assert refused("assets", "sentimant") == "unknown asset 'sentimant'; did you mean 'sentiment'?"
+
+
+def test_prepare_writes_what_a_coordinator_needs(prepared: Path) -> None:
+    document = json.loads(prepared.with_suffix(".schema.json").read_text())
+
+    schema = Schema.from_json(json.dumps(document["schema"], separators=(",", ":")))
+    assert re.fullmatch("sha256:[0-9a-f]{64}", document["digest"])
+    # Six layers with a pair of rank 8 on query and value of width 384, and a head of 2 x 384 weights and 2 biases.
+    assert schema.size == 6 * 2 * 2 * 8 * 384 + 2 * 384 + 2
+    assert schema.scale == 16 / 8
+
+
+def test_a_coordinator_refuses_other_interfaces(prepared: Path, tmp_path: Path) -> None:
+    line = refused("server", prepared, *OPEN, "--listen", "0.0.0.0:0", "--state", tmp_path / "state")
+
+    assert line.startswith("listen address '0.0.0.0:0' is not a loopback address")
+    assert "tunnel" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("adapter.rank=4", "was made for another [adapter] section"),
+        ("model.max_length=32", "was made for another [model] section"),
+        (f"model.digest=sha256:{'0' * 64}", "the run file pins sha256:0000"),
+    ],
+)
+def test_a_stale_schema_file_is_refused(prepared: Path, tmp_path: Path, override: str, words: str) -> None:
+    assert words in refused("server", prepared, "--set", override, "--state", tmp_path / "state")
+
+
+def test_an_incomplete_schema_file_is_refused(run_file: Path, tmp_path: Path) -> None:
+    run_file.with_suffix(".schema.json").write_text('{"model": {}}')
+
+    line = refused("server", run_file, "--state", tmp_path / "state")
+
+    assert "lacks adapter, digest, schema; run `fedloom prepare" in line
+
+
+def test_a_coordinator_listens_and_stops_when_told(prepared: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    command = [*COMMAND, "server", str(prepared), *OPEN, "--listen", "127.0.0.1:0", "--state", str(state)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            first = server.stdout.readline()
+            server.send_signal(signal.SIGTERM)
+            rest, complaints = server.communicate(timeout=60)
+        finally:
+            server.kill()
+
+    assert re.fullmatch(rf"listening on 127\.0\.0\.1:[1-9]\d*; state in {re.escape(str(state))}\n", first), complaints
+    assert server.returncode == 0, complaints
+    assert rest == "stopped; start again with the same state directory to go on\n"
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    path = tmp_path / "client.toml"
+    path.write_text(
+        '[client]\nname = "a"\nstate = "mine"\n[data]\nsource = "x.csv"\n[privacy]\nepsilon = 3.0\ndelta = 1e-6\n'
+    )
+    return path
+
+
+def test_an_empty_ledger_says_so(policy: Path) -> None:
+    done = fedloom("ledger", "show", policy)
+
+    assert done.returncode == 0
+    assert done.stdout == f"no account in {policy.parent / 'mine' / 'ledger'}: nothing has been charged\n"
+    assert not (policy.parent / "mine").exists(), "looking must not make an account"
+
+
+def test_a_charged_ledger_shows_its_charges_and_what_they_cost(policy: Path) -> None:
+    spend = Spend(0.05, 1.5, 20)
+    with Ledger(policy.parent / "mine" / "ledger", "ab" * 32) as ledger:
+        sent = ledger.reserve("winter", 0, spend, budget=3.0, delta=1e-6)
+        ledger.release(sent, "cd" * 32)
+        ledger.reserve("winter", 1, spend, budget=3.0, delta=1e-6)
+
+    done = fedloom("ledger", "show", policy)
+
+    assert done.returncode == 0
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["1", "winter", "1", "0.05", "1.5", "20", "cd" * 6] in rows
+    assert ["2", "winter", "2", "0.05", "1.5", "20", "no"] in rows
+    assert f"spent epsilon {epsilon([spend, spend], 1e-6):.4f} of 3 at delta 1e-06" in done.stdout
+
+
+def test_an_account_in_use_is_not_shown(policy: Path) -> None:
+    with Ledger(policy.parent / "mine" / "ledger", "ab" * 32):
+        line = refused("ledger", "show", policy)
+
+    assert "is in use by another client" in line
+
+
+def figures(*arguments: str) -> dict[str, Any]:
+    """What a benchmark prints for programs, checked for what every benchmark has."""
+    done = fedloom("bench", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    document: dict[str, Any] = json.loads(line)
+    assert document["bench"] == arguments[0]
+    assert document["machine"]["cores"] > 0
+    assert document["versions"]["fedloom"] == version("fedloom")
+    return document
+
+
+@pytest.mark.e2e
+def test_the_round_benchmark_ends_with_its_figures() -> None:
+    document = figures("round", "--rounds", "5")
+
+    assert 0 < document["median_ms"] <= document["p95_ms"]
+    assert document["mean_ms"] > 0
+    assert (document["rounds"], document["clients"], document["parameters"]) == (5, 2, 786_432)
+    assert document["durable"] is True
+    assert document["tls"] is False
+
+
+@pytest.mark.e2e
+def test_the_step_benchmark_ends_with_its_figures() -> None:
+    document = figures("dp-step", "--repeats", "3")
+
+    for name in ("ratio_ours", "ratio_opacus_hooks", "plain_ms", "ours_ms", "opacus_hooks_ms"):
+        assert document[name] > 0
+    assert document["repeats"] == 3
