@@ -27,6 +27,7 @@ from fedloom.proto.errors import (
     ProtocolError,
     SchemaError,
     Unavailable,
+    UpdateRejected,
 )
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, Wait, upload_schema
 from fedloom.proto.run import Spec
@@ -170,7 +171,7 @@ def test_a_refused_run_is_left_without_a_word_of_why(script: Script, policy: Pol
 
 def test_a_site_that_cannot_prepare_tells_the_kind_of_error_only(script: Script, policy: Policy) -> None:
     def prepare(_: Joined) -> Trainer:
-        raise DataError("/home/alice/patients.csv: row 7 has no label")
+        raise DataError("ward-3/patients.csv: row 7 has no label")
 
     with pytest.raises(DataError, match="patients"):
         Participant(script, policy, prepare).run()
@@ -211,14 +212,25 @@ def test_an_update_lost_on_the_way_is_sent_again_as_it_was(
 def test_an_update_the_coordinator_does_not_want_is_dropped(
     script: Script, policy: Policy, trainer: Trainer, ledger: Ledger
 ) -> None:
-    script.failures = [ProtocolError("round 1 is closed")]
+    script.failures = [ProtocolError("round 1 is closed")] * 2  # before and after joining again
+
+    participant = Participant(script, policy, giving(trainer))
+
+    assert participant.run() == FINISHED
+    assert [header.round for header, _ in script.sent] == [0, 0, 1]
+    assert script.sent[0] == script.sent[1]
+    assert participant.rounds_trained == 1
+    assert len(ledger.charges()) == 2
+
+
+def test_a_refused_update_is_not_sent_again(script: Script, policy: Policy, trainer: Trainer, ledger: Ledger) -> None:
+    script.failures = [UpdateRejected("NaN")]
 
     participant = Participant(script, policy, giving(trainer))
 
     assert participant.run() == FINISHED
     assert [header.round for header, _ in script.sent] == [0, 1]
     assert participant.rounds_trained == 1
-    assert len(ledger.charges()) == 2
 
 
 def test_a_spent_budget_ends_the_clients_part(

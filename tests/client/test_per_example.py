@@ -137,8 +137,8 @@ def test_a_shared_layer_adds_both_uses() -> None:
         fast = layer.weight.grad_sample  # type: ignore[attr-defined]
         expected = torch.stack(
             [
-                torch.autograd.functional.jacobian(
-                    lambda w: F.linear(F.linear(x[i], w, layer.bias), w, layer.bias).square().sum(),
+                torch.autograd.functional.jacobian(  # type: ignore[no-untyped-call]  # torch's
+                    lambda w, i=i: F.linear(F.linear(x[i], w, layer.bias), w, layer.bias).square().sum(),
                     layer.weight.detach(),
                 )
                 for i in range(4)

@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 
-from fedloom.client.config import LOCAL_OVERRIDES, Policy, check_local, check_spec, load_policy
+from fedloom.client.config import Policy, check_local, check_spec, load_policy
 from fedloom.proto.errors import ConfigError, PolicyError
 from fedloom.proto.run import Spec
+from fedloom.proto.wire import LOCAL_NAMES
 
 TEXT = """
 [client]
@@ -168,7 +169,7 @@ def test_absolute_paths_and_packaged_names_stay(file: Path) -> None:
 
 def test_the_harmless_overrides_pass() -> None:
     check_local({})
-    check_local(dict.fromkeys(LOCAL_OVERRIDES, 0.5))
+    check_local(dict.fromkeys(LOCAL_NAMES, 0.5))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
 from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant
-from scipy.optimize import brentq  # type: ignore[import-untyped]  # no stubs here
-from scipy.stats import norm  # type: ignore[import-untyped]  # no stubs here
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 from fedloom.proto.accounting import GRID, REPORT_GRID, Spend, calibrate, epsilon
 from fedloom.proto.errors import ConfigError

@@ -8,11 +8,19 @@ from pydantic import Field
 
 from fedloom.proto.errors import PolicyError
 from fedloom.proto.run import Section, Spec, parse, read_toml
+from fedloom.proto.wire import LOCAL_NAMES
 
-__all__ = ["LOCAL_OVERRIDES", "Policy", "check_local", "check_spec", "load_policy"]
-
-LOCAL_OVERRIDES = frozenset({"learning_rate", "momentum", "proximal_mu"})
-"""Hyper-parameters a strategy may set per round. None of them changes what the privacy accounting sees."""
+__all__ = [
+    "ClientSection",
+    "DataPolicy",
+    "LimitsPolicy",
+    "ModelPolicy",
+    "Policy",
+    "PrivacyPolicy",
+    "check_local",
+    "check_spec",
+    "load_policy",
+]
 
 
 class ClientSection(Section):
@@ -44,7 +52,8 @@ class ModelPolicy(Section):
     folder: str | None = None
     """Where the base model lies here; None takes the run's name for it."""
     digests: tuple[str, ...] = ()
-    """Base models this site is willing to load (`fedloom client digest FOLDER`). Empty allows what `folder` holds."""
+    """Base models this site is willing to load; `fedloom prepare` prints a model's digest. Empty allows any that
+    lies here."""
 
 
 class PrivacyPolicy(Section):
@@ -134,13 +143,13 @@ def check_local(asked: dict[str, float]) -> None:
     """Refuse per-round overrides beyond the harmless ones, and values [train] would refuse.
 
     Raises:
-        PolicyError: An override is not among `LOCAL_OVERRIDES`, or its value is out of range.
+        PolicyError: An override is not among `LOCAL_NAMES`, or its value is out of range.
     """
-    extra = sorted(asked.keys() - LOCAL_OVERRIDES)
+    extra = sorted(asked.keys() - LOCAL_NAMES)
     if extra:
         raise PolicyError(
             f"the coordinator tries to set {', '.join(extra)} for one round; only "
-            f"{', '.join(sorted(LOCAL_OVERRIDES))} may vary"
+            f"{', '.join(sorted(LOCAL_NAMES))} may vary"
         )
     for name, value in asked.items():
         if not 0 <= value < (1 if name == "momentum" else math.inf):

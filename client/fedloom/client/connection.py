@@ -6,16 +6,22 @@ from typing import NoReturn, Protocol, TypeVar
 
 import grpc
 
-from fedloom.proto.errors import CodecError, ProtocolError, Unavailable
+from fedloom.proto.address import loopback_host
+from fedloom.proto.errors import CodecError, ConfigError, ProtocolError, StoreError, Unavailable, UpdateRejected
 from fedloom.proto.limits import CHUNK_BYTES, LONG_POLL_S, MAX_MESSAGE_BYTES
 from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeader
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
-from fedloom.proto.wire import answer_from_wire, header_to_wire, joined_from_wire
+from fedloom.proto.wire import STATUS, answer_from_wire, header_to_wire, joined_from_wire
 
 __all__ = ["Connection", "GrpcConnection"]
 
 Reply = TypeVar("Reply")
+
+_RETRIED = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", STATUS[StoreError]})
+"""Statuses that may pass by themselves: no line, no time, or a coordinator that is about to be restarted."""
+
+_ERRORS = {STATUS[kind]: kind for kind in (ProtocolError, UpdateRejected, ConfigError)}
 
 _CALL_S = 30.0
 _TRANSFER_S = 600.0
@@ -56,7 +62,12 @@ class GrpcConnection:
     """The coordinator at HOST:PORT. Loopback only until the channel is encrypted."""
 
     def __init__(self, address: str) -> None:
-        """Open a channel; nothing is sent before the first call."""
+        """Open a channel; nothing is sent before the first call.
+
+        Raises:
+            ConfigError: The address is not HOST:PORT on the loopback interface.
+        """
+        loopback_host(address)
         self.address = address
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = rpc.FederationStub(self._channel)
@@ -136,8 +147,8 @@ class GrpcConnection:
 
 
 def _translate(error: grpc.RpcError, address: str) -> NoReturn:
-    """A gRPC failure as one of our errors."""
-    code, details = error.code(), error.details() or ""
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-        raise Unavailable(f"coordinator {address} cannot be reached ({code.name}: {details})") from error
-    raise ProtocolError(f"coordinator {address} answers {code.name}: {details}") from error
+    """A gRPC failure as one of our errors, by the same table that the coordinator uses."""
+    status, details = error.code().name, error.details() or ""
+    if status in _RETRIED:
+        raise Unavailable(f"coordinator {address} cannot serve this client now ({status}: {details})") from error
+    raise _ERRORS.get(status, ProtocolError)(f"coordinator {address} answers {status}: {details}") from error

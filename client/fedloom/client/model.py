@@ -131,6 +131,11 @@ class AdapterModel:
                 chosen.append(slot.parameter)
         return chosen
 
+    def parameters_of(self, roles: Iterable[Role]) -> frozenset[nn.Parameter]:
+        """The parameters that hold the tensors of `roles`."""
+        wanted = frozenset(roles)
+        return frozenset(slot.parameter for slot in self.slots.values() if slot.spec.role in wanted)
+
     def rank_masks(self, parameters: list[nn.Parameter]) -> dict[nn.Parameter, torch.Tensor]:
         """1 within the current rank and 0 beyond, for the low-rank factors among `parameters`; empty at full rank."""
         if self.rank >= self.schema.rank:

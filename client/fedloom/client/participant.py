@@ -13,7 +13,7 @@ from fedloom.client.config import Policy, check_spec
 from fedloom.client.connection import Connection
 from fedloom.client.training import Training
 from fedloom.proto.codec import codec
-from fedloom.proto.errors import FedloomError, PolicyError, ProtocolError, SchemaError, Unavailable
+from fedloom.proto.errors import FedloomError, PolicyError, ProtocolError, SchemaError, Unavailable, UpdateRejected
 from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, Wait, broadcast_schema, upload_schema
 
 __all__ = ["Participant"]
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 5.0
 _BACKOFF_S = (0.5, 30.0)
+_REFUSALS = 3
 
 
 @dataclass(frozen=True)
@@ -103,18 +104,24 @@ class Participant:
 
         Raises:
             Unavailable: Patience ran out.
+            ProtocolError: The coordinator goes on refusing this client after it has joined again.
             PolicyError: The policy refuses the run, or the privacy budget is spent.
         """
-        last_contact, attempt, joined = time.monotonic(), 0, False
+        last_contact, attempt, refused, joined = time.monotonic(), 0, 0, False
         while True:
             try:
                 if not joined:
                     self.join()
                     joined = True
                 finished = self.step()
-                last_contact, attempt = time.monotonic(), 0
+                last_contact, attempt, refused = time.monotonic(), 0, 0
                 if finished is not None:
                     return finished
+            except ProtocolError as error:
+                refused, joined = refused + 1, False
+                if refused > _REFUSALS:
+                    raise
+                log.warning("%s; joining again", error)
             except Unavailable as error:
                 if time.monotonic() - last_contact > patience_s:
                     raise
@@ -146,12 +153,18 @@ class Participant:
 
     def _deliver(self) -> None:
         """Send the pending update; it is forgotten once the coordinator has it or no longer wants it."""
-        assert self._pending is not None  # callers check
-        try:
-            self.connection.submit(self._pending.header, self._pending.payload)
-            self.rounds_trained += 1
-        except ProtocolError as error:
-            log.warning("round %d: update not taken: %s", self._pending.header.round + 1, error)
+        pending = self._pending
+        assert pending is not None  # callers check
+        for rejoined in (False, True):
+            try:
+                self.connection.submit(pending.header, pending.payload)
+                self.rounds_trained += 1
+                break
+            except (UpdateRejected, ProtocolError) as error:
+                if rejoined or isinstance(error, UpdateRejected):
+                    log.warning("round %d: update not taken: %s", pending.header.round + 1, error)
+                    break
+                self.join()  # the coordinator may have restarted, and knows this client only by its new epoch
         self._pending = None
 
     @contextmanager

@@ -22,7 +22,7 @@ from fedloom.proto.accounting import Spend
 from fedloom.proto.errors import DataError, PolicyError, ProtocolError
 from fedloom.proto.messages import Assignment, upload_schema
 from fedloom.proto.run import Spec
-from fedloom.proto.schema import Array, Schema, Tensors
+from fedloom.proto.schema import Array, Role, Schema, Tensors
 
 __all__ = ["EntropyFor", "Score", "Trainer", "evaluate"]
 
@@ -152,9 +152,14 @@ class Trainer:
     def _optimizer(self, parameters: list[nn.Parameter], assignment: Assignment) -> torch.optim.Optimizer:
         train = self.spec.train
         rate = assignment.local.get("learning_rate", train.learning_rate)
+        head = self.model.parameters_of({Role.HEAD})
+        groups = [
+            {"params": [each for each in parameters if each not in head], "lr": rate},
+            {"params": [each for each in parameters if each in head], "lr": train.head_learning_rate or rate},
+        ]
         if train.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=rate)
-        return torch.optim.SGD(parameters, lr=rate, momentum=assignment.local.get("momentum", train.momentum))
+            return torch.optim.Adam(groups, lr=rate)
+        return torch.optim.SGD(groups, lr=rate, momentum=assignment.local.get("momentum", train.momentum))
 
     def _sample(self, entropy: Entropy) -> Indices:
         """One Poisson sample: each example on its own with the public rate."""

@@ -95,6 +95,8 @@ class TrainSection(Section):
     """Local optimiser; its state starts anew each round."""
     learning_rate: float = Field(gt=0)
     """Local learning rate."""
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    """Learning rate of the head alone; None is learning_rate. A fresh head often needs a larger one."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """SGD momentum."""
     proximal_mu: float = Field(default=0.0, ge=0)

@@ -1,7 +1,6 @@
 """A coordinator on a port: the server's options, its clock, and how it starts and stops."""
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import threading
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 
 from grpc import aio
 
+from fedloom.proto.address import loopback_host
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.limits import MAX_MESSAGE_BYTES
 from fedloom.proto.v1.federation_pb2_grpc import add_FederationServicer_to_server
@@ -51,7 +51,7 @@ async def serve(coordinator: Coordinator, listen: str, *, ready: Callable[[str],
         ConfigError: The address is not a loopback address, or cannot be bound.
         StoreError: The coordinator's state could not be read or written.
     """
-    host = _loopback_host(listen)
+    host = loopback_host(listen)
     servicer = Servicer(coordinator)
     server = aio.server(options=OPTIONS)
     add_FederationServicer_to_server(servicer, server)
@@ -164,24 +164,3 @@ def _stop_signals() -> Iterator[asyncio.Event]:
     finally:
         for each in signals:
             loop.remove_signal_handler(each)
-
-
-def _loopback_host(listen: str) -> str:
-    """The host of a HOST:PORT on the loopback interface.
-
-    Raises:
-        ConfigError: It is another interface, or not HOST:PORT.
-    """
-    host, colon, port = listen.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65_535:
-        raise ConfigError(f"listen address {listen!r} must be HOST:PORT, e.g. 127.0.0.1:8765; port 0 takes a free one")
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise ConfigError(
-            f"listen address {listen!r} is not a loopback address; connections are not encrypted yet, so only "
-            "127.0.0.1, [::1] and localhost are served; put an encrypted tunnel in front of it"
-        )
-    return host

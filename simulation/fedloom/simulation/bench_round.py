@@ -13,6 +13,7 @@ from fedloom.client.config import Policy
 from fedloom.client.connection import GrpcConnection
 from fedloom.client.participant import Participant
 from fedloom.client.training import Trained
+from fedloom.proto.errors import FedloomError
 from fedloom.proto.messages import Assignment, Joined, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
@@ -43,7 +44,7 @@ class _Idle:
         """Nothing is charged."""
 
 
-def roberta_large_schema() -> Schema:
+def _roberta_large_schema() -> Schema:
     """LoRA r=8 on query and value of 24 layers of width 1024: 786,432 values."""
     specs: list[TensorSpec] = []
     for layer in range(24):
@@ -81,7 +82,7 @@ def bench_round(*, rounds: int, clients: int, durable: bool) -> dict[str, Any]:
             "rounds": {"min_clients": clients},
         }
     )
-    schema = roberta_large_schema()
+    schema = _roberta_large_schema()
     commits: list[float] = []
     with tempfile.TemporaryDirectory(prefix="fedloom-bench-") as folder, Store(Path(folder), durable=durable) as store:
         starting = starting_adapter(schema, 0)
@@ -94,7 +95,7 @@ def bench_round(*, rounds: int, clients: int, durable: bool) -> dict[str, Any]:
                 while not coordinator.finished:
                     time.sleep(0.05)
                     if any(process.poll() not in (None, 0) for process in running):
-                        raise RuntimeError("a benchmark client failed; its error is above")
+                        raise FedloomError("a benchmark client failed; its own error is above")
                 for process in running:
                     process.wait(30)
             finally:

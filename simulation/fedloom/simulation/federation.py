@@ -76,13 +76,13 @@ def build(config: RunConfig, folder: Path) -> Federation:
     parts = partition(rows, config.data.clients, config.data.partition, config.data.dirichlet_alpha, config.run.seed)
     width = len(str(len(parts) - 1))
     clients = {f"client-{index:0{width}d}": rows.take(part) for index, part in enumerate(parts)}
-    policies = {name: simulated_policy(name, len(own), config, folder) for name, own in clients.items()}
+    policies = {name: _simulated_policy(name, len(own), config, folder) for name, own in clients.items()}
     model = load_model(config.model, config.adapter)
     encoded = encode(held_out, model.tokenizer, config.model.max_length)
     return Federation(config, model, clients, policies, encoded)
 
 
-def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
+def _simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
     """A policy that allows exactly what the run asks, as an agreeing site would write it."""
     return Policy.model_validate(
         {

@@ -32,7 +32,7 @@ from fedloom.simulation.record import RoundRecord, new_folder, plot, write_confi
 from fedloom.strategies.api import State
 from fedloom.strategies.start import starting_adapter
 
-__all__ = ["Result", "Watcher", "simulate"]
+__all__ = ["Result", "Watcher", "ledger_epsilon", "simulate"]
 
 
 @dataclass
@@ -82,7 +82,7 @@ def simulate(config: RunConfig, out: Path, watcher: Watcher | None = None) -> Re
     strategy = build_strategy(config)
     folder = new_folder(out, config.run.name)
     write_config(folder, config)
-    set_threads(config.engine.threads)
+    _set_threads(config.engine.threads)
     federation = build(config, folder)
     schema = federation.model.schema
     starting = starting_adapter(schema, config.run.seed)
@@ -105,7 +105,7 @@ def simulate(config: RunConfig, out: Path, watcher: Watcher | None = None) -> Re
     return _finish(federation, folder, tape, start, final_state)
 
 
-def set_threads(threads: int) -> int:
+def _set_threads(threads: int) -> int:
     """Set torch's threads; 0 leaves torch's choice. Returns the number in force."""
     if threads:
         torch.set_num_threads(threads)
@@ -173,7 +173,7 @@ def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, sta
     model.load(state.adapter)
     final = evaluate(model, federation.held_out)
     spent = ledger_epsilon(federation) if config.privacy.enabled else {}
-    save_adapter(model, folder / "adapter", facts(config, final, spent))
+    save_adapter(model, folder / "adapter", _facts(config, final, spent))
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, federation.held_out, pad, str(model.device))
     reloaded = load_exported(resolve_base(config.model.base), folder / "adapter", len(config.model.labels))
@@ -207,7 +207,7 @@ def ledger_epsilon(federation: Federation) -> dict[str, float]:
     return spent
 
 
-def facts(config: RunConfig, final: Score, spent: dict[str, float]) -> dict[str, Any]:
+def _facts(config: RunConfig, final: Score, spent: dict[str, float]) -> dict[str, Any]:
     """What an adapter's user should know: base model, labels, result, and the privacy guarantee with its terms."""
     known: dict[str, Any] = {
         "run": config.run.name,

@@ -81,8 +81,8 @@ def check(schema: Schema, update: Update) -> None:
         )
     schema.check(update.delta)
     for name, delta in update.delta.items():
-        # A comparison with NaN is false, so this one test also refuses NaN and Inf.
-        if not (np.abs(delta) <= _MAX_CHANGE).all():
+        # A comparison with NaN is false, so these two also refuse NaN and Inf.
+        if not (delta.max() <= _MAX_CHANGE and delta.min() >= -_MAX_CHANGE):
             raise UpdateRejected(
                 f"client {update.client!r} sent NaN, Inf or a value beyond {_MAX_CHANGE:g} in {name!r};"
                 " lower the learning rate or leave the client out"
@@ -102,7 +102,9 @@ def fold(schema: Schema, acc: Sum | None, update: Update) -> Sum:
         UpdateRejected: The change or the weight is not usable, see `check`.
     """
     check(schema, update)
-    weighted = {spec.name: update.weight * update.delta[spec.name].astype(np.float64) for spec in schema.tensors}
+    weighted = {
+        spec.name: np.multiply(update.delta[spec.name], update.weight, dtype=np.float64) for spec in schema.tensors
+    }
     if acc is None:
         return Sum(update.weight, weighted)
     return Sum(acc.weight + update.weight, {name: acc.total[name] + more for name, more in weighted.items()})

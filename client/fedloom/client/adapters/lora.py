@@ -9,7 +9,7 @@ from fedloom.proto.errors import ModelError
 from fedloom.proto.run import AdapterSection
 from fedloom.proto.schema import Role, TensorSpec
 
-__all__ = ["attach", "slots"]
+__all__ = ["attach", "linear_targets", "slots"]
 
 
 def attach(base: PreTrainedModel, section: AdapterSection, task_type: str) -> PeftModel:

@@ -134,7 +134,7 @@ class Ledger:
                 f"allows {budget:g} over the life of this data set, and {self.epsilon(delta):.4f} is spent. "
                 "Leave the run, or raise privacy.epsilon in the policy if you may"
             )
-        cursor = self._db.execute(
+        cursor = self._write(
             "INSERT INTO charge (run, round, sampling_rate, noise_multiplier, steps, reserved) "
             "VALUES (?, ?, ?, ?, ?, ?)",
             (run, round, spend.sampling_rate, spend.noise_multiplier, spend.steps, time.time()),
@@ -148,12 +148,25 @@ class Ledger:
         Raises:
             LedgerError: There is no such charge, or something else was already released for it.
         """
-        changed = self._db.execute(
+        changed = self._write(
             "UPDATE charge SET released = ?, digest = ? WHERE number = ? AND (digest IS NULL OR digest = ?)",
             (time.time(), digest, number, digest),
         ).rowcount
         if changed != 1:
             raise LedgerError(f"charge {number} of {self.path} is unknown or already released with other content")
+
+    def _write(self, statement: str, values: tuple[object, ...]) -> sqlite3.Cursor:
+        """One durable change.
+
+        Raises:
+            LedgerError: The disk refuses; whether the change is on disk is then unknown, so nothing may be sent.
+        """
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"{self.path} cannot be written: {error}; free the disk and start the client anew"
+            ) from error
 
     def close(self) -> None:
         """Release the file and its lock."""

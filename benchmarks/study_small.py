@@ -1,0 +1,247 @@
+"""A small study: four strategies, with and without privacy, beside centralised LoRA and a frozen linear probe.
+
+Every federated arm is the run of examples/sentiment.toml with the same budget of example gradients. Each method's
+learning rate is chosen from the same grid by one half of the held-out rows, with the first seed; the table reports
+the other half, over all seeds. Prints a table and writes benchmarks/study_small.json.
+
+    python benchmarks/study_small.py
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+RUN_FILE = HERE.parent / "examples" / "sentiment.toml"
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "FedAvg": ("strategy.name=fedavg",),
+    "FFA": ("strategy.name=ffa",),
+    "FFA-orthonormal": ("strategy.name=ffa", "strategy.options={orthonormal=true}"),
+    "FedSVD": ("strategy.name=fedsvd",),
+}
+CENTRALISED: tuple[str, ...] = (
+    "strategy.name=fedavg",
+    "data.clients=1",
+    'data.partition="iid"',
+    "rounds.min_clients=1",
+)
+RATES = (0.5, 1.0, 2.0)
+SEEDS = (0, 1)
+HELD_OUT = 2000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run."""
+
+    method: str
+    private: bool
+    rate: float
+    seed: int
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Accuracy on the two halves of the held-out rows."""
+
+    method: str
+    private: bool
+    rate: float
+    seed: int
+    tuning: float
+    report: float
+    epsilon: float | None
+    seconds: float
+
+
+def train(arm: Arm) -> Outcome:
+    """Run one arm in this process, on one thread."""
+    import torch
+
+    from fedloom.client.trainer import evaluate
+    from fedloom.proto.run import load_run
+    from fedloom.server.coordinator import Coordinator
+    from fedloom.server.launch import build_strategy
+    from fedloom.server.store import Store
+    from fedloom.simulation.federation import build, completed
+    from fedloom.simulation.inprocess import run_inprocess
+    from fedloom.simulation.simulate import ledger_epsilon
+    from fedloom.strategies.start import starting_adapter
+
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    common = (
+        f"train.learning_rate={arm.rate}",
+        f"run.seed={arm.seed}",
+        f"privacy.enabled={str(arm.private).lower()}",
+        f"evaluation.max_examples={HELD_OUT}",
+    )
+    config = completed(load_run(RUN_FILE, (*common, *arm.overrides)))
+    with tempfile.TemporaryDirectory(prefix="fedloom-study-") as folder:
+        federation = build(config, Path(folder))
+        schema = federation.model.schema
+        with Store(Path(folder) / "state", durable=False) as store:
+            starting = starting_adapter(schema, config.run.seed)
+            strategy = build_strategy(config)
+            count = len(federation.clients)
+            coordinator = Coordinator(config, schema, strategy, store, starting=starting, expect=count)
+            for _ in run_inprocess(federation, coordinator):
+                pass
+            federation.model.load(coordinator.state.adapter)
+        spent = max(ledger_epsilon(federation).values()) if arm.private else None
+        tuning, report = (evaluate(federation.model, part).accuracy for part in split(federation.held_out))
+    return Outcome(arm.method, arm.private, arm.rate, arm.seed, tuning, report, spent, time.monotonic() - began)
+
+
+def split(held_out: Any) -> tuple[Any, Any]:
+    """The held-out rows in two halves, every other row each."""
+    from fedloom.client.data.tokens import Encoded
+
+    return (
+        Encoded(held_out.input_ids[::2], held_out.labels[::2]),
+        Encoded(held_out.input_ids[1::2], held_out.labels[1::2]),
+    )
+
+
+def probe(seed: int) -> Outcome:
+    """Logistic regression on the frozen base model's mean-pooled embeddings of all training rows, pooled centrally."""
+    import torch
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
+    from fedloom.proto.run import load_run
+    from fedloom.simulation.federation import build, completed
+
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    overrides = (f"run.seed={seed}", f"evaluation.max_examples={HELD_OUT}", "privacy.enabled=false")
+    with tempfile.TemporaryDirectory(prefix="fedloom-study-") as folder:
+        federation = build(completed(load_run(RUN_FILE, overrides)), Path(folder))
+    model = federation.model
+    encoder = model.model.base_model.model.base_model
+
+    def embed(rows: Encoded) -> np.ndarray[Any, np.dtype[np.float64]]:
+        found = np.zeros((len(rows), encoder.config.hidden_size))
+        with torch.inference_mode():
+            for part in microbatches(np.arange(len(rows)), rows, 64):
+                batch = collate(rows, part, model.tokenizer.pad_token_id)
+                mask = batch["attention_mask"].unsqueeze(-1)
+                hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+                found[part] = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
+        return found
+
+    limit = federation.config.model.max_length
+    parts = [encode(rows, model.tokenizer, limit) for rows in federation.clients.values()]
+    scaler = StandardScaler()
+    x = scaler.fit_transform(np.concatenate([embed(part) for part in parts]))
+    y = np.concatenate([part.labels for part in parts])
+    tuning, report = split(federation.held_out)
+    scored = []
+    for strength in (1e-3, 1e-2, 1e-1):
+        fitted = LogisticRegression(C=strength, max_iter=2000).fit(x, y)
+        scores = [float(fitted.score(scaler.transform(embed(half)), half.labels)) for half in (tuning, report)]
+        scored.append((*scores, strength))
+    best = max(scored)
+    return Outcome("linear probe", False, best[2], seed, best[0], best[1], None, time.monotonic() - began)
+
+
+def study(workers: int) -> list[Outcome]:
+    """Tune with the first seed, then run the chosen rate with the others."""
+    console = Console(stderr=True)
+    arms = [(name, private, how) for name, how in METHODS.items() for private in (False, True)]
+    arms.append(("centralised LoRA", False, CENTRALISED))
+    grid = [Arm(name, private, rate, SEEDS[0], how) for (name, private, how), rate in itertools.product(arms, RATES)]
+    # Spawned, not forked: torch and gRPC do not survive a fork.
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        outcomes: list[Outcome] = []
+
+        def collect(batch: list[Arm]) -> None:
+            for outcome in pool.imap_unordered(train, batch):
+                outcomes.append(outcome)
+                console.print(f"{len(outcomes)} {outcome}")
+
+        probes = [pool.apply_async(probe, (seed,)) for seed in SEEDS]
+        collect(grid)
+        chosen = [best(outcomes, name, private) for name, private, _ in arms]
+        ways = {(name, private): how for name, private, how in arms}
+        collect(
+            [
+                Arm(one.method, one.private, one.rate, seed, ways[one.method, one.private])
+                for one in chosen
+                for seed in SEEDS[1:]
+            ]
+        )
+        return outcomes + [each.get() for each in probes]
+
+
+def best(outcomes: list[Outcome], method: str, private: bool) -> Outcome:
+    """The outcome of the first seed whose rate did best on the tuning half."""
+    mine = [o for o in outcomes if (o.method, o.private, o.seed) == (method, private, SEEDS[0])]
+    return max(mine, key=lambda outcome: outcome.tuning)
+
+
+def summarise(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    """One row per method and privacy: the chosen rate and the reporting half's accuracy over the seeds."""
+    rows: list[dict[str, Any]] = []
+    for method, private in dict.fromkeys((o.method, o.private) for o in outcomes):
+        chosen = best(outcomes, method, private)
+        same = [
+            o
+            for o in outcomes
+            if (o.method, o.private) == (method, private) and (o.rate == chosen.rate or "probe" in method)
+        ]
+        scores = [o.report for o in same]
+        rows.append(
+            {
+                "method": method,
+                "private": private,
+                "learning_rate": chosen.rate,
+                "accuracy": float(np.mean(scores)),
+                "by_seed": scores,
+                "epsilon": chosen.epsilon,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Run the study and write its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    parser.add_argument("--json", type=Path, default=HERE / "study_small.json", help="where the figures go")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    outcomes = study(arguments.workers)
+    rows = summarise(outcomes)
+    table = Table("method", "privacy", "learning rate", "accuracy", "by seed")
+    for row in rows:
+        privacy = f"epsilon {row['epsilon']:.2f}" if row["private"] else "none"
+        seeds = ", ".join(f"{score:.1%}" for score in row["by_seed"])
+        table.add_row(row["method"], privacy, f"{row['learning_rate']:g}", f"{row['accuracy']:.1%}", seeds)
+    Console().print(table)
+    document = {
+        "seconds": round(time.monotonic() - began),
+        "held_out_for_report": HELD_OUT // 2,
+        "rates": RATES,
+        "rows": rows,
+        "runs": [asdict(outcome) for outcome in outcomes],
+    }
+    arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
