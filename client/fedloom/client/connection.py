@@ -30,6 +30,9 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Lets HTTP/2 read ahead over long links; measured best at 50 ms round trip with the BDP probe left on.
     ("grpc.http2.lookahead_bytes", 16 << 20),
+    # gRPC's own waits grow to two minutes; the participant spaces its attempts itself.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.connection import Connection
@@ -20,9 +21,10 @@ __all__ = ["Participant"]
 
 log = logging.getLogger(__name__)
 
+Reply = TypeVar("Reply")
+
 _HEARTBEAT_S = 5.0
-_BACKOFF_S = (0.5, 30.0)
-_REFUSALS = 3
+_BACKOFF_S = (0.25, 5.0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Participant:
         if self._pending is not None:
             self._deliver()
             return None
-        answer = self.connection.work()
+        answer = self._insist(self.connection.work)
         if isinstance(answer, Finished):
             return answer
         if isinstance(answer, Wait):
@@ -107,21 +109,18 @@ class Participant:
             ProtocolError: The coordinator goes on refusing this client after it has joined again.
             PolicyError: The policy refuses the run, or the privacy budget is spent.
         """
-        last_contact, attempt, refused, joined = time.monotonic(), 0, 0, False
+        last_contact, attempt, joined = time.monotonic(), 0, False
         while True:
             try:
                 if not joined:
                     self.join()
                     joined = True
                 finished = self.step()
-                last_contact, attempt, refused = time.monotonic(), 0, 0
+                last_contact, attempt = time.monotonic(), 0
                 if finished is not None:
+                    with suppress(Unavailable, ProtocolError):
+                        self.connection.leave("run over")
                     return finished
-            except ProtocolError as error:
-                refused, joined = refused + 1, False
-                if refused > _REFUSALS:
-                    raise
-                log.warning("%s; joining again", error)
             except Unavailable as error:
                 if time.monotonic() - last_contact > patience_s:
                     raise
@@ -142,7 +141,9 @@ class Participant:
                 f"{incoming.encoded_size(schema)}"
             )
         with self._heartbeats():
-            payload = self.connection.fetch(assignment.broadcast_digest, assignment.broadcast_bytes)
+            payload = self._insist(
+                lambda: self.connection.fetch(assignment.broadcast_digest, assignment.broadcast_bytes)
+            )
             trained = trainer.train(joined.run, assignment, incoming.decode(schema, payload))
             upload = upload_schema(joined.schema, assignment)
             body = outgoing.encode(upload, trained.delta)
@@ -155,17 +156,24 @@ class Participant:
         """Send the pending update; it is forgotten once the coordinator has it or no longer wants it."""
         pending = self._pending
         assert pending is not None  # callers check
-        for rejoined in (False, True):
-            try:
-                self.connection.submit(pending.header, pending.payload)
-                self.rounds_trained += 1
-                break
-            except (UpdateRejected, ProtocolError) as error:
-                if rejoined or isinstance(error, UpdateRejected):
-                    log.warning("round %d: update not taken: %s", pending.header.round + 1, error)
-                    break
-                self.join()  # the coordinator may have restarted, and knows this client only by its new epoch
+        try:
+            self._insist(lambda: self.connection.submit(pending.header, pending.payload))
+            self.rounds_trained += 1
+        except (UpdateRejected, ProtocolError) as error:
+            log.warning("round %d: update not taken: %s", pending.header.round + 1, error)
         self._pending = None
+
+    def _insist(self, call: Callable[[], Reply]) -> Reply:
+        """Make a call; if it is refused, join and make it once more.
+
+        A coordinator that has restarted refuses its clients until they join its new epoch.
+        """
+        try:
+            return call()
+        except ProtocolError as error:
+            log.info("%s; joining again", error)
+            self.join()
+            return call()
 
     @contextmanager
     def _leaving_on(self, kind: type[FedloomError]) -> Iterator[None]:

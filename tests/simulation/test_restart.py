@@ -1,0 +1,163 @@
+"""Clients outlive a coordinator that is killed and started again on the same state directory."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedloom.client.config import Policy
+from fedloom.client.connection import Connection, GrpcConnection
+from fedloom.client.participant import Participant
+from fedloom.client.training import Trained
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.messages import Assignment, Finished, Joined, upload_schema
+from fedloom.proto.run import RunConfig
+from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
+from fedloom.server.coordinator import Coordinator
+from fedloom.server.store import Store
+from fedloom.simulation.inprocess import LocalConnection
+from fedloom.strategies.fedavg import FedAvg
+from fedloom.strategies.start import starting_adapter
+
+SCHEMA = Schema(
+    (
+        TensorSpec("m.lora_A.weight", "m", Role.LORA_A, (2, 6)),
+        TensorSpec("m.lora_B.weight", "m", Role.LORA_B, (4, 2)),
+    )
+)
+CONFIG = RunConfig.model_validate(
+    {
+        "run": {"name": "restart", "rounds": 6, "seed": 1},
+        "model": {"base": "none", "labels": ["a", "b"]},
+        "train": {"steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
+        "privacy": {"enabled": False},
+        "rounds": {"min_clients": 2},
+    }
+)
+
+SERVE = """
+import asyncio, sys
+from pathlib import Path
+from test_restart import CONFIG, SCHEMA
+from fedloom.server.coordinator import Coordinator
+from fedloom.server.serve import serve
+from fedloom.server.store import Store
+from fedloom.strategies.fedavg import FedAvg
+from fedloom.strategies.start import starting_adapter
+with Store(Path(sys.argv[1])) as store:
+    coordinator = Coordinator(CONFIG, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 1), expect=2)
+    asyncio.run(serve(coordinator, sys.argv[2], ready=lambda address: print(address, flush=True)))
+"""
+
+
+class Steady:
+    """Moves every value by an amount that depends on the client and the round alone."""
+
+    declared_examples = 1
+    schema = SCHEMA
+
+    def __init__(self, client: int, trained: threading.Semaphore) -> None:
+        self.client, self.trained = client, trained
+
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+        rng = np.random.default_rng([self.client, assignment.round])
+        schema = upload_schema(SCHEMA, assignment)
+        self.trained.release()
+        return Trained({s.name: rng.normal(size=s.shape).astype(np.float32) for s in schema.tensors}, None)
+
+    def release(self, trained: Trained, digest: str) -> None:
+        pass
+
+
+def participant(connection: Connection, client: int, trained: threading.Semaphore) -> Participant:
+    policy = Policy.model_validate(
+        {"client": {"name": f"c{client}"}, "data": {"source": "none"}, "privacy": {"allow_non_private": True}}
+    )
+
+    def prepare(_: Joined) -> Steady:
+        return Steady(client, trained)
+
+    return Participant(connection, policy, prepare)
+
+
+def take_part(address: str, client: int, trained: threading.Semaphore, ends: list[Finished]) -> None:
+    ends.append(participant(GrpcConnection(address), client, trained).run(patience_s=60))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(state: Path, address: str) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(state), address], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == address
+    return process
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    process.wait(30)
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def undisturbed(folder: Path) -> Tensors:
+    """The adapter of the same run without a socket or a restart."""
+    with Store(folder, durable=False) as store:
+        coordinator = Coordinator(CONFIG, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 1))
+        trained = threading.Semaphore(0)
+        participants = [participant(LocalConnection(coordinator), client, trained) for client in range(2)]
+        for each in participants:
+            each.join()
+        while not coordinator.finished:
+            for each in participants:
+                each.step()
+        return coordinator.state.adapter
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_coordinator_goes_on_with_the_same_result(tmp_path: Path, how: signal.Signals) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    trained = threading.Semaphore(0)
+    ends: list[Finished] = []
+    process = start(tmp_path / "state", address)
+    threads = [threading.Thread(target=take_part, args=(address, k, trained, ends)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):  # somewhere in the second round
+            assert trained.acquire(timeout=60)
+        process.send_signal(how)
+        end(process)
+        time.sleep(0.2)
+        process = start(tmp_path / "state", address)
+        for thread in threads:
+            thread.join(90)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        end(process)
+
+    assert [end.rounds for end in ends] == [6, 6]
+    with Store(tmp_path / "state") as store:
+        resumed = Coordinator(CONFIG, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 1)).state.adapter
+    expected = undisturbed(tmp_path / "reference")
+    assert all(np.array_equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_a_client_refuses_plain_text_beyond_loopback() -> None:
+    with pytest.raises(ConfigError, match="not a loopback address"):
+        GrpcConnection("10.1.2.3:8470")
