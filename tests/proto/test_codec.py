@@ -82,12 +82,12 @@ def test_a_payload_one_byte_off_is_refused(name: str, off_by: int) -> None:
         codec(name).decode(SCHEMA, payload)
 
 
-def test_decoded_tensors_can_be_changed_in_place() -> None:
-    decoded = codec("fp32").decode(SCHEMA, codec("fp32").encode(SCHEMA, VALUES))
+def test_decoded_views_cannot_change_the_payload() -> None:
+    payload = codec("fp32").encode(SCHEMA, VALUES)
+    decoded = codec("fp32").decode(SCHEMA, payload)
 
-    decoded["m.bias"] += 1
-
-    np.testing.assert_array_equal(decoded["m.bias"], VALUES["m.bias"] + 1)
+    with pytest.raises(ValueError, match="read-only"):
+        decoded["m.bias"] += 1
 
 
 @pytest.mark.parametrize("value", [65520.0, -1e6, 3e38])

@@ -8,7 +8,8 @@ import grpc
 
 from fedloom.proto.address import loopback_host
 from fedloom.proto.errors import CodecError, ConfigError, ProtocolError, StoreError, Unavailable, UpdateRejected
-from fedloom.proto.limits import CHUNK_BYTES, LONG_POLL_S, MAX_MESSAGE_BYTES
+from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unframed
+from fedloom.proto.limits import LONG_POLL_S, MAX_MESSAGE_BYTES
 from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeader
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
@@ -74,6 +75,13 @@ class GrpcConnection:
         self.address = address
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = rpc.FederationStub(self._channel)
+        # Payloads go around protobuf, see `frames`; None leaves the messages as the bytes they are on the wire.
+        self._fetch = self._channel.unary_stream(
+            f"/{SERVICE}/Fetch", request_serializer=pb.FetchRequest.SerializeToString, response_deserializer=None
+        )
+        self._submit = self._channel.stream_unary(
+            f"/{SERVICE}/Submit", request_serializer=None, response_deserializer=pb.SubmitReply.FromString
+        )
         self._client, self._run, self._epoch = "", "", 0
 
     def join(self, client: str, declared_examples: int) -> Joined:
@@ -94,23 +102,23 @@ class GrpcConnection:
         return answer_from_wire(self._call(self._stub.Work, request, LONG_POLL_S + 10))
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:
-        """Read the payload chunk by chunk into a buffer of the promised size.
+        """Read the payload chunk by chunk, and never more than was promised.
 
         Raises:
             CodecError: Its length or digest is not the promised one.
         """
-        buffer, filled = bytearray(size_bytes), 0
+        parts: list[memoryview] = []
+        filled = 0
         request = pb.FetchRequest(run=self._run, epoch=self._epoch, client=self._client, digest=digest, offset=0)
         try:
-            for chunk in self._stub.Fetch(request, timeout=_TRANSFER_S):
-                part = chunk.data
-                if filled + len(part) > size_bytes:
+            for message in self._fetch(request, timeout=_TRANSFER_S):
+                parts.append(unframed(CHUNK_FIELD, message))
+                filled += len(parts[-1])
+                if filled > size_bytes:
                     raise CodecError(f"coordinator sends more than the {size_bytes} bytes it promised for {digest}")
-                buffer[filled : filled + len(part)] = part
-                filled += len(part)
         except grpc.RpcError as error:
             _translate(error, self.address)
-        payload = bytes(buffer)
+        payload = b"".join(parts)
         if filled != size_bytes or hashlib.sha256(payload).hexdigest() != digest:
             raise CodecError(f"payload {digest} arrived with {filled} of {size_bytes} bytes or with other content")
         return payload
@@ -118,13 +126,12 @@ class GrpcConnection:
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:
         """Send the header, then the payload in chunks."""
 
-        def parts() -> Iterator[pb.SubmitRequest]:
-            yield pb.SubmitRequest(header=header_to_wire(header, self._run, self._epoch))
-            for start in range(0, len(payload), CHUNK_BYTES):
-                yield pb.SubmitRequest(data=payload[start : start + CHUNK_BYTES])
+        def messages() -> Iterator[bytes]:
+            yield pb.SubmitRequest(header=header_to_wire(header, self._run, self._epoch)).SerializeToString()
+            yield from frames(DATA_FIELD, payload)
 
         try:
-            return bool(self._stub.Submit(parts(), timeout=_TRANSFER_S).duplicate)
+            return bool(self._submit(messages(), timeout=_TRANSFER_S).duplicate)
         except grpc.RpcError as error:
             _translate(error, self.address)
 

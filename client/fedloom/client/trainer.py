@@ -152,10 +152,11 @@ class Trainer:
     def _optimizer(self, parameters: list[nn.Parameter], assignment: Assignment) -> torch.optim.Optimizer:
         train = self.spec.train
         rate = assignment.local.get("learning_rate", train.learning_rate)
+        left = 1 - assignment.round / self.spec.run.rounds if train.schedule == "linear" else 1.0
         head = self.model.parameters_of({Role.HEAD})
         groups = [
-            {"params": [each for each in parameters if each not in head], "lr": rate},
-            {"params": [each for each in parameters if each in head], "lr": train.head_learning_rate or rate},
+            {"params": [each for each in parameters if each not in head], "lr": left * rate},
+            {"params": [each for each in parameters if each in head], "lr": left * (train.head_learning_rate or rate)},
         ]
         if train.optimizer == "adam":
             return torch.optim.Adam(groups, lr=rate)

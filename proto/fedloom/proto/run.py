@@ -97,6 +97,8 @@ class TrainSection(Section):
     """Local learning rate."""
     head_learning_rate: float | None = Field(default=None, gt=0)
     """Learning rate of the head alone; None is learning_rate. A fresh head often needs a larger one."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """linear: both learning rates fall by equal steps from the first round's to the last's, which is 1/rounds of it."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """SGD momentum."""
     proximal_mu: float = Field(default=0.0, ge=0)

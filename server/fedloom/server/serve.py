@@ -13,9 +13,8 @@ from grpc import aio
 from fedloom.proto.address import loopback_host
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.limits import MAX_MESSAGE_BYTES
-from fedloom.proto.v1.federation_pb2_grpc import add_FederationServicer_to_server
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.servicer import Servicer
+from fedloom.server.servicer import Servicer, handlers
 
 __all__ = ["OPTIONS", "serve", "serving"]
 
@@ -54,7 +53,7 @@ async def serve(coordinator: Coordinator, listen: str, *, ready: Callable[[str],
     host = loopback_host(listen)
     servicer = Servicer(coordinator)
     server = aio.server(options=OPTIONS)
-    add_FederationServicer_to_server(servicer, server)
+    server.add_generic_rpc_handlers((handlers(servicer),))
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:

@@ -9,22 +9,30 @@ from functools import partial, wraps
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
 from fedloom.proto.errors import ProtocolError, StoreError
-from fedloom.proto.limits import CHUNK_BYTES, LONG_POLL_S
+from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unframed
+from fedloom.proto.limits import LONG_POLL_S
 from fedloom.proto.messages import Wait
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as pb_grpc
 from fedloom.proto.wire import STATUS, answer_to_wire, header_from_wire, joined_to_wire
 from fedloom.server.coordinator import Coordinator
 
-__all__ = ["INTERNAL", "Servicer", "status_of"]
+__all__ = ["INTERNAL", "Servicer", "handlers", "status_of"]
 
 INTERNAL = "internal error; see the coordinator's log"
 """All that a peer learns of an error that is not about its own message."""
 
 _THREADS = 8
+_UNARY: dict[str, tuple[Any, Any]] = {
+    "Join": (pb.JoinRequest, pb.JoinReply),
+    "Work": (pb.WorkRequest, pb.WorkReply),
+    "Heartbeat": (pb.HeartbeatRequest, pb.HeartbeatReply),
+    "Leave": (pb.LeaveRequest, pb.LeaveReply),
+}
 _log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
@@ -127,17 +135,16 @@ class Servicer(pb_grpc.FederationServicer):
         """See federation.proto."""
         client, digest, offset = request.client, request.digest, request.offset
         payload = await self.call(self._coordinator.blob, client, digest, request.run, request.epoch, offset)
-        for start in range(offset, len(payload), CHUNK_BYTES):
-            await context.write(pb.Chunk(data=payload[start : start + CHUNK_BYTES]))
+        for frame in frames(CHUNK_FIELD, payload, offset):
+            await context.write(frame)
 
     @_guarded
-    async def Submit(self, requests: AsyncIterator[pb.SubmitRequest], context: Context) -> pb.SubmitReply:
+    async def Submit(  # type: ignore[override]  # messages come as they are on the wire, see `handlers`
+        self, requests: AsyncIterator[bytes], context: Context
+    ) -> pb.SubmitReply:
         """See federation.proto."""
         stream = aiter(requests)
-        first = await anext(stream, None)
-        if first is None or first.WhichOneof("part") != "header":
-            raise ProtocolError("an update starts with its header; send that first, then the payload")
-        header, run, epoch = header_from_wire(first.header)
+        header, run, epoch = header_from_wire(_header(await anext(stream, b"")))
         size_bytes = await self.call(self._coordinator.check_header, header, run, epoch)
         if size_bytes is None:
             return pb.SubmitReply(duplicate=True)
@@ -166,24 +173,54 @@ class Servicer(pb_grpc.FederationServicer):
         self._stirred = asyncio.Event()
 
 
-async def _read(stream: AsyncIterator[pb.SubmitRequest], size_bytes: int) -> bytes:
+def handlers(servicer: Servicer) -> "grpc.GenericRpcHandler[Any, Any]":
+    """The service's methods as protobuf would generate them, but for payloads, which `frames` reads and writes."""
+    methods = {
+        name: grpc.unary_unary_rpc_method_handler(
+            getattr(servicer, name), request_deserializer=ask.FromString, response_serializer=reply.SerializeToString
+        )
+        for name, (ask, reply) in _UNARY.items()
+    }
+    methods["Fetch"] = grpc.unary_stream_rpc_method_handler(
+        servicer.Fetch, request_deserializer=pb.FetchRequest.FromString
+    )
+    methods["Submit"] = grpc.stream_unary_rpc_method_handler(
+        servicer.Submit, response_serializer=pb.SubmitReply.SerializeToString
+    )
+    return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+
+def _header(message: bytes) -> pb.UpdateHeader:
+    """The header that an upload starts with.
+
+    Raises:
+        ProtocolError: Something else comes first.
+    """
+    try:
+        first = pb.SubmitRequest.FromString(message)
+    except DecodeError as error:
+        raise ProtocolError("an update's first message cannot be read; send its header first") from error
+    if first.WhichOneof("part") != "header":
+        raise ProtocolError("an update starts with its header; send that first, then the payload")
+    return first.header
+
+
+async def _read(stream: AsyncIterator[bytes], size_bytes: int) -> bytes:
     """Exactly `size_bytes` of payload; a byte too many is refused as soon as it is seen.
 
     Raises:
         ProtocolError: More or less follows, or something that is not payload.
     """
-    parts: list[bytes] = []
+    parts: list[memoryview] = []
     have = 0
     async for message in stream:
-        if message.WhichOneof("part") != "data":
-            raise ProtocolError("only payload may follow an update's header; send one update per call")
-        parts.append(message.data)
+        parts.append(unframed(DATA_FIELD, message))
         have += len(parts[-1])
         if have > size_bytes:
             raise ProtocolError(f"at least {have} bytes of payload came; the header announced {size_bytes}")
     if have < size_bytes:
         raise ProtocolError(f"the payload ended after {have} bytes; the header announced {size_bytes}")
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    return b"".join(parts)
 
 
 def _nothing() -> None:

@@ -12,7 +12,12 @@ from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeade
 from fedloom.server.coordinator import Coordinator
 from fedloom.simulation.federation import Federation
 
-__all__ = ["LocalConnection", "run_inprocess"]
+__all__ = ["LocalConnection", "run_inprocess", "standing_clock"]
+
+
+def standing_clock() -> float:
+    """The clock of a coordinator whose clients take turns in one process: while one trains, none can be late."""
+    return 0.0
 
 
 class LocalConnection:
@@ -58,7 +63,7 @@ def run_inprocess(
 
     Args:
         federation: Model, data and policies.
-        coordinator: Just made, expecting as many clients as there are.
+        coordinator: Just made, on `standing_clock`, expecting as many clients as there are.
         entropy: Test seam: each client's randomness by name, see `Trainer`.
     """
     with ExitStack() as ledgers:

@@ -26,7 +26,7 @@ from fedloom.server.progress import Progress
 from fedloom.server.rounds import RoundOpened
 from fedloom.server.store import Store
 from fedloom.simulation.federation import Federation, build, completed
-from fedloom.simulation.inprocess import run_inprocess
+from fedloom.simulation.inprocess import run_inprocess, standing_clock
 from fedloom.simulation.processes import run_processes
 from fedloom.simulation.record import RoundRecord, new_folder, plot, write_config, write_json, write_record
 from fedloom.strategies.api import State
@@ -91,7 +91,15 @@ def simulate(config: RunConfig, out: Path, watcher: Watcher | None = None) -> Re
     start = evaluate(federation.model, federation.held_out)
     tape = _Tape()
     with Store(folder / "state", durable=False) as store:
-        coordinator = Coordinator(config, schema, strategy, store, starting=starting, expect=len(federation.clients))
+        coordinator = Coordinator(
+            config,
+            schema,
+            strategy,
+            store,
+            starting=starting,
+            clock=standing_clock if config.engine.kind == "inprocess" else time.monotonic,
+            expect=len(federation.clients),
+        )
         coordinator.on_commit = lambda rounds, state: tape.commits.put((rounds, state))
         began = time.monotonic()
         _record(folder, tape, watcher, RoundRecord(0, 0, start.accuracy, start.loss, None, 0, 0, 0.0))

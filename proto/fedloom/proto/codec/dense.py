@@ -29,20 +29,18 @@ class Dense:
             CodecError: A finite value overflows the narrower format.
         """
         schema.check(tensors)
-        out = np.empty(schema.size, self.dtype)
-        offset = 0
+        # One join is the only copy of values that are already in the wire's format.
+        return b"".join(self._values(spec.name, tensors[spec.name]) for spec in schema.tensors)
+
+    def _values(self, name: str, tensor: Array) -> memoryview:
         with np.errstate(over="ignore"):  # an overflow is found below and reported by tensor
-            for spec in schema.tensors:
-                part = out[offset : offset + spec.size]
-                part[:] = tensors[spec.name].reshape(-1)
-                if part.itemsize < 4 and np.isinf(part).any() and np.isfinite(tensors[spec.name]).all():
-                    limit = np.finfo(self.dtype).max
-                    raise CodecError(f"{spec.name!r} has a value beyond {limit:g} of {self.name}; use fp32")
-                offset += spec.size
-        return out.tobytes()
+            values = np.ascontiguousarray(tensor, self.dtype)
+        if values.itemsize < 4 and np.isinf(values).any() and np.isfinite(tensor).all():
+            raise CodecError(f"{name!r} has a value beyond {np.finfo(self.dtype).max:g} of {self.name}; use fp32")
+        return values.reshape(-1).view(np.uint8).data
 
     def decode(self, schema: Schema, payload: bytes) -> dict[str, Array]:
-        """Split the payload by the schema's shapes.
+        """Split the payload by the schema's shapes; fp32 tensors are read-only views of it.
 
         Raises:
             CodecError: The payload is not exactly as long as the schema says.
@@ -55,7 +53,7 @@ class Dense:
         offset = 0
         for spec in schema.tensors:
             part = values[offset : offset + spec.size]
-            tensors[spec.name] = part.astype(np.float32).reshape(spec.shape)
+            tensors[spec.name] = part.astype(np.float32, copy=False).reshape(spec.shape)
             offset += spec.size
         return tensors
 
