@@ -108,20 +108,20 @@ class GrpcConnection:
             CodecError: Its length or digest is not the promised one.
         """
         parts: list[memoryview] = []
-        filled = 0
+        filled, found = 0, hashlib.sha256()
         request = pb.FetchRequest(run=self._run, epoch=self._epoch, client=self._client, digest=digest, offset=0)
         try:
             for message in self._fetch(request, timeout=_TRANSFER_S):
                 parts.append(unframed(CHUNK_FIELD, message))
                 filled += len(parts[-1])
+                found.update(parts[-1])  # while the next chunk is on its way
                 if filled > size_bytes:
                     raise CodecError(f"coordinator sends more than the {size_bytes} bytes it promised for {digest}")
         except grpc.RpcError as error:
             _translate(error, self.address)
-        payload = b"".join(parts)
-        if filled != size_bytes or hashlib.sha256(payload).hexdigest() != digest:
+        if filled != size_bytes or found.hexdigest() != digest:
             raise CodecError(f"payload {digest} arrived with {filled} of {size_bytes} bytes or with other content")
-        return payload
+        return b"".join(parts)
 
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:
         """Send the header, then the payload in chunks."""

@@ -90,7 +90,11 @@ class Strategy(Protocol):
         """What `client` does in `round` (counted from 0)."""
 
     def fold(self, state: State, acc: Any, update: Update) -> Any:
-        """The accumulator after one more update; `acc` is None for the first."""
+        """The accumulator after one more update; `acc` is None for the first.
+
+        Unlike `state` and `update`, `acc` is used up: it may be changed in place, and the old one is not looked at
+        again.
+        """
 
     def commit(self, state: State, acc: Any) -> State:
         """The state after the round: a new adapter and `round` one higher."""

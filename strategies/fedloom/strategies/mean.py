@@ -90,7 +90,7 @@ def check(schema: Schema, update: Update) -> None:
 
 
 def fold(schema: Schema, acc: Sum | None, update: Update) -> Sum:
-    """The sum after one more update; the one given is left as it was.
+    """The sum after one more update; the one given is used up.
 
     Args:
         schema: Schema of the trained tensors, see `trained`.
@@ -98,16 +98,17 @@ def fold(schema: Schema, acc: Sum | None, update: Update) -> Sum:
         update: What the client sent.
 
     Raises:
-        SchemaError: A tensor is missing, unexpected or of another shape.
-        UpdateRejected: The change or the weight is not usable, see `check`.
+        SchemaError: A tensor is missing, unexpected or of another shape. The sum given is then as it was.
+        UpdateRejected: The change or the weight is not usable, see `check`. Likewise.
     """
     check(schema, update)
-    weighted = {
-        spec.name: np.multiply(update.delta[spec.name], update.weight, dtype=np.float64) for spec in schema.tensors
-    }
+    weighted = ((name, np.multiply(delta, update.weight, dtype=np.float64)) for name, delta in update.delta.items())
     if acc is None:
-        return Sum(update.weight, weighted)
-    return Sum(acc.weight + update.weight, {name: acc.total[name] + more for name, more in weighted.items()})
+        return Sum(update.weight, dict(weighted))
+    # In place and tensor by tensor: a second set of float64 arrays for every update costs more than the sums.
+    for name, more in weighted:
+        np.add(acc.total[name], more, out=acc.total[name])
+    return Sum(acc.weight + update.weight, acc.total)
 
 
 def mean(acc: Sum | None) -> dict[str, npt.NDArray[np.float64]]:
