@@ -144,7 +144,7 @@ def test_prepare_writes_what_a_coordinator_needs(prepared: Path) -> None:
 def test_a_coordinator_refuses_other_interfaces(prepared: Path, tmp_path: Path) -> None:
     line = refused("server", prepared, *OPEN, "--listen", "0.0.0.0:0", "--state", tmp_path / "state")
 
-    assert line.startswith("listen address '0.0.0.0:0' is not a loopback address")
+    assert line.startswith("address '0.0.0.0:0' is not a loopback address")
     assert "tunnel" in line
 
 

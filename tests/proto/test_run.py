@@ -65,7 +65,7 @@ def test_a_file_reads_with_its_defaults(file: Path) -> None:
         ("run.ruonds=3", r"unknown key 'run\.ruonds'; did you mean 'rounds'\?"),
         ("privcay.enabled=false", r"unknown key 'privcay'; did you mean 'privacy'\?"),
         ("data.partitoin='iid'", r"unknown key 'data\.partitoin'; did you mean 'partition'\?"),
-        ("train.zzz=3", r"unknown key 'train\.zzz'; allowed: learning_rate, microbatch, .*steps"),
+        ("train.zzz=3", r"unknown key 'train\.zzz'; allowed: head_learning_rate, learning_rate, .*steps"),
         ("run.rounds='many'", r"run\.rounds: .*valid integer.*received 'many'"),
         ("run.rounds=0", r"run\.rounds: .*greater than or equal to 1 \(received 0\)"),
         ("run.rounds=2.5", r"run\.rounds: .*integer.*received 2\.5"),

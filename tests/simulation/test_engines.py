@@ -73,16 +73,18 @@ def over_sockets(federation: Federation, coordinator: Coordinator) -> None:
     """Every client in a thread with a base model of its own, over real gRPC."""
     failures: list[BaseException] = []
 
+    # Loaded here: warnings filters, which the loading sets, belong to the process and not to a thread.
+    models = {name: load_model(federation.config.model, federation.config.adapter) for name in federation.clients}
+
     def life(name: str, address: str) -> None:
-        policy, rows = federation.policies[name], federation.clients[name]
+        policy, rows, model = federation.policies[name], federation.clients[name], models[name]
         try:
             with Ledger(policy.client.state / "socket-ledger", digest(rows)) as ledger:
-                model = load_model(federation.config.model, federation.config.adapter)
                 trainer = Trainer(
                     model, rows, federation.config.spec, policy, ledger, entropy_for=lambda r: entropy_of(name, r)
                 )
                 connection = GrpcConnection(address)
-                Participant(connection, policy, lambda _: trainer).run()
+                Participant(connection, policy, lambda _: trainer).run(patience_s=20)
                 connection.close()
         except BaseException as error:
             failures.append(error)
