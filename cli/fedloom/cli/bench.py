@@ -23,7 +23,7 @@ def round_(
     clients: Annotated[int, typer.Option(help="Client processes.", min=1)] = 2,
     durable: Annotated[
         bool, typer.Option(help="Sync every update and event to disk, as `fedloom server` does.")
-    ] = True,
+    ] = False,
     json_only: Json = False,
 ) -> None:
     """Time an empty round over gRPC: broadcast, no training, upload, commit.
