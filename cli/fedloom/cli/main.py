@@ -36,6 +36,7 @@ def options(
 app.command("simulate")(simulate.simulate)
 app.command("server")(server.server)
 app.command("prepare")(server.prepare)
+app.command("export")(server.export)
 app.command("client")(client.client)
 app.command("assets")(assets.assets)
 app.add_typer(strategies.app, name="strategies")

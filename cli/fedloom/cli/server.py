@@ -10,9 +10,9 @@ import typer
 from fedloom.cli.console import out
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig, load_run, read_json
-from fedloom.proto.schema import Schema
+from fedloom.proto.schema import Schema, Tensors
 
-__all__ = ["prepare", "server"]
+__all__ = ["export", "prepare", "server"]
 
 RunFile = Annotated[Path, typer.Argument(help="The run file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as run.rounds=5.")]
@@ -54,8 +54,58 @@ def server(
         coordinator = Coordinator(config, schema, strategy, store, starting=starting_adapter(schema, config.run.seed))
         coordinator.on_commit = lambda rounds, _: out.print(f"round {rounds}/{config.run.rounds} committed")
         asyncio.run(serve(coordinator, listen, ready=lambda at: out.print(f"listening on {at}; state in {folder}")))
-        done = coordinator.finished
-    out.print("run over" if done else "stopped; start again with the same state directory to go on")
+        done, adapter = coordinator.finished, coordinator.state.adapter
+    if not done:
+        out.print("stopped; start again with the same state directory to go on")
+        return
+    try:
+        out.print(f"run over; adapter in {_save(config, adapter, folder.parent / 'adapter')}", markup=False)
+    except ModuleNotFoundError:
+        out.print(f"run over; `fedloom export {run} --state {folder}` writes the adapter where torch is", markup=False)
+
+
+def export(
+    run: RunFile,
+    state: Annotated[Path | None, typer.Option(help="State directory; runs/NAME/state if not given.")] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Adapter folder; beside the state if not given.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write the PEFT adapter of a run from its state directory, finished or not; the coordinator must be stopped.
+
+    Give the run file and the overrides that the coordinator was started with.
+
+    Example: fedloom export examples/sentiment.toml --out sentiment-adapter
+    """
+    from fedloom.proto.errors import StoreError
+    from fedloom.server.coordinator import Coordinator
+    from fedloom.server.launch import build_strategy, calibrated
+    from fedloom.server.store import Store
+    from fedloom.strategies.start import starting_adapter
+
+    config, schema = _with_base(load_run(run, tuple(overrides or ())), run)
+    config = calibrated(config)
+    folder = state or Path("runs") / config.run.name / "state"
+    if not folder.is_dir():
+        raise StoreError(f"{folder} does not exist; give the coordinator's state directory with --state")
+    with Store(folder) as store:
+        starting = starting_adapter(schema, config.run.seed)
+        final = Coordinator(config, schema, build_strategy(config), store, starting=starting).state
+    path = _save(config, final.adapter, out_folder or folder.parent / "adapter")
+    out.print(f"adapter after {final.round} of {config.run.rounds} rounds in {path}", markup=False)
+
+
+def _save(config: RunConfig, adapter: Tensors, folder: Path) -> Path:
+    """Write a PEFT adapter; needs the base model and torch."""
+    from fedloom.client.export import facts, save_adapter
+    from fedloom.client.model import load_model
+
+    model = load_model(config.model, config.adapter)
+    model.load(adapter)
+    # Each client's own ledger knows what it spent; the run's bound is what a coordinator can vouch for.
+    save_adapter(model, folder, facts(config, config.privacy.epsilon if config.privacy.enabled else None))
+    return folder
 
 
 def _with_base(config: RunConfig, run: Path) -> tuple[RunConfig, Schema]:

@@ -12,10 +12,12 @@ from transformers import AutoModelForSequenceClassification
 
 from fedloom.client.data.tokens import Encoded, collate, microbatches
 from fedloom.client.model import AdapterModel, quiet
+from fedloom.proto.accounting import GRID
 from fedloom.proto.errors import ModelError
+from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role
 
-__all__ = ["load_exported", "predict", "save_adapter"]
+__all__ = ["facts", "load_exported", "predict", "save_adapter"]
 
 _CARD = """# {name}
 
@@ -48,6 +50,38 @@ def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
     labels = facts.get("labels", ())
     (folder / "README.md").write_text(_CARD.format(name=facts.get("run", "adapter"), labels=len(labels)))
     (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def facts(config: RunConfig, spent: float | None) -> dict[str, Any]:
+    """What an adapter's user should know: base model, labels, and the privacy guarantee with its terms.
+
+    Args:
+        config: A completed run file.
+        spent: Largest epsilon of any client; None in a run without privacy.
+    """
+    known: dict[str, Any] = {
+        "run": config.run.name,
+        "base": config.model.base,
+        "base_digest": config.model.digest,
+        "labels": list(config.model.labels),
+        "strategy": config.strategy.name,
+        "rounds": config.run.rounds,
+        "privacy": None,
+    }
+    if config.privacy.enabled:
+        known["privacy"] = {
+            "epsilon": spent,
+            "delta": config.privacy.delta,
+            "unit": "one training example",
+            "adjacency": "add or remove one",
+            "mechanism": "DP-SGD on every client: Poisson sampling, per-example clipping, Gaussian noise",
+            "sampling_rate": config.train.sampling_rate,
+            "noise_multiplier": config.privacy.noise_multiplier,
+            "clip_norm": config.privacy.clip_norm,
+            "accountant": "dp-accounting PLD, pessimistic",
+            "grid": GRID,
+        }
+    return known
 
 
 def load_exported(base: Path, adapter: Path, labels: int) -> PeftModel:

@@ -7,17 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from fedloom.client.data.rows import digest
-from fedloom.client.export import load_exported, predict, save_adapter
+from fedloom.client.export import facts, load_exported, predict, save_adapter
 from fedloom.client.model import resolve_base
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.trainer import Score, evaluate
-from fedloom.proto.accounting import GRID, Spend, epsilon
+from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.errors import FedloomError
 from fedloom.proto.run import RunConfig
 from fedloom.server.coordinator import Coordinator
@@ -181,7 +180,11 @@ def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, sta
     model.load(state.adapter)
     final = evaluate(model, federation.held_out)
     spent = ledger_epsilon(federation) if config.privacy.enabled else {}
-    save_adapter(model, folder / "adapter", _facts(config, final, spent))
+    save_adapter(
+        model,
+        folder / "adapter",
+        {**facts(config, max(spent.values(), default=None)), "held_out_accuracy": final.accuracy},
+    )
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, federation.held_out, pad, str(model.device))
     reloaded = load_exported(resolve_base(config.model.base), folder / "adapter", len(config.model.labels))
@@ -213,31 +216,3 @@ def ledger_epsilon(federation: Federation) -> dict[str, float]:
         with Ledger(policy.client.state / "ledger", digest(rows)) as ledger:
             spent[name] = ledger.epsilon(policy.privacy.delta)
     return spent
-
-
-def _facts(config: RunConfig, final: Score, spent: dict[str, float]) -> dict[str, Any]:
-    """What an adapter's user should know: base model, labels, result, and the privacy guarantee with its terms."""
-    known: dict[str, Any] = {
-        "run": config.run.name,
-        "base": config.model.base,
-        "base_digest": config.model.digest,
-        "labels": list(config.model.labels),
-        "strategy": config.strategy.name,
-        "rounds": config.run.rounds,
-        "held_out_accuracy": final.accuracy,
-        "privacy": None,
-    }
-    if config.privacy.enabled:
-        known["privacy"] = {
-            "epsilon": max(spent.values()),
-            "delta": config.privacy.delta,
-            "unit": "one training example",
-            "adjacency": "add or remove one",
-            "mechanism": "DP-SGD on every client: Poisson sampling, per-example clipping, Gaussian noise",
-            "sampling_rate": config.train.sampling_rate,
-            "noise_multiplier": config.privacy.noise_multiplier,
-            "clip_norm": config.privacy.clip_norm,
-            "accountant": "dp-accounting PLD, pessimistic",
-            "grid": GRID,
-        }
-    return known

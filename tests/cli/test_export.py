@@ -1,0 +1,61 @@
+"""`fedloom export` gives what the coordinator holds, as an adapter that PEFT loads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from fedloom.proto.run import load_run
+from fedloom.proto.schema import Schema
+from fedloom.server.coordinator import Coordinator
+from fedloom.server.launch import build_strategy
+from fedloom.server.store import Store
+from fedloom.strategies.start import starting_adapter
+
+
+def fedloom(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    words = [sys.executable, "-m", "fedloom.cli.main", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_a_state_directory_becomes_a_peft_adapter(tmp_path: Path, tiny_base: Path) -> None:
+    run = tmp_path / "run.toml"
+    run.write_text(
+        f"""
+        run = {{ name = "tiny", rounds = 3, seed = 4 }}
+        model = {{ base = "{tiny_base}", labels = ["no", "yes"] }}
+        adapter = {{ rank = 4, alpha = 8 }}
+        train = {{ steps = 1, sampling_rate = 0.5, learning_rate = 0.1 }}
+        privacy = {{ enabled = false }}
+        """
+    )
+    assert fedloom("prepare", run).returncode == 0
+    prepared = json.loads(run.with_suffix(".schema.json").read_text())
+    schema = Schema.from_json(json.dumps(prepared["schema"], separators=(",", ":")))
+    config = load_run(run)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"digest": prepared["digest"]})})
+    with Store(tmp_path / "state") as store:
+        Coordinator(config, schema, build_strategy(config), store, starting=starting_adapter(schema, 4))
+
+    done = fedloom("export", run, "--state", tmp_path / "state", "--out", tmp_path / "adapter")
+
+    assert done.returncode == 0, done.stderr
+    assert "adapter after 0 of 3 rounds" in done.stdout
+    saved, expected = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), starting_adapter(schema, 4)
+    assert saved.keys() == expected.keys()
+    assert all(np.array_equal(saved[name], expected[name]) for name in saved)
+    assert json.loads((tmp_path / "adapter" / "fedloom.json").read_text())["base_digest"] == prepared["digest"]
+
+
+def test_a_missing_state_directory_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run.toml"
+    run.write_bytes((Path(__file__).parents[2] / "examples" / "sentiment.toml").read_bytes())
+
+    done = fedloom("export", run, "--state", tmp_path / "nowhere", "--set", "privacy.enabled=false")
+
+    assert done.returncode == 2
+    assert "nowhere does not exist" in done.stderr
+    assert not (tmp_path / "nowhere").exists()
