@@ -2,15 +2,21 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedloom.cli.console import out
-from fedloom.proto.errors import ConfigError
+from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.run import RunConfig, load_run, read_json
-from fedloom.proto.schema import Schema, Tensors
+from fedloom.proto.schema import Schema
+
+if TYPE_CHECKING:
+    from fedloom.server.coordinator import Coordinator
+    from fedloom.server.store import Store
 
 __all__ = ["export", "prepare", "server"]
 
@@ -40,28 +46,22 @@ def server(
 
     Example: fedloom server examples/sentiment.toml --listen 127.0.0.1:8470
     """
-    from fedloom.server.coordinator import Coordinator
-    from fedloom.server.launch import build_strategy, calibrated
     from fedloom.server.serve import serve
-    from fedloom.server.store import Store
-    from fedloom.strategies.start import starting_adapter
 
-    config, schema = _with_base(load_run(run, tuple(overrides or ())), run)
-    config = calibrated(config)  # takes seconds, so it comes after what may be refused at once
-    strategy = build_strategy(config)
-    folder = state or Path("runs") / config.run.name / "state"
-    with Store(folder) as store:
-        coordinator = Coordinator(config, schema, strategy, store, starting=starting_adapter(schema, config.run.seed))
-        coordinator.on_commit = lambda rounds, _: out.print(f"round {rounds}/{config.run.rounds} committed")
+    folder, opened = _opened(run, overrides, state)
+    with opened as (coordinator, store):
+        rounds = coordinator.config.run.rounds
+        coordinator.on_commit = lambda number, _: out.print(f"round {number}/{rounds} committed")
         asyncio.run(serve(coordinator, listen, ready=lambda at: out.print(f"listening on {at}; state in {folder}")))
-        done, adapter = coordinator.finished, coordinator.state.adapter
-    if not done:
-        out.print("stopped; start again with the same state directory to go on")
-        return
-    try:
-        out.print(f"run over; adapter in {_save(config, adapter, folder.parent / 'adapter')}", markup=False)
-    except ModuleNotFoundError:
-        out.print(f"run over; `fedloom export {run} --state {folder}` writes the adapter where torch is", markup=False)
+        if not coordinator.finished:
+            out.print("stopped; start again with the same state directory to go on")
+            return
+        try:
+            out.print(f"run over; adapter in {_save(coordinator, store, folder.parent / 'adapter')}", markup=False)
+        except ModuleNotFoundError:
+            out.print(
+                f"run over; `fedloom export {run} --state {folder}` writes the adapter where torch is", markup=False
+            )
 
 
 def export(
@@ -78,33 +78,55 @@ def export(
 
     Example: fedloom export examples/sentiment.toml --out sentiment-adapter
     """
-    from fedloom.proto.errors import StoreError
+    folder, opened = _opened(run, overrides, state)
+    if not folder.is_dir():
+        raise StoreError(f"{folder} does not exist; give the coordinator's state directory with --state")
+    with opened as (coordinator, store):
+        path = _save(coordinator, store, out_folder or folder.parent / "adapter")
+        done = coordinator.state.round
+        out.print(f"adapter after {done} of {coordinator.config.run.rounds} rounds in {path}", markup=False)
+
+
+def _opened(
+    run: Path, overrides: list[str] | None, state: Path | None
+) -> "tuple[Path, AbstractContextManager[tuple[Coordinator, Store]]]":
+    """The state directory of a run, and its coordinator and store to be opened there."""
     from fedloom.server.coordinator import Coordinator
     from fedloom.server.launch import build_strategy, calibrated
     from fedloom.server.store import Store
     from fedloom.strategies.start import starting_adapter
 
     config, schema = _with_base(load_run(run, tuple(overrides or ())), run)
-    config = calibrated(config)
+    config = calibrated(config)  # takes seconds, so it comes after what may be refused at once
+    strategy = build_strategy(config)
     folder = state or Path("runs") / config.run.name / "state"
-    if not folder.is_dir():
-        raise StoreError(f"{folder} does not exist; give the coordinator's state directory with --state")
-    with Store(folder) as store:
-        starting = starting_adapter(schema, config.run.seed)
-        final = Coordinator(config, schema, build_strategy(config), store, starting=starting).state
-    path = _save(config, final.adapter, out_folder or folder.parent / "adapter")
-    out.print(f"adapter after {final.round} of {config.run.rounds} rounds in {path}", markup=False)
+
+    @contextmanager
+    def opened() -> "Iterator[tuple[Coordinator, Store]]":
+        with Store(folder) as store:
+            starting = starting_adapter(schema, config.run.seed)
+            yield Coordinator(config, schema, strategy, store, starting=starting), store
+
+    return folder, opened()
 
 
-def _save(config: RunConfig, adapter: Tensors, folder: Path) -> Path:
+def _save(coordinator: "Coordinator", store: "Store", folder: Path) -> Path:
     """Write a PEFT adapter; needs the base model and torch."""
     from fedloom.client.export import facts, save_adapter
     from fedloom.client.model import load_model
+    from fedloom.proto.accounting import Spend, epsilon
+    from fedloom.server.rounds import RoundOpened
 
+    config = coordinator.config
     model = load_model(config.model, config.adapter)
-    model.load(adapter)
-    # Each client's own ledger knows what it spent; the run's bound is what a coordinator can vouch for.
-    save_adapter(model, folder, facts(config, config.privacy.epsilon if config.privacy.enabled else None))
+    model.load(coordinator.state.adapter)
+    spent, noise = None, config.privacy.noise_multiplier
+    if config.privacy.enabled and noise is not None:
+        # What a client spent that trained whenever a round was opened; each client's own ledger knows its own.
+        opened = sum(isinstance(event, RoundOpened) for event in store.events())
+        steps = [Spend(config.train.sampling_rate, noise, config.train.steps * opened)] if opened else []
+        spent = epsilon(steps, config.privacy.delta)
+    save_adapter(model, folder, facts(config, spent))
     return folder
 
 
