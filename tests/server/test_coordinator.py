@@ -42,6 +42,16 @@ def test_a_run_from_join_to_the_final_adapter(federate: Any, store: Store) -> No
     assert federation.coordinator.finished
 
 
+def test_a_committed_round_leaves_only_its_state_on_the_disk(federate: Any, store: Store) -> None:
+    federation = federate(store)
+    federation.begin("ann", "ben")
+    federation.send(*federation.update("ann", 1.0))
+    federation.send(*federation.update("ben", 3.0))
+
+    (blob,) = (store.folder / "blobs").iterdir()
+    assert store.get_blob(blob.name)
+
+
 def test_weights_follow_the_declared_examples(federate: Any, configure: Any, store: Store) -> None:
     federation = federate(store, configure(1, strategy={"weighting": "examples"}))
     start = federation.adapter()

@@ -87,15 +87,6 @@ def test_sweeping_keeps_what_is_named_and_what_is_being_written(tmp_path: Path) 
         assert not half.exists()
 
 
-def test_forgotten_blobs_do_not_pile_up(tmp_path: Path) -> None:
-    with Store(tmp_path, durable=False) as store:
-        for number in range(300):
-            store.put_blob(str(number).encode())
-            store.sweep(())
-
-        assert len(list((tmp_path / "blobs").iterdir())) < 300
-
-
 def test_a_log_of_another_version_is_refused(tmp_path: Path) -> None:
     Store(tmp_path).close()
     database = sqlite3.connect(tmp_path / "run.db")

@@ -9,6 +9,7 @@ import typer
 from fedloom.cli import assets, bench, client, ledger, server, simulate, strategies
 from fedloom.cli.console import failed, version
 from fedloom.proto.errors import FedloomError
+from fedloom.proto.memory import keep_freed_memory
 
 __all__ = ["app", "main", "options"]
 
@@ -46,6 +47,7 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Run the command; an error of ours is one line and exit status 2, never a traceback."""
+    keep_freed_memory()
     try:
         app()
     except FedloomError as error:

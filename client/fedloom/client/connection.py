@@ -9,7 +9,7 @@ import grpc
 from fedloom.proto.address import loopback_host
 from fedloom.proto.errors import CodecError, ConfigError, ProtocolError, StoreError, Unavailable, UpdateRejected
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unframed
-from fedloom.proto.limits import LONG_POLL_S, MAX_MESSAGE_BYTES
+from fedloom.proto.limits import HTTP2_FRAME_BYTES, LONG_POLL_S, MAX_MESSAGE_BYTES
 from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeader
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
@@ -31,6 +31,7 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Lets HTTP/2 read ahead over long links; measured best at 50 ms round trip with the BDP probe left on.
     ("grpc.http2.lookahead_bytes", 16 << 20),
+    ("grpc.http2.max_frame_size", HTTP2_FRAME_BYTES),
     # gRPC's own waits grow to two minutes; the participant spaces its attempts itself.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),

@@ -51,6 +51,7 @@ class Participant:
         self._trainer: Training | None = None
         self._joined: Joined | None = None
         self._pending: _Pending | None = None
+        self._training = threading.Event()
 
     @property
     def name(self) -> str:
@@ -110,24 +111,25 @@ class Participant:
             PolicyError: The policy refuses the run, or the privacy budget is spent.
         """
         last_contact, attempt, joined = time.monotonic(), 0, False
-        while True:
-            try:
-                if not joined:
-                    self.join()
-                    joined = True
-                finished = self.step()
-                last_contact, attempt = time.monotonic(), 0
-                if finished is not None:
-                    with suppress(Unavailable, ProtocolError):
-                        self.connection.leave("run over")
-                    return finished
-            except Unavailable as error:
-                if time.monotonic() - last_contact > patience_s:
-                    raise
-                attempt, joined = attempt + 1, False
-                pause = random.uniform(0, min(_BACKOFF_S[1], _BACKOFF_S[0] * 2**attempt))  # full jitter
-                log.warning("%s; trying again in %.1f s", error, pause)
-                time.sleep(pause)
+        with self._heartbeats():
+            while True:
+                try:
+                    if not joined:
+                        self.join()
+                        joined = True
+                    finished = self.step()
+                    last_contact, attempt = time.monotonic(), 0
+                    if finished is not None:
+                        with suppress(Unavailable, ProtocolError):
+                            self.connection.leave("run over")
+                        return finished
+                except Unavailable as error:
+                    if time.monotonic() - last_contact > patience_s:
+                        raise
+                    attempt, joined = attempt + 1, False
+                    pause = random.uniform(0, min(_BACKOFF_S[1], _BACKOFF_S[0] * 2**attempt))  # full jitter
+                    log.warning("%s; trying again in %.1f s", error, pause)
+                    time.sleep(pause)
 
     def _train(self, assignment: Assignment) -> _Pending:
         trainer, joined = self._trainer, self._joined
@@ -140,7 +142,8 @@ class Participant:
                 f"broadcast of {assignment.broadcast_bytes} bytes; {incoming.name} under the schema needs "
                 f"{incoming.encoded_size(schema)}"
             )
-        with self._heartbeats():
+        self._training.set()
+        try:
             payload = self._insist(
                 lambda: self.connection.fetch(assignment.broadcast_digest, assignment.broadcast_bytes)
             )
@@ -149,6 +152,8 @@ class Participant:
             body = outgoing.encode(upload, trained.delta)
             digest = hashlib.sha256(body).hexdigest()
             trainer.release(trained, digest)
+        finally:
+            self._training.clear()
         header = UpdateHeader(self.name, assignment.round, upload.digest, assignment.upload_codec, len(body), digest)
         return _Pending(header, body)
 
@@ -191,11 +196,13 @@ class Participant:
 
     @contextmanager
     def _heartbeats(self) -> Iterator[None]:
-        """Keep the lease alive from a thread while training holds this one."""
+        """Keep the lease alive from a thread of its own whenever training holds this one."""
         stop = threading.Event()
 
         def beat() -> None:
             while not stop.wait(_HEARTBEAT_S):
+                if not self._training.is_set():
+                    continue
                 try:
                     self.connection.heartbeat()
                 except FedloomError as error:

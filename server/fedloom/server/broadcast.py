@@ -1,10 +1,12 @@
 """A strategy's plans as assignments and bytes: each distinct broadcast of a round is encoded and hashed once."""
 
 import hashlib
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from fedloom.proto.codec import codec
-from fedloom.proto.errors import ConfigError
+from fedloom.proto.errors import CodecError, ConfigError, SchemaError
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors
@@ -62,6 +64,12 @@ class Broadcasts:
                 self._shared[key] = plan, self._encoded(plan)
             self._orders[client] = self._shared[key][1]
         return self._orders[client]
+
+    def prepare(self, clients: Iterable[str]) -> None:
+        """Encode ahead of time what these clients will ask for; what cannot be encoded fails when it is asked for."""
+        with suppress(ConfigError, SchemaError, CodecError):
+            for client in clients:
+                self.order(client)
 
     def payload(self, order: Order) -> bytes:
         """The broadcast's bytes."""

@@ -80,9 +80,8 @@ class Coordinator:
         self._clock, self._expect = clock, expect
         self._lock, self._hooks = threading.RLock(), threading.RLock()
         self._committed: list[tuple[int, State]] = []
-        self._stirred = False
+        self._traffic, self._stirred = Traffic(), False
         self._ending: tuple[Finished, bytes] | None = None
-        self._traffic = Traffic()
         self._history = History(config, schema, strategy, store, starting=starting)
         self._opened_s = clock()
         # Whoever the open round waits for gets one lease to come back after a restart.
@@ -230,6 +229,7 @@ class Coordinator:
             else:
                 self._lose(client, "rejected")
             self._advance()
+        self._store.discard()  # at once, for the next round's files to take over their memory
         if rejection is not None:
             raise rejection
         return False

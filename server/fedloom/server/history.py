@@ -6,6 +6,7 @@ Not safe for several threads; the coordinator holds its lock around every call.
 import hashlib
 import logging
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class History:
     ) -> None:
         self._config, self._schema, self._strategy, self._store = config, schema, strategy, store
         self._unwritten: list[Event] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
         self._fresh: dict[str, Update] = {}
         self._broken: StoreError | None = None
         self.state: State
@@ -121,10 +123,16 @@ class History:
                 "nothing is committed, look at the strategy's options and at who took part"
             )
             raise self._broken
-        digest = self._store.put_blob(state_to_bytes(state))
+        # Who took part will ask again at once: its broadcast is encoded while the disk takes the state.
+        writing = self._writer.submit(self._store.put_blob, state_to_bytes(state))
+        broadcasts = Broadcasts(self._config, self._schema, self._strategy, state)
+        try:
+            if state.round < self._config.run.rounds:
+                broadcasts.prepare(self.rounds.folding)
+        finally:
+            digest = writing.result()
         self.record(AdapterCommitted(self.rounds.round, digest))
-        self.state = state
-        self.broadcasts = Broadcasts(self._config, self._schema, self._strategy, state)
+        self.state, self.broadcasts = state, broadcasts
         return state
 
     def _reread(self, client: str) -> Update:

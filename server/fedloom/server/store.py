@@ -29,7 +29,6 @@ from fedloom.server.rounds import Event, UpdateAccepted, event_from_json, event_
 __all__ = ["Store"]
 
 _TEMPORARY = ".tmp"
-_MANY = 256
 _TABLES = """
 CREATE TABLE IF NOT EXISTS opened (epoch INTEGER PRIMARY KEY AUTOINCREMENT);
 CREATE TABLE IF NOT EXISTS events (
@@ -171,8 +170,7 @@ class Store:
     def sweep(self, keep: Collection[str]) -> None:
         """Forget every blob but those in `keep`. One that another thread is writing right now stays.
 
-        They only lose their names here, which is quick; `discard` gives their space back. If nobody calls that,
-        it is called here once there are many.
+        They only lose their names here, which is quick; `discard` gives their space back.
 
         Raises:
             StoreError: The disk refuses.
@@ -181,8 +179,6 @@ class Store:
             for entry in self._blobs.iterdir():
                 if entry.name not in keep and entry.suffix != _TEMPORARY:
                     self._forgotten.append(entry.rename(self._temporary(entry.name)))
-        if len(self._forgotten) > _MANY:
-            self.discard()
 
     def discard(self) -> None:
         """Delete what `sweep` has forgotten; freeing large files takes milliseconds, so do it off any lock.

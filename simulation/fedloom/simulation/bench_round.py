@@ -14,6 +14,7 @@ from fedloom.client.connection import GrpcConnection
 from fedloom.client.participant import Participant
 from fedloom.client.training import Trained
 from fedloom.proto.errors import FedloomError
+from fedloom.proto.memory import keep_freed_memory
 from fedloom.proto.messages import Assignment, Joined, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
@@ -59,6 +60,7 @@ def _roberta_large_schema() -> Schema:
 
 def idle_client(address: str, name: str) -> None:
     """A client process that answers every round at once."""
+    keep_freed_memory()
     policy = Policy.model_validate(
         {"client": {"name": name}, "data": {"source": "none"}, "privacy": {"allow_non_private": True}}
     )
