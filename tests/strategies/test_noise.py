@@ -38,7 +38,7 @@ def test_any_count_is_served(count: int) -> None:
 
 
 def test_a_derived_key_depends_on_every_part_and_on_the_secret() -> None:
-    parts = [b"round 1", np.arange(5.0)]
+    parts: list[bytes | memoryview] = [b"round 1", np.arange(5.0).data]
     changed = np.arange(5.0)
     changed[-1] = np.nextafter(4.0, 5.0)
 
@@ -46,7 +46,7 @@ def test_a_derived_key_depends_on_every_part_and_on_the_secret() -> None:
         derive(KEY, parts),
         derive(KEY[::-1], parts),
         derive(KEY, [b"round 2", parts[1]]),
-        derive(KEY, [b"round 1", changed]),
+        derive(KEY, [b"round 1", changed.data]),
     }
 
     assert len(keys) == 4

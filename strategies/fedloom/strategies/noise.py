@@ -16,12 +16,12 @@ __all__ = ["KEY_BYTES", "derive", "normal"]
 KEY_BYTES = 32
 
 
-def derive(secret: bytes, parts: Iterable[bytes | npt.NDArray[np.float64]]) -> bytes:
+def derive(secret: bytes, parts: Iterable[bytes | memoryview]) -> bytes:
     """A key of 32 bytes that depends on every byte of `parts`, which must together decode in one way only.
 
     Args:
         secret: 32 bytes.
-        parts: Byte strings and C-contiguous arrays, hashed one after the other.
+        parts: Bytes and contiguous buffers, hashed one after the other.
     """
     digest = hashlib.blake2b(key=secret, digest_size=KEY_BYTES, person=b"fedloom.noise")
     for part in parts:

@@ -59,7 +59,7 @@ def _all_rounds(level: int) -> int:
 
     Level i below the top has 2**(level - i) nodes of size 2**i, half of them left ones.
     """
-    return 4**level + sum(2 ** (level - i - 1) * 4**i for i in range(level))
+    return (1 << 2 * level) + sum(1 << (level - i - 1) + 2 * i for i in range(level))
 
 
 @lru_cache(maxsize=64)

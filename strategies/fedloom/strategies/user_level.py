@@ -221,5 +221,5 @@ def _uploaded(schema: Schema, plan: Plan) -> Schema:
 def _key(state: State, acc: Clipped) -> bytes:
     """The key of this round's noise, from the secret and everything that the round releases something about."""
     numbers = np.array([state.round, acc.count, acc.within, float(state.memory[_CLIP])], np.float64)
-    totals = (np.ascontiguousarray(acc.total[name]) for name in sorted(acc.total))
-    return derive(state.memory[_SECRET].tobytes(), (numbers, *totals))
+    totals = (np.ascontiguousarray(acc.total[name]).data for name in sorted(acc.total))
+    return derive(state.memory[_SECRET].tobytes(), (numbers.data, *totals))
