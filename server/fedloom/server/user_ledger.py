@@ -4,9 +4,9 @@ The unit is one client with everything it sends in the run. Neighbours differ by
 asked in the same rounds, and all its updates count as zero. Since the sum has a fixed denominator, its absence
 would be the same to it; but who is asked and how many answer is public and not part of the guarantee.
 
-The mechanism is one Gaussian for the whole run. Rounds of fresh noise compose to a single one, and a tree is one release
-with its own sensitivity, also when later updates depend on earlier releases (Denisov et al., NeurIPS 2022, arXiv
-2202.08312). Its epsilon at a delta is therefore exact (Balle and Wang, ICML 2018, arXiv 1805.06530, theorem 8).
+The mechanism is one Gaussian for the whole run. Rounds of fresh noise compose to a single one, and a tree is one
+release with its own sensitivity, also when later updates depend on earlier releases (Denisov et al., NeurIPS 2022,
+arXiv 2202.08312). Its epsilon at a delta is therefore exact (Balle and Wang, ICML 2018, arXiv 1805.06530, theorem 8).
 No amplification is claimed for the choice of clients. Example-level epsilon is another promise, kept by clients
 without trusting the coordinator; the two are never added up.
 """
@@ -65,8 +65,8 @@ def settled(config: RunConfig) -> UserLevelSection:
     full = user.model_copy(update={"cohort": cohort, "noise_multiplier": noise})
     if (cost := spent(full, rounds)) > user.epsilon:
         raise ConfigError(
-            f"user_level.noise_multiplier = {noise:g} over {rounds} rounds costs one client epsilon {cost:.3f} at delta "
-            f"{user.delta:g}, but user_level.epsilon = {user.epsilon:g}; leave the multiplier out, or raise either"
+            f"user_level.noise_multiplier = {noise:g} over {rounds} rounds costs one client epsilon {cost:.3f} at "
+            f"delta {user.delta:g}, but user_level.epsilon = {user.epsilon:g}; leave the multiplier out or raise one"
         )
     return full
 
@@ -123,7 +123,7 @@ def check_strategy(user: UserLevelSection, strategy: Strategy) -> None:
     if wrong or not isinstance(strategy, UserLevel):
         raise ConfigError(
             f"user_level is enabled, but strategy {type(strategy).__name__} does not carry it out "
-            f"({', '.join(wrong)}); complete the run file with `calibrated`, and take the strategy from `build_strategy`"
+            f"({', '.join(wrong)}); complete the run file with `calibrated` and wrap by `build_strategy`"
         )
 
 
