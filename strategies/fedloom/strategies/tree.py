@@ -1,4 +1,4 @@
-"""The binary tree behind DP-FTRL's noise (Kairouz et al., ICML 2021, arXiv 2103.00039, section 2).
+"""The binary tree behind DP-FTRL's noise (Kairouz et al., ICML 2021, arXiv 2103.00039).
 
 Rounds are leaves, and a node stands for the rounds below it. The sum of rounds 1 to t is a sum over the nodes
 of t's binary digits, one noise for each, so that it carries at most log2(t) + 1 noises instead of t. A strategy

@@ -181,7 +181,7 @@ class UserLevel:
         return replace(after, memory={**after.memory, **ours})
 
     def _moved(self, clip: float, acc: Clipped, key: bytes) -> float:
-        """The next clip norm: geometric steps towards the target quantile (Andrew et al., section 2.1)."""
+        """The next clip norm: geometric steps towards the target quantile (Andrew et al., 2021)."""
         if self.target_quantile is None:
             return clip
         _, deviation = count_noise(self.noise_multiplier, self.cohort)
