@@ -15,6 +15,7 @@ from fedloom.strategies.api import State, Strategy
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.state import state_to_bytes
+from fedloom.strategies.user_level import UserLevel
 
 
 class Crash(Exception):
@@ -70,7 +71,15 @@ def run_to_the_end(
                 crashes += 1
 
 
-@pytest.mark.parametrize("strategy", [FedAvg(), FedSVD()], ids=["fedavg", "fedsvd"])
+STRATEGIES = {
+    "fedavg": FedAvg(),
+    "fedsvd": FedSVD(),
+    "user-level": UserLevel(FedSVD(), bytes(32), 3, 0.5, 1.0, target_quantile=0.5),
+    "user-level tree": UserLevel(FedAvg(), bytes(32), 3, 0.5, 1.0, "tree"),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_crash_at_any_write_changes_nothing_in_the_result(
     federate: Any, configure: Any, tmp_path: Path, strategy: Strategy, after: bool

@@ -116,6 +116,7 @@ def _save(coordinator: "Coordinator", store: "Store", folder: Path) -> Path:
     from fedloom.client.model import load_model
     from fedloom.proto.accounting import Spend, epsilon
     from fedloom.server.rounds import RoundOpened
+    from fedloom.server.user_ledger import statement
 
     config = coordinator.config
     model = load_model(config.model, config.adapter)
@@ -126,7 +127,8 @@ def _save(coordinator: "Coordinator", store: "Store", folder: Path) -> Path:
         opened = sum(isinstance(event, RoundOpened) for event in store.events())
         steps = [Spend(config.train.sampling_rate, noise, config.train.steps * opened)] if opened else []
         spent = epsilon(steps, config.privacy.delta)
-    save_adapter(model, folder, facts(config, spent))
+    user = statement(config.user_level, coordinator.state.round)
+    save_adapter(model, folder, {**facts(config, spent), "user_privacy": user})
     return folder
 
 

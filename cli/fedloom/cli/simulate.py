@@ -83,6 +83,12 @@ def _introduce(federation: "Federation", folder: Path) -> None:
         )
     else:
         out.print("  [yellow]not private[/]: updates leave the clients without noise")
+    user = config.user_level
+    if user.enabled:
+        out.print(
+            f"  user-level: epsilon {user.epsilon:g}, delta {user.delta:g} for each whole client against all but the "
+            f"coordinator; {user.mechanism} noise multiplier {user.noise_multiplier:.3f}, cohort {user.cohort}"
+        )
 
 
 def _line(config: RunConfig, record: "RoundRecord") -> None:
@@ -90,6 +96,7 @@ def _line(config: RunConfig, record: "RoundRecord") -> None:
     label = f"round {record.round:>3}/{config.run.rounds}" if record.round else "start    "
     score = f"accuracy {record.accuracy:.1%}  loss {record.loss:.3f}" if record.accuracy is not None else ""
     spent = f"  epsilon {max(record.epsilon.values()):.2f}" if record.epsilon else ""
+    spent += f"  user-level {record.user_epsilon:.2f}" if record.user_epsilon is not None else ""
     traffic = f"  {record.clients} clients  up {megabytes(record.bytes_up)}  down {megabytes(record.bytes_down)}"
     out.print(f"{label}  {score}{spent}{traffic if record.round else ''}  {record.seconds:.0f} s", markup=False)
 
@@ -104,6 +111,8 @@ def _summary(config: RunConfig, result: "Result") -> None:
     table.add_row("time", "", f"{result.records[-1].seconds:.0f} s")
     for name, spent in result.epsilon.items():
         table.add_row(f"epsilon of {name}", "0", f"{spent:.3f} at delta {config.privacy.delta:g}")
+    if result.user_epsilon is not None:
+        table.add_row("user-level epsilon", "0", f"{result.user_epsilon:.3f} at delta {config.user_level.delta:g}")
     out.print()
     out.print(table)
     out.print(f"\nadapter  {result.folder / 'adapter'}", markup=False)

@@ -25,6 +25,7 @@ __all__ = [
     "Spec",
     "StrategySection",
     "TrainSection",
+    "UserLevelSection",
     "WireSection",
     "explain",
     "load_run",
@@ -120,6 +121,31 @@ class PrivacySection(Section):
     """L2 bound C on one example's gradient over all trained tensors together."""
     noise_multiplier: float | None = Field(default=None, gt=0)
     """Noise standard deviation over C. None calibrates it from epsilon, rate and steps of the whole run."""
+
+
+class UserLevelSection(Section):
+    """[user_level]: differential privacy of whole clients, added by the coordinator, which they must trust."""
+
+    enabled: bool = False
+    """Bound every client's update and add noise to the sum of each round, beside what [privacy] does."""
+    epsilon: float = Field(default=8.0, gt=0)
+    """Total epsilon of one client over the whole run; a run that would cost more is refused."""
+    delta: float = Field(default=1e-6, gt=0, lt=1)
+    """Delta of that guarantee; below 1 / cohort, and better far below 1 over all who could take part."""
+    clip_norm: float = Field(default=1.0, gt=0, le=1e6)
+    """L2 bound S on one client's update over all trained tensors together; its start with target_quantile."""
+    noise_multiplier: float | None = Field(default=None, gt=0, le=1e6)
+    """Noise standard deviation over S. None calibrates it from epsilon and delta for the whole run."""
+    mechanism: Literal["gaussian", "tree"] = "gaussian"
+    """gaussian: fresh noise every round. tree: noise that cancels over rounds; needs a small max_participations."""
+    cohort: int | None = Field(default=None, ge=1)
+    """Number m the sum of a round is divided by, however many updates come. None is rounds.clients_per_round."""
+    max_participations: int | None = Field(default=None, ge=1, le=1000)
+    """Rounds that may use one client's updates; after them it is no longer asked. None charges every round."""
+    target_quantile: float | None = Field(default=None, gt=0, lt=1)
+    """Share of updates that S should leave as they are: S follows it. None keeps S."""
+    clip_rate: float = Field(default=0.2, gt=0, le=10)
+    """With target_quantile, the learning rate of the logarithm of S."""
 
 
 class StrategySection(Section):
@@ -225,6 +251,7 @@ class RunConfig(Spec):
     """A whole run file."""
 
     strategy: StrategySection = StrategySection()
+    user_level: UserLevelSection = UserLevelSection()
     rounds: RoundsSection = RoundsSection()
     data: DataSection | None = None
     evaluation: EvaluationSection = EvaluationSection()

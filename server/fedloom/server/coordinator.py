@@ -25,7 +25,6 @@ from fedloom.server.rounds import (
     RoundClosed,
     Rounds,
     UpdateAccepted,
-    decision,
 )
 from fedloom.server.store import Store
 from fedloom.server.submission import check_address, decoded, expected_bytes, is_repeat
@@ -290,7 +289,7 @@ class Coordinator:
             for client in sorted(self._rounds.pending):
                 if now_s - self._members[client].seen_s > self.config.rounds.lease_s:
                     self._lose(client, "lease")
-        while event := decision(self._rounds, self._live(), self.config, now_s - self._opened_s, self._expect):
+        while event := self._history.due(self._live(), now_s - self._opened_s, self._expect):
             self._history.record(event)
             if isinstance(event, RoundClosed):
                 self._history.write()  # on disk before it is acted on

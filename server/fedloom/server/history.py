@@ -6,6 +6,7 @@ Not safe for several threads; the coordinator holds its lock around every call.
 import hashlib
 import logging
 import uuid
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,8 +17,19 @@ from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
 from fedloom.server.broadcast import Broadcasts
-from fedloom.server.rounds import AdapterCommitted, ClientLost, Event, Rounds, RunCreated, apply
+from fedloom.server.rounds import (
+    AdapterCommitted,
+    ClientLost,
+    Event,
+    RoundClosed,
+    RoundOpened,
+    Rounds,
+    RunCreated,
+    apply,
+    decision,
+)
 from fedloom.server.store import Store
+from fedloom.server.user_ledger import check_opening, check_strategy, eligible, participations
 from fedloom.strategies.api import State, Strategy, Update
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
 
@@ -45,13 +57,14 @@ class History:
         broadcasts: What clients of the current round are asked to do.
 
     Raises:
-        ConfigError: The directory holds another run.
+        ConfigError: The directory holds another run, or the strategy is not what [user_level] promises.
         StoreError: The state cannot be read or written.
     """
 
     def __init__(
         self, config: RunConfig, schema: Schema, strategy: Strategy, store: Store, *, starting: Tensors
     ) -> None:
+        check_strategy(config.user_level, strategy)
         self._config, self._schema, self._strategy, self._store = config, schema, strategy, store
         self._unwritten: list[Event] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
@@ -59,8 +72,10 @@ class History:
         self._broken: StoreError | None = None
         self.state: State
         self.rounds = Rounds()
-        for event in store.events():
+        events = store.events()
+        for event in events:
             self.rounds = apply(self.rounds, event)
+        self._taken = participations(events)
         self.run = self._begin(starting) if self.rounds.created is None else self._continue(self.rounds.created)
         self.broadcasts = Broadcasts(config, schema, strategy, self.state)
         self._sweep()
@@ -75,10 +90,22 @@ class History:
             raise self._broken
 
     def record(self, event: Event) -> None:
-        """Take an event in; it counts for nobody outside before `write`."""
+        """Take an event in; it counts for nobody outside before `write`.
+
+        Raises:
+            BudgetError: It opens a round that the user-level budget does not cover.
+        """
+        if isinstance(event, RoundOpened):
+            check_opening(self._config.user_level, self.rounds.round)
         self.rounds = apply(self.rounds, event)
+        self._taken += participations([event])
         self._unwritten.append(event)
         _log.log(logging.WARNING if isinstance(event, ClientLost) else logging.INFO, "%s", event)
+
+    def due(self, live: Collection[str], elapsed_s: float, expect: int) -> RoundClosed | RoundOpened | None:
+        """The next decision that is due, among the clients that may still be asked; see `rounds.decision`."""
+        askable = eligible(self._config.user_level, self._taken, live)
+        return decision(self.rounds, askable, self._config, elapsed_s, expect)
 
     def keep(self, update: Update) -> None:
         """Remember an accepted update's values until the round is folded, if there is room; the disk has them too."""
@@ -167,5 +194,5 @@ class History:
 
 def _agreed(config: RunConfig) -> str:
     """Digest of what a run may not change on the way: all that clients were told, and the strategy."""
-    text = config.spec.model_dump_json() + config.strategy.model_dump_json()
+    text = config.spec.model_dump_json() + config.strategy.model_dump_json() + config.user_level.model_dump_json()
     return hashlib.sha256(text.encode()).hexdigest()

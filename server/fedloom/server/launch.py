@@ -1,37 +1,60 @@
 """From a run file to what a coordinator is made of: the noise it asks for and the strategy it follows."""
 
+import os
+
 from fedloom.proto.accounting import calibrate
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
+from fedloom.server.user_ledger import settled
 from fedloom.strategies.api import Strategy
+from fedloom.strategies.noise import KEY_BYTES
 from fedloom.strategies.registry import load
+from fedloom.strategies.user_level import UserLevel
 
 __all__ = ["build_strategy", "calibrated"]
 
 
 def calibrated(config: RunConfig) -> RunConfig:
-    """The run file with its noise multiplier filled in.
+    """The run file with its noise multipliers filled in.
 
-    It is the smallest with which a client that takes part in every round stays within privacy.epsilon, by the
-    accountant that the clients use too. No credit is taken for rounds a client may sit out.
+    Each is the smallest with which a client that takes part in every round it may stays within privacy.epsilon or
+    user_level.epsilon, by the accountant that judges it later. No credit is taken for rounds a client may sit out.
 
     Raises:
-        ConfigError: The privacy target cannot be reached.
+        ConfigError: A privacy target cannot be reached.
     """
     privacy, train = config.privacy, config.train
     noise = privacy.noise_multiplier
     if privacy.enabled and noise is None:
         noise = calibrate(privacy.epsilon, privacy.delta, train.sampling_rate, train.steps * config.run.rounds)
-    settled = privacy.model_copy(update={"noise_multiplier": noise if privacy.enabled else None})
-    return config.model_copy(update={"privacy": settled})
+    private = privacy.model_copy(update={"noise_multiplier": noise if privacy.enabled else None})
+    return config.model_copy(update={"privacy": private, "user_level": settled(config)})
 
 
 def build_strategy(config: RunConfig) -> Strategy:
-    """The run's strategy, told whether the head is trained.
+    """The run's strategy, told whether the head is trained, and wrapped if the run is private at user level.
+
+    The noise's secret is drawn here from the operating system. It matters for a new run only: one that goes on has its
+    own in its stored state.
 
     Raises:
-        ConfigError: There is no such strategy, or it does not take these options.
+        ConfigError: There is no such strategy, it does not take these options, or it cannot be wrapped.
     """
     if "train_head" in config.strategy.options:
         raise ConfigError('strategy.options.train_head is not yours to set; use model.head = "train" or "frozen"')
-    return load(config.strategy.name, {**config.strategy.options, "train_head": config.model.head == "train"})
+    strategy = load(config.strategy.name, {**config.strategy.options, "train_head": config.model.head == "train"})
+    user = settled(config)
+    if not user.enabled:
+        return strategy
+    assert user.cohort is not None  # both are filled in by `settled`
+    assert user.noise_multiplier is not None
+    return UserLevel(
+        strategy,
+        os.urandom(KEY_BYTES),
+        user.cohort,
+        user.clip_norm,
+        user.noise_multiplier,
+        user.mechanism,
+        user.target_quantile,
+        user.clip_rate,
+    )

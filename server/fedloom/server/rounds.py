@@ -53,7 +53,7 @@ class RunCreated:
 
     run: str
     spec: str
-    """Digest of the spec and the [strategy] section; a restart under another one is refused."""
+    """Digest of the spec, [strategy] and [user_level]; a restart under another one is refused."""
     schema: str
     """Digest of the adapter's schema."""
     state: str

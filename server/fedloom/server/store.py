@@ -42,7 +42,7 @@ class Store:
     """The state directory of one run, open in this process.
 
     Args:
-        folder: The directory; made if it does not exist.
+        folder: The directory; if it does not exist it is made, for this user alone.
         durable: True: an event or blob is on the disk when the call returns. False: nothing is ever
             synchronised, for simulations and benchmarks; the state then survives the death of this
             process but not of the machine.
@@ -62,7 +62,9 @@ class Store:
         self._numbers = itertools.count()
         self._forgotten: list[Path] = []
         with _explained(folder):
-            self._blobs.mkdir(parents=True, exist_ok=True)
+            # Closed to other users: updates lie here before any noise, and so does the secret of the noise.
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+            self._blobs.mkdir(exist_ok=True)
         self._lock = _lock(folder)
         try:
             with _explained(folder):

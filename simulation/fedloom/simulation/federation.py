@@ -14,6 +14,7 @@ from fedloom.client.model import AdapterModel, base_digest, load_model, resolve_
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig, Spec
 from fedloom.server.launch import calibrated
+from fedloom.server.user_ledger import check_supply
 
 __all__ = ["Federation", "build", "completed", "declared_size"]
 
@@ -60,12 +61,13 @@ def build(config: RunConfig, folder: Path) -> Federation:
         folder: Run folder; the clients' ledgers go below it, so that a simulation never charges a real account.
 
     Raises:
-        ConfigError: The run file has no [data] section, or more clients than rows.
+        ConfigError: The run file has no [data] section, more clients than rows, or too few for its rounds.
         DataError: The data cannot be loaded.
         ModelError: The base model cannot be loaded.
     """
     if config.data is None:
         raise ConfigError("a simulation needs a [data] section with source and clients; see examples/sentiment.toml")
+    check_supply(config, config.data.clients)
     names = config.model.labels
     rows = load_rows(config.data.source, names, "train")
     rng = np.random.default_rng([config.run.seed, 1])

@@ -29,6 +29,8 @@ class RoundRecord:
     bytes_down: int
     seconds: float
     """Since the start of the first round."""
+    user_epsilon: float | None = None
+    """Epsilon of a whole client so far, by the coordinator's noise; None without user-level privacy."""
 
 
 def new_folder(parent: Path, name: str) -> Path:

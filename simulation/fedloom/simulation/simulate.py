@@ -24,6 +24,8 @@ from fedloom.server.launch import build_strategy
 from fedloom.server.progress import Progress
 from fedloom.server.rounds import RoundOpened
 from fedloom.server.store import Store
+from fedloom.server.user_ledger import spent as user_spent
+from fedloom.server.user_ledger import statement
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess, standing_clock
 from fedloom.simulation.processes import run_processes
@@ -53,6 +55,8 @@ class Result:
     final: Score
     epsilon: dict[str, float]
     """Epsilon by client, read from the ledgers; empty without privacy."""
+    user_epsilon: float | None
+    """Epsilon of a whole client, by the coordinator's noise; None without user-level privacy."""
     agreement: float
     """Share of held-out rows on which the adapter reloaded through PEFT predicts what the run's model predicts."""
 
@@ -150,6 +154,7 @@ def _drain(
             up,
             down,
             round(time.monotonic() - began, 3),
+            user_spent(config.user_level, rounds) if config.user_level.enabled else None,
         )
         _record(store.folder.parent, tape, watcher, record)
 
@@ -180,17 +185,18 @@ def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, sta
     model.load(state.adapter)
     final = evaluate(model, federation.held_out)
     spent = ledger_epsilon(federation) if config.privacy.enabled else {}
+    user = statement(config.user_level, state.round)
     save_adapter(
         model,
         folder / "adapter",
-        {**facts(config, max(spent.values(), default=None)), "held_out_accuracy": final.accuracy},
+        {**facts(config, max(spent.values(), default=None)), "user_privacy": user, "held_out_accuracy": final.accuracy},
     )
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, federation.held_out, pad, str(model.device))
     reloaded = load_exported(resolve_base(config.model.base), folder / "adapter", len(config.model.labels))
     agreement = float(np.mean(ours == predict(reloaded, federation.held_out, pad)))
     plot(folder, f"{folder.name}: {config.strategy.name}, {len(federation.clients)} clients", tape.records)
-    result = Result(folder, tape.records, start, final, spent, agreement)
+    result = Result(folder, tape.records, start, final, spent, user["epsilon"] if user else None, agreement)
     write_json(
         folder / "summary.json",
         {
@@ -199,6 +205,7 @@ def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, sta
             "loss": final.loss,
             "held_out_examples": final.examples,
             "epsilon": spent,
+            "user_epsilon": result.user_epsilon,
             "reloaded_agreement": agreement,
             "seconds": tape.records[-1].seconds,
             "bytes_up": sum(r.bytes_up for r in tape.records),

@@ -77,6 +77,12 @@ class Strategy(Protocol):
 
     `Acc` is whatever `fold` builds up; it lives only within a round and never leaves memory. Keep it
     O(adapter), not O(clients), unless the method must compare updates (Krum, median).
+
+    A strategy may declare two class attributes, both False where they are absent:
+
+    - `linear`: every client gets the same plan, and with uniform weights `commit` depends on the updates only through
+      their mean. One update that is the mean then stands for all, which user-level privacy relies on.
+    - `rewrites`: `commit` changes the coordinates of trained tensors, as a refactorisation of pairs does.
     """
 
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:

@@ -1,6 +1,7 @@
 """FedSVD (Lee et al., NeurIPS 2025, arXiv 2505.12805)."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class FedSVD:
         ConfigError: `period` is below 1.
     """
 
+    linear: ClassVar[bool] = True
+    rewrites: ClassVar[bool] = True
     period: int = 1
     train_head: bool = True
 
