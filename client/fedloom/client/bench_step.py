@@ -159,7 +159,8 @@ def _for_opacus(model: AdapterModel) -> nn.Module:
     for module in model.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return model.model.train()
+    whole: nn.Module = model.model.train()
+    return whole
 
 
 def _hooks(model: AdapterModel, batch: Batch) -> Step:

@@ -1,5 +1,7 @@
 """What a backward pass leaves behind: every example's gradient, formed or as two factors."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -118,7 +120,8 @@ class Tape:
         parts += [_product_norms(left, right) for left, right in self._factors.values()]
         if not parts:
             return torch.zeros(self.batch, device=self.parameters[0].device)
-        return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        whole: torch.Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        return whole
 
     def drop(self, examples: torch.Tensor) -> None:
         """Set the gradients of some examples to zero, even if they are not finite; `examples` is a mask (batch,)."""
@@ -171,10 +174,12 @@ def _product_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     The way through Gram matrices (T² per example) would need no product at all, but its sum cancels: a norm that
     comes out too small is an example that is clipped too little.
     """
+    norm: Any = torch.linalg.vector_norm
     if left.shape[1] == 1:
-        return torch.linalg.vector_norm(left.float(), dim=(1, 2)) * torch.linalg.vector_norm(right.float(), dim=(1, 2))
+        outer: torch.Tensor = norm(left.float(), dim=(1, 2)) * norm(right.float(), dim=(1, 2))
+        return outer
     # As many products at a time as take the room of the factors themselves.
     per_example = left.shape[2] * right.shape[2]
     count = max(1, (left.numel() + right.numel()) // per_example)
-    parts = zip(left.split(count), right.split(count), strict=True)
-    return torch.cat([torch.linalg.vector_norm(_multiply(*part), dim=(1, 2)) for part in parts])
+    parts = zip(torch.split(left, count), torch.split(right, count), strict=True)
+    return torch.cat([norm(_multiply(*part), dim=(1, 2)) for part in parts])
