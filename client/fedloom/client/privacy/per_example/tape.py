@@ -71,7 +71,8 @@ class Tape:
             ModelError: The first axis is not the examples'.
         """
         self._check(parameter, len(left))
-        left, right = left.reshape(self.batch, -1, left.shape[-1]), right.reshape(self.batch, -1, right.shape[-1])
+        # Detached, because an input that is kept with its history would keep the whole graph.
+        left, right = (each.detach().reshape(self.batch, -1, each.shape[-1]) for each in (left, right))
         if parameter in self._factors:
             earlier = self._factors.pop(parameter)
             left, right = torch.cat([earlier[0], left], 1), torch.cat([earlier[1], right], 1)
