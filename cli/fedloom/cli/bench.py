@@ -43,9 +43,10 @@ def dp_step(
     repeats: Annotated[int, typer.Option(help="Interleaved repetitions of each variant.", min=3)] = 15,
     json_only: Json = False,
 ) -> None:
-    """Time a private step against a plain LoRA step, interleaved, beside Opacus's own hooks.
+    """Time a private step against a plain LoRA step, interleaved, beside Opacus's hooks and its ghost clipping.
 
-    MiniLM, LoRA r=8 on every linear layer of the encoder, batch 32 of 64 tokens, one thread.
+    MiniLM, LoRA r=8 on every linear layer of the encoder, batch 32 of 64 tokens, one thread. Then, on Linux, the peak
+    memory of each above what stays between steps, each in a fresh process.
 
     Example: fedloom bench dp-step --json
     """

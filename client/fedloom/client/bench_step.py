@@ -1,75 +1,130 @@
-"""What privacy costs a training step: plain LoRA, ours, and Opacus's hooks, interleaved in one process."""
+"""What privacy costs a training step in time and memory: plain LoRA, ours, Opacus's hooks, its ghost clipping."""
 
+import ctypes
+import gc
+import re
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from opacus.grad_sample import GradSampleHooks
-from opacus.optimizers import DPOptimizer
+from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from torch import nn
 from torch.nn import functional as F
 
 from fedloom.client.model import AdapterModel, load_model
 from fedloom.client.privacy.entropy import System
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import recording
+from fedloom.proto.memory import keep_freed_memory
 from fedloom.proto.run import AdapterSection, ModelSection
 from fedloom.proto.schema import Role
 
-__all__ = ["bench_step"]
+__all__ = ["bench_step", "peak_bytes"]
 
 BATCH, LENGTH = 32, 64
 _CLIP, _SIGMA, _RATE = 1.0, 1.0, 0.01
 _ROLES = (Role.LORA_A, Role.LORA_B, Role.HEAD)
 
+Batch = dict[str, torch.Tensor]
 Step = Callable[[], None]
 
 
 def bench_step(*, repeats: int) -> dict[str, Any]:
-    """Time each variant `repeats` times in turn, one thread, CPU time of the process.
+    """Time each variant `repeats` times in turn, one thread, CPU time of the process; then their peak memory.
 
     Returns:
-        ratio_ours and ratio_opacus_hooks: median over the repetitions of the variant's time over the plain
-        step's time in the same repetition; and each variant's median in milliseconds.
+        ratio_ours and so on: median over the repetitions of the variant's time over the plain step's time in the
+        same repetition; each variant's median in milliseconds; and, where the system tells it, peak_memory_ratio_ours
+        and so on: `peak_bytes` over that of the plain step.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        adapter = AdapterSection(rank=8, targets=("query", "key", "value", "dense"))
-        section = ModelSection(base="minilm-l6", labels=("a", "b"), max_length=LENGTH)
-        # Opacus gets a model of its own: hooks that are switched off still slow a backward pass down.
-        model, hooked = load_model(section, adapter), load_model(section, adapter)
-        generator = torch.Generator().manual_seed(0)
-        batch = {
-            "input_ids": torch.randint(1000, 20_000, (BATCH, LENGTH), generator=generator),
-            "attention_mask": torch.ones(BATCH, LENGTH, dtype=torch.long),
-            "labels": torch.randint(0, 2, (BATCH,), generator=generator),
-        }
-        variants = {"plain": _plain(model, batch), "ours": _ours(model, batch), "opacus_hooks": _hooks(hooked, batch)}
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for repeat in range(repeats + 1):
-            for name, step in variants.items():
-                began = time.process_time()
-                step()
-                if repeat:  # the first round warms caches up
-                    times[name].append(1e3 * (time.process_time() - began))
+        times = _times(repeats)
     finally:
         torch.set_num_threads(threads)
     plain = np.array(times["plain"])
-    figures: dict[str, Any] = {
-        f"ratio_{name}": float(np.median(np.array(each) / plain)) for name, each in times.items() if name != "plain"
-    }
+    others = [name for name in _VARIANTS if name != "plain"]
+    figures: dict[str, Any] = {f"ratio_{name}": float(np.median(np.array(times[name]) / plain)) for name in others}
     figures |= {f"{name}_ms": float(np.median(each)) for name, each in times.items()}
+    if _CLEAR_PEAK.exists():
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
+            peaks = {name: fresh.submit(peak_bytes, name).result() for name in _VARIANTS}
+        figures |= {f"peak_memory_ratio_{name}": peaks[name] / peaks["plain"] for name in others}
+        figures |= {f"{name}_peak_mib": peak / 2**20 for name, peak in peaks.items()}
     return {**figures, "repeats": repeats, "batch": BATCH, "length": LENGTH, "threads": 1}
 
 
-def _loss(model: AdapterModel, batch: dict[str, torch.Tensor], reduction: str) -> torch.Tensor:
+def _times(repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each repetition."""
+    # Each variant has a model of its own: hooks that are switched off still slow a backward pass down.
+    steps = {name: build(_model(), _batch()) for name, build in _VARIANTS.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            began = time.process_time()
+            step()
+            if repeat:  # the first round warms caches up
+                times[name].append(1e3 * (time.process_time() - began))
+    return times
+
+
+_CLEAR_PEAK = Path("/proc/self/clear_refs")
+
+
+def peak_bytes(variant: str) -> int:
+    """Most memory that a step takes above what the process holds between steps. Meant for a fresh process.
+
+    The kernel keeps the peak of the resident set (VmHWM), so this counts every buffer of every library, but not what
+    was asked for and never touched. A first step sets up what stays: code pages, the libraries' own buffers, the
+    optimiser's state. Then freed memory is given back and the peak is set to the present (proc(5), clear_refs).
+    """
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    step = _VARIANTS[variant](_model(), _batch())
+    step()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR_PEAK.write_text("5")
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    """A size from /proc/self/status, in bytes."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None  # proc(5)
+    return 1024 * int(found[1])
+
+
+def _model() -> AdapterModel:
+    adapter = AdapterSection(rank=8, targets=("query", "key", "value", "dense"))
+    return load_model(ModelSection(base="minilm-l6", labels=("a", "b"), max_length=LENGTH), adapter)
+
+
+def _batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "input_ids": torch.randint(1000, 20_000, (BATCH, LENGTH), generator=generator),
+        "attention_mask": torch.ones(BATCH, LENGTH, dtype=torch.long),
+        "labels": torch.randint(0, 2, (BATCH,), generator=generator),
+    }
+
+
+def _loss(model: AdapterModel, batch: Batch, reduction: str) -> torch.Tensor:
     return F.cross_entropy(model.logits(batch), batch["labels"], reduction=reduction)
 
 
-def _plain(model: AdapterModel, batch: dict[str, torch.Tensor]) -> Step:
+def _plain(model: AdapterModel, batch: Batch) -> Step:
     parameters = model.trainable(_ROLES)
     optimizer = torch.optim.SGD(parameters, lr=_RATE)
 
@@ -81,7 +136,7 @@ def _plain(model: AdapterModel, batch: dict[str, torch.Tensor]) -> Step:
     return step
 
 
-def _ours(model: AdapterModel, batch: dict[str, torch.Tensor]) -> Step:
+def _ours(model: AdapterModel, batch: Batch) -> Step:
     parameters = model.trainable(_ROLES)
     base = torch.optim.SGD(parameters, lr=_RATE)
 
@@ -99,14 +154,18 @@ def _ours(model: AdapterModel, batch: dict[str, torch.Tensor]) -> Step:
     return step
 
 
-def _hooks(model: AdapterModel, batch: dict[str, torch.Tensor]) -> Step:
-    parameters = model.trainable(_ROLES)
-    base = torch.optim.SGD(parameters, lr=_RATE)
+def _for_opacus(model: AdapterModel) -> nn.Module:
+    """The model in training mode, without dropout: Opacus records in that mode only, and ours has no dropout."""
     for module in model.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # Opacus records in training mode only, and ours trains without dropout
-    model.model.train()
-    GradSampleHooks(model.model, loss_reduction="sum", strict=False)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    whole: nn.Module = model.model.train()
+    return whole
+
+
+def _hooks(model: AdapterModel, batch: Batch) -> Step:
+    base = torch.optim.SGD(model.trainable(_ROLES), lr=_RATE)
+    GradSampleHooks(_for_opacus(model), loss_reduction="sum", strict=False)
     optimizer = DPOptimizer(base, noise_multiplier=_SIGMA, max_grad_norm=_CLIP, expected_batch_size=BATCH)
 
     def step() -> None:
@@ -117,3 +176,26 @@ def _hooks(model: AdapterModel, batch: dict[str, torch.Tensor]) -> Step:
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def _ghost(model: AdapterModel, batch: Batch) -> Step:
+    base = torch.optim.SGD(model.trainable(_ROLES), lr=_RATE)
+    hooks = GradSampleHooksFastGradientClipping(
+        _for_opacus(model), loss_reduction="sum", strict=False, max_grad_norm=_CLIP
+    )
+    optimizer = DPOptimizerFastGradientClipping(
+        base, noise_multiplier=_SIGMA, max_grad_norm=_CLIP, expected_batch_size=BATCH, loss_reduction="sum"
+    )
+    criterion = DPLossFastGradientClipping(hooks, optimizer, nn.CrossEntropyLoss(reduction="sum"), "sum")
+
+    def step() -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            criterion(model.logits(batch), batch["labels"]).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+_VARIANTS = {"plain": _plain, "ours": _ours, "opacus_hooks": _hooks, "opacus_ghost": _ghost}

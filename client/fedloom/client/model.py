@@ -98,11 +98,12 @@ class AdapterModel:
 
     def _correct(self, module: str, tensors: Tensors) -> None:
         """Set a frozen weight to its pretrained value plus scale·base_B·base_A."""
-        weight = self.model.get_submodule(f"base_model.model.{module}").base_layer.weight
+        layer: Any = self.model.get_submodule(f"base_model.model.{module}")
+        weight = layer.base_layer.weight
         pretrained = self._base_weights.setdefault(module, weight.detach().clone())
         left, right = (torch.from_numpy(np.array(tensors[f"{module}.base_{side}"])) for side in "BA")
         correction = self.schema.scale * (left.to(weight) @ right.to(weight))
-        weight.copy_(pretrained + correction)
+        weight.copy_(pretrained + (correction.t() if layer.fan_in_fan_out else correction))
 
     @property
     def corrected(self) -> bool:

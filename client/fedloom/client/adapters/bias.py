@@ -4,11 +4,11 @@ A bias travels as its change, so the coordinator needs no base model to start it
 of its own for this; a rank-1 LoRA whose B stays zero carries the biases in an ordinary PEFT adapter.
 """
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import PreTrainedModel
 
+from fedloom.client.adapters import lora
 from fedloom.client.adapters.api import Slot, schema_name
-from fedloom.client.adapters.lora import linear_targets
 from fedloom.proto.run import AdapterSection
 from fedloom.proto.schema import Role, TensorSpec
 
@@ -21,10 +21,7 @@ def attach(base: PreTrainedModel, section: AdapterSection, task_type: str) -> Pe
     Raises:
         ModelError: No layer has one of the target names (the carrier needs one).
     """
-    config = LoraConfig(
-        r=1, target_modules=linear_targets(base, section.targets), bias="all", task_type=task_type, lora_dropout=0.0
-    )
-    return get_peft_model(base, config)
+    return lora.attach(base, section.model_copy(update={"rank": 1}), task_type, bias="all")
 
 
 def slots(model: PeftModel) -> list[Slot]:

@@ -20,6 +20,9 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
     sum changes by at most C in L2 norm when one example is added to or removed from the logical batch.
 
     Precondition: the tape's gradients come from a loss that is a sum of per-example losses.
+
+    Norms, sum and noise are float32 whatever the parameters' type. The memory of a step is that of its largest
+    microbatch and one vector of all trained parameters, however many microbatches it has.
     """
 
     def __init__(
@@ -44,42 +47,41 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         self.entropy = entropy
         self.masks: dict[nn.Parameter, torch.Tensor] = {}
         """Zero where a parameter is beyond the client's rank: neither gradient nor noise moves it there."""
+        self._total = torch.zeros(tape.width, device=tape.parameters[0].device)
 
     def accumulate(self) -> None:
-        """Clip the tape's examples and add them to the step's sum. No examples add nothing."""
+        """Clip the tape's examples, add them to the step's sum and clear the tape. No examples add nothing."""
         self.tape.finish()
         self.clip_and_accumulate()
-        for parameter in self.tape.parameters:
-            parameter.grad_sample = None  # type: ignore[attr-defined]  # Opacus's interface
+        self.tape.clear()
 
     def clip_and_accumulate(self) -> None:
         """Scale each example's whole gradient to norm at most C; a non-finite one counts as zero.
 
         A run that failed on a non-finite gradient would tell that such an example is there.
         """
-        flat = self.tape.flat
-        norms = torch.linalg.vector_norm(flat, dim=1)
+        norms = self.tape.norms()
         finite = torch.isfinite(norms)
         if not bool(finite.all()):
-            flat = torch.where(finite[:, None], flat, torch.zeros_like(flat))
+            self.tape.drop(~finite)
             norms = torch.where(finite, norms, torch.zeros_like(norms))
         factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-        total = factors @ flat
+        self.tape.add_weighted_sum(factors, self._total)
         for parameter in self.tape.parameters:
-            part = total[self.tape.columns[parameter]].view_as(parameter)
-            summed = _summed(parameter)
-            parameter.summed_grad = part if summed is None else summed + part  # type: ignore[attr-defined]  # Opacus's
+            parameter.summed_grad = self._part(self._total, parameter)  # type: ignore[attr-defined]  # Opacus's interface
+
+    def _part(self, flat: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """One parameter's share of a vector over all of them."""
+        return flat[self.tape.columns[parameter]].view_as(parameter)
 
     def add_noise(self) -> None:
         """One draw of the Gaussian mechanism over all parameters."""
-        drawn = torch.from_numpy(self.entropy.normal(self.tape.width))
-        noise = (drawn * (self.noise_multiplier * self.max_grad_norm)).to(torch.float32)
+        drawn = torch.from_numpy(self.entropy.normal(self.tape.width)).to(self._total.device, torch.float32)
+        noisy = torch.add(self._total, drawn, alpha=self.noise_multiplier * self.max_grad_norm)
         for parameter in self.tape.parameters:
-            part = noise[self.tape.columns[parameter]].to(parameter.device).view_as(parameter)
-            summed = _summed(parameter)
-            assert summed is not None  # release() accumulates an empty batch when there was none
-            grad = summed + part
-            parameter.grad = grad * self.masks[parameter] if parameter in self.masks else grad
+            grad = self._part(noisy, parameter)
+            grad = grad * self.masks[parameter] if parameter in self.masks else grad
+            parameter.grad = grad.to(parameter.dtype)
 
     def scale_grad(self) -> None:
         """Divide by the public expected batch size."""
@@ -93,24 +95,14 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         Args:
             pull: Gradient terms that do not depend on the data (FedProx), one per parameter, or none.
         """
-        if _summed(self.tape.parameters[0]) is None:
-            self.tape.begin(0)
-            self.accumulate()
         self.add_noise()
         self.scale_grad()
         for parameter, term in zip(self.tape.parameters, pull, strict=False):
             assert parameter.grad is not None  # add_noise has just set it
             parameter.grad += term
         self.original_optimizer.step()
-        for parameter in self.tape.parameters:
-            parameter.summed_grad = None  # type: ignore[attr-defined]  # Opacus's interface
+        self._total.zero_()
 
     def step(self, closure: Any = None) -> None:
         """Refused: a step that clips and noises in one call is easy to call once per microbatch."""
         raise NotImplementedError("call accumulate() per microbatch and release() once per step")
-
-
-def _summed(parameter: nn.Parameter) -> torch.Tensor | None:
-    """Opacus's running sum of clipped gradients."""
-    summed: torch.Tensor | None = getattr(parameter, "summed_grad", None)
-    return summed
