@@ -77,7 +77,7 @@ def test_a_file_reads_with_its_defaults(file: Path) -> None:
         ("privacy.clip_norm=nan", r"privacy\.clip_norm: .*received nan"),
         ("privacy.clip_norm=inf", r"privacy\.clip_norm: .*finite.*received inf"),
         ("adapter.alpha=inf", r"adapter\.alpha: .*finite"),
-        ("model.labels=['one']", r"model\.labels: .*at least 2"),
+        ("model.labels=['one']", r"model\.labels has 1 names; text-classification needs at least 2"),
         ("run.rounds.more=1", "'rounds' is a value, not a section"),
         ("run.rounds", r"override 'run\.rounds' must look like section\.key=value"),
         ("=3", "must look like"),

@@ -3,6 +3,7 @@
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fedloom.client.adapters.api import Slot, schema_name
 from fedloom.proto.errors import ModelError
@@ -24,6 +25,8 @@ def attach(base: PreTrainedModel, section: AdapterSection, task_type: str) -> Pe
         lora_alpha=section.alpha,
         target_modules=names,
         lora_dropout=0.0,
+        # GPT-2's Conv1D is a linear layer that keeps its weight transposed.
+        fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in names),
         bias="none",
         task_type=task_type,
     )
@@ -36,7 +39,7 @@ def linear_targets(base: PreTrainedModel, targets: tuple[str, ...]) -> list[str]
     Raises:
         ModelError: A target name matches nothing; the message lists what the model has.
     """
-    linear = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     last = {name.rpartition(".")[2] for name in linear}
     unknown = sorted(set(targets) - last)
     if unknown:
