@@ -223,6 +223,8 @@ def load_base(
             f"the tokenizer in {folder} needs a tokenizer.json and a padding or an end token; name one in "
             "tokenizer_config.json"
         )
+    if task == "causal-lm" and not _causal(base):
+        raise ModelError(f"{type(base).__name__} in {folder} sees the tokens it is to predict; take a language model")
     known = base.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:
         # A text with such a token would end a run half-way, which tells that it is there.
@@ -230,6 +232,15 @@ def load_base(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {known}; get files that fit"
         )
     return base, tokenizer
+
+
+def _causal(base: PreTrainedModel) -> bool:
+    """Whether the scores at a token are a function of it and the tokens before it."""
+    ids = torch.arange(4).expand(2, -1).clone()
+    ids[1, -1] += 1
+    with torch.no_grad():
+        first, second = base.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
+    return torch.allclose(first, second, rtol=1e-4, atol=1e-4)
 
 
 class quiet:

@@ -197,8 +197,8 @@ class _Bench:
         taped = set(self.parameters)
         if loose := [n for n, p in whole.named_parameters() if p.grad is not None and p not in taped]:
             raise ModelError(
-                f"sensitivity probe: {len(loose)} parameters such as {loose[0]} get a gradient that is not recorded and so "
-                "not clipped; freeze them or train them as part of the adapter"
+                f"sensitivity probe: {len(loose)} parameters such as {loose[0]} get a gradient that is not recorded, "
+                "so nobody clips it; freeze them or train them as part of the adapter"
             )
         if changed := [name for name, buffer in whole.named_buffers() if not torch.equal(buffer, buffers[name])]:
             raise ModelError(
