@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedloom.client.data.rows import Indices
 from fedloom.client.data.tokens import IGNORED, Encoded, collate
 from fedloom.client.model import AdapterModel
 from fedloom.client.privacy.entropy import Seeded
@@ -61,13 +60,15 @@ class _Tolerance:
     """Between gradients of one example in batches of different shape."""
     neighbour: float
     """Between gradients of one example in batches of equal shape, where the same operations see the same numbers."""
-    bound: float
-    """Of the clipping bound."""
 
 
-_FLOAT32 = _Tolerance(padding=1e-3, neighbour=1e-5, bound=1e-4)
-_COARSE = _Tolerance(padding=1e-1, neighbour=1e-3, bound=1e-1)
-"""For a base model in half precision."""
+_FLOAT32 = _Tolerance(padding=1e-2, neighbour=1e-4)
+_HALF = _Tolerance(padding=0.3, neighbour=1e-2)
+"""For a base model in half precision. Tiny random models of float32 differ by 2e-4 between paddings, of bfloat16 by
+0.15; a mean over the batch's tokens by 0.5 and more."""
+
+_BOUND = 1e-4
+"""Relative slack of the clipping bound."""
 
 
 def probe(model: AdapterModel, loss: BatchLoss, task: Task, max_length: int) -> None:
@@ -79,7 +80,7 @@ def probe(model: AdapterModel, loss: BatchLoss, task: Task, max_length: int) -> 
     - adding or replacing an example leaves the recorded gradients of the others as they are;
     - the clipped sum moves by at most C when an example is added and by 2 C when one is replaced, for a C that
       clips them all;
-    - no gradient reaches a parameter that is not recorded, and training changes no buffer;
+    - no other parameter is trained, and training changes no buffer;
     - a text of `max_length` tokens goes through, since one that does not would end a run when it is sampled.
 
     The model is left as it was, and one that has passed is not probed again. Takes fourteen passes over one to five
@@ -93,7 +94,7 @@ def probe(model: AdapterModel, loss: BatchLoss, task: Task, max_length: int) -> 
     examples = made_up(model, task, min(_LONGEST, max_length))
     with _random_adapter(model) as parameters:
         try:
-            _read_longest(model, max_length)
+            _read_longest(model, loss, task, max_length)
             _compare(_Bench(model, parameters, loss, examples))
         except (IndexError, RuntimeError, ValueError) as error:
             raise ModelError(f"the sensitivity probe cannot run this model on made-up examples: {error}") from error
@@ -106,7 +107,9 @@ def made_up(model: AdapterModel, task: Task, longest: int) -> Encoded:
     The long one has `longest` tokens, at least 2; all are at most as long. Some tokens are without a label.
     """
     rng = np.random.default_rng(0)
-    vocabulary, usable = _tokens(model)
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    # A padding token within a text would be taken for the text's end by models that look for it.
+    usable = np.setdiff1d(np.arange(vocabulary), model.tokenizer.all_special_ids)
     classes = vocabulary if task == "causal-lm" else model.model.config.num_labels
     lengths = [min(length, longest) for length in (*_LENGTHS, _LENGTHS[-1], longest, 2)]
     input_ids = tuple(rng.choice(usable, length).astype(np.int32) for length in lengths)
@@ -117,12 +120,6 @@ def made_up(model: AdapterModel, task: Task, longest: int) -> Encoded:
     for row in targets:
         row[::3] = IGNORED
     return Encoded(input_ids, np.zeros_like(labels), targets)
-
-
-def _tokens(model: AdapterModel) -> tuple[int, Indices]:
-    """Number of tokens the model knows, and those without a special meaning, such as padding, to the model."""
-    vocabulary = model.model.get_input_embeddings().weight.shape[0]
-    return vocabulary, np.setdiff1d(np.arange(vocabulary), model.tokenizer.all_special_ids)
 
 
 @contextmanager
@@ -146,12 +143,12 @@ def _random_adapter(model: AdapterModel) -> Iterator[list[nn.Parameter]]:
                 slot.parameter.grad = None
 
 
-def _read_longest(model: AdapterModel, max_length: int) -> None:
-    ids = np.full(max_length, _tokens(model)[1][0], np.int32)
-    first = np.zeros(1, np.int64)
+def _read_longest(model: AdapterModel, loss: BatchLoss, task: Task, max_length: int) -> None:
+    longest = made_up(model, task, max_length)
+    number = max(range(len(longest)), key=lambda each: len(longest.input_ids[each]))
     try:
         with torch.no_grad():
-            model.logits(collate(Encoded((ids,), first), first, model.tokenizer.pad_token_id))
+            loss(collate(longest, np.array([number]), model.tokenizer.pad_token_id))
     except (IndexError, RuntimeError, ValueError) as error:
         raise ModelError(f"the model cannot read model.max_length = {max_length} tokens; lower it ({error})") from error
 
@@ -194,12 +191,6 @@ class _Bench:
             optimizer.accumulate()
             parts = [parameter.summed_grad for parameter in self.parameters]  # type: ignore[attr-defined]  # Opacus's
             optimizer.zero_grad(set_to_none=True)
-        taped = set(self.parameters)
-        if loose := [n for n, p in whole.named_parameters() if p.grad is not None and p not in taped]:
-            raise ModelError(
-                f"sensitivity probe: {len(loose)} parameters such as {loose[0]} get a gradient that is not recorded, "
-                "so nobody clips it; freeze them or train them as part of the adapter"
-            )
         if changed := [name for name, buffer in whole.named_buffers() if not torch.equal(buffer, buffers[name])]:
             raise ModelError(
                 f"sensitivity probe: reading a batch changes {changed[0]}, which carries what it saw into later steps; "
@@ -209,16 +200,23 @@ class _Bench:
 
 
 def _compare(bench: _Bench) -> None:
+    taped = set(bench.parameters)
+    if loose := [n for n, p in bench.model.model.named_parameters() if p.requires_grad and p not in taped]:
+        raise ModelError(
+            f"sensitivity probe: {len(loose)} trained parameters such as {loose[0]} are not part of the adapter, so "
+            "nobody clips their gradients; freeze them"
+        )
     alone = torch.stack([bench.alone(number) for number in range(len(bench.examples))])
     norms = torch.linalg.vector_norm(alone, dim=1)
     # A bound that clips no one would not show a clip that does nothing.
     bound = 0.5 * float(norms.min())
     if not 0 < bound < math.inf:
         raise ModelError(
-            f"sensitivity probe: a made-up example has a gradient of norm {2 * bound:g}; check the base model's weights"
+            f"sensitivity probe: an example alone has a gradient of norm {2 * bound:g}; use a loss that does not "
+            "compare the examples of a batch, and check the base model's weights"
         )
     exact = all(parameter.dtype == torch.float32 for parameter in bench.model.model.parameters())
-    tolerance = _FLOAT32 if exact else _COARSE
+    tolerance = _FLOAT32 if exact else _HALF
     together, its_sum = bench.recorded(_TOGETHER, bound)
     own = _difference(together, alone[list(_TOGETHER)], norms[list(_TOGETHER)])
     _refuse_above(tolerance.padding, own, "in a batch, an example's gradient is not the one it has alone")
@@ -226,14 +224,13 @@ def _compare(bench: _Bench) -> None:
         gradients, total = bench.recorded(chosen, bound)
         kept = [place for place, number in enumerate(_TOGETHER) if chosen[place] == number]
         same_shape = bench.batch(chosen)["input_ids"].shape == bench.batch(_TOGETHER)["input_ids"].shape
-        _refuse_above(
-            tolerance.neighbour if same_shape else tolerance.padding,
-            _difference(gradients[kept], together[kept], norms[kept]),
-            f"{name}, the gradient of another one changes",
-        )
+        found = _difference(gradients[kept], together[kept], norms[kept])
+        most = tolerance.neighbour if same_shape else tolerance.padding
+        _refuse_above(most, found, f"{name}, the gradient of another one changes")
         moved = float(torch.linalg.vector_norm(total - its_sum)) / bound
-        most = 1 if len(chosen) > len(_TOGETHER) else 2
-        _refuse_above(most * (1 + tolerance.bound), moved, f"{name}, the clipped sum moves too far, in units of C")
+        # Rounding moves the others too, by no more than was just allowed.
+        most = (1 if len(chosen) > len(_TOGETHER) else 2) * (1 + _BOUND) + len(kept) * found
+        _refuse_above(most, moved, f"{name}, the clipped sum moves too far, in units of C")
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor, norms: torch.Tensor) -> float:
