@@ -65,7 +65,7 @@ class _Tolerance:
 _FLOAT32 = _Tolerance(padding=1e-2, neighbour=1e-4)
 _HALF = _Tolerance(padding=0.3, neighbour=1e-2)
 """For a base model in half precision. Tiny random models of float32 differ by 2e-4 between paddings, of bfloat16 by
-0.15; a mean over the batch's tokens by 0.5 and more."""
+0.15; a mean over the tokens of these made-up examples by 0.9."""
 
 _BOUND = 1e-4
 """Relative slack of the clipping bound."""
