@@ -6,13 +6,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from fedloom.client.assets import fetch
 from fedloom.client.config import Policy
 from fedloom.client.data.rows import Rows
 from fedloom.client.model import AdapterModel, load_model
-from fedloom.proto.run import AdapterSection, ModelSection, Spec
+from fedloom.proto.run import AdapterSection, ModelSection, Spec, Task
 
 WORDS = ("good", "bad", "fine", "awful", "great", "poor", "happy", "sad", "the", "film", "plot", "actor", "very")
 
@@ -38,6 +54,61 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         BertForSequenceClassification(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 300 tokens without a padding token, as language models have it."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def small_model(architecture: str, vocabulary: int) -> PreTrainedModel:
+    """Two random layers of width 32 that read at most 64 tokens."""
+    torch.manual_seed(0)
+    size = {"vocab_size": vocabulary, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1}
+    if architecture == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **size))
+    wide = size | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    wide["max_position_embeddings"] = 64
+    if architecture == "llama":
+        return LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **wide))
+    return BertModel(BertConfig(**wide))
+
+
+TARGETS = {"bert": ("query", "value"), "gpt2": ("c_attn", "c_fc"), "llama": ("q_proj", "v_proj", "down_proj")}
+
+
+@pytest.fixture(scope="session")
+def small_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny random base models with a tokenizer made here, by architecture."""
+    folders = {}
+    for architecture in TARGETS:
+        folders[architecture] = tmp_path_factory.mktemp(architecture)
+        tokenizer = byte_tokenizer()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            small_model(architecture, len(tokenizer)).save_pretrained(folders[architecture])
+            tokenizer.save_pretrained(folders[architecture])
+    return folders
+
+
+@pytest.fixture
+def build_task(small_bases: dict[str, Path]):  # type: ignore[no-untyped-def]  # a factory of AdapterModel
+    """Makes a model of an architecture for a task, with a random LoRA adapter."""
+
+    def build(architecture: str, task: Task, **section: object) -> AdapterModel:
+        values: dict[str, object] = {"base": str(small_bases[architecture]), "task": task, "max_length": 24}
+        values |= {"head": "frozen"} if task == "causal-lm" else {"labels": ("O", "PER", "LOC")}
+        adapter = AdapterSection(rank=2, alpha=4, targets=TARGETS[architecture])
+        return make_model(ModelSection.model_validate(values | section), adapter)
+
+    return build
 
 
 @pytest.fixture

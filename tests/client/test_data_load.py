@@ -189,7 +189,7 @@ def test_a_folder_has_one_file_for_each_split(tmp_path: Path) -> None:
         ("a.jsonl", b"[" * 100_000, "line 1 is not valid JSON"),
         ("a.jsonl", b'["fine", 1]\n', "line 1 is not an object"),
         ("a.jsonl", b'{"text": "fine"}\n', "line 1 has no 'label'"),
-        ("a.jsonl", b'{"text": 3, "label": 1}\n', "line 1: text and group must be strings; found 3"),
+        ("a.jsonl", b'{"text": 3, "label": 1}\n', "line 1: text must be a string; found 3"),
         ("a.jsonl", b'{"text": "fine", "label": true}\n', "label True must be a label name or its index"),
         ("a.jsonl", b'{"text": "fine", "label": 0.5}\n', r"label 0\.5 must be a label name or its index"),
         ("a.jsonl", b'{"text": "\\ud800", "label": 1}\n', "half of a surrogate pair"),

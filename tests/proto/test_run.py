@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.limits import MAX_SPEC_BYTES
-from fedloom.proto.run import RunConfig, Spec, load_run, read_toml
+from fedloom.proto.run import RunConfig, Spec, load_run, parse, read_toml
 
 TEXT = """
 [run]
@@ -77,7 +77,7 @@ def test_a_file_reads_with_its_defaults(file: Path) -> None:
         ("privacy.clip_norm=nan", r"privacy\.clip_norm: .*received nan"),
         ("privacy.clip_norm=inf", r"privacy\.clip_norm: .*finite.*received inf"),
         ("adapter.alpha=inf", r"adapter\.alpha: .*finite"),
-        ("model.labels=['one']", r"model\.labels: .*at least 2"),
+        ("model.labels=['one']", r"model\.labels has 1 names; text-classification needs at least 2"),
         ("run.rounds.more=1", "'rounds' is a value, not a section"),
         ("run.rounds", r"override 'run\.rounds' must look like section\.key=value"),
         ("=3", "must look like"),
@@ -234,3 +234,27 @@ def test_a_field_of_any_json_value_gives_a_spec_or_a_config_error(field: tuple[s
 def test_random_text_is_not_a_spec(text: str) -> None:
     with pytest.raises(ConfigError):
         Spec.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"task": "causal-lm"}, r'causal-lm adds no head that could be trained; set model\.head = "frozen"'),
+        (
+            {"task": "causal-lm", "head": "frozen", "labels": ["a"]},
+            r"has 1 names but causal-lm predicts tokens; remove",
+        ),
+        ({"task": "token-classification"}, r"has 0 names; token-classification needs at least 2"),
+        ({}, r"has 0 names; text-classification needs at least 2"),
+        ({"task": "regression", "labels": ["a", "b"]}, r"model\.task: .*'causal-lm'.*received 'regression'"),
+    ],
+)
+def test_a_task_and_its_labels_and_head_must_fit(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(RunConfig, document(model={"base": "x", **model}), source="run.toml")
+
+
+def test_a_language_model_needs_no_labels() -> None:
+    config = parse(RunConfig, document(model={"base": "x", "task": "causal-lm", "head": "frozen"}), source="run.toml")
+
+    assert (config.model.labels, config.model.head) == ((), "frozen")

@@ -40,7 +40,8 @@ class DataPolicy(Section):
     """[data]: the private data set."""
 
     source: str
-    """A .csv or .jsonl file with columns text and label, or a folder with train.csv or train.jsonl."""
+    """A .csv or .jsonl file, or a folder with train.csv or train.jsonl. Its columns are text and label; tokens and tags
+    (lists, in .jsonl) for token-classification; text, or prompt and completion, for causal-lm."""
     declared_examples: int | None = Field(default=None, ge=1)
     """A public number of examples, independent of the exact count. A private run needs it: it divides the
     noisy sum and may weight the update. Round it, and never derive it from the data at run time."""

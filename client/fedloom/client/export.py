@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
 
-from fedloom.client.data.tokens import Encoded, collate, microbatches
-from fedloom.client.model import AdapterModel, quiet
+from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
+from fedloom.client.losses import positions
+from fedloom.client.model import MODELS, AdapterModel, load_base
 from fedloom.proto.accounting import GRID
 from fedloom.proto.errors import ModelError
-from fedloom.proto.run import RunConfig
+from fedloom.proto.run import RunConfig, Task
 from fedloom.proto.schema import Role
 
 __all__ = ["facts", "load_exported", "predict", "save_adapter"]
@@ -24,10 +24,10 @@ _CARD = """# {name}
 A PEFT adapter trained with fedloom.
 
 ```python
-from transformers import AutoModelForSequenceClassification
+from transformers import {kind}
 from peft import PeftModel
 
-base = AutoModelForSequenceClassification.from_pretrained("BASE", num_labels={labels})
+base = {kind}.from_pretrained("BASE"{arguments})
 model = PeftModel.from_pretrained(base, "THIS FOLDER")
 ```
 
@@ -48,7 +48,9 @@ def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
         warnings.simplefilter("ignore")  # peft cannot find a model card for a base model in a local folder
         model.model.save_pretrained(str(folder), safe_serialization=True)
     labels = facts.get("labels", ())
-    (folder / "README.md").write_text(_CARD.format(name=facts.get("run", "adapter"), labels=len(labels)))
+    kind = MODELS[facts.get("task", "text-classification")].__name__
+    arguments = f", num_labels={len(labels)}" if labels else ""
+    (folder / "README.md").write_text(_CARD.format(name=facts.get("run", "adapter"), kind=kind, arguments=arguments))
     (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
@@ -63,6 +65,7 @@ def facts(config: RunConfig, spent: float | None) -> dict[str, Any]:
         "run": config.run.name,
         "base": config.model.base,
         "base_digest": config.model.digest,
+        "task": config.model.task,
         "labels": list(config.model.labels),
         "strategy": config.strategy.name,
         "rounds": config.run.rounds,
@@ -84,22 +87,26 @@ def facts(config: RunConfig, spent: float | None) -> dict[str, Any]:
     return known
 
 
-def load_exported(base: Path, adapter: Path, labels: int) -> PeftModel:
+def load_exported(base: Path, adapter: Path, labels: int, task: Task = "text-classification") -> PeftModel:
     """What a user gets who follows the card: the plain base model with the saved adapter."""
-    with warnings.catch_warnings(), quiet():
-        warnings.simplefilter("ignore")
-        plain = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=labels, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
+    plain, _ = load_base(base, task, tuple(f"LABEL_{index}" for index in range(labels)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers deprecates an attribute that peft reads
         return PeftModel.from_pretrained(plain, str(adapter)).eval()
 
 
 def predict(model: Any, encoded: Encoded, pad_id: int, device: str = "cpu") -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Predicted label indices, int64 of shape (n,), by a model with the Hugging Face call convention."""
-    found = np.zeros(len(encoded), np.int64)
+    """Predicted classes, int64, by a model with the Hugging Face call convention.
+
+    Returns:
+        Shape (n,), one for each row; or one for each labelled token of each row in turn.
+    """
+    found: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = {}
     with torch.inference_mode():
-        for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, 64):
+        for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, encoded.evaluation_batch):
             batch = collate(encoded, part, pad_id)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-            found[part] = model(**inputs).logits.argmax(1).cpu().numpy()
-    return found
+            scores, labels = positions(model(**inputs).logits.cpu(), batch["labels"])
+            for row, classes, labelled in zip(part, scores.argmax(-1), labels != IGNORED, strict=True):
+                found[int(row)] = classes[labelled].numpy()
+    return np.concatenate([found[row] for row in range(len(encoded))])

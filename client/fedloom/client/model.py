@@ -12,15 +12,30 @@ import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fedloom.client.adapters import Slot, attach
 from fedloom.client.assets import ASSETS, fetch
 from fedloom.proto.errors import ModelError
-from fedloom.proto.run import AdapterSection, ModelSection
+from fedloom.proto.run import AdapterSection, ModelSection, Task
 from fedloom.proto.schema import Array, Role, Schema, Tensors
 
-__all__ = ["AdapterModel", "base_digest", "load_model", "quiet", "resolve_base"]
+__all__ = ["MODELS", "AdapterModel", "base_digest", "load_base", "load_model", "quiet", "resolve_base"]
+
+MODELS: dict[Task, Any] = {
+    "text-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "causal-lm": AutoModelForCausalLM,
+}
+"""The class that loads a base model for each task."""
 
 _DIGESTED = ("*.json", "*.safetensors", "*.txt", "*.model")
 
@@ -69,6 +84,8 @@ class AdapterModel:
         self.schema = Schema(tuple(slot.spec for slot in slots), scale)
         self._base_weights: dict[str, torch.Tensor] = {}
         self.rank = self.schema.rank
+        self.probed = False
+        """Whether the sensitivity probe has passed on this model, see `privacy.probe`."""
         self._initial = self.read(self.schema)
 
     def load(self, tensors: Tensors, rank: int | None = None) -> None:
@@ -152,7 +169,7 @@ class AdapterModel:
         return masks
 
     def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Class scores, shape (batch, labels), float32."""
+        """Class scores, float32, shape (batch, labels), or (batch, length, labels or vocabulary) at each token."""
         inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
         scores: torch.Tensor = self.model(**inputs).logits
         return scores.float()
@@ -169,20 +186,62 @@ def load_model(model: ModelSection, adapter: AdapterSection, device: str = "cpu"
         raise ModelError(
             f"base model {model.base!r} has digest {found}; the run pins {model.digest}; get the same files"
         )
-    labels = dict(enumerate(model.labels))
+    base, tokenizer = load_base(folder, model.task, model.labels)
+    peft_model, slots = attach(base, adapter, model.task)
+    return AdapterModel(peft_model, tokenizer, slots, adapter.alpha / adapter.rank, torch.device(device))
+
+
+def load_base(
+    folder: Path, task: Task, labels: tuple[str, ...] = ()
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The plain base model of a local folder, in float32, and its tokenizer.
+
+    Raises:
+        ModelError: The folder has no model for the task, or its tokenizer does not fit the model.
+    """
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, id2label=labels)
-            config.label2id = {name: index for index, name in labels.items()}
-            base = AutoModelForSequenceClassification.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
+            if tokenizer.pad_token_id is None:
+                # Padding is masked and never learned, so any token will do; most language models name none.
+                tokenizer.pad_token = tokenizer.eos_token
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config.use_cache = False  # keys and values of earlier calls serve generation only
+            if labels:
+                config.id2label = dict(enumerate(labels))
+                config.label2id = {name: index for index, name in enumerate(labels)}
+            if task == "text-classification":
+                # A decoder scores a text at its last token, which it finds by the id of the padding.
+                config.pad_token_id = tokenizer.pad_token_id
+            base = MODELS[task].from_pretrained(
                 folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"base model {model.base!r} cannot be loaded for {model.task}: {error}") from error
-    peft_model, slots = attach(base, adapter, model.task)
-    return AdapterModel(peft_model, tokenizer, slots, adapter.alpha / adapter.rank, torch.device(device))
+        raise ModelError(f"base model {folder} cannot be loaded for {task}: {error}") from error
+    if tokenizer.pad_token_id is None or not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer in {folder} needs a tokenizer.json and a padding or an end token; name one in "
+            "tokenizer_config.json"
+        )
+    if task == "causal-lm" and not _causal(base):
+        raise ModelError(f"{type(base).__name__} in {folder} sees the tokens it is to predict; take a language model")
+    known = base.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > known:
+        # A text with such a token would end a run half-way, which tells that it is there.
+        raise ModelError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {known}; get files that fit"
+        )
+    return base, tokenizer
+
+
+def _causal(base: PreTrainedModel) -> bool:
+    """Whether the scores at a token are a function of it and the tokens before it."""
+    ids = torch.arange(4).expand(2, -1).clone()
+    ids[1, -1] += 1
+    with torch.no_grad():
+        first, second = base.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
+    return torch.allclose(first, second, rtol=1e-4, atol=1e-4)
 
 
 class quiet:

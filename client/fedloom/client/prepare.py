@@ -23,7 +23,7 @@ def prepare(policy: Policy, spec: Spec) -> Trainer:
         ModelError: The base model cannot be loaded.
         LedgerError: The ledger is in use or cannot be trusted.
     """
-    rows = load_rows(policy.data.source, spec.model.labels, "train")
+    rows = load_rows(policy.data.source, spec.model.labels, "train", spec.model.task)
     base = policy.model.folder or spec.model.base
     found = base_digest(resolve_base(base))
     if policy.model.digests and found not in policy.model.digests:

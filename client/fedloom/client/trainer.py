@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fedloom.client.config import Policy, check_local
 from fedloom.client.data.rows import Indices, Rows
-from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
+from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches
+from fedloom.client.losses import per_example, positions
 from fedloom.client.model import AdapterModel
 from fedloom.client.privacy.entropy import Entropy, Seeded, System
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import Tape, recording
+from fedloom.client.privacy.probe import probe
 from fedloom.client.training import Trained
 from fedloom.proto.accounting import Spend
 from fedloom.proto.errors import DataError, PolicyError, ProtocolError
@@ -32,15 +33,21 @@ EntropyFor = Callable[[int], Entropy]
 
 @dataclass(frozen=True)
 class Score:
-    """Result of an evaluation."""
+    """Result of an evaluation on held-out data. There is none of private data: nothing of it is ever computed."""
 
     accuracy: float
+    """Share of right answers: of examples, or of labelled tokens where the task has a label at each token."""
     loss: float
+    """Mean cross-entropy of the same, in nats; of a language model the logarithm of its perplexity."""
     examples: int
 
 
 class Trainer:
-    """Trains one client's data on a model that may be shared with other trainers of the same process."""
+    """Trains one client's data on a model that may be shared with other trainers of the same process.
+
+    What leaves a private run is the noised change of the adapter. The training loss, an accuracy, gradient norms,
+    the share of clipped examples and the number of examples are not released, with noise or without.
+    """
 
     def __init__(
         self,
@@ -66,6 +73,8 @@ class Trainer:
         Raises:
             DataError: There is no example.
             PolicyError: The run is private and there is no ledger or no declared size.
+            ModelError: The run is private and one example could move this model's clipped sum by more than the
+                noise covers, see `probe`.
         """
         if len(rows) == 0:
             raise DataError(f"client {policy.client.name!r} has no training example; check data.source in its policy")
@@ -75,6 +84,8 @@ class Trainer:
         self.encoded: Encoded = encode(rows, model.tokenizer, spec.model.max_length)
         self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
         self._personal: dict[str, Array] = {}
+        if spec.privacy.enabled:
+            probe(model, self._batch_loss, spec.model.task, spec.model.max_length)
 
     @property
     def schema(self) -> Schema:
@@ -168,9 +179,11 @@ class Trainer:
         return np.flatnonzero(chosen).astype(np.int64)
 
     def _loss(self, indices: Indices) -> torch.Tensor:
+        return self._batch_loss(collate(self.encoded, indices, self.model.tokenizer.pad_token_id))
+
+    def _batch_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Sum of per-example losses; no term of one example depends on another."""
-        batch = collate(self.encoded, indices, self.model.tokenizer.pad_token_id)
-        return F.cross_entropy(self.model.logits(batch), batch["labels"].to(self.model.device), reduction="sum")
+        return per_example(self.model.logits(batch), batch["labels"].to(self.model.device)).sum()
 
     def _private_steps(
         self, base: torch.optim.Optimizer, parameters: list[nn.Parameter], entropy: Entropy, prox: float
@@ -228,13 +241,21 @@ def _pull(parameters: list[nn.Parameter], start: list[torch.Tensor], prox: float
     return [prox * (parameter.detach() - begin) for parameter, begin in zip(parameters, start, strict=True)]
 
 
-def evaluate(model: AdapterModel, encoded: Encoded, batch: int = 64) -> Score:
-    """Accuracy and mean cross-entropy of the model as it is on labelled texts."""
-    correct, loss = 0, 0.0
+def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) -> Score:
+    """Accuracy and mean cross-entropy of the model as it is, on held-out data.
+
+    Args:
+        model: Base model and adapter.
+        encoded: Rows with labels.
+        batch: Rows in one forward pass; None takes `Encoded.evaluation_batch`.
+    """
+    right, answers, loss = 0, 0, 0.0
     with torch.inference_mode():
-        for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, batch):
+        for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, batch or encoded.evaluation_batch):
             inputs = collate(encoded, part, model.tokenizer.pad_token_id)
-            scores, labels = model.logits(inputs), inputs["labels"].to(model.device)
-            correct += int((scores.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(scores, labels, reduction="sum"))
-    return Score(correct / len(encoded), loss / len(encoded), len(encoded))
+            scores, labels = positions(model.logits(inputs), inputs["labels"].to(model.device))
+            labelled = labels != IGNORED
+            right += int((scores.argmax(-1) == labels)[labelled].sum())
+            answers += int(labelled.sum())
+            loss += float(per_example(scores, labels) @ labelled.sum(1).float())
+    return Score(right / max(1, answers), loss / max(1, answers), len(encoded))

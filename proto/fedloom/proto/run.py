@@ -24,6 +24,7 @@ __all__ = [
     "Section",
     "Spec",
     "StrategySection",
+    "Task",
     "TrainSection",
     "UserLevelSection",
     "WireSection",
@@ -36,6 +37,9 @@ __all__ = [
 
 
 M = TypeVar("M", bound=BaseModel)
+
+Task = Literal["text-classification", "token-classification", "causal-lm"]
+"""What a model is trained for."""
 
 
 class Section(BaseModel):
@@ -62,14 +66,29 @@ class ModelSection(Section):
     """Local folder in Hugging Face format, or a name from `fedloom assets` such as minilm-l6."""
     digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
     """Pin of the base model's files; a client whose folder differs refuses. None accepts what is found."""
-    task: Literal["text-classification"] = "text-classification"
-    """What the model is trained for."""
-    labels: tuple[str, ...] = Field(min_length=2, max_length=10_000)
-    """Label names; a row's label is one of these, or its index."""
+    task: Task = "text-classification"
+    """text-classification: one label for each text. token-classification: one for each word. causal-lm: the next
+    token of each text, or of each completion alone where the rows have prompts."""
+    labels: tuple[str, ...] = Field(default=(), max_length=10_000)
+    """Label names, at least 2; a label in the data is one of these, or its index. causal-lm has none."""
     max_length: int = Field(default=64, ge=8, le=8192)
-    """Tokens kept of each text."""
+    """Tokens kept of each text; its end is cut off."""
     head: Literal["train", "frozen"] = "train"
-    """Whether the classification head is trained (inside the clipped set) or stays at its start value."""
+    """Whether the classification head is trained (inside the clipped set) or stays at its start value. causal-lm adds
+    no head and needs "frozen"."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelSection":
+        if self.task == "causal-lm":
+            if self.labels:
+                raise ValueError(
+                    f"model.labels has {len(self.labels)} names but causal-lm predicts tokens; remove model.labels"
+                )
+            if self.head == "train":
+                raise ValueError('causal-lm adds no head that could be trained; set model.head = "frozen"')
+        elif len(self.labels) < 2:
+            raise ValueError(f"model.labels has {len(self.labels)} names; {self.task} needs at least 2: name them")
+        return self
 
 
 class AdapterSection(Section):

@@ -68,12 +68,12 @@ def build(config: RunConfig, folder: Path) -> Federation:
     if config.data is None:
         raise ConfigError("a simulation needs a [data] section with source and clients; see examples/sentiment.toml")
     check_supply(config, config.data.clients)
-    names = config.model.labels
-    rows = load_rows(config.data.source, names, "train")
+    names, task = config.model.labels, config.model.task
+    rows = load_rows(config.data.source, names, "train", task)
     rng = np.random.default_rng([config.run.seed, 1])
     if config.data.max_examples is not None and config.data.max_examples < len(rows):
         rows = rows.take(np.sort(rng.permutation(len(rows))[: config.data.max_examples]))
-    held_out = load_rows(config.data.source, names, "test")
+    held_out = load_rows(config.data.source, names, "test", task)
     held_out = held_out.take(np.sort(rng.permutation(len(held_out))[: config.evaluation.max_examples]))
     parts = partition(rows, config.data.clients, config.data.partition, config.data.dirichlet_alpha, config.run.seed)
     width = len(str(len(parts) - 1))

@@ -12,7 +12,7 @@ from pathlib import Path
 import tomli_w
 
 from fedloom.client.config import Policy
-from fedloom.client.data.rows import Rows
+from fedloom.client.data.rows import Rows, documents
 from fedloom.proto.errors import FedloomError, Unavailable
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
@@ -27,8 +27,7 @@ def write_client(policy: Policy, rows: Rows, folder: Path) -> Path:
     """Write a client's data file and policy file, as its owner would have them; returns the policy's path."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
-        for text, label in zip(rows.texts, rows.labels, strict=True):
-            file.write(json.dumps({"text": text, "label": rows.label_names[label]}) + "\n")
+        file.writelines(json.dumps(document) + "\n" for document in documents(rows))
     tables = policy.model_dump(mode="json", exclude_none=True)
     tables["client"]["state"] = "."
     path = folder / "policy.toml"

@@ -7,19 +7,24 @@ from transformers import PreTrainedModel
 
 from fedloom.client.adapters import bias, head, lora
 from fedloom.client.adapters.api import Slot
-from fedloom.proto.run import AdapterSection
+from fedloom.proto.errors import ModelError
+from fedloom.proto.run import AdapterSection, Task
 
 __all__ = ["attach"]
 
-TASK_TYPES = {"text-classification": "SEQ_CLS"}
-"""PEFT's name of each task; for SEQ_CLS it saves the classification head with the adapter."""
+TASK_TYPES: dict[Task, str] = {
+    "text-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "causal-lm": "CAUSAL_LM",
+}
+"""PEFT's name of each task; for the first two it saves the classification head with the adapter."""
 
 
-def attach(base: PreTrainedModel, section: AdapterSection, task: str) -> tuple[PeftModel, list[Slot]]:
+def attach(base: PreTrainedModel, section: AdapterSection, task: Task) -> tuple[PeftModel, list[Slot]]:
     """The base model with its adapter, everything frozen, and the slots in wire order.
 
     Raises:
-        ModelError: The base model has no layer of a target name.
+        ModelError: The base model has no layer of a target name, or nothing that this kind of adapter trains.
     """
     task_type = TASK_TYPES[task]
     with warnings.catch_warnings():
@@ -36,4 +41,7 @@ def attach(base: PreTrainedModel, section: AdapterSection, task: str) -> tuple[P
             model = lora.attach(base, section.model_copy(update={"rank": 1}), task_type)
             slots = []
     model.requires_grad_(False)
-    return model, slots + head.slots(model)
+    slots += head.slots(model)
+    if not slots:
+        raise ModelError(f"{type(base).__name__} has nothing that adapter.kind = {section.kind!r} trains; use 'lora'")
+    return model, slots

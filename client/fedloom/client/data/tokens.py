@@ -1,7 +1,9 @@
-"""Texts as token ids, and the padded tensors a model reads."""
+"""Rows as token ids, and the padded tensors a model reads."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,9 +11,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedloom.client.data.rows import Indices, Rows
-from fedloom.proto.errors import ConfigError
+from fedloom.proto.errors import ConfigError, DataError
 
-__all__ = ["Encoded", "collate", "encode", "microbatches"]
+__all__ = ["IGNORED", "Encoded", "collate", "encode", "microbatches"]
+
+IGNORED = -100
+"""Label of a position that has none, as torch's cross-entropy names it."""
+
+Ids = npt.NDArray[np.int32]
+
+log = logging.getLogger(__name__)
 
 # Bounds the Python lists a tokenizer returns; the arrays that are kept are a tenth of their size.
 _CHUNK = 1024
@@ -23,46 +32,118 @@ class Encoded:
 
     Args:
         input_ids: One int32 array per row, with special tokens, truncated but not padded.
-        labels: int64, shape (n,).
+        labels: int64, shape (n,): class of each row; not read when there are targets.
+        targets: For tasks with a label at each token, one int32 array per row, as long as its input_ids: the class
+            that the scores at that token must predict, or `IGNORED`. Empty for text-classification.
     """
 
-    input_ids: tuple[npt.NDArray[np.int32], ...]
+    input_ids: tuple[Ids, ...]
     labels: Indices
+    targets: tuple[Ids, ...] = ()
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.input_ids)
 
+    @property
+    def evaluation_batch(self) -> int:
+        """Rows in one forward pass of an evaluation: few where each token has its scores, a vocabulary of them."""
+        return 8 if self.targets else 64
+
 
 def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokenize every row once, keeping at most `max_length` tokens of each, special tokens included."""
-    input_ids: list[npt.NDArray[np.int32]] = []
+    """Tokenize every row once, keeping at most `max_length` tokens of each, special tokens included.
+
+    token-classification: the first token of each word has its tag. causal-lm: each token has the next one's id, if
+    that is not of the prompt; the tokenizer's end token is learned too, so that what is generated ends.
+
+    Raises:
+        DataError: A row gives no token.
+    """
+    pairs: list[tuple[Ids, Ids]] = []
     for start in range(0, len(rows), _CHUNK):
-        chunk = list(rows.texts[start : start + _CHUNK])
-        output = tokenizer(chunk, truncation=True, max_length=max_length, return_attention_mask=False)
-        input_ids += [np.asarray(ids, np.int32) for ids in output["input_ids"]]
-    return Encoded(tuple(input_ids), rows.labels)
+        chunk = rows.take(np.arange(start, min(start + _CHUNK, len(rows))))
+        pairs += _ENCODERS[rows.task](chunk, tokenizer, max_length)
+    input_ids = tuple(ids for ids, _ in pairs)
+    if not all(map(len, input_ids)):
+        number = next(number for number, ids in enumerate(input_ids, 1) if not len(ids))
+        raise DataError(f"example {number} has no token under this model's tokenizer; remove or correct its text")
+    if rows.task == "text-classification":
+        return Encoded(input_ids, rows.labels)
+    targets = tuple(targets for _, targets in pairs)
+    if idle := sum(bool((row == IGNORED).all()) for row in targets):
+        log.warning("%d of %d examples have nothing to learn within model.max_length", idle, len(rows))
+    return Encoded(input_ids, rows.labels, targets)
+
+
+def _whole(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[Ids, Ids]]:
+    """One label for the row: none at the tokens."""
+    output = tokenizer(list(rows.texts), truncation=True, max_length=max_length, return_attention_mask=False)
+    for ids in output["input_ids"]:
+        yield np.asarray(ids, np.int32), np.zeros(0, np.int32)
+
+
+def _tagged(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[Ids, Ids]]:
+    """A label at the first token of each word."""
+    words: Any = [list(words) for words in rows.words]
+    output = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
+    for row, (ids, tags) in enumerate(zip(output["input_ids"], rows.tags, strict=True)):
+        targets = np.full(len(ids), IGNORED, np.int32)
+        before = None
+        for place, word in enumerate(output.word_ids(row)):
+            if word is not None and word != before:
+                targets[place] = tags[word]
+            before = word
+        yield np.asarray(ids, np.int32), targets
+
+
+def _next(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[Ids, Ids]]:
+    """The next token's id at each token before one that reaches beyond the prompt."""
+    # Cut here rather than by the tokenizer, which would put its end token where a text does not end.
+    texts = list(rows.texts)
+    output = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    end = tokenizer.eos_token_id
+    for whole, spans, prompt in zip(output["input_ids"], output["offset_mapping"], rows.prompts, strict=True):
+        # A special token spans no character, so the one that begins a text is never learned.
+        learned = [stop > start and stop > len(prompt) for start, stop in spans]
+        if end is not None:
+            bare = len(whole) - (whole[-1:] == [end])
+            whole, learned = [*whole[:bare], end], [*learned[:bare], True]
+        ids = np.asarray(whole[:max_length], np.int32)
+        targets = np.full(len(ids), IGNORED, np.int32)
+        targets[:-1] = np.where(learned[1 : len(ids)], ids[1:], IGNORED)
+        yield ids, targets
+
+
+_ENCODERS = {"text-classification": _whole, "token-classification": _tagged, "causal-lm": _next}
 
 
 def collate(encoded: Encoded, indices: Indices, pad_id: int) -> dict[str, torch.Tensor]:
-    """The model's inputs for the rows at `indices`, padded to the longest among them.
+    """The model's inputs for the rows at `indices`, padded on the right to the longest among them.
+
+    Padding on the right leaves every token at its own position whatever else is in the batch, and in a causal
+    model no token looks at it.
 
     Returns:
-        input_ids and attention_mask, int64, shape (len(indices), longest), and labels, int64,
-        shape (len(indices),). The mask is 1 on tokens and 0 on padding.
+        input_ids and attention_mask, int64, shape (len(indices), longest), and labels, int64, of the same shape
+        with `IGNORED` on padding, or of shape (len(indices),) when rows have one label each. The mask is 1 on
+        tokens and 0 on padding.
     """
     texts = [encoded.input_ids[i] for i in indices]
-    longest = max(map(len, texts), default=0)
-    input_ids = np.full((len(texts), longest), pad_id, np.int64)
-    mask = np.zeros((len(texts), longest), np.int64)
-    for row, ids in enumerate(texts):
-        input_ids[row, : len(ids)] = ids
-        mask[row, : len(ids)] = 1
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(mask),
-        "labels": torch.from_numpy(encoded.labels[indices].astype(np.int64)),
-    }
+    mask = _padded([np.ones(len(ids), np.int32) for ids in texts], 0)
+    if encoded.targets:
+        labels = _padded([encoded.targets[i] for i in indices], IGNORED)
+    else:
+        labels = torch.from_numpy(encoded.labels[indices].astype(np.int64))
+    return {"input_ids": _padded(texts, pad_id), "attention_mask": mask, "labels": labels}
+
+
+def _padded(rows: list[Ids], fill: int) -> torch.Tensor:
+    """Shape (len(rows), longest), int64."""
+    table = np.full((len(rows), max(map(len, rows), default=0)), fill, np.int64)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return torch.from_numpy(table)
 
 
 def microbatches(indices: Indices, encoded: Encoded, size: int) -> Iterator[Indices]:

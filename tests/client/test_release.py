@@ -1,0 +1,170 @@
+"""What a private client sends is a function of public values and of the noised update, field by field."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from fedloom.client.config import Policy
+from fedloom.client.data.rows import Rows
+from fedloom.client.model import AdapterModel
+from fedloom.client.participant import Participant
+from fedloom.client.privacy.entropy import Entropy, Seeded
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.trainer import Trainer
+from fedloom.proto.codec import codec
+from fedloom.proto.errors import ModelError
+from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader
+from fedloom.proto.run import Spec
+from fedloom.proto.schema import Role
+from fedloom.proto.v1 import federation_pb2 as pb
+
+ALL = frozenset({Role.LORA_A, Role.LORA_B, Role.HEAD})
+FINISHED = Finished(rounds=2, codec="fp32", digest="0" * 64, bytes=0)
+
+
+@dataclass
+class Recorder:
+    """A coordinator that keeps every argument of every call; heartbeats, whose number is a matter of time, once."""
+
+    joined: Joined
+    payload: bytes
+    answers: list[Answer]
+    messages: list[tuple[Any, ...]] = field(default_factory=list)
+    payloads: list[bytes] = field(default_factory=list)
+
+    def join(self, client: str, declared_examples: int) -> Joined:
+        self.messages.append(("join", client, declared_examples))
+        return self.joined
+
+    def work(self) -> Answer:
+        self.messages.append(("work",))
+        return self.answers.pop(0)
+
+    def fetch(self, digest: str, size_bytes: int) -> bytes:
+        self.messages.append(("fetch", digest, size_bytes))
+        return self.payload
+
+    def submit(self, header: UpdateHeader, payload: bytes) -> bool:
+        known = {each.name: getattr(header, each.name) for each in fields(header)}
+        assert known.pop("digest") == hashlib.sha256(payload).hexdigest()
+        self.messages.append(("submit", known, len(payload)))
+        self.payloads.append(payload)
+        return False
+
+    def heartbeat(self) -> None:
+        """Has no field."""
+
+    def leave(self, reason: str) -> None:
+        self.messages.append(("leave", reason))
+
+
+class Silent:
+    """Samples no one; its noise does not depend on how many examples there are."""
+
+    def uniform(self, count: int) -> npt.NDArray[np.float64]:
+        return np.ones(count)
+
+    def normal(self, count: int) -> npt.NDArray[np.float64]:
+        return np.random.default_rng(count).standard_normal(count)
+
+
+@pytest.fixture
+def life(
+    tiny_model: AdapterModel, spec: Spec, policy: Policy, tmp_path: Path
+) -> Callable[[Rows, Callable[[int], Entropy] | None], Recorder]:
+    """Runs a whole private client on some data and gives what it sent."""
+    schema = tiny_model.schema
+    rng = np.random.default_rng(0)
+    values = {s.name: rng.normal(0, 0.1, s.shape).astype(np.float32) for s in schema.tensors}
+    payload = codec("fp32").encode(schema, values)
+    digest = hashlib.sha256(payload).hexdigest()
+
+    def run(rows: Rows, entropy_for: Callable[[int], Entropy] | None) -> Recorder:
+        orders = [Assignment(number, ALL, ALL, digest, len(payload)) for number in (0, 1)]
+        recorder = Recorder(Joined("tiny-1", 1, spec, schema), payload, [*orders, FINISHED])
+        number = len(list(tmp_path.iterdir()))
+        with Ledger(tmp_path / str(number), "sha256:" + "0" * 64) as ledger:
+            trainer = Trainer(tiny_model, rows, spec, policy, ledger, entropy_for=entropy_for)
+            Participant(recorder, policy, lambda _: trainer).run()
+        return recorder
+
+    return run
+
+
+def other(rows: Rows) -> Rows:
+    """Fewer, longer examples with other texts and labels."""
+    few = rows.take(np.arange(13))
+    return Rows(tuple(f"{text} sad actor" for text in few.texts), 1 - few.labels, few.groups, few.label_names)
+
+
+Life = Callable[[Rows, Callable[[int], Entropy] | None], Recorder]
+
+
+def test_every_field_but_the_noised_update_is_the_same_for_any_data(life: Life, rows: Rows) -> None:
+    first, second = life(rows, None), life(other(rows), None)
+
+    assert first.messages == second.messages
+    assert [message[0] for message in first.messages].count("submit") == 2
+    assert ("join", "site-a", 40) in first.messages
+    assert first.payloads != second.payloads
+
+
+def test_the_update_depends_on_the_data_only_through_the_sampled_and_noised_sum(life: Life, rows: Rows) -> None:
+    first, second = life(rows, lambda _: Silent()), life(other(rows), lambda _: Silent())
+
+    assert first.payloads == second.payloads
+    assert any(first.payloads[0])
+
+
+def test_sampled_examples_do_change_the_update(life: Life, rows: Rows) -> None:
+    """The comparison above would see a difference."""
+    first, second = life(rows, lambda r: Seeded(r)), life(other(rows), lambda r: Seeded(r))
+
+    assert first.messages == second.messages
+    assert first.payloads != second.payloads
+
+
+def test_a_failed_probe_is_told_as_a_refusal_and_no_more(
+    tiny_model: AdapterModel, rows: Rows, spec: Spec, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mixing(self: Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.model.logits(batch).std()
+
+    monkeypatch.setattr(Trainer, "_batch_loss", mixing)
+    recorder = Recorder(Joined("tiny-1", 1, spec, tiny_model.schema), b"", [])
+    with (
+        Ledger(tmp_path / "ledger", "sha256:" + "0" * 64) as ledger,
+        pytest.raises(ModelError, match="sensitivity probe: "),
+    ):
+        Participant(recorder, policy, lambda _: Trainer(tiny_model, rows, spec, policy, ledger)).run()
+
+    assert recorder.messages == [("join", "site-a", 0), ("leave", "refused: ModelError")]
+
+
+# What a message to the coordinator may hold. A field that is added here needs a reason why it is public, or noise.
+PUBLIC = {
+    "JoinRequest": {"client", "protocol", "declared_examples"},
+    "WorkRequest": {"run", "epoch", "client"},
+    "FetchRequest": {"run", "epoch", "client", "digest", "offset"},
+    "SubmitRequest": {"header", "data"},
+    "UpdateHeader": {"run", "epoch", "client", "round", "schema_digest", "codec", "payload_bytes", "digest"},
+    "HeartbeatRequest": {"run", "epoch", "client"},
+    "LeaveRequest": {"run", "epoch", "client", "reason"},
+}
+
+
+def test_no_message_to_the_coordinator_has_a_field_that_is_not_listed() -> None:
+    requests = {method.input_type.name for method in pb.DESCRIPTOR.services_by_name["Federation"].methods}
+    messages = pb.DESCRIPTOR.message_types_by_name
+
+    assert requests | {"UpdateHeader"} == set(PUBLIC)
+    for name, public in PUBLIC.items():
+        assert {each.name for each in messages[name].fields} == public, name
+    assert {each.name for each in fields(UpdateHeader)} <= PUBLIC["UpdateHeader"]
