@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -28,6 +29,10 @@ from fedloom.client.assets import fetch
 from fedloom.client.config import Policy
 from fedloom.client.data.rows import Rows
 from fedloom.client.model import AdapterModel, load_model
+
+# Tests assert behaviour, never times: a busy machine must not fail one.
+settings.register_profile("fedloom", deadline=None)
+settings.load_profile("fedloom")
 from fedloom.proto.run import AdapterSection, ModelSection, Spec, Task
 
 WORDS = ("good", "bad", "fine", "awful", "great", "poor", "happy", "sad", "the", "film", "plot", "actor", "very")
