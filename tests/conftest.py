@@ -29,11 +29,11 @@ from fedloom.client.assets import fetch
 from fedloom.client.config import Policy
 from fedloom.client.data.rows import Rows
 from fedloom.client.model import AdapterModel, load_model
+from fedloom.proto.run import AdapterSection, ModelSection, Spec, Task
 
 # Tests assert behaviour, never times: a busy machine must not fail one.
 settings.register_profile("fedloom", deadline=None)
 settings.load_profile("fedloom")
-from fedloom.proto.run import AdapterSection, ModelSection, Spec, Task
 
 WORDS = ("good", "bad", "fine", "awful", "great", "poor", "happy", "sad", "the", "film", "plot", "actor", "very")
 
