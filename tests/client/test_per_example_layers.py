@@ -284,6 +284,20 @@ def test_a_weight_used_outside_its_layer_is_refused() -> None:
             tape.finish()
 
 
+def test_a_parameter_that_is_not_on_the_tape_is_left_to_autograd() -> None:
+    layer = nn.Linear(3, 2)
+    weight, bias = layer.parameters()
+
+    with recording(layer, [bias]) as tape:
+        tape.begin(4)
+        torch.autograd.backward(layer(torch.ones(4, 3)).sum())
+        tape.finish()
+
+    assert torch.equal(tape.flat, torch.ones(4, 2))
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.full((2, 3), 4.0))
+
+
 def test_a_layer_that_sees_the_batch_flattened_is_refused() -> None:
     layer = nn.Linear(3, 3)
 
