@@ -236,6 +236,16 @@ def test_weights_that_give_no_number_are_refused(build_task: Build) -> None:
         probe(model, right(model), "text-classification", 24)
 
 
+def test_a_gradient_that_is_no_number_in_a_batch_is_refused(build_task: Build) -> None:
+    model = build_task("bert", "text-classification")
+
+    def loss(batch: Batch) -> torch.Tensor:
+        return right(model)(batch) * (1.0 if len(batch["labels"]) == 1 else float("nan"))
+
+    with pytest.raises(ModelError, match=r"not the one it has alone \(nan; at most"):
+        probe(model, loss, "text-classification", 24)
+
+
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_a_length_the_model_cannot_read_is_refused(architecture: str, build_task: Build) -> None:
     """A text that long would end the run when it is sampled, which tells that it is there."""
