@@ -30,7 +30,7 @@ def write_client(policy: Policy, rows: Rows, folder: Path) -> Path:
         for text, label in zip(rows.texts, rows.labels, strict=True):
             file.write(json.dumps({"text": text, "label": rows.label_names[label]}) + "\n")
     tables = policy.model_dump(mode="json", exclude_none=True)
-    tables["client"]["state"] = "."
+    tables["client"] |= {"state": ".", "anchors": "ledger"}
     path = folder / "policy.toml"
     path.write_text(tomli_w.dumps(tables), encoding="utf-8")
     return path

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from fedloom.proto.accounting import Spend
 from fedloom.proto.errors import ConfigError, LedgerError
@@ -124,6 +124,11 @@ def note(charges: dict[int, Charge], entry: Entry) -> None:
             raise ConfigError(f"kind {entry.kind!r} is unknown")
     except (ConfigError, ValueError, KeyError, TypeError) as error:
         raise LedgerError(f"entry {entry.number} is none that a client writes ({error})") from error
+
+
+def charge_content(run: str, round: int, spend: Spend) -> dict[str, object]:
+    """What an entry of kind `CHARGED` says."""
+    return {"run": run, "round": round, **asdict(spend)}
 
 
 def _charge(entry: Entry) -> Charge:

@@ -14,17 +14,28 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from fedloom.client.privacy.anchor import Anchor, anchor_path, anchors_at, place_of, read_anchor, troubles
-from fedloom.client.privacy.chain import CHARGED, OPENED, RELEASED, Charge, Entry, account_of, linked, note, totals
+from fedloom.client.privacy.chain import (
+    CHARGED,
+    OPENED,
+    RELEASED,
+    Charge,
+    Entry,
+    account_of,
+    charge_content,
+    linked,
+    note,
+    totals,
+)
 from fedloom.client.privacy.durable import sync_folder
 from fedloom.proto.accounting import GRID, Spend, epsilon
 from fedloom.proto.errors import BudgetError, LedgerError, PolicyError
 
-__all__ = ["REMEDY", "Ledger", "connect", "file_name", "held", "read_entries", "stored_accounts"]
+__all__ = ["REMEDY", "Ledger", "add", "connect", "file_name", "held", "read_entries", "stored_accounts"]
 
 log = logging.getLogger(__name__)
 
@@ -124,11 +135,7 @@ class Ledger:
     def _begin(self) -> None:
         self.account = secrets.token_hex(16)
         first = linked(None, OPENED, {"name": self.path.stem, "account": self.account}, time.time())
-        # One transaction: a file with the table but no entry has lost them.
-        self._db.execute("BEGIN IMMEDIATE")
-        self._db.execute(_SCHEMA)
-        self._insert(first)
-        self._db.execute("COMMIT")
+        add(self._db, [first])
         sync_folder(self.path.parent)
         self._note(first)
         self._anchor()
@@ -179,16 +186,7 @@ class Ledger:
                 f"allows {budget:g} over the life of this data set, and {self.epsilon(delta):.4f} is spent. "
                 "Leave the run, or raise privacy.epsilon in the policy if you may"
             )
-        return self.append(
-            CHARGED,
-            {
-                "run": run,
-                "round": round,
-                "sampling_rate": spend.sampling_rate,
-                "noise_multiplier": spend.noise_multiplier,
-                "steps": spend.steps,
-            },
-        )
+        return self.append(CHARGED, charge_content(run, round, spend))
 
     def release(self, number: int, digest: str) -> None:
         """Note what leaves the client for a charge; durable on return, and before the first byte is sent.
@@ -224,7 +222,7 @@ class Ledger:
         entry = linked(self._entries[-1], kind, content, time.time())
         self._broken = True  # until both writes are known to have succeeded, whatever stops them
         try:
-            self._insert(entry)
+            add(self._db, [entry])
             self._note(entry)
             self._anchor()
         except (sqlite3.Error, OSError) as error:
@@ -233,10 +231,6 @@ class Ledger:
             ) from error
         self._broken = False
         return entry.number
-
-    def _insert(self, entry: Entry) -> None:
-        row = (entry.number, entry.written, entry.kind, entry.body, entry.hash)
-        self._db.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?)", row)
 
     def _note(self, entry: Entry) -> None:
         self._entries.append(entry)
@@ -317,6 +311,21 @@ def read_entries(db: sqlite3.Connection) -> list[Entry]:
     if not entries:
         raise LedgerError("all its entries are gone")
     return entries
+
+
+def add(db: sqlite3.Connection, entries: Sequence[Entry]) -> None:
+    """Write entries at the end of the ledger, all or none; durable on return.
+
+    Raises:
+        sqlite3.Error: The disk refuses; whether they are on disk is then unknown.
+    """
+    db.execute("BEGIN IMMEDIATE")
+    if entries[0].number == 1:
+        db.execute(_SCHEMA)
+    db.executemany(
+        "INSERT INTO entry VALUES (?, ?, ?, ?, ?)", [(e.number, e.written, e.kind, e.body, e.hash) for e in entries]
+    )
+    db.execute("COMMIT")
 
 
 def file_name(name: str) -> str:
