@@ -194,13 +194,12 @@ def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:
 
     mine, charges = site.privacy, ledger.charges()
     spent = ledger.epsilon(mine.delta)
-    out.print(
-        f"spent epsilon {spent:.4f} of {mine.epsilon:g} at delta {mine.delta:g}; left {max(0.0, mine.epsilon - spent):.4f}"
-    )
+    left = max(0.0, mine.epsilon - spent)
+    out.print(f"spent epsilon {spent:.4f} of {mine.epsilon:g} at delta {mine.delta:g}; left {left:.4f}")
     spend = spend or (charges[-1].spend if charges else None)
     if spend is not None:
-        left = rounds_left(ledger, spend, mine, _MOST_ROUNDS)
-        count = f"{left} or more" if left == _MOST_ROUNDS else str(left)
+        rounds = rounds_left(ledger, spend, mine, _MOST_ROUNDS)
+        count = f"{rounds} or more" if rounds == _MOST_ROUNDS else str(rounds)
         out.print(
             f"the rest buys {count} more rounds of {spend.steps} steps at rate {spend.sampling_rate:g} and noise "
             f"{spend.noise_multiplier:g}"

@@ -110,7 +110,7 @@ class Ledger:
         self._entries: list[Entry] = []
         self._charges: dict[int, Charge] = {}
         try:
-            entries = read_entries(self._db)
+            entries, self._place = read_entries(self._db), place_of(self.path)
             if entries:
                 self._continue(entries)
             else:
@@ -123,7 +123,7 @@ class Ledger:
         if name != self.path.stem:
             raise LedgerError(f"it is the account {name}")
         anchor = read_anchor(anchor_path(self._anchors, self.account))
-        wrong = troubles(entries, anchor, place_of(self.path))
+        wrong = troubles(entries, anchor, self._place)
         if wrong:
             raise LedgerError("; ".join(wrong))
         for entry in entries:
@@ -237,8 +237,8 @@ class Ledger:
         note(self._charges, entry)
 
     def _anchor(self) -> None:
-        place, steps = place_of(self.path), totals(self._charges.values())
-        Anchor(self.account, self.path.stem, place, self.sequence, self.head, steps).write(self._anchors)
+        steps = totals(self._charges.values())
+        Anchor(self.account, self.path.stem, self._place, self.sequence, self.head, steps).write(self._anchors)
 
     def close(self) -> None:
         """Release the file and its lock."""
