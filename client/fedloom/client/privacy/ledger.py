@@ -77,7 +77,9 @@ class Ledger:
         self._lock = held(self.path)
         self._broken = False
         try:
-            self._check_first()
+            self._check_alone()
+            if not self.path.exists():
+                self._check_not_lost()
             self._anchors.mkdir(parents=True, exist_ok=True)
             self._db = connect(self.path)
         except BaseException:
@@ -89,16 +91,16 @@ class Ledger:
             self.close()
             raise
 
-    def _check_first(self) -> None:
-        """Look for other accounts of this folder, before a file is made."""
+    def _check_alone(self) -> None:
         others = [other for other in stored_accounts(self.path.parent) if other != self.path.stem]
         if others:
             raise LedgerError(
                 f"{self.path.parent} holds the account {others[0]}, not {self.path.stem}; all data of one state "
                 "folder is charged to one account. For other people's data set client.state to another folder"
             )
-        if self.path.exists() and self.path.stat().st_size:
-            return  # whether its content is the newest is for `_load` to see
+
+    def _check_not_lost(self) -> None:
+        """Refuse to begin where an anchor says that there was a ledger."""
         for anchor in anchors_at(self._anchors, self.path.parent):
             raise LedgerError(
                 f"the ledger {anchor.name} of {self.path.parent}, of {anchor.sequence} entries, is gone or empty; its "
@@ -133,6 +135,7 @@ class Ledger:
             self._anchor()
 
     def _begin(self) -> None:
+        self._check_not_lost()
         self.account = secrets.token_hex(16)
         first = linked(None, OPENED, {"name": self.path.stem, "account": self.account}, time.time())
         add(self._db, [first])
