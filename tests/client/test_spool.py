@@ -68,9 +68,7 @@ def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path: Path) -> None:
     flipped = (content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in range(len(content)))
     for damaged in (*flipped, *(content[:i] for i in range(len(content))), content + b"x"):
         path.write_bytes(damaged)
-        with pytest.raises(
-            LedgerError, match=r"spooled update .* is damaged .* and is not sent; restore it, or remove"
-        ):
+        with pytest.raises(LedgerError, match=r"spooled update .* is damaged .* is not sent; restore it, or remove"):
             kept(tmp_path, "run-1", "a")
         with pytest.raises(LedgerError, match=path.name):
             check_spool(tmp_path)
@@ -94,7 +92,7 @@ def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(LedgerError, match="cannot be written: .*No space left"):
+    with pytest.raises(LedgerError, match=r"cannot be written: .*No space left"):
         keep(tmp_path, update(b"later"))
     with pytest.raises(LedgerError, match="cannot be removed"):
         drop(tmp_path, "run-1", "a")
