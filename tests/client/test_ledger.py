@@ -149,7 +149,7 @@ def test_a_file_system_that_does_not_take_the_settings_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, other: str
 ) -> None:
     class Stubborn(sqlite3.Connection):
-        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:  # type: ignore[override]  # as SQLite takes it
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
             return super().execute(sql.replace(setting, other), *values)
 
     monkeypatch.setattr(module, "sqlite3", SimpleNamespace(connect=stubborn(Stubborn), Error=sqlite3.Error))
