@@ -38,6 +38,12 @@ settings.load_profile("fedloom")
 WORDS = ("good", "bad", "fine", "awful", "great", "poor", "happy", "sad", "the", "film", "plot", "actor", "very")
 
 
+@pytest.fixture(autouse=True)
+def _own_anchors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test's ledgers leave no anchor among this user's own."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a 2-layer BERT, hidden size 32."""

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 
 from fedloom.client.assets import ASSETS
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.schema import Schema
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.toml"
@@ -183,46 +181,6 @@ def test_a_coordinator_listens_and_stops_when_told(prepared: Path, tmp_path: Pat
     assert re.fullmatch(rf"listening on 127\.0\.0\.1:[1-9]\d*; state in {re.escape(str(state))}\n", first), complaints
     assert server.returncode == 0, complaints
     assert rest == "stopped; start again with the same state directory to go on\n"
-
-
-@pytest.fixture
-def policy(tmp_path: Path) -> Path:
-    path = tmp_path / "client.toml"
-    path.write_text(
-        '[client]\nname = "a"\nstate = "mine"\n[data]\nsource = "x.csv"\n[privacy]\nepsilon = 3.0\ndelta = 1e-6\n'
-    )
-    return path
-
-
-def test_an_empty_ledger_says_so(policy: Path) -> None:
-    done = fedloom("ledger", "show", policy)
-
-    assert done.returncode == 0
-    assert done.stdout == f"no account in {policy.parent / 'mine' / 'ledger'}: nothing has been charged\n"
-    assert not (policy.parent / "mine").exists(), "looking must not make an account"
-
-
-def test_a_charged_ledger_shows_its_charges_and_what_they_cost(policy: Path) -> None:
-    spend = Spend(0.05, 1.5, 20)
-    with Ledger(policy.parent / "mine" / "ledger", "ab" * 32) as ledger:
-        sent = ledger.reserve("winter", 0, spend, budget=3.0, delta=1e-6)
-        ledger.release(sent, "cd" * 32)
-        ledger.reserve("winter", 1, spend, budget=3.0, delta=1e-6)
-
-    done = fedloom("ledger", "show", policy)
-
-    assert done.returncode == 0
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert ["1", "winter", "1", "0.05", "1.5", "20", "cd" * 6] in rows
-    assert ["2", "winter", "2", "0.05", "1.5", "20", "no"] in rows
-    assert f"spent epsilon {epsilon([spend, spend], 1e-6):.4f} of 3 at delta 1e-06" in done.stdout
-
-
-def test_an_account_in_use_is_not_shown(policy: Path) -> None:
-    with Ledger(policy.parent / "mine" / "ledger", "ab" * 32):
-        line = refused("ledger", "show", policy)
-
-    assert "is in use by another client" in line
 
 
 def figures(*arguments: str) -> dict[str, Any]:

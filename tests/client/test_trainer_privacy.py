@@ -122,7 +122,7 @@ def test_release_notes_the_digest_of_the_charge(
     trainer = Trainer(tiny_model, rows, spec, policy, ledger)
 
     trained = trainer.train("run", assignment(), start(tiny_model))
-    trainer.release(trained, "sent")
+    trainer.release(trained.charge, "sent")
 
     assert [(charge.number, charge.digest) for charge in ledger.charges()] == [(trained.charge, "sent")]
 

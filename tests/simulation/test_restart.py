@@ -72,7 +72,7 @@ class Steady:
         self.trained.release()
         return Trained({s.name: rng.normal(size=s.shape).astype(np.float32) for s in schema.tensors}, None)
 
-    def release(self, trained: Trained, digest: str) -> None:
+    def release(self, charge: int | None, digest: str) -> None:
         pass
 
 

@@ -1,11 +1,15 @@
 """`fedloom client`: one data owner's side of a run."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedloom.cli.console import out
+
+if TYPE_CHECKING:
+    from fedloom.client.training import Training
+    from fedloom.proto.messages import Joined
 
 __all__ = ["client"]
 
@@ -32,11 +36,21 @@ def client(
     from fedloom.client.connection import GrpcConnection
     from fedloom.client.participant import Participant
     from fedloom.client.prepare import prepare
+    from fedloom.client.privacy.account import spool_folder
+    from fedloom.client.privacy.spool import kept
 
     if site.client.threads:
         torch.set_num_threads(site.client.threads)
     connection = GrpcConnection(server)
-    participant = Participant(connection, site, lambda joined: prepare(site, joined.spec))
+    spool, name = spool_folder(site), site.client.name
+
+    def tell(line: str) -> None:
+        out.print(f"{name}: {line}", markup=False)
+
+    def ready(joined: "Joined") -> "Training":
+        return prepare(site, joined.spec, announce=tell, owing=kept(spool, joined.run, name) is not None)
+
+    participant = Participant(connection, site, ready, spool=spool)
     out.print(f"{participant.name}: joining {server}", markup=False)
     try:
         finished = participant.run()

@@ -1,43 +1,183 @@
 """`fedloom ledger`: the privacy account of a data set."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from fedloom.cli.console import out
+from fedloom.cli.console import failed, out
 
 if TYPE_CHECKING:
-    from fedloom.client.config import PrivacyPolicy
+    from fedloom.client.config import Policy
     from fedloom.client.privacy.ledger import Ledger
+    from fedloom.proto.accounting import Spend
 
-__all__ = ["app", "show"]
+__all__ = ["adopt", "app", "export", "show", "verify"]
 
 app = typer.Typer(help="The privacy account of a data set, as this client keeps it.", no_args_is_help=True)
 
+PolicyFile = Annotated[Path, typer.Argument(help="The client's policy file.")]
+
+_MOST_ROUNDS = 10_000
+"""Where `show` stops to count; more rounds than any run here may have by default."""
+
 
 @app.command()
-def show(policy: Annotated[Path, typer.Argument(help="The client's policy file.")]) -> None:
-    """Show what has been charged to each data set of this client, and what is left of the budget.
+def show(
+    policy: PolicyFile,
+    round: Annotated[
+        str | None,
+        typer.Option(help="A round as RATE:NOISE:STEPS, to see how many the rest buys; by default the last one's."),
+    ] = None,
+) -> None:
+    """Show what has been charged to this client's data, what is left of the budget, and what that buys.
 
-    Example: fedloom ledger show client.toml
+    Example: fedloom ledger show client.toml --round 0.05:1.0:20
     """
     from fedloom.client.config import load_policy
-    from fedloom.client.privacy.ledger import Ledger, stored_accounts
 
     site = load_policy(policy)
-    folder = site.client.state / "ledger"
-    digests = stored_accounts(folder)
-    for digest in digests:
-        with Ledger(folder, digest) as ledger:
-            _account(ledger, site.privacy)
-    if not digests:
-        out.print(f"no account in {folder}: nothing has been charged", markup=False)
+    with _account(site) as ledger:
+        if ledger is None:
+            out.print(f"no account in {site.client.state / 'ledger'}: nothing has been charged", markup=False)
+            return
+        _charges(ledger)
+        _standing(ledger, site, None if round is None else _spend(round))
 
 
-def _account(ledger: "Ledger", policy: "PrivacyPolicy") -> None:
-    """Print one data set's charges and standing."""
+@app.command()
+def verify(policy: PolicyFile) -> None:
+    """Check every entry of the ledger, its anchor, and the updates that wait to be sent; exit status 1 on trouble.
+
+    Example: fedloom ledger verify client.toml
+    """
+    from fedloom.client.config import load_policy
+    from fedloom.client.privacy.account import spool_folder
+    from fedloom.client.privacy.spool import check_spool
+    from fedloom.proto.errors import LedgerError
+
+    site = load_policy(policy)
+    sound = True
+    try:
+        with _account(site) as ledger:
+            if ledger is None:
+                out.print(f"no account in {site.client.state / 'ledger'}, and none is missed", markup=False)
+            else:
+                released = sum(charge.digest is not None for charge in ledger.charges())
+                out.print(
+                    f"{ledger.path}: {ledger.sequence} entries, each follows from the one before; the anchor agrees\n"
+                    f"{len(ledger.charges())} charges, {released} of them released; head {ledger.head}",
+                    markup=False,
+                )
+    except LedgerError as error:
+        failed(error)
+        sound = False
+    try:
+        waiting = check_spool(spool_folder(site))
+        out.print(f"{len(waiting)} updates wait to be sent", markup=False)
+    except LedgerError as error:
+        failed(error)
+        sound = False
+    if not sound:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    policy: PolicyFile,
+    output: Annotated[Path | None, typer.Option(help="File to write; standard output by default.")] = None,
+) -> None:
+    """Write the privacy statement of this client's data as JSON: what was spent, on what terms, by which charges.
+
+    Example: fedloom ledger export client.toml --output statement.json
+    """
+    from fedloom.client.config import load_policy
+    from fedloom.client.privacy.statement import statement
+    from fedloom.proto.errors import LedgerError
+
+    site = load_policy(policy)
+    with _account(site) as ledger:
+        if ledger is None:
+            raise LedgerError(f"no account in {site.client.state / 'ledger'}: there is nothing to state")
+        text = json.dumps(statement(ledger, site.privacy.epsilon, site.privacy.delta), indent=2)
+    if output is None:
+        typer.echo(text)
+        return
+    output.write_text(text + "\n", encoding="utf-8")
+    out.print(f"wrote {output}", markup=False)
+
+
+@app.command()
+def adopt(
+    policy: PolicyFile,
+    reason: Annotated[str, typer.Option(help="Why; it is kept in the ledger.")],
+    spent: Annotated[
+        list[str] | None,
+        typer.Option(help="RATE:NOISE:STEPS that the ledger does not know of, any number of times; or: nothing."),
+    ] = None,
+) -> None:
+    """Trust a ledger that was moved, restored, damaged or lost, and write down that it was done, and why.
+
+    What the ledger or its anchor knows of stays charged. What neither knows must be declared, as the `mechanisms` of an
+    exported statement list it.
+
+    Example: fedloom ledger adopt client.toml --reason "moved to the new disk"
+    """
+    from fedloom.client.config import load_policy
+    from fedloom.client.privacy.account import anchors_folder, ledger_folder
+    from fedloom.client.privacy.adopt import adopt as adopted
+
+    site = load_policy(policy)
+    declared = None if spent is None else [_spend(each) for each in spent if each != "nothing"]
+    done = adopted(ledger_folder(site), anchors_folder(site), reason=reason, spent=declared)
+    if done.found:
+        out.print(f"found: {done.found}", markup=False)
+    if done.aside is not None:
+        out.print(f"the untrusted file is kept as {done.aside}", markup=False)
+    for word, spends in (("restored", done.restored), ("declared", done.declared)):
+        for spend in spends:
+            figures = f"{spend.steps} steps at rate {spend.sampling_rate:g} and noise {spend.noise_multiplier:g}"
+            out.print(f"{word} and charged: {figures}", markup=False)
+    out.print(f"{done.path} is the account's ledger again", markup=False)
+
+
+@contextmanager
+def _account(site: "Policy") -> "Iterator[Ledger | None]":
+    """The site's open account; None if there is none and never was. Looking makes none.
+
+    Raises:
+        LedgerError: It cannot be opened or trusted, or it is gone and its anchor remains.
+    """
+    from fedloom.client.privacy.account import anchors_folder, ledger_folder
+    from fedloom.client.privacy.anchor import anchors_at
+    from fedloom.client.privacy.ledger import Ledger, stored_accounts
+
+    folder, anchors = ledger_folder(site), anchors_folder(site)
+    names = stored_accounts(folder) or [anchor.name for anchor in anchors_at(anchors, folder)]
+    if not names:
+        yield None
+        return
+    with Ledger(folder, names[0], anchors=anchors) as ledger:
+        yield ledger
+
+
+def _spend(text: str) -> "Spend":
+    from fedloom.proto.accounting import Spend
+    from fedloom.proto.errors import ConfigError
+
+    try:
+        rate, noise, steps = text.split(":")
+        return Spend(float(rate), float(noise), int(steps))
+    except ValueError:
+        raise ConfigError(f"{text!r} is not RATE:NOISE:STEPS, such as 0.05:1.0:20") from None
+
+
+def _charges(ledger: "Ledger") -> None:
+    """Print every charge."""
     table = Table("charge", "run", "round", "rate", "noise", "steps", "released", box=None, pad_edge=False)
     for charge in ledger.charges():
         spend = charge.spend
@@ -46,8 +186,25 @@ def _account(ledger: "Ledger", policy: "PrivacyPolicy") -> None:
         table.add_row(str(charge.number), charge.run, str(charge.round + 1), *figures, released)
     out.print(f"account {ledger.path}", markup=False)
     out.print(table)
+
+
+def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:
+    """Print what is spent, what is left, and how many rounds of `spend`, or of the last charge, that buys."""
+    from fedloom.client.privacy.budget import rounds_left
+
+    mine, charges = site.privacy, ledger.charges()
+    spent = ledger.epsilon(mine.delta)
+    left = max(0.0, mine.epsilon - spent)
+    out.print(f"spent epsilon {spent:.4f} of {mine.epsilon:g} at delta {mine.delta:g}; left {left:.4f}")
+    spend = spend or (charges[-1].spend if charges else None)
+    if spend is not None:
+        rounds = rounds_left(ledger, spend, mine, _MOST_ROUNDS)
+        count = f"{rounds} or more" if rounds == _MOST_ROUNDS else str(rounds)
+        out.print(
+            f"the rest buys {count} more rounds of {spend.steps} steps at rate {spend.sampling_rate:g} and noise "
+            f"{spend.noise_multiplier:g}"
+        )
     out.print(
-        f"spent epsilon {ledger.epsilon(policy.delta):.4f} of {policy.epsilon:g} at delta {policy.delta:g}\n"
         "unit one example, adjacency add or remove one, PLD accountant, Poisson sampling; "
         "a charge counts from the moment it is reserved"
     )

@@ -29,7 +29,10 @@ class ClientSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Name shown to the coordinator."""
     state: Path = Path("fedloom-state")
-    """Folder of the privacy ledger; keep it as long as the data."""
+    """Folder of the privacy ledger; keep it as long as the data. All data of one folder is one account."""
+    anchors: Path | None = None
+    """Folder outside `state` of what the ledger is checked against; keep it as long. By default `fedloom` in
+    $XDG_STATE_HOME or ~/.local/state."""
     device: str = "cpu"
     """Torch device, such as cpu, cuda or cuda:1."""
     threads: int = Field(default=0, ge=0)
@@ -101,7 +104,8 @@ def load_policy(path: Path, overrides: tuple[str, ...] = ()) -> Policy:
     """
     policy = parse(Policy, read_toml(path), overrides, source=str(path))
     home = path.resolve().parent
-    client = policy.client.model_copy(update={"state": home / policy.client.state})
+    anchors = policy.client.anchors and home / policy.client.anchors
+    client = policy.client.model_copy(update={"state": home / policy.client.state, "anchors": anchors})
     source = home / policy.data.source
     data = policy.data.model_copy(update={"source": str(source)}) if source.exists() else policy.data
     return policy.model_copy(update={"client": client, "data": data})

@@ -7,14 +7,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.connection import Connection
+from fedloom.client.privacy.spool import Spooled, drop, keep, kept
 from fedloom.client.training import Training
 from fedloom.proto.codec import codec
-from fedloom.proto.errors import FedloomError, PolicyError, ProtocolError, SchemaError, Unavailable, UpdateRejected
+from fedloom.proto.errors import (
+    FedloomError,
+    LedgerError,
+    PolicyError,
+    ProtocolError,
+    SchemaError,
+    Unavailable,
+    UpdateRejected,
+)
 from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, Wait, broadcast_schema, upload_schema
 
 __all__ = ["Participant"]
@@ -25,14 +34,8 @@ Reply = TypeVar("Reply")
 
 _HEARTBEAT_S = 5.0
 _BACKOFF_S = (0.25, 5.0)
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """An update that is finished and must reach the coordinator as it is, however often it takes."""
-
-    header: UpdateHeader
-    payload: bytes
+_MOST_REFUSALS = 3
+"""How often one update may be refused for its round and asked for again: a round may close while it is on its way."""
 
 
 class Participant:
@@ -42,15 +45,26 @@ class Participant:
         connection: Line to the coordinator.
         policy: The site's policy.
         prepare: Makes the trainer once the run is known and allowed; the base model is loaded here, once.
+        spool: Folder of finished updates, so that a client that is started again sends the same bytes again.
+            None keeps them in memory only, and the answer to an unfinished round is then lost with the process.
     """
 
-    def __init__(self, connection: Connection, policy: Policy, prepare: Callable[[Joined], Training]) -> None:
-        self.connection, self.policy = connection, policy
+    def __init__(
+        self,
+        connection: Connection,
+        policy: Policy,
+        prepare: Callable[[Joined], Training],
+        *,
+        spool: Path | None = None,
+    ) -> None:
+        self.connection, self.policy, self.spool = connection, policy, spool
         self.rounds_trained = 0
         self._prepare = prepare
         self._trainer: Training | None = None
         self._joined: Joined | None = None
-        self._pending: _Pending | None = None
+        self._pending: Spooled | None = None
+        self._refused: Spooled | None = None
+        self._refusals = 0
         self._training = threading.Event()
 
     @property
@@ -64,6 +78,7 @@ class Participant:
         Raises:
             PolicyError: The policy refuses the run; the coordinator is told that this client leaves.
             SchemaError: The run's schema is not the one the base model gives here.
+            LedgerError: An update that waits in the spool is damaged, or is not the one in the ledger.
         """
         if self._trainer is None:
             first = self.connection.join(self.name, 0)
@@ -71,6 +86,7 @@ class Participant:
                 check_spec(self.policy, first.spec)
                 trainer = self._prepare(first)
                 _check_schema(trainer, first)
+                self._pending = self._left_over(trainer, first.run)
             self._trainer, self._joined = trainer, first
         # Joining again tells the declared size, which is known once the data set is read.
         joined = self.connection.join(self.name, self._trainer.declared_examples)
@@ -90,12 +106,13 @@ class Participant:
             return None
         answer = self._insist(self.connection.work)
         if isinstance(answer, Finished):
+            self._forget()
             return answer
         if isinstance(answer, Wait):
             time.sleep(answer.retry_after_s)
             return None
         with self._leaving_on(PolicyError):
-            self._pending = self._train(answer)
+            self._pending = self._answered(answer.round) or self._train(answer)
         self._deliver()
         return None
 
@@ -131,7 +148,38 @@ class Participant:
                     log.warning("%s; trying again in %.1f s", error, pause)
                     time.sleep(pause)
 
-    def _train(self, assignment: Assignment) -> _Pending:
+    def _left_over(self, trainer: Training, run: str) -> Spooled | None:
+        """What an earlier process of this client finished and may not have sent to the end."""
+        update = kept(self.spool, run, self.name) if self.spool is not None else None
+        if update is None:
+            return None
+        try:
+            trainer.release(update.charge, update.header.digest)
+        except LedgerError as error:
+            raise LedgerError(
+                f"{error}: the update for round {update.header.round + 1} in {self.spool} is not sent. Remove it "
+                "if the ledger was replaced on purpose"
+            ) from error
+        log.info("round %d: sending again what was finished before", update.header.round + 1)
+        return update
+
+    def _answered(self, round: int) -> Spooled | None:
+        """The update that was made for this round before, if the coordinator did not take it then.
+
+        A round that missed its quorum is opened again under its number, and is answered with the same bytes.
+        """
+        update = self._refused
+        if update is None or update.header.round != round:
+            self._refused, self._refusals = None, 0
+            return None
+        if self._refusals >= _MOST_REFUSALS:
+            raise PolicyError(
+                f"the coordinator asks for round {round + 1} again and has refused its update {self._refusals} times; "
+                "no round is answered with two different updates"
+            )
+        return update
+
+    def _train(self, assignment: Assignment) -> Spooled:
         trainer, joined = self._trainer, self._joined
         assert trainer is not None  # step is only called after join
         assert joined is not None
@@ -151,22 +199,39 @@ class Participant:
             upload = upload_schema(joined.schema, assignment)
             body = outgoing.encode(upload, trained.delta)
             digest = hashlib.sha256(body).hexdigest()
-            trainer.release(trained, digest)
+            header = UpdateHeader(
+                self.name, assignment.round, upload.digest, assignment.upload_codec, len(body), digest
+            )
+            update = Spooled(joined.run, trained.charge, header, body)
+            # First the bytes, then the word that they leave: what is released can always be sent again.
+            if self.spool is not None:
+                keep(self.spool, update)
+            trainer.release(trained.charge, digest)
         finally:
             self._training.clear()
-        header = UpdateHeader(self.name, assignment.round, upload.digest, assignment.upload_codec, len(body), digest)
-        return _Pending(header, body)
+        return update
 
     def _deliver(self) -> None:
-        """Send the pending update; it is forgotten once the coordinator has it or no longer wants it."""
+        """Send the pending update; it is forgotten once the coordinator has it or refuses it for good."""
         pending = self._pending
         assert pending is not None  # callers check
         try:
             self._insist(lambda: self.connection.submit(pending.header, pending.payload))
             self.rounds_trained += 1
-        except (UpdateRejected, ProtocolError) as error:
+            self._forget()
+        except UpdateRejected as error:
             log.warning("round %d: update not taken: %s", pending.header.round + 1, error)
+            self._forget()
+        except ProtocolError as error:
+            log.warning("round %d: update not taken: %s", pending.header.round + 1, error)
+            self._refused, self._refusals = pending, self._refusals + 1
         self._pending = None
+
+    def _forget(self) -> None:
+        """Whatever is spooled for this run is never asked for again."""
+        self._refused, self._refusals = None, 0
+        if self.spool is not None and self._joined is not None:
+            drop(self.spool, self._joined.run, self.name)
 
     def _insist(self, call: Callable[[], Reply]) -> Reply:
         """Make a call; if it is refused, join and make it once more.

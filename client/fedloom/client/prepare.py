@@ -1,12 +1,14 @@
 """From a joined run and a policy to a trainer: data, base model, adapter and ledger of this site."""
 
+import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from fedloom.client.config import Policy
 from fedloom.client.data.load import load_rows
-from fedloom.client.data.rows import digest
 from fedloom.client.model import base_digest, load_model, resolve_base
-from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.privacy.account import open_account
+from fedloom.client.privacy.budget import check_affordable, outlook
 from fedloom.client.trainer import Trainer
 from fedloom.proto.errors import PolicyError
 from fedloom.proto.run import Spec
@@ -14,14 +16,25 @@ from fedloom.proto.run import Spec
 __all__ = ["prepare"]
 
 
-def prepare(policy: Policy, spec: Spec) -> Trainer:
+log = logging.getLogger(__name__)
+
+
+def prepare(policy: Policy, spec: Spec, *, announce: Callable[[str], None] = log.info, owing: bool = False) -> Trainer:
     """Load everything a client needs, the cheapest check first.
 
+    Args:
+        policy: The site's policy.
+        spec: The run, already checked against it.
+        announce: Gets one line on the budget and what it buys of the run, before anything is trained.
+        owing: Whether an update that was paid for still waits to be sent in this run, so that joining is of use
+            even if the budget buys nothing more.
+
     Raises:
+        BudgetError: The budget does not buy even one round of the run.
         DataError: The data set is missing or malformed.
         PolicyError: The base model is not one this site allows.
         ModelError: The base model cannot be loaded.
-        LedgerError: The ledger is in use or cannot be trusted.
+        LedgerError: The ledger is in use or cannot be trusted, or the data belongs to another account.
     """
     rows = load_rows(policy.data.source, spec.model.labels, "train", spec.model.task)
     base = policy.model.folder or spec.model.base
@@ -34,7 +47,11 @@ def prepare(policy: Policy, spec: Spec) -> Trainer:
     with ExitStack() as on_failure:
         ledger = None
         if spec.privacy.enabled:
-            ledger = on_failure.enter_context(Ledger(policy.client.state / "ledger", digest(rows)))
+            ledger = on_failure.enter_context(open_account(policy, rows))
+            standing = outlook(ledger, spec, policy.privacy)
+            announce(str(standing))
+            if not owing:
+                check_affordable(standing)
         model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.client.device)
         trainer = Trainer(model, rows, spec, policy, ledger)
         on_failure.pop_all()  # the ledger stays open with the trainer

@@ -13,13 +13,13 @@ from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches
 from fedloom.client.losses import per_example, positions
 from fedloom.client.model import AdapterModel
+from fedloom.client.privacy.budget import round_spend
 from fedloom.client.privacy.entropy import Entropy, Seeded, System
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import Tape, recording
 from fedloom.client.privacy.probe import probe
 from fedloom.client.training import Trained
-from fedloom.proto.accounting import Spend
 from fedloom.proto.errors import DataError, PolicyError, ProtocolError
 from fedloom.proto.messages import Assignment, upload_schema
 from fedloom.proto.run import Spec
@@ -144,21 +144,26 @@ class Trainer:
             raise ProtocolError(f"{len(missing)} tensors to train are not in the broadcast, such as {missing[0]!r}")
         return schema
 
-    def release(self, trained: Trained, digest: str) -> None:
-        """Note in the ledger what is about to leave; durable on return."""
-        if trained.charge is not None and self.ledger is not None:
-            self.ledger.release(trained.charge, digest)
+    def release(self, charge: int | None, digest: str) -> None:
+        """Note in the ledger what is about to leave for a charge; durable on return.
+
+        Raises:
+            PolicyError: It was charged, but there is no ledger here to note it in.
+        """
+        if charge is None:
+            return
+        if self.ledger is None:
+            raise PolicyError(
+                f"charge {charge} was made in a ledger that this run does not use; nothing is sent for it"
+            )
+        self.ledger.release(charge, digest)
 
     def _reserve(self, run: str, round: int) -> int | None:
-        privacy, train = self.spec.privacy, self.spec.train
-        if not privacy.enabled:
+        if not self.spec.privacy.enabled:
             return None
-        # Both were checked at construction and when the spec met the policy.
-        assert self.ledger is not None
-        assert privacy.noise_multiplier is not None
-        spend = Spend(train.sampling_rate, privacy.noise_multiplier, train.steps)
+        assert self.ledger is not None  # checked at construction
         mine = self.policy.privacy
-        return self.ledger.reserve(run, round, spend, budget=mine.epsilon, delta=mine.delta)
+        return self.ledger.reserve(run, round, round_spend(self.spec), budget=mine.epsilon, delta=mine.delta)
 
     def _optimizer(self, parameters: list[nn.Parameter], assignment: Assignment) -> torch.optim.Optimizer:
         train = self.spec.train

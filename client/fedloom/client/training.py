@@ -33,5 +33,5 @@ class Training(Protocol):
     def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
         """Do one round's work from `broadcast`."""
 
-    def release(self, trained: Trained, digest: str) -> None:
-        """Note, durably, that the payload with this SHA-256 is about to leave."""
+    def release(self, charge: int | None, digest: str) -> None:
+        """Note, durably, that the payload with this SHA-256 is about to leave for `Trained.charge`."""

@@ -43,7 +43,7 @@ class _Idle:
         asked = upload_schema(self.schema, assignment).tensors
         return Trained({spec.name: self._unmoved[spec.name] for spec in asked}, None)
 
-    def release(self, trained: Trained, digest: str) -> None:
+    def release(self, charge: int | None, digest: str) -> None:
         """Nothing is charged."""
 
 

@@ -88,7 +88,12 @@ def _simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy
     """A policy that allows exactly what the run asks, as an agreeing site would write it."""
     return Policy.model_validate(
         {
-            "client": {"name": name, "state": str(folder / "clients" / name)},
+            # Anchors beside the ledger: a simulation's accounts must leave no trace among this machine's own.
+            "client": {
+                "name": name,
+                "state": str(folder / "clients" / name),
+                "anchors": str(folder / "clients" / name / "ledger"),
+            },
             "data": {"source": "train.jsonl", "declared_examples": declared_size(count)},
             "model": {"digests": [spec.model.digest] if spec.model.digest else []},
             "privacy": {

@@ -29,7 +29,7 @@ def write_client(policy: Policy, rows: Rows, folder: Path) -> Path:
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(document) + "\n" for document in documents(rows))
     tables = policy.model_dump(mode="json", exclude_none=True)
-    tables["client"]["state"] = "."
+    tables["client"] |= {"state": ".", "anchors": "ledger"}
     path = folder / "policy.toml"
     path.write_text(tomli_w.dumps(tables), encoding="utf-8")
     return path

@@ -1,0 +1,46 @@
+"""Which account a site's data is charged to."""
+
+from pathlib import Path
+
+from fedloom.client.config import Policy
+from fedloom.client.data.rows import Rows, digest
+from fedloom.client.privacy.anchor import default_anchors
+from fedloom.client.privacy.examples import claim
+from fedloom.client.privacy.ledger import Ledger, stored_accounts
+
+__all__ = ["anchors_folder", "ledger_folder", "open_account", "spool_folder"]
+
+
+def ledger_folder(policy: Policy) -> Path:
+    """Folder of the site's ledger."""
+    return policy.client.state / "ledger"
+
+
+def spool_folder(policy: Policy) -> Path:
+    """Folder of the site's finished updates."""
+    return policy.client.state / "spool"
+
+
+def anchors_folder(policy: Policy) -> Path:
+    """Folder of the anchors: the policy's, or this user's."""
+    return policy.client.anchors or default_anchors()
+
+
+def open_account(policy: Policy, rows: Rows) -> Ledger:
+    """Open the account that `rows` are charged to: the one of the state folder, or a first one.
+
+    The account keeps its name however the data grows or changes, see decision 010.
+
+    Raises:
+        LedgerError: The account is in use or not trusted, or some of the texts belong to another account of this
+            machine.
+    """
+    folder, anchors = ledger_folder(policy), anchors_folder(policy)
+    name = next(iter(stored_accounts(folder)), digest(rows))
+    ledger = Ledger(folder, name, anchors=anchors)
+    try:
+        claim(anchors, ledger.account, rows.texts)
+    except BaseException:
+        ledger.close()
+        raise
+    return ledger

@@ -1,0 +1,160 @@
+"""The entries of a ledger, each bound to the one before it by a hash, and the charges they add up to."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from fedloom.proto.accounting import Spend
+from fedloom.proto.errors import ConfigError, LedgerError
+
+__all__ = [
+    "ADOPTED",
+    "CHARGED",
+    "OPENED",
+    "RELEASED",
+    "Charge",
+    "Entry",
+    "account_of",
+    "charges_of",
+    "linked",
+    "note",
+    "totals",
+    "unlinked",
+]
+
+OPENED = "opened"
+"""First entry: the account's name and id."""
+CHARGED = "charged"
+"""Steps reserved for a round of a run."""
+RELEASED = "released"
+"""Digest of what leaves the client for a charge."""
+ADOPTED = "adopted"
+"""An operator's word that the account goes on from here, and why."""
+
+_START = "0" * 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a ledger.
+
+    Args:
+        number: Counted from 1, without gaps.
+        written: Seconds since 1970 by this machine's clock. For people only; nothing is decided by it.
+        kind: `OPENED`, `CHARGED`, `RELEASED` or `ADOPTED`.
+        body: What it says, canonical JSON.
+        hash: SHA-256, hex, over all of the above and the hash of the entry before it.
+    """
+
+    number: int
+    written: float
+    kind: str
+    body: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class Charge:
+    """Steps reserved for a round, and the digest of what was released for them, if anything."""
+
+    number: int
+    run: str
+    round: int
+    spend: Spend
+    digest: str | None
+
+
+def linked(before: Entry | None, kind: str, content: Mapping[str, object], written: float) -> Entry:
+    """The entry that follows `before`; None begins a chain.
+
+    >>> first = linked(None, "opened", {"name": "a"}, 0.0)
+    >>> second = linked(first, "charged", {}, 1.0)
+    >>> second.number, unlinked([first, second]), unlinked([first, first])
+    (2, None, 2)
+    """
+    number = 1 if before is None else before.number + 1
+    body = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    entry = Entry(number, written, kind, body, "")
+    return replace(entry, hash=_hash(_START if before is None else before.hash, entry))
+
+
+def _hash(before: str, entry: Entry) -> str:
+    content = json.dumps([before, entry.number, entry.written, entry.kind, entry.body])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def unlinked(entries: Sequence[Entry]) -> int | None:
+    """Number of the first entry that does not follow from those before it; None for a sound chain."""
+    before = _START
+    for number, entry in enumerate(entries, 1):
+        if entry.number != number or entry.hash != _hash(before, entry):
+            return number
+        before = entry.hash
+    return None
+
+
+def charges_of(entries: Iterable[Entry]) -> dict[int, Charge]:
+    """The charges by number, in the order in which they were made.
+
+    Raises:
+        LedgerError: An entry is none that a client writes.
+    """
+    charges: dict[int, Charge] = {}
+    for entry in entries:
+        note(charges, entry)
+    return charges
+
+
+def note(charges: dict[int, Charge], entry: Entry) -> None:
+    """Bring `charges` up to date with one more entry.
+
+    Raises:
+        LedgerError: It is none that a client writes.
+    """
+    try:
+        if entry.kind == CHARGED:
+            charges[entry.number] = _charge(entry)
+        elif entry.kind == RELEASED:
+            released = json.loads(entry.body)
+            number = int(released["charge"])
+            charges[number] = replace(charges[number], digest=str(released["digest"]))
+        elif entry.kind not in {OPENED, ADOPTED}:
+            raise ConfigError(f"kind {entry.kind!r} is unknown")
+    except (ConfigError, ValueError, KeyError, TypeError) as error:
+        raise LedgerError(f"entry {entry.number} is none that a client writes ({error})") from error
+
+
+def charge_content(run: str, round: int, spend: Spend) -> dict[str, object]:
+    """What an entry of kind `CHARGED` says."""
+    return {"run": run, "round": round, **asdict(spend)}
+
+
+def _charge(entry: Entry) -> Charge:
+    body = json.loads(entry.body)
+    spend = Spend(body["sampling_rate"], body["noise_multiplier"], body["steps"])
+    return Charge(entry.number, body["run"], body["round"], spend, None)
+
+
+def totals(charges: Iterable[Charge]) -> Counter[tuple[float, float]]:
+    """Steps by (sampling rate, noise multiplier): all that epsilon depends on."""
+    steps: Counter[tuple[float, float]] = Counter()
+    for charge in charges:
+        steps[charge.spend.sampling_rate, charge.spend.noise_multiplier] += charge.spend.steps
+    return steps
+
+
+def account_of(entries: Sequence[Entry]) -> tuple[str, str]:
+    """Name and id of the account, from its first entry.
+
+    Raises:
+        LedgerError: The first entry does not say.
+    """
+    try:
+        if entries[0].kind != OPENED:
+            raise ValueError(f"it is of kind {entries[0].kind!r}")
+        content = json.loads(entries[0].body)
+        return str(content["name"]), str(content["account"])
+    except (IndexError, ValueError, KeyError, TypeError) as error:
+        raise LedgerError(f"its first entry does not say whose account it is ({error})") from error

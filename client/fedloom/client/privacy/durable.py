@@ -1,0 +1,34 @@
+"""Files that survive a crash whole: either the old content is there or the new, never a part."""
+
+import os
+from pathlib import Path
+
+__all__ = ["sync_folder", "write_durably"]
+
+
+def write_durably(path: Path, *parts: bytes) -> None:
+    """Replace `path` by the concatenation of `parts`; on disk, under its name, on return.
+
+    The order is write, fsync, rename, fsync of the folder: without the first fsync the name may come back
+    after a power cut with nothing behind it, without the second the name itself may be missing.
+
+    Raises:
+        OSError: The disk refuses; `path` then has its old content or the new one, and which is unknown.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: syncing a file does not sync the folder it was created in."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,49 @@
+"""The privacy statement of an account: what it promises, and every charge that the promise rests on."""
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from fedloom.client.privacy.chain import CHARGED, totals
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.proto.accounting import REPORT_GRID
+
+__all__ = ["statement"]
+
+
+def statement(ledger: Ledger, budget: float, delta: float) -> dict[str, object]:
+    """The account as a JSON document.
+
+    `epsilon` composes the sampling that was really used: rate, noise and steps of every charge, released or not.
+    Nothing in it depends on the data beyond the fact that they were trained on.
+
+    Args:
+        ledger: The account.
+        budget: Epsilon that the policy allows.
+        delta: Delta at which both are stated.
+    """
+    reserved = {entry.number: entry for entry in ledger.entries if entry.kind == CHARGED}
+    charges: list[Mapping[str, object]] = [
+        json.loads(reserved[charge.number].body)
+        | {"charge": charge.number, "reserved": reserved[charge.number].written, "released": charge.digest}
+        for charge in ledger.charges()
+    ]
+    return {
+        "format": "fedloom privacy statement 1",
+        "account": ledger.account,
+        "unit": "one example",
+        "adjacency": "add or remove one",
+        "delta": delta,
+        "epsilon": ledger.epsilon(delta, REPORT_GRID),
+        "budget": budget,
+        "accountant": {"kind": "PLD", "library": "dp-accounting", "version": version("dp-accounting")},
+        "grid": REPORT_GRID,
+        "sampling": "Poisson, each example by itself at the charge's rate; empty batches are noised and counted",
+        "mechanisms": [
+            {"sampling_rate": rate, "noise_multiplier": noise, "steps": steps}
+            for (rate, noise), steps in sorted(totals(ledger.charges()).items())
+        ],
+        "charges": charges,
+        "entries": ledger.sequence,
+        "head": ledger.head,
+    }

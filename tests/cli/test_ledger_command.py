@@ -1,0 +1,172 @@
+"""`fedloom ledger` and what `fedloom client` says of the budget, as an operator meets them."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fedloom.cli.main import app, main
+from fedloom.client.config import load_policy
+from fedloom.client.privacy.account import anchors_folder, ledger_folder, spool_folder
+from fedloom.client.privacy.anchor import default_anchors
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.privacy.spool import Spooled, keep
+from fedloom.proto.accounting import REPORT_GRID, Spend, epsilon
+from fedloom.proto.errors import FedloomError
+from fedloom.proto.messages import UpdateHeader
+
+NAME = "ab" * 16
+SPEND = Spend(0.05, 1.5, 20)
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    path = tmp_path / "client.toml"
+    path.write_text(
+        '[client]\nname = "a"\nstate = "mine"\n[data]\nsource = "x.csv"\n[privacy]\nepsilon = 3.0\ndelta = 1e-6\n'
+    )
+    return path
+
+
+def opened(policy: Path) -> Ledger:
+    site = load_policy(policy)
+    return Ledger(ledger_folder(site), NAME, anchors=anchors_folder(site))
+
+
+@pytest.fixture
+def charged(policy: Path) -> Path:
+    with opened(policy) as ledger:
+        sent = ledger.reserve("winter", 0, SPEND, budget=3.0, delta=1e-6)
+        ledger.release(sent, "cd" * 32)
+        ledger.reserve("winter", 1, SPEND, budget=3.0, delta=1e-6)
+    return policy
+
+
+def ledger(*words: str | Path) -> Result:
+    done = CliRunner().invoke(app, ["ledger", *map(str, words)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def refused(*words: str | Path) -> str:
+    with pytest.raises(FedloomError) as error:
+        ledger(*words)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("command", ["show", "verify"])
+def test_an_empty_ledger_says_so(policy: Path, command: str) -> None:
+    done = ledger(command, policy)
+
+    assert done.exit_code == 0
+    assert done.stdout.startswith(f"no account in {policy.parent / 'mine' / 'ledger'}")
+    assert not (policy.parent / "mine").exists(), "looking must not make an account"
+
+
+def test_a_charged_ledger_shows_its_charges_what_they_cost_and_what_is_left(charged: Path) -> None:
+    done = ledger("show", charged)
+
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["2", "winter", "1", "0.05", "1.5", "20", "cd" * 6] in rows
+    assert ["4", "winter", "2", "0.05", "1.5", "20", "no"] in rows
+    spent = epsilon([SPEND, SPEND], 1e-6)
+    assert f"spent epsilon {spent:.4f} of 3 at delta 1e-06; left {3 - spent:.4f}" in done.stdout
+    (more,) = [words for words in rows if words[:3] == ["the", "rest", "buys"]]
+    rounds = 2 + int(more[3])
+    assert epsilon([Spend(0.05, 1.5, 20 * rounds)], 1e-6) <= 3 < epsilon([Spend(0.05, 1.5, 20 * rounds + 20)], 1e-6)
+
+
+def test_show_counts_rounds_of_any_kind(charged: Path) -> None:
+    assert (
+        "the rest buys 0 more rounds of 9 steps at rate 1 and noise 0.5"
+        in ledger(*("show", charged, "--round", "1:0.5:9")).stdout
+    )
+    for wrong in ("1:2", "x:1:1", "1:1:1.5"):
+        assert f"{wrong!r} is not RATE:NOISE:STEPS" in refused("show", charged, "--round", wrong)
+    assert "sampling rate 2.0 must lie in (0, 1]" in refused("show", charged, "--round", "2:1:1")
+
+
+def test_an_account_in_use_is_not_shown(policy: Path) -> None:
+    with opened(policy):
+        assert "is in use by another client" in refused("show", policy)
+
+
+def test_verify_says_what_it_found(charged: Path) -> None:
+    header = UpdateHeader("a", 0, "f" * 64, "fp32", 4, "0" * 64)
+    spool = spool_folder(load_policy(charged))
+
+    done = ledger("verify", charged)
+    assert done.exit_code == 0
+    assert "4 entries, each follows from the one before; the anchor agrees" in done.stdout
+    assert "2 charges, 1 of them released" in done.stdout
+    assert "0 updates wait to be sent" in done.stdout
+
+    keep(spool, Spooled("run", 2, header, b"oops"))  # the digest is not that of the payload
+    done = ledger("verify", charged)
+    assert done.exit_code == 1
+    assert "is damaged" in done.stderr
+
+
+@pytest.mark.parametrize("gone", ["ledger", "anchor"])
+def test_verify_ends_with_status_1_on_trouble_and_adopt_ends_the_trouble(charged: Path, gone: str) -> None:
+    with opened(charged) as account:
+        path = account.path
+    (anchor,) = default_anchors().glob("*.anchor")
+    (path if gone == "ledger" else anchor).unlink()
+
+    done = ledger("verify", charged)
+    assert done.exit_code == 1
+    assert ("is gone" if gone == "ledger" else "its anchor is missing") in done.stderr
+
+    done = ledger("adopt", charged, "--reason", "a test", "--spent", "0.1:2:7")
+    assert done.exit_code == 0
+    assert ("restored and charged: 40 steps at rate 0.05 and noise 1.5" in done.stdout) is (gone == "ledger")
+    assert "declared and charged: 7 steps at rate 0.1 and noise 2" in done.stdout
+    assert ledger("verify", charged).exit_code == 0
+    with opened(charged) as account:
+        assert account.epsilon(1e-6) == epsilon([SPEND, SPEND, Spend(0.1, 2.0, 7)], 1e-6)
+
+
+def test_adopt_takes_the_word_that_nothing_was_spent_but_not_silence(charged: Path) -> None:
+    with opened(charged) as account:
+        account.path.unlink()
+    (anchor,) = default_anchors().glob("*.anchor")
+    anchor.unlink()
+
+    assert "declare it with --spent" in refused("adopt", charged, "--reason", "new")
+    done = ledger("adopt", charged, "--reason", "new", "--spent", "nothing")
+
+    assert "there was no ledger" in done.stdout
+    assert ledger("verify", charged).exit_code == 0
+
+
+def test_export_writes_the_statement(charged: Path, tmp_path: Path) -> None:
+    output = tmp_path / "statement.json"
+
+    written = ledger("export", charged, "--output", output)
+    printed = ledger("export", charged)
+
+    assert written.stdout == f"wrote {output}\n"
+    document = json.loads(output.read_text())
+    assert document == json.loads(printed.stdout)
+    assert document["epsilon"] == epsilon([SPEND, SPEND], 1e-6, REPORT_GRID)
+    assert (document["budget"], document["delta"], document["entries"]) == (3.0, 1e-6, 4)
+
+
+def test_there_is_no_statement_without_an_account(policy: Path) -> None:
+    assert "there is nothing to state" in refused("export", policy)
+
+
+def test_a_refusal_is_one_line_and_status_2(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["fedloom", "ledger", "export", str(policy)])
+    with pytest.raises(SystemExit) as end:
+        main()
+
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no account in")
+    logging.getLogger().handlers.clear()  # what `main` set up is not the next test's

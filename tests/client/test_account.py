@@ -1,0 +1,175 @@
+"""Which account data is charged to, and what is said about it before a run."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedloom.client.config import Policy, load_policy
+from fedloom.client.data.rows import Rows
+from fedloom.client.privacy import ledger as module
+from fedloom.client.privacy.account import anchors_folder, ledger_folder, open_account
+from fedloom.client.privacy.anchor import default_anchors
+from fedloom.client.privacy.budget import check_affordable, outlook, round_spend, rounds_left
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.privacy.statement import statement
+from fedloom.proto.accounting import GRID, REPORT_GRID, Spend, epsilon
+from fedloom.proto.errors import BudgetError, LedgerError, PolicyError
+from fedloom.proto.run import Spec
+
+SPEND = Spend(0.3, 1.0, 3)
+
+
+def rows(*texts: str) -> Rows:
+    return Rows(texts, np.zeros(len(texts), np.int64), ("",) * len(texts), ("a", "b"))
+
+
+def site(policy: Policy, folder: Path) -> Policy:
+    return policy.model_copy(update={"client": policy.client.model_copy(update={"state": folder})})
+
+
+@pytest.mark.parametrize(
+    "texts", [("b", "a"), ("a", "b", "c"), ("a",), ("c",)], ids=["reordered", "grown", "shrunk", "replaced"]
+)
+def test_data_that_changes_is_charged_to_the_same_account(policy: Policy, texts: tuple[str, ...]) -> None:
+    with open_account(policy, rows("a", "b")) as ledger:
+        account = ledger.account
+        ledger.reserve("run", 0, SPEND, budget=50, delta=1e-5)
+
+    with open_account(policy, rows(*texts)) as again:
+        assert again.account == account
+        assert len(again.charges()) == 1
+
+
+def test_the_same_examples_get_no_fresh_budget_in_another_folder(policy: Policy, tmp_path: Path) -> None:
+    open_account(policy, rows("a", "b", "c")).close()
+    open_account(policy, rows("d")).close()  # the account keeps what it was ever used for
+
+    for texts, shared in (("c", "x"), 1), (("x", "b", "a"), 2), (("d",), 1):
+        with pytest.raises(LedgerError, match=f"{shared} of {len(texts)} texts are charged to another account"):
+            open_account(site(policy, tmp_path / "fresh"), rows(*texts))
+    with open_account(site(policy, tmp_path / "fresh"), rows("x", "y")) as other:
+        assert other.charges() == []
+
+
+def test_the_records_do_not_tell_which_texts_they_are_about(policy: Policy) -> None:
+    open_account(policy, rows("a", "b")).close()
+    (record,) = default_anchors().glob("*.examples")
+    first = record.read_bytes()
+    assert len(first) == 32
+
+    record.unlink()
+    (default_anchors() / "examples.key").unlink()
+    open_account(policy, rows("a", "b")).close()
+
+    assert not {first[:16], first[16:]} & {record.read_bytes()[:16], record.read_bytes()[16:]}
+
+
+@pytest.mark.parametrize("name", ["examples.key", "*.examples"])
+def test_records_that_were_cut_are_refused(policy: Policy, tmp_path: Path, name: str) -> None:
+    open_account(policy, rows("a")).close()
+    (path,) = default_anchors().glob(name)
+    path.write_bytes(path.read_bytes()[:-1])
+
+    with pytest.raises(LedgerError, match="restore it from a backup"):
+        open_account(site(policy, tmp_path / "fresh"), rows("b"))
+
+
+def test_the_policy_says_where_anchors_lie(policy: Policy, tmp_path: Path) -> None:
+    assert anchors_folder(policy) == default_anchors() == tmp_path / "xdg" / "fedloom"
+    path = tmp_path / "policy.toml"
+    path.write_text('[client]\nname = "a"\nanchors = "witness"\n[data]\nsource = "x.csv"\n')
+
+    mine = load_policy(path)
+    open_account(mine, rows("a")).close()
+
+    assert anchors_folder(mine) == tmp_path / "witness"
+    assert len(list((tmp_path / "witness").glob("*.anchor"))) == 1
+    assert not list(ledger_folder(mine).glob("*.anchor"))
+
+
+@pytest.mark.parametrize("budgeted", [0, 1, 4, 7])
+def test_rounds_left_is_what_reserve_allows(policy: Policy, tmp_path: Path, budgeted: int) -> None:
+    budget = epsilon([Spend(0.3, 1.0, 3 * budgeted)], 1e-5) if budgeted else 0.01
+    poor = policy.privacy.model_copy(update={"epsilon": budget})
+    with Ledger(tmp_path, "ab") as ledger:
+        for done in range(budgeted):
+            assert rounds_left(ledger, SPEND, poor, 100) == budgeted - done
+            ledger.reserve("run", done, SPEND, budget=budget, delta=poor.delta)
+
+        assert rounds_left(ledger, SPEND, poor, 100) == 0
+        with pytest.raises(BudgetError):
+            ledger.reserve("run", 99, SPEND, budget=budget, delta=poor.delta)
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 5, 8])
+def test_rounds_left_stops_where_it_is_told(policy: Policy, tmp_path: Path, most: int) -> None:
+    with Ledger(tmp_path, "ab") as ledger:
+        assert rounds_left(ledger, Spend(0.01, 100.0, 1), policy.privacy, most) == most
+
+
+def test_the_outlook_names_every_figure_and_a_run_without_a_round_is_refused(
+    policy: Policy, spec: Spec, tmp_path: Path
+) -> None:
+    one = epsilon([SPEND], policy.privacy.delta)
+    poor = policy.privacy.model_copy(update={"epsilon": one})
+    with Ledger(tmp_path, "ab") as ledger:
+        before = outlook(ledger, spec, poor)
+        check_affordable(before)
+        ledger.reserve("run", 0, SPEND, budget=one, delta=poor.delta)
+        after = outlook(ledger, spec, poor)
+
+    assert str(before) == (
+        f"epsilon 0.0000 of {one:g} is spent at delta 1e-05 over the life of this data; "
+        "the rest buys 1 of the 2 rounds of run 'tiny'"
+    )
+    with pytest.raises(BudgetError, match=rf"epsilon {one:.4f} of .* buys 0 of the 2 rounds of run 'tiny': not even"):
+        check_affordable(after)
+
+
+def test_a_round_costs_what_the_run_says(spec: Spec) -> None:
+    assert round_spend(spec) == SPEND
+    silent = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"noise_multiplier": None})})
+    with pytest.raises(PolicyError, match="needs a noise multiplier"):
+        round_spend(silent)
+
+
+def test_a_statement_says_what_is_promised_and_by_which_charges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids: list[float] = []
+
+    def noted(spends: list[Spend], delta: float, grid: float = GRID) -> float:
+        grids.append(grid)
+        return epsilon(spends, delta, grid)
+
+    monkeypatch.setattr(module, "epsilon", noted)
+    with Ledger(tmp_path, "ab") as ledger:
+        ledger.release(ledger.reserve("run", 0, SPEND, budget=50, delta=1e-5), "d" * 64)
+        ledger.reserve("run", 1, SPEND, budget=50, delta=1e-5)
+        document = json.loads(json.dumps(statement(ledger, 6.0, 1e-5)))
+        head, account = ledger.head, ledger.account
+
+    assert grids[-1] == REPORT_GRID
+    charges = document.pop("charges")
+    assert document == {
+        "format": "fedloom privacy statement 1",
+        "account": account,
+        "unit": "one example",
+        "adjacency": "add or remove one",
+        "delta": 1e-5,
+        "epsilon": epsilon([SPEND, SPEND], 1e-5, REPORT_GRID),
+        "budget": 6.0,
+        "accountant": {"kind": "PLD", "library": "dp-accounting", "version": version("dp-accounting")},
+        "grid": REPORT_GRID,
+        "sampling": document["sampling"],
+        "mechanisms": [{"sampling_rate": 0.3, "noise_multiplier": 1.0, "steps": 6}],
+        "entries": 4,
+        "head": head,
+    }
+    assert [(c["charge"], c["run"], c["round"], c["sampling_rate"], c["steps"], c["released"]) for c in charges] == [
+        (2, "run", 0, 0.3, 3, "d" * 64),
+        (4, "run", 1, 0.3, 3, None),
+    ]

@@ -1,0 +1,85 @@
+"""What a client does and says between learning of a run and training: the cheapest check first."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from fedloom.client import prepare as module
+from fedloom.client.config import Policy
+from fedloom.client.data.rows import Rows
+from fedloom.client.prepare import prepare
+from fedloom.client.privacy.account import open_account
+from fedloom.client.privacy.budget import round_spend
+from fedloom.proto.accounting import epsilon
+from fedloom.proto.errors import BudgetError
+from fedloom.proto.run import Spec
+
+
+@pytest.fixture
+def site(policy: Policy, rows: Rows, spec: Spec, tmp_path: Path) -> Policy:
+    """A policy with data, whose budget buys one round."""
+    source = tmp_path / "data.csv"
+    with source.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(zip(rows.texts, rows.labels, strict=True))
+    one = epsilon([round_spend(spec)], policy.privacy.delta)
+    return policy.model_copy(
+        update={
+            "data": policy.data.model_copy(update={"source": str(source)}),
+            "privacy": policy.privacy.model_copy(update={"epsilon": one}),
+        }
+    )
+
+
+def spend_all(site: Policy, rows: Rows, spec: Spec) -> None:
+    with open_account(site, rows) as ledger:
+        ledger.reserve("before", 0, round_spend(spec), budget=site.privacy.epsilon, delta=site.privacy.delta)
+
+
+def test_the_budget_and_what_it_buys_are_said_before_the_model_is_loaded(
+    site: Policy, spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def load(*_: object) -> None:
+        assert len(said) == 1
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "load_model", load)
+    for _ in range(2):  # the second time: a failure has closed the ledger
+        said.clear()
+        with pytest.raises(InterruptedError):
+            prepare(site, spec, announce=said.append)
+
+    assert said[0].startswith(f"epsilon 0.0000 of {site.privacy.epsilon:g} is spent at delta 1e-05")
+    assert said[0].endswith("the rest buys 1 of the 2 rounds of run 'tiny'")
+
+
+def test_a_run_of_which_no_round_can_be_paid_is_refused_before_the_model_is_loaded(
+    site: Policy, rows: Rows, spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    spend_all(site, rows, spec)
+
+    with pytest.raises(BudgetError, match=r"buys 0 of the 2 rounds of run 'tiny': not even one"):
+        prepare(site, spec)
+
+
+def test_a_client_that_still_owes_a_paid_update_joins_without_a_budget(site: Policy, rows: Rows, spec: Spec) -> None:
+    spend_all(site, rows, spec)
+
+    trainer = prepare(site, spec, owing=True)
+
+    assert trainer.ledger is not None
+    trainer.ledger.close()
+
+
+def test_a_run_without_privacy_opens_no_account(site: Policy, spec: Spec) -> None:
+    open_run = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"enabled": False})})
+
+    trainer = prepare(site, open_run, announce=lambda line: pytest.fail(line))
+
+    assert trainer.ledger is None
+    assert not site.client.state.exists()
