@@ -114,19 +114,19 @@ def _save(coordinator: "Coordinator", store: "Store", folder: Path) -> Path:
     """Write a PEFT adapter; needs the base model and torch."""
     from fedloom.client.export import facts, save_adapter
     from fedloom.client.model import load_model
-    from fedloom.proto.accounting import Spend, epsilon
-    from fedloom.server.rounds import RoundOpened
+    from fedloom.proto.accounting import Spend, statement
+    from fedloom.server.participation import rounds_asked
 
     config = coordinator.config
     model = load_model(config.model, config.adapter)
     model.load(coordinator.state.adapter)
-    spent, noise = None, config.privacy.noise_multiplier
+    privacy, noise = None, config.privacy.noise_multiplier
     if config.privacy.enabled and noise is not None:
-        # What a client spent that trained whenever a round was opened; each client's own ledger knows its own.
-        opened = sum(isinstance(event, RoundOpened) for event in store.events())
-        steps = [Spend(config.train.sampling_rate, noise, config.train.steps * opened)] if opened else []
-        spent = epsilon(steps, config.privacy.delta)
-    save_adapter(model, folder, facts(config, spent))
+        # What the client spent that was asked most often; each client's own ledger knows its own.
+        rounds = max(rounds_asked(store.events()).values(), default=0)
+        each = Spend(config.train.sampling_rate, noise, config.train.steps)
+        privacy = statement([each] * rounds, config.privacy.delta)
+    save_adapter(model, folder, facts(config, privacy))
     return folder
 
 

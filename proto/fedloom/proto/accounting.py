@@ -269,7 +269,7 @@ def _coarsened(mechanisms: tuple[Spend, ...], grid: float) -> float:
 
     A power of ten, so that the grids of two callers always divide each other and the finer never says more.
     """
-    reach = variance = 0.0
+    reach, variance = grid, 0.0
     for rate, noise, steps in _without_sampling_as_one(mechanisms):
         # The largest loss within 10 standard deviations (dp-accounting cuts at exp(-50)), and a bound on the
         # variance of one step's loss: that of the Gaussian, and that of the chi-square divergence at small rates.
