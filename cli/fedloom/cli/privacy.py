@@ -138,7 +138,9 @@ def _outlook(config: RunConfig, site: "Policy | None", prior: list[Spend]) -> di
     train, delta, noise = config.train, config.privacy.delta, config.privacy.noise_multiplier
     assert noise is not None  # a calibrated private run has one
     each, rounds = Spend(train.sampling_rate, noise, train.steps), config.run.rounds
-    columns: list[tuple[Adjacency, float]] = [("add or remove one", wide) for wide in (10 * delta, delta, delta / 10)]
+    columns: list[tuple[Adjacency, float]] = [
+        ("add or remove one", wide) for wide in (10 * delta, delta, float(f"{delta / 10:.6g}"))
+    ]
     columns = [column for column in [*columns, ("replace one", delta)] if column[1] < 1]
     rows = [
         {"rounds": joined, "adjacency": adjacency, "delta": at, "epsilon": _finite([spent])[0]}

@@ -22,6 +22,8 @@ from importlib.metadata import version
 from sys import float_info
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from fedloom.proto.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -302,12 +304,16 @@ def _epsilon(mechanisms: tuple[Spend, ...], delta: float, grid: float, adjacency
     # absolute error of the steps times the precision of a double (measured: 3e-17 a step against long double). It
     # may have either sign: at delta 1e-10 and 100,000 steps epsilon would belong to a delta 3 % higher. So twice
     # as much, and a little for each convolution and each tail of 1e-15 that it cuts, is taken off delta first.
-    error = 2 * float_info.epsilon * sum(steps + 1000 for _, _, steps in parts)
-    return (
-        float(_composed(mechanisms, grid, adjacency).get_epsilon_for_delta(delta - error))
-        if delta > error
-        else math.inf
-    )
+    left = delta - 2 * float_info.epsilon * sum(steps + 1000 for _, _, steps in parts)
+    if left <= 0:
+        return math.inf
+    composed = _composed(mechanisms, grid, adjacency)
+    with np.errstate(over="ignore"):  # in the hundreds its search divides by denormal numbers and answers infinity
+        found, step = float(composed.get_epsilon_for_delta(left)), 1e-9
+    # The search subtracts the grid from the largest loss up to a million times, and its roundings add up to 2e-9.
+    while math.isfinite(found) and composed.get_delta_for_epsilon(found) > left:
+        found, step = found + step, 2 * step
+    return found
 
 
 @lru_cache(maxsize=4)
