@@ -133,6 +133,8 @@ def epsilon(
     if not 0 < grid < math.inf:
         raise ConfigError(f"grid {grid!r} must be positive and finite")
     mechanisms = _bounded(_merged(spends))
+    if any(each.noise_multiplier < _LEAST_NOISE for each in mechanisms):
+        return math.inf  # losses in the hundreds of thousands; double precision ends here
     return _epsilon(mechanisms, delta, _coarsened(mechanisms, grid), adjacency) if mechanisms else 0.0
 
 
@@ -299,7 +301,7 @@ def _without_sampling_as_one(mechanisms: tuple[Spend, ...]) -> list[tuple[float,
 def _epsilon(mechanisms: tuple[Spend, ...], delta: float, grid: float, adjacency: Adjacency) -> float:
     parts = _without_sampling_as_one(mechanisms)
     if min(noise for _, noise, _ in parts) < _LEAST_NOISE:
-        return math.inf  # a loss in the hundreds of thousands; double precision ends here
+        return math.inf  # all the steps on the whole data set together
     # dp-accounting raises a Fourier transform of values up to 1 to the power of the steps, so that delta carries an
     # absolute error of the steps times the precision of a double (measured: 3e-17 a step against long double). It
     # may have either sign: at delta 1e-10 and 100,000 steps epsilon would belong to a delta 3 % higher. So twice
