@@ -42,6 +42,9 @@ SETTINGS = every_setting() if os.environ.get("FEDLOOM_PROVE") == "1" else every_
 # Where epsilon is in the hundreds nothing is private, and the others need gigabytes or give up.
 MEANINGFUL = 50.0
 
+# What a grid of 1e-3 may add to epsilon: most where steps are many and each loses much less than the grid.
+SLACK = 0.1
+
 
 def event(spend: Spend) -> DpEvent:
     """Full batches as the plain Gaussian mechanism: dp-accounting knows their composition exactly."""
@@ -82,12 +85,12 @@ def test_epsilon_is_never_below_another_accountant(spends: tuple[Spend, ...], de
 
     finer = pld(spends, delta)
     assert ours >= finer - 1e-9 * max(1.0, finer / MEANINGFUL)
-    assert ours <= finer * 1.02 + 0.02, "an upper bound, but a useless one"
+    assert ours <= finer + SLACK, "an upper bound, but a useless one"
     bound = rdp(spends, delta)
     assert ours <= bound + GRID
     if bound <= MEANINGFUL and all(spend.sampling_rate < 1 for spend in spends):
         low, high = prv(spends, delta)
-        assert low - 1e-9 <= ours <= high + 0.01 * (1 + high)
+        assert low - 1e-9 <= ours <= high + SLACK
 
 
 def test_there_are_as_many_settings_as_promised() -> None:
