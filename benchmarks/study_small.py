@@ -84,7 +84,7 @@ def train(arm: Arm) -> Outcome:
     from fedloom.server.store import Store
     from fedloom.simulation.federation import build, completed
     from fedloom.simulation.inprocess import run_inprocess, standing_clock
-    from fedloom.simulation.simulate import ledger_epsilon
+    from fedloom.simulation.simulate import ledger_statements
     from fedloom.strategies.start import starting_adapter
 
     torch.set_num_threads(1)
@@ -111,7 +111,8 @@ def train(arm: Arm) -> Outcome:
             for _ in run_inprocess(federation, coordinator):
                 pass
             federation.model.load(coordinator.state.adapter)
-        spent = max(ledger_epsilon(federation).values()) if arm.private else None
+        stated = ledger_statements(federation).values() if arm.private else ()
+        spent = max((each.epsilon for each in stated), default=None)
         tuning, report = (evaluate(federation.model, part).accuracy for part in split(federation.held_out))
     return Outcome(arm.method, arm.private, arm.rate, arm.seed, tuning, report, spent, time.monotonic() - began)
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from fedloom.proto.accounting import Spend, statement
 from fedloom.proto.run import load_run
 from fedloom.proto.schema import Schema
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy
+from fedloom.server.rounds import RoundOpened, RunCreated
 from fedloom.server.store import Store
 from fedloom.strategies.start import starting_adapter
 
@@ -29,7 +31,7 @@ def test_a_state_directory_becomes_a_peft_adapter(tmp_path: Path, tiny_base: Pat
         model = {{ base = "{tiny_base}", labels = ["no", "yes"] }}
         adapter = {{ rank = 4, alpha = 8 }}
         train = {{ steps = 1, sampling_rate = 0.5, learning_rate = 0.1 }}
-        privacy = {{ enabled = false }}
+        privacy = {{ noise_multiplier = 2.0 }}
         """
     )
     assert fedloom("prepare", run).returncode == 0
@@ -39,6 +41,9 @@ def test_a_state_directory_becomes_a_peft_adapter(tmp_path: Path, tiny_base: Pat
     config = config.model_copy(update={"model": config.model.model_copy(update={"digest": prepared["digest"]})})
     with Store(tmp_path / "state") as store:
         Coordinator(config, schema, build_strategy(config), store, starting=starting_adapter(schema, 4))
+        (created,) = store.events()
+        assert isinstance(created, RunCreated)
+        store.append(RoundOpened(0, 0, created.state, ("a", "b"), 60.0))
 
     done = fedloom("export", run, "--state", tmp_path / "state", "--out", tmp_path / "adapter")
 
@@ -47,7 +52,12 @@ def test_a_state_directory_becomes_a_peft_adapter(tmp_path: Path, tiny_base: Pat
     saved, expected = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), starting_adapter(schema, 4)
     assert saved.keys() == expected.keys()
     assert all(np.array_equal(saved[name], expected[name]) for name in saved)
-    assert json.loads((tmp_path / "adapter" / "fedloom.json").read_text())["base_digest"] == prepared["digest"]
+    known = json.loads((tmp_path / "adapter" / "fedloom.json").read_text())
+    assert known["base_digest"] == prepared["digest"]
+    # Of three rounds one was opened, and it is what may have been spent.
+    spent = json.loads(json.dumps(statement([Spend(0.5, 2.0, 1)], 1e-5).document()))
+    assert spent.items() <= known["privacy"].items()
+    assert (known["privacy"]["rounds"], known["privacy"]["clip_norm"]) == (1, 1.0)
 
 
 def test_a_missing_state_directory_is_named(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "no noise": ({"privacy": {"noise_multiplier": None}}, "a private run without a noise multiplier"),
     "little noise": ({"privacy": {"noise_multiplier": 0.79}}, "noise multiplier 0.79 (at least 0.8)"),
     "high rate": ({"train": {"sampling_rate": 0.11}}, "sampling rate 0.11 (at most 0.1)"),
+    "delta": ({"privacy": {"delta": 1e-3}}, "delta 0.001 (below 1/declared_examples = 0.001)"),
     "steps": ({"train": {"steps": 21}}, "21 steps a round (at most 20)"),
     "rounds": ({"run": {"rounds": 31}}, "31 rounds (at most 30)"),
     "kind": ({"adapter": {"kind": "bias"}}, "adapter kind bias (allowed: lora)"),
@@ -79,6 +80,13 @@ def test_a_private_run_needs_a_declared_size() -> None:
 
     with pytest.raises(PolicyError, match=r"refuses run 'demo': a private run without data\.declared_examples"):
         check_spec(undeclared, spec())
+
+
+def test_a_budget_at_a_delta_that_gives_examples_away_allows_no_private_run() -> None:
+    careless = policy(privacy={"delta": 0.01})
+
+    with pytest.raises(PolicyError, match=r"this policy's privacy\.delta 0\.01 \(below 1/declared_examples = 0\.001\)"):
+        check_spec(careless, spec())
 
 
 def test_a_run_without_privacy_is_held_to_the_caps_on_work_only() -> None:

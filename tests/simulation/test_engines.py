@@ -150,14 +150,25 @@ def test_private_simulation_leaves_a_complete_run_folder(config: RunConfig, tmp_
     records = read_metrics(folder)
     assert [record.round for record in records] == [0, 1, 2]
     assert records[-1].accuracy == result.final.accuracy
-    assert records[-1].epsilon == pytest.approx(result.epsilon)
+    # While a run goes on the coarser grid is used, and rounds a client was asked to join; its ledger has the report.
+    assert records[-1].epsilon is not None
+    for name, stated in result.privacy.items():
+        assert stated.epsilon <= records[-1].epsilon[name] <= stated.epsilon + 0.01
+        assert (stated.rounds, [each.steps for each in stated.mechanisms]) == (2, [6])
+    assert records[-1].privacy is not None
+    assert records[-1].privacy["epsilon"] == max(records[-1].epsilon.values())
+    assert (records[-1].privacy["rounds"], records[1].privacy and records[1].privacy["rounds"]) == (2, 1)
     assert 0 < max(result.epsilon.values()) <= 20.0
     assert records[1].epsilon is not None
     assert max(records[1].epsilon.values()) < max(result.epsilon.values())
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     known = json.loads((folder / "adapter" / "fedloom.json").read_text())
     assert known["privacy"]["epsilon"] == pytest.approx(max(result.epsilon.values()))
-    assert known["privacy"]["adjacency"] == "add or remove one"
+    worst = max(result.privacy.values(), key=lambda each: each.epsilon)
+    terms = json.loads(json.dumps(worst.document()))
+    assert terms.items() <= known["privacy"].items()
+    assert (terms["unit"], terms["adjacency"], terms["delta"]) == ("one example", "add or remove one", 1e-2)
+    assert json.loads((folder / "summary.json").read_text())["privacy"].keys() == result.privacy.keys()
     assert result.agreement == 1.0
     # B only goes up under FedSVD; A comes down too.
     assert records[1].bytes_up < records[1].bytes_down

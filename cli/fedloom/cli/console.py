@@ -5,7 +5,9 @@ from importlib.metadata import version as distribution_version
 import typer
 from rich.console import Console
 
-__all__ = ["failed", "megabytes", "out", "version"]
+from fedloom.proto.accounting import Statement
+
+__all__ = ["failed", "megabytes", "out", "terms", "version"]
 
 out = Console(highlight=False, soft_wrap=True)
 """Standard output: results."""
@@ -26,6 +28,20 @@ def megabytes(size_bytes: int) -> str:
     '1.2 MB'
     """
     return f"{size_bytes / 1e6:.1f} MB"
+
+
+def terms(stated: Statement) -> str:
+    """What an epsilon means and rests on, in lines for people."""
+    done = "; ".join(
+        f"{each.steps:,} steps at rate {each.sampling_rate:g} with noise multiplier {each.noise_multiplier:g}"
+        for each in stated.mechanisms
+    )
+    return (
+        f"protects {stated.unit} ({stated.adjacency}), over {stated.covers}, at delta {stated.delta:g}\n"
+        f"sampled  {done or 'nothing'}\n"
+        f"         {stated.sampling}\n"
+        f"account  {stated.accountant}, grid {stated.grid:g}"
+    )
 
 
 def version(asked: bool) -> None:

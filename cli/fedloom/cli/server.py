@@ -114,21 +114,21 @@ def _save(coordinator: "Coordinator", store: "Store", folder: Path) -> Path:
     """Write a PEFT adapter; needs the base model and torch."""
     from fedloom.client.export import facts, save_adapter
     from fedloom.client.model import load_model
-    from fedloom.proto.accounting import Spend, epsilon
-    from fedloom.server.rounds import RoundOpened
-    from fedloom.server.user_ledger import statement
+    from fedloom.proto.accounting import Spend, statement
+    from fedloom.server.participation import rounds_asked
+    from fedloom.server.user_ledger import statement as user_statement
 
     config = coordinator.config
     model = load_model(config.model, config.adapter)
     model.load(coordinator.state.adapter)
-    spent, noise = None, config.privacy.noise_multiplier
+    privacy, noise = None, config.privacy.noise_multiplier
     if config.privacy.enabled and noise is not None:
-        # What a client spent that trained whenever a round was opened; each client's own ledger knows its own.
-        opened = sum(isinstance(event, RoundOpened) for event in store.events())
-        steps = [Spend(config.train.sampling_rate, noise, config.train.steps * opened)] if opened else []
-        spent = epsilon(steps, config.privacy.delta)
-    user = statement(config.user_level, coordinator.state.round)
-    save_adapter(model, folder, {**facts(config, spent), "user_privacy": user})
+        # What the client spent that was asked most often; each client's own ledger knows its own.
+        rounds = max(rounds_asked(store.events()).values(), default=0)
+        each = Spend(config.train.sampling_rate, noise, config.train.steps)
+        privacy = statement([each] * rounds, config.privacy.delta)
+    user = user_statement(config.user_level, coordinator.state.round)
+    save_adapter(model, folder, {**facts(config, privacy), "user_privacy": user})
     return folder
 
 

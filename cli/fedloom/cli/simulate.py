@@ -7,7 +7,7 @@ import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedloom.cli.console import megabytes, out
+from fedloom.cli.console import megabytes, out, terms
 from fedloom.proto.run import RunConfig, load_run
 
 if TYPE_CHECKING:
@@ -109,12 +109,15 @@ def _summary(config: RunConfig, result: "Result") -> None:
     up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
     table.add_row("sent by all clients", "", f"{megabytes(up)} up, {megabytes(down)} down")
     table.add_row("time", "", f"{result.records[-1].seconds:.0f} s")
-    for name, spent in result.epsilon.items():
-        table.add_row(f"epsilon of {name}", "0", f"{spent:.3f} at delta {config.privacy.delta:g}")
+    for name, stated in result.privacy.items():
+        joined = f"{stated.rounds} of {config.run.rounds} rounds joined"
+        table.add_row(f"epsilon of {name}", "0", f"{stated.epsilon:.3f} at delta {stated.delta:g}, {joined}")
     if result.user_epsilon is not None:
         table.add_row("user-level epsilon", "0", f"{result.user_epsilon:.3f} at delta {config.user_level.delta:g}")
     out.print()
     out.print(table)
+    if result.privacy:
+        out.print(f"\n{terms(max(result.privacy.values(), key=lambda each: each.epsilon))}", markup=False)
     out.print(f"\nadapter  {result.folder / 'adapter'}", markup=False)
     out.print(f"         reloaded with PeftModel.from_pretrained: {result.agreement:.1%} of predictions the same")
     out.print(f"metrics  {result.folder / 'metrics.jsonl'}", markup=False)

@@ -141,6 +141,13 @@ def _privacy_problems(policy: Policy, spec: Spec) -> list[str]:
         problems.append(f"sampling rate {spec.train.sampling_rate:g} (at most {mine.max_sampling_rate:g})")
     if policy.data.declared_examples is None:
         problems.append("a private run without data.declared_examples in this policy; declare a rounded number")
+    else:
+        # A mechanism that publishes each example with probability delta has this delta: at 1/n it gives one away.
+        limit = 1 / policy.data.declared_examples
+        deltas = (("delta", asked.delta), ("this policy's privacy.delta", mine.delta))
+        problems += [
+            f"{name} {delta:g} (below 1/declared_examples = {limit:g})" for name, delta in deltas if delta >= limit
+        ]
     return problems
 
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
 from fedloom.client.losses import positions
 from fedloom.client.model import MODELS, AdapterModel, load_base
-from fedloom.proto.accounting import GRID
+from fedloom.proto.accounting import Statement
 from fedloom.proto.errors import ModelError
 from fedloom.proto.run import RunConfig, Task
 from fedloom.proto.schema import Role
@@ -54,12 +54,12 @@ def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
     (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def facts(config: RunConfig, spent: float | None) -> dict[str, Any]:
+def facts(config: RunConfig, privacy: Statement | None) -> dict[str, Any]:
     """What an adapter's user should know: base model, labels, and the privacy guarantee with its terms.
 
     Args:
         config: A completed run file.
-        spent: Largest epsilon of any client; None in a run without privacy.
+        privacy: Statement of the client that has spent most; None in a run without privacy.
     """
     known: dict[str, Any] = {
         "run": config.run.name,
@@ -71,18 +71,11 @@ def facts(config: RunConfig, spent: float | None) -> dict[str, Any]:
         "rounds": config.run.rounds,
         "privacy": None,
     }
-    if config.privacy.enabled:
+    if privacy is not None:
         known["privacy"] = {
-            "epsilon": spent,
-            "delta": config.privacy.delta,
-            "unit": "one training example",
-            "adjacency": "add or remove one",
+            **privacy.document(),
             "mechanism": "DP-SGD on every client: Poisson sampling, per-example clipping, Gaussian noise",
-            "sampling_rate": config.train.sampling_rate,
-            "noise_multiplier": config.privacy.noise_multiplier,
             "clip_norm": config.privacy.clip_norm,
-            "accountant": "dp-accounting PLD, pessimistic",
-            "grid": GRID,
         }
     return known
 

@@ -25,6 +25,8 @@ class RoundRecord:
     loss: float | None
     epsilon: dict[str, float] | None
     """Epsilon by client so far; None without privacy."""
+    privacy: dict[str, Any] | None
+    """Statement of the client that has spent most so far: the terms of `epsilon`; None without privacy."""
     bytes_up: int
     bytes_down: int
     seconds: float

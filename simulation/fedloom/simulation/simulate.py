@@ -3,8 +3,7 @@
 import os
 import queue
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,16 +15,17 @@ from fedloom.client.export import facts, load_exported, predict, save_adapter
 from fedloom.client.model import resolve_base
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.trainer import Score, evaluate
-from fedloom.proto.accounting import Spend, epsilon
+from fedloom.proto.accounting import GRID, Spend, Statement, statement
 from fedloom.proto.errors import FedloomError
 from fedloom.proto.run import RunConfig
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy
+from fedloom.server.participation import rounds_asked
 from fedloom.server.progress import Progress
-from fedloom.server.rounds import RoundOpened
+from fedloom.server.rounds import RoundOpened, RunCreated
 from fedloom.server.store import Store
 from fedloom.server.user_ledger import spent as user_spent
-from fedloom.server.user_ledger import statement
+from fedloom.server.user_ledger import statement as user_statement
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess, standing_clock
 from fedloom.simulation.processes import run_processes
@@ -33,7 +33,7 @@ from fedloom.simulation.record import RoundRecord, new_folder, plot, write_confi
 from fedloom.strategies.api import State
 from fedloom.strategies.start import starting_adapter
 
-__all__ = ["Result", "Watcher", "ledger_epsilon", "simulate"]
+__all__ = ["Result", "Watcher", "ledger_statements", "simulate"]
 
 
 @dataclass
@@ -53,12 +53,17 @@ class Result:
     records: list[RoundRecord]
     start: Score
     final: Score
-    epsilon: dict[str, float]
-    """Epsilon by client, read from the ledgers; empty without privacy."""
+    privacy: dict[str, Statement]
+    """What each client has spent, read from its ledger; empty without privacy."""
     user_epsilon: float | None
     """Epsilon of a whole client, by the coordinator's noise; None without user-level privacy."""
     agreement: float
     """Share of held-out rows on which the adapter reloaded through PEFT predicts what the run's model predicts."""
+
+    @property
+    def epsilon(self) -> dict[str, float]:
+        """Epsilon by client; empty without privacy."""
+        return {name: stated.epsilon for name, stated in self.privacy.items()}
 
 
 @dataclass
@@ -105,7 +110,7 @@ def simulate(config: RunConfig, out: Path, watcher: Watcher | None = None) -> Re
         )
         coordinator.on_commit = lambda rounds, state: tape.commits.put((rounds, state))
         began = time.monotonic()
-        _record(folder, tape, watcher, RoundRecord(0, 0, start.accuracy, start.loss, None, 0, 0, 0.0))
+        _record(folder, tape, watcher, RoundRecord(0, 0, start.accuracy, start.loss, None, None, 0, 0, 0.0))
         for _ in _engine(federation, coordinator, folder):
             watcher.moved(coordinator.progress)
             _drain(federation, coordinator, store, tape, watcher, began)
@@ -139,7 +144,9 @@ def _drain(
     config = federation.config
     while not tape.commits.empty():
         rounds, state = tape.commits.get()
-        opened = [event for event in store.events() if isinstance(event, RoundOpened) and event.round < rounds]
+        events = [event for event in store.events() if not isinstance(event, RunCreated) and event.round < rounds]
+        cohort = [event.cohort for event in events if isinstance(event, RoundOpened)][-1]
+        spent = _spent(federation, rounds_asked(events)) if config.privacy.enabled else None
         score = None
         if rounds % config.evaluation.every == 0 or rounds == config.run.rounds:
             federation.model.load(state.adapter)
@@ -147,10 +154,11 @@ def _drain(
         down, up = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
         record = RoundRecord(
             rounds,
-            len(opened[-1].cohort),
+            len(cohort),
             score.accuracy if score else None,
             score.loss if score else None,
-            _spent(federation, opened) if config.privacy.enabled else None,
+            {name: stated.epsilon for name, stated in spent.items()} if spent else None,
+            _worst(spent).document() if spent else None,
             up,
             down,
             round(time.monotonic() - began, 3),
@@ -159,18 +167,18 @@ def _drain(
         _record(store.folder.parent, tape, watcher, record)
 
 
-def _spent(federation: Federation, opened: list[RoundOpened]) -> dict[str, float]:
-    """Epsilon by client if each has trained whenever it was asked to: never below what its ledger says."""
+def _spent(federation: Federation, asked: Mapping[str, int]) -> dict[str, Statement]:
+    """What each client has spent if it trained whenever it was asked to: never below what its ledger says."""
     privacy, train = federation.config.privacy, federation.config.train
     assert privacy.noise_multiplier is not None  # a completed private run has one
-    asked = Counter(name for event in opened for name in event.cohort)
-    return {
-        name: epsilon(
-            [Spend(train.sampling_rate, privacy.noise_multiplier, train.steps * asked[name])] if asked[name] else [],
-            privacy.delta,
-        )
-        for name in federation.clients
-    }
+    each = Spend(train.sampling_rate, privacy.noise_multiplier, train.steps)
+    # On the grid of the ledgers: a report's finer one would cost seconds a round.
+    return {name: statement([each] * asked[name], privacy.delta, GRID) for name in federation.clients}
+
+
+def _worst(stated: Mapping[str, Statement]) -> Statement:
+    """The statement of the client that has spent most."""
+    return max(stated.values(), key=lambda each: each.epsilon)
 
 
 def _record(folder: Path, tape: _Tape, watcher: Watcher, record: RoundRecord) -> None:
@@ -184,13 +192,10 @@ def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, sta
     config, model = federation.config, federation.model
     model.load(state.adapter)
     final = evaluate(model, federation.held_out)
-    spent = ledger_epsilon(federation) if config.privacy.enabled else {}
-    user = statement(config.user_level, state.round)
-    save_adapter(
-        model,
-        folder / "adapter",
-        {**facts(config, max(spent.values(), default=None)), "user_privacy": user, "held_out_accuracy": final.accuracy},
-    )
+    spent = ledger_statements(federation) if config.privacy.enabled else {}
+    known = facts(config, _worst(spent) if spent else None)
+    user = user_statement(config.user_level, state.round)
+    save_adapter(model, folder / "adapter", {**known, "user_privacy": user, "held_out_accuracy": final.accuracy})
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, federation.held_out, pad, str(model.device))
     base, names, task = resolve_base(config.model.base), config.model.labels, config.model.task
@@ -205,7 +210,8 @@ def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, sta
             "accuracy": final.accuracy,
             "loss": final.loss,
             "held_out_examples": final.examples,
-            "epsilon": spent,
+            "epsilon": result.epsilon,
+            "privacy": {name: stated.document() for name, stated in spent.items()},
             "user_epsilon": result.user_epsilon,
             "reloaded_agreement": agreement,
             "seconds": tape.records[-1].seconds,
@@ -216,11 +222,12 @@ def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, sta
     return result
 
 
-def ledger_epsilon(federation: Federation) -> dict[str, float]:
+def ledger_statements(federation: Federation) -> dict[str, Statement]:
     """What each client's own ledger says it has spent."""
-    spent: dict[str, float] = {}
+    stated: dict[str, Statement] = {}
     for name, rows in federation.clients.items():
         policy = federation.policies[name]
         with Ledger(policy.client.state / "ledger", digest(rows)) as ledger:
-            spent[name] = ledger.epsilon(policy.privacy.delta)
-    return spent
+            spends = [charge.spend for charge in ledger.charges()]
+        stated[name] = statement(spends, policy.privacy.delta, covers="the whole life of the data set")
+    return stated
