@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.connection import Connection
+from fedloom.client.secagg import Delivery, check_assignment, membership
 from fedloom.client.training import Training
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import FedloomError, PolicyError, ProtocolError, SchemaError, Unavailable, UpdateRejected
@@ -33,6 +34,8 @@ class _Pending:
 
     header: UpdateHeader
     payload: bytes
+    delivery: Delivery | None = None
+    """Hands it in as part of a secure sum; None sends it openly."""
 
 
 class Participant:
@@ -86,7 +89,8 @@ class Participant:
             The end of the run, or None while it goes on.
         """
         if self._pending is not None:
-            self._deliver()
+            with self._leaving_on(PolicyError):
+                self._deliver()
             return None
         answer = self._insist(self.connection.work)
         if isinstance(answer, Finished):
@@ -96,7 +100,7 @@ class Participant:
             return None
         with self._leaving_on(PolicyError):
             self._pending = self._train(answer)
-        self._deliver()
+            self._deliver()
         return None
 
     def run(self, *, patience_s: float = 300.0) -> Finished:
@@ -135,7 +139,11 @@ class Participant:
         trainer, joined = self._trainer, self._joined
         assert trainer is not None  # step is only called after join
         assert joined is not None
-        incoming, outgoing = codec(assignment.broadcast_codec), codec(assignment.upload_codec)
+        check_assignment(joined.spec, assignment)
+        secure = joined.spec.secure_aggregation
+        member = membership(self.policy, joined.spec) if secure.enabled else None
+        incoming = codec(assignment.broadcast_codec)
+        outgoing = secure.fixed_point if secure.enabled else codec(assignment.upload_codec)
         schema = broadcast_schema(joined.schema, assignment)
         if incoming.encoded_size(schema) != assignment.broadcast_bytes:
             raise ProtocolError(
@@ -155,18 +163,30 @@ class Participant:
         finally:
             self._training.clear()
         header = UpdateHeader(self.name, assignment.round, upload.digest, assignment.upload_codec, len(body), digest)
-        return _Pending(header, body)
+        return _Pending(header, body, Delivery(member, header, body) if member else None)
 
     def _deliver(self) -> None:
-        """Send the pending update; it is forgotten once the coordinator has it or no longer wants it."""
+        """Send the pending update; it is forgotten once the coordinator has it or no longer wants it.
+
+        Part of a secure sum, it may take several calls.
+        """
         pending = self._pending
         assert pending is not None  # callers check
         try:
-            self._insist(lambda: self.connection.submit(pending.header, pending.payload))
+            if not self._insist(lambda: self._send(pending)):
+                return
             self.rounds_trained += 1
         except (UpdateRejected, ProtocolError) as error:
             log.warning("round %d: update not taken: %s", pending.header.round + 1, error)
         self._pending = None
+
+    def _send(self, pending: _Pending) -> bool:
+        """Whether the update is where it belongs."""
+        if pending.delivery is None:
+            self.connection.submit(pending.header, pending.payload)
+            return True
+        assert self._joined is not None  # there is an update
+        return pending.delivery.advance(self.connection, self._joined)
 
     def _insist(self, call: Callable[[], Reply]) -> Reply:
         """Make a call; if it is refused, join and make it once more.

@@ -77,6 +77,10 @@ class Strategy(Protocol):
 
     `Acc` is whatever `fold` builds up; it lives only within a round and never leaves memory. Keep it
     O(adapter), not O(clients), unless the method must compare updates (Krum, median).
+
+    A strategy whose next state depends on the updates only through their weighted mean, and which asks the same of
+    every client, says so with a class attribute `linear: ClassVar[bool] = True`. Only such strategies work where the
+    coordinator sees sums alone.
     """
 
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:

@@ -1,6 +1,7 @@
 """FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629); on LoRA pairs also called FedIT (arXiv 2305.05644)."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fedloom.proto.schema import Role, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Update
@@ -22,6 +23,8 @@ class FedAvg:
     Args:
         train_head: Whether the head is trained; it is broadcast either way.
     """
+
+    linear: ClassVar[bool] = True
 
     train_head: bool = True
 

@@ -1,7 +1,7 @@
 """FedPEFT (Sun et al., IEEE BigData 2024, arXiv 2210.01708)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.schema import LORA, Role, Schema, Tensors
@@ -30,6 +30,8 @@ class FedPEFT:
     Raises:
         ConfigError: The kind is unknown, or is the head while the head is frozen.
     """
+
+    linear: ClassVar[bool] = True
 
     kind: Literal["lora", "bias", "head"] = "lora"
     train_head: bool = True

@@ -1,6 +1,7 @@
 """FedSVD (Lee et al., NeurIPS 2025, arXiv 2505.12805)."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -35,6 +36,8 @@ class FedSVD:
     """
 
     period: int = 1
+    linear: ClassVar[bool] = True
+
     train_head: bool = True
 
     def __post_init__(self) -> None:

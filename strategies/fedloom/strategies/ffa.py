@@ -1,6 +1,7 @@
 """FFA-LoRA (Sun et al., ICLR 2024, arXiv 2403.12313)."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,6 +26,8 @@ class FFA:
             about sqrt(3) larger than without, so learning rates do not carry over.
         train_head: Whether the head is trained; it is broadcast either way.
     """
+
+    linear: ClassVar[bool] = True
 
     orthonormal: bool = False
     train_head: bool = True
