@@ -4,7 +4,6 @@ Two sums of the same updates over two lists differ by the updates of whoever is 
 has revealed its shares for a list reveals none for another list of that round, also after a restart.
 """
 
-import hashlib
 import json
 import os
 import sqlite3
@@ -24,7 +23,7 @@ CREATE TABLE IF NOT EXISTS revealed (
 """
 
 
-def remember(folder: Path, run: str, round: int, update: bytes, survivors: Iterable[str]) -> None:
+def remember(folder: Path, run: str, round: int, update: str, survivors: Iterable[str]) -> None:
     """Write down, durably, that shares are about to be revealed for this update and these survivors.
 
     Returning means that they may be. Doing it again with the same update and survivors is allowed.
@@ -33,14 +32,14 @@ def remember(folder: Path, run: str, round: int, update: bytes, survivors: Itera
         folder: The client's state folder.
         run: The run's random name.
         round: From 0.
-        update: The update before masking.
+        update: SHA-256 of the update before masking, hex.
         survivors: Names of those whose updates are in the sum.
 
     Raises:
         PolicyError: Shares were revealed for other survivors, or for another update, in this round before.
         LedgerError: The disk refuses.
     """
-    what = json.dumps([hashlib.sha256(update).hexdigest(), *sorted(survivors)])
+    what = json.dumps([update, *sorted(survivors)])
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with closing(sqlite3.connect(folder / _FILE, isolation_level=None)) as db:

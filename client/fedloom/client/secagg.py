@@ -88,14 +88,15 @@ class Attempt:
         member: This client.
         place: Run, epoch and round.
         update: The update as words, not masked, see `FixedPoint.encode`.
+        digest: Its SHA-256, hex.
 
     Attributes:
         message: What to send next.
         masked: The masked update as long as it has to be sent; it goes before `message`.
     """
 
-    def __init__(self, member: Member, place: Place, update: bytes) -> None:
-        self._member, self._place, self._update = member, place, update
+    def __init__(self, member: Member, place: Place, update: bytes, digest: str) -> None:
+        self._member, self._place, self._update, self._digest = member, place, update, digest
         self._mask_key, self._share_key = X25519PrivateKey.generate(), X25519PrivateKey.generate()
         self._seed = secrets.token_bytes(KEY_BYTES)
         self._advert = advertise(
@@ -218,7 +219,7 @@ class Attempt:
                 f"{len(agreed)} of the cohort have signed the survivors that this client was told; "
                 f"{self.threshold} are needed, so the coordinator may have told others a different list"
             )
-        remember(self._member.folder, place.run, place.round, self._update, survivors)
+        remember(self._member.folder, place.run, place.round, self._digest, survivors)
         return {
             name: share[:SHARE_BYTES] if name in survivors else share[SHARE_BYTES:]
             for name, share in self._shares.items()
@@ -260,7 +261,8 @@ class Delivery:
 
     Args:
         member: This client.
-        header: Addresses the update; its digest and attempt are filled in when it is masked.
+        header: Addresses the update, with the digest of `update`; that of what is sent and the attempt are filled in
+            when it is masked.
         update: The update as words, not masked.
     """
 
@@ -304,7 +306,7 @@ class Delivery:
             # What was revealed is remembered by run: the same update must not count as another's.
             raise ProtocolError(f"the update was made for run {self._place.run[:8]}, not for {place.run[:8]}; drop it")
         if self._attempt is None or place != self._place:
-            self._place, self._attempt = place, Attempt(self._member, place, self._update)
+            self._place, self._attempt = place, Attempt(self._member, place, self._update, self._header.digest)
         return self._attempt
 
     def _addressed(self, attempt: Attempt, masked: bytes) -> UpdateHeader:

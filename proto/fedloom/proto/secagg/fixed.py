@@ -94,19 +94,17 @@ class FixedPoint:
         """
         schema.check(tensors)
         flat = np.empty(schema.size, "<i4")
-        offset = 0
+        offset, per_step = 0, 1 / self.step
         for spec in schema.tensors:
-            scaled = np.ravel(tensors[spec.name]).astype(np.float64)
-            scaled /= self.step
-            np.rint(scaled, out=scaled)
+            tensor, part = tensors[spec.name], flat[offset : offset + spec.size]
             # A comparison with NaN is false, so this also refuses NaN and Inf.
-            if spec.size and not (scaled.max() <= self.levels and scaled.min() >= -self.levels):
-                largest = float(np.abs(tensors[spec.name]).max())
+            if spec.size and not (tensor.max() <= self.max_change and tensor.min() >= -self.max_change):
                 raise CodecError(
-                    f"{spec.name!r} changed by {largest:g}; secure_aggregation.max_change = {self.max_change:g} is the "
-                    "most that can be sent, raise it for the run or lower the learning rate"
+                    f"{spec.name!r} changed by {float(np.abs(tensor).max()):g}; secure_aggregation.max_change = "
+                    f"{self.max_change:g} is the most that can be sent, raise it for the run or lower the learning rate"
                 )
-            flat[offset : offset + spec.size] = scaled
+            scaled = np.multiply(np.ravel(tensor), per_step, dtype=np.float64)
+            part[:] = np.rint(scaled, out=scaled)
             offset += spec.size
         return flat.tobytes()
 
