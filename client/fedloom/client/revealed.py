@@ -1,26 +1,21 @@
 """What this client has helped to unmask, on its disk: one list of survivors for one update in one round.
 
 Two sums of the same updates over two lists differ by the updates of whoever is on only one of them. So a client that
-has revealed its shares for a list reveals none for another list of that round, also after a restart.
+has revealed its shares for a list reveals none for another list of that round, nor for an earlier round, also after
+a restart.
 """
 
+import hashlib
 import json
 import os
-import sqlite3
 from collections.abc import Iterable
-from contextlib import closing
 from pathlib import Path
 
 from fedloom.proto.errors import LedgerError, PolicyError
 
 __all__ = ["remember"]
 
-_FILE = "revealed.db"
-_TABLE = """
-CREATE TABLE IF NOT EXISTS revealed (
-    run TEXT NOT NULL, round INTEGER NOT NULL, what TEXT NOT NULL, PRIMARY KEY (run, round)
-) STRICT;
-"""
+_FOLDER = "revealed"
 
 
 def remember(folder: Path, run: str, round: int, update: str, survivors: Iterable[str]) -> None:
@@ -36,29 +31,37 @@ def remember(folder: Path, run: str, round: int, update: str, survivors: Iterabl
         survivors: Names of those whose updates are in the sum.
 
     Raises:
-        PolicyError: Shares were revealed for other survivors, or for another update, in this round before.
-        LedgerError: The disk refuses.
+        PolicyError: Shares were revealed for other survivors, for another update, or in a later round before.
+        LedgerError: The disk refuses, or what was remembered cannot be read.
     """
-    what = json.dumps([update, *sorted(survivors)])
-    folder.mkdir(parents=True, exist_ok=True)
+    # The coordinator chose the run's name, so it must not become a path.
+    path = folder / _FOLDER / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.json"
+    what = [round, update, *sorted(survivors)]
     try:
-        with closing(sqlite3.connect(folder / _FILE, isolation_level=None)) as db:
-            db.execute("PRAGMA synchronous=FULL")
-            db.execute(_TABLE)
-            db.execute("INSERT OR IGNORE INTO revealed VALUES (?, ?, ?)", (run, round, what))
-            ((known,),) = db.execute("SELECT what FROM revealed WHERE run = ? AND round = ?", (run, round)).fetchall()
-        _sync(folder)
-    except (sqlite3.Error, OSError) as error:
-        raise LedgerError(f"{folder / _FILE} cannot be written: {error}; no shares are revealed without it") from error
-    if known != what:
-        raise PolicyError(
-            f"round {round + 1} was unmasked before with {len(json.loads(known)) - 1} survivors or another update; "
-            "a second sum would tell single updates apart, so this client takes no further part in the round"
-        )
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else [-1]
+        if known == what:
+            return
+        if known[0] < round:
+            _replace(path, json.dumps(what))
+            return
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise LedgerError(f"{path} cannot be read or written: {error}; no shares are revealed without it") from error
+    raise PolicyError(
+        f"round {round + 1} cannot be unmasked: round {known[0] + 1} was, with {len(known) - 2} survivors or another "
+        "update; a second sum would tell single updates apart, so this client takes no further part in the round"
+    )
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _replace(path: Path, text: str) -> None:
+    """The file holds either its old or its new text, whenever the machine dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

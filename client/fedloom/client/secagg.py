@@ -209,14 +209,14 @@ class Attempt:
         survivors, place = self._survivors, self._place
         assert survivors is not None  # only what was confirmed is unmasked
         cohort = cohort_digest(place, self._adverts)
-        agreed = {self._member.name} | {
-            name
-            for name, signature in parts.items()
-            if name in survivors and confirms(signature, self._pinned(name), place, cohort, survivors)
-        }
-        if len(agreed) < self.threshold:
+        agreed = 1  # this client itself
+        for name in survivors & parts.keys() - {self._member.name}:
+            if agreed == self.threshold:
+                break
+            agreed += confirms(parts[name], self._pinned(name), place, cohort, survivors)
+        if agreed < self.threshold:
             raise PolicyError(
-                f"{len(agreed)} of the cohort have signed the survivors that this client was told; "
+                f"{agreed} of the cohort have signed the survivors that this client was told; "
                 f"{self.threshold} are needed, so the coordinator may have told others a different list"
             )
         remember(self._member.folder, place.run, place.round, self._digest, survivors)
