@@ -1,4 +1,4 @@
-"""The coordinator's steps of a secure sum, by messages alone: who is waited for, what is refused, when it begins anew."""
+"""The coordinator's steps of a secure sum by messages alone: who is waited for, and what is refused."""
 
 import numpy as np
 import pytest
@@ -95,7 +95,7 @@ def test_a_step_whose_time_is_up_goes_on_with_enough(exchange: Exchange, step: S
     send(exchange, step, *NAMES[:4])
 
     assert exchange.advance(NAMES, overdue=True)
-    assert exchange.step is (None if step is Step.UNMASK else step + 1)
+    assert exchange.step == (None if step is Step.UNMASK else step + 1)
 
 
 @pytest.mark.parametrize("step", [Step.SHARE, Step.MASK, Step.CONFIRM])
