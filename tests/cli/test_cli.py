@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,17 @@ def test_a_charged_ledger_shows_its_charges_and_what_they_cost(policy: Path) -> 
     assert f"spent epsilon {epsilon([spend, spend], 1e-6):.4f} of 3 at delta 1e-06" in done.stdout
 
 
+def test_an_identity_is_printed_as_the_line_its_peers_pin(policy: Path) -> None:
+    once, again = fedloom("identity", policy), fedloom("identity", policy)
+
+    assert once.returncode == 0
+    assert once.stdout == again.stdout
+    (key,) = tomllib.loads(once.stdout).values()
+    assert re.fullmatch(r"[0-9a-f]{64}", key)
+    private = (policy.parent / "mine" / "identity.key").read_text()
+    assert private not in once.stdout
+
+
 def test_an_account_in_use_is_not_shown(policy: Path) -> None:
     with Ledger(policy.parent / "mine" / "ledger", "ab" * 32):
         line = refused("ledger", "show", policy)
@@ -255,3 +267,13 @@ def test_the_step_benchmark_ends_with_its_figures() -> None:
     for name in ("ratio_ours", "ratio_opacus_hooks", "plain_ms", "ours_ms", "opacus_hooks_ms"):
         assert document[name] > 0
     assert document["repeats"] == 3
+
+
+@pytest.mark.e2e
+def test_the_secure_sum_benchmark_ends_with_its_figures() -> None:
+    document = figures("secagg", "--rounds", "3", "--clients", "3", "--parameters", "20000")
+
+    assert document["parameters"] == 20000
+    assert document["clients"] == 3
+    assert document["ratio"] > 0
+    assert document["secure_client_cpu_ms"] > 0
