@@ -45,6 +45,7 @@ docs: setup
 bench: setup
 	fedloom bench round
 	fedloom bench dp-step
+	fedloom bench secagg
 
 study-small: setup
 	python benchmarks/study_small.py

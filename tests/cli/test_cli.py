@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,26 @@ def test_a_coordinator_listens_and_stops_when_told(prepared: Path, tmp_path: Pat
     assert rest == "stopped; start again with the same state directory to go on\n"
 
 
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    path = tmp_path / "client.toml"
+    path.write_text(
+        '[client]\nname = "a"\nstate = "mine"\n[data]\nsource = "x.csv"\n[privacy]\nepsilon = 3.0\ndelta = 1e-6\n'
+    )
+    return path
+
+
+def test_an_identity_is_printed_as_the_line_its_peers_pin(policy: Path) -> None:
+    once, again = fedloom("identity", policy), fedloom("identity", policy)
+
+    assert once.returncode == 0
+    assert once.stdout == again.stdout
+    (key,) = tomllib.loads(once.stdout).values()
+    assert re.fullmatch(r"[0-9a-f]{64}", key)
+    private = (policy.parent / "mine" / "identity.key").read_text()
+    assert private not in once.stdout
+
+
 def figures(*arguments: str) -> dict[str, Any]:
     """What a benchmark prints for programs, checked for what every benchmark has."""
     done = fedloom("bench", *arguments, "--json")
@@ -217,3 +238,13 @@ def test_the_step_benchmark_ends_with_its_figures() -> None:
             # No time is asserted, but this is a count of bytes: what Opacus's ghost clipping needs is above ours.
             assert 0 < document["peak_memory_ratio_ours"] <= document[f"peak_memory_ratio_{name}"]
     assert document["repeats"] == 3
+
+
+@pytest.mark.e2e
+def test_the_secure_sum_benchmark_ends_with_its_figures() -> None:
+    document = figures("secagg", "--rounds", "3", "--clients", "3", "--parameters", "20000")
+
+    assert document["parameters"] == 20000
+    assert document["clients"] == 3
+    assert document["ratio"] > 0
+    assert document["secure_client_cpu_ms"] > 0

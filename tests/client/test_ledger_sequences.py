@@ -34,6 +34,7 @@ from fedloom.proto.errors import BudgetError, LedgerError, PolicyError, Protocol
 from fedloom.proto.messages import Assignment, Joined, UpdateHeader, Wait
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
+from fedloom.proto.secagg.steps import StepMessage, StepResult
 
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (1, 2)),))
 BROADCAST = codec("fp32").encode(SCHEMA, SCHEMA.zeros())
@@ -162,6 +163,9 @@ class World:
         if fate < 0.4:
             raise UpdateRejected("not finite")
         return False
+
+    def exchange(self, message: StepMessage) -> StepResult | None:
+        raise AssertionError("no secure sum here")
 
     def heartbeat(self) -> None: ...
 

@@ -32,6 +32,7 @@ from fedloom.proto.errors import (
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, Wait, upload_schema
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role, Schema
+from fedloom.proto.secagg.steps import StepMessage, StepResult
 
 FINISHED = Finished(rounds=2, codec="fp32", digest="0" * 64, bytes=0)
 ALL = frozenset({Role.LORA_A, Role.LORA_B, Role.HEAD})
@@ -71,6 +72,9 @@ class Script:
         if self.failures and (failure := self.failures.pop(0)) is not None:
             raise failure
         return False
+
+    def exchange(self, message: StepMessage) -> StepResult | None:
+        raise AssertionError("no secure sum here")
 
     def heartbeat(self) -> None:
         self.calls.append("heartbeat")

@@ -23,6 +23,7 @@ from fedloom.proto.errors import ModelError
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role
+from fedloom.proto.secagg.steps import StepMessage, StepResult
 from fedloom.proto.v1 import federation_pb2 as pb
 
 ALL = frozenset({Role.LORA_A, Role.LORA_B, Role.HEAD})
@@ -57,6 +58,9 @@ class Recorder:
         self.messages.append(("submit", known, len(payload)))
         self.payloads.append(payload)
         return False
+
+    def exchange(self, message: StepMessage) -> StepResult | None:
+        raise AssertionError("no secure sum here")
 
     def heartbeat(self) -> None:
         """Has no field."""

@@ -20,6 +20,7 @@ from fedloom.proto.errors import FedloomError, LedgerError, PolicyError, Protoco
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, upload_schema
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
+from fedloom.proto.secagg.steps import StepMessage, StepResult
 
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (1, 8)),))
 PAYLOAD = codec("fp32").encode(SCHEMA, SCHEMA.zeros())
@@ -60,6 +61,9 @@ class Line:
         if failure is not None:
             raise failure
         return False
+
+    def exchange(self, message: StepMessage) -> StepResult | None:
+        raise AssertionError("no secure sum here")
 
     def heartbeat(self) -> None: ...
 

@@ -150,7 +150,8 @@ def test_the_spec_hides_everything_clients_need_not_see(file: Path) -> None:
     spec = load_run(file).spec
 
     assert type(spec) is Spec
-    assert set(json.loads(spec.model_dump_json())) == {"run", "model", "adapter", "train", "privacy", "wire"}
+    told = {"run", "model", "adapter", "train", "privacy", "wire", "secure_aggregation"}
+    assert set(json.loads(spec.model_dump_json())) == told
     assert "sentiment" not in spec.model_dump_json()
     assert "fedsvd" not in spec.model_dump_json()
 

@@ -8,6 +8,7 @@ from fedloom.proto.errors import CodecError, FedloomError, ProtocolError, Schema
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, Wait
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.proto.secagg.steps import MASKED, Step, StepMessage, StepResult
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.wire import (
     STATUS,
@@ -17,6 +18,10 @@ from fedloom.proto.wire import (
     header_to_wire,
     joined_from_wire,
     joined_to_wire,
+    result_from_wire,
+    result_to_wire,
+    step_from_wire,
+    step_to_wire,
 )
 
 DIGEST = "ab" * 32
@@ -66,6 +71,47 @@ def test_a_header_survives_the_wire() -> None:
     sent = header_to_wire(HEADER, "4f", 3).SerializeToString()
 
     assert header_from_wire(pb.UpdateHeader.FromString(sent)) == (HEADER, "4f", 3)
+
+
+def test_a_masked_update_is_addressed_to_its_attempt() -> None:
+    masked = replace(HEADER, codec=MASKED, attempt=3)
+
+    assert header_from_wire(header_to_wire(masked, "4f", 3))[0] == masked
+    assert answer_from_wire(answer_to_wire(replace(ASSIGNMENT, upload_codec=MASKED))).upload_codec == MASKED  # type: ignore[union-attr]
+    with pytest.raises(CodecError):
+        answer_from_wire(spoilt_assignment(broadcast_codec=MASKED))
+
+
+@pytest.mark.parametrize("step", list(Step))
+def test_a_step_and_its_result_survive_the_wire(step: Step) -> None:
+    message = StepMessage(7, step, {"": b"abc", "ann": b""}, 2)
+    sent = step_to_wire(message, "ben", "4f", 3)
+
+    assert step_from_wire(pb.ExchangeRequest.FromString(sent.SerializeToString())) == message
+    assert (sent.client, sent.run, sent.epoch) == ("ben", "4f", 3)
+    for result in (StepResult(2, {"ann": b"abc"}), StepResult(2, {}), None):
+        reply = result_to_wire(result).SerializeToString()
+        assert result_from_wire(pb.ExchangeReply.FromString(reply)) == result
+
+
+@pytest.mark.parametrize(
+    ("request_", "text"),
+    [
+        (pb.ExchangeRequest(), "step 0"),
+        (pb.ExchangeRequest(step=6), "step 6"),  # type: ignore[arg-type]  # no step of this build
+        (pb.ExchangeRequest(step="STEP_SHARE", parts={"a": bytes(161)}), "at most 1000 of 160 bytes"),
+        (pb.ExchangeRequest(step="STEP_SHARE", parts={str(i): b"" for i in range(1001)}), "1001 parts"),
+        (pb.ExchangeRequest(step="STEP_SHARE", parts={"a" * 257: b""}), "1 parts"),
+    ],
+)
+def test_a_step_no_honest_peer_sends_is_refused(request_: pb.ExchangeRequest, text: str) -> None:
+    with pytest.raises(ProtocolError, match=text):
+        step_from_wire(request_)
+
+
+def test_a_result_no_honest_coordinator_sends_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="1001 parts"):
+        result_from_wire(pb.ExchangeReply(attempt=1, parts={str(i): b"" for i in range(1001)}))
 
 
 def spoilt_assignment(**changes: object) -> pb.WorkReply:

@@ -15,6 +15,7 @@ from fedloom.server.rounds import (
     RoundOpened,
     Rounds,
     RunCreated,
+    SumAccepted,
     UpdateAccepted,
     apply,
     closing,
@@ -64,6 +65,19 @@ def test_a_round_from_opening_to_commit() -> None:
     assert closed == RoundClosed(0, ("ann", "ben"), "complete")
     after = apply(apply(rounds, closed), AdapterCommitted(0, "s1"))
     assert after == Rounds(phase="idle", created=CREATED, round=1, state="s1")
+
+
+def test_a_sum_closes_the_round_for_all_its_clients_at_once() -> None:
+    rounds = fold([CREATED, opened("ann", "ben", "cat", "dan"), ClientLost(0, "ben", "left")])
+
+    rounds = apply(rounds, SumAccepted(0, ("ann", "ben", "cat"), "d-sum"))
+
+    assert rounds.sum == "d-sum"
+    assert {update.digest for update in rounds.updates.values()} == {"d-sum"}
+    assert not rounds.lost
+    closed = closing(rounds, 3, 0.0)
+    assert closed == RoundClosed(0, ("ann", "ben", "cat"), "complete"), "nobody waits for dan"
+    assert not apply(apply(rounds, closed), AdapterCommitted(0, "s1")).sum
 
 
 def test_a_round_opens_once_enough_clients_are_live() -> None:
@@ -177,6 +191,11 @@ def test_a_round_that_misses_its_deadline_asks_others() -> None:
         ([CREATED, opened("ann"), accepted("ann")], RoundClosed(0, (), "complete")),
         ([CREATED, opened("ann", "ben"), accepted("ann")], RoundClosed(0, ("ann", "ben"), "complete")),
         ([CREATED, opened("ann"), accepted("ann")], AdapterCommitted(0, "s1")),
+        ([CREATED], SumAccepted(0, ("ann",), "d")),
+        ([CREATED, opened("ann")], SumAccepted(0, (), "d")),
+        ([CREATED, opened("ann")], SumAccepted(0, ("ann", "ben"), "d")),
+        ([CREATED, opened("ann")], SumAccepted(1, ("ann",), "d")),
+        ([CREATED, opened("ann", "ben"), accepted("ann")], SumAccepted(0, ("ben",), "d")),
     ],
 )
 def test_an_event_that_cannot_follow_is_refused(events: list[Event], event: Event) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedloom.cli.console import out
 
-__all__ = ["app", "dp_step", "round_"]
+__all__ = ["app", "dp_step", "round_", "secagg"]
 
 app = typer.Typer(help="Measure this machine. Every benchmark ends with one line of JSON.", no_args_is_help=True)
 
@@ -55,6 +55,22 @@ def dp_step(
     _report("dp-step", bench_step(repeats=repeats), json_only)
 
 
+@app.command()
+def secagg(
+    rounds: Annotated[int, typer.Option(help="Rounds of each kind, in turn, after two to warm up.", min=3)] = 15,
+    clients: Annotated[int, typer.Option(help="Client processes.", min=3, max=256)] = 16,
+    parameters: Annotated[int, typer.Option(help="Values in the adapter.", min=1)] = 1_000_000,
+    json_only: Json = False,
+) -> None:
+    """Time a round with secure aggregation against one without, over gRPC and without training.
+
+    Example: fedloom bench secagg --json
+    """
+    from fedloom.simulation.bench_secagg import bench_secagg
+
+    _report("secagg", bench_secagg(rounds=rounds, clients=clients, parameters=parameters), json_only)
+
+
 def _report(name: str, figures: dict[str, Any], json_only: bool) -> None:
     if not json_only:
         table = Table("figure", "value", box=None, pad_edge=False)
@@ -73,7 +89,7 @@ def _machine() -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("fedloom", "grpcio", "numpy", "opacus", "peft", "torch", "transformers"):
+    for name in ("cryptography", "fedloom", "grpcio", "numpy", "opacus", "peft", "torch", "transformers"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

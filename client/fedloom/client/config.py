@@ -2,9 +2,9 @@
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fedloom.proto.errors import PolicyError
 from fedloom.proto.run import Section, Spec, parse, read_toml
@@ -17,10 +17,14 @@ __all__ = [
     "ModelPolicy",
     "Policy",
     "PrivacyPolicy",
+    "SecureAggregationPolicy",
     "check_local",
     "check_spec",
     "load_policy",
 ]
+
+
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ClientSection(Section):
@@ -86,6 +90,26 @@ class LimitsPolicy(Section):
     """Longest run accepted."""
 
 
+class SecureAggregationPolicy(Section):
+    """[secure_aggregation]: whom this site shares a sum with."""
+
+    required: bool = False
+    """Whether a run without secure aggregation is refused."""
+    min_clients: int = Field(default=3, ge=3)
+    """Least number of clients in a sum that this site's update may be part of. In a sum of two each knows the
+    other's."""
+    peers: dict[str, PublicKey] = Field(default_factory=dict)
+    """Public identity key of each peer by its name, as its `fedloom identity` prints it. Have it from the peer itself:
+    a key that came through the coordinator protects from nobody."""
+
+    @field_validator("peers")
+    @classmethod
+    def _distinct(cls, peers: dict[str, str]) -> dict[str, str]:
+        if len(set(peers.values())) < len(peers):
+            raise ValueError("two peers have the same key; each site has an identity of its own")
+        return peers
+
+
 class Policy(Section):
     """A whole policy file."""
 
@@ -94,6 +118,7 @@ class Policy(Section):
     model: ModelPolicy = ModelPolicy()
     privacy: PrivacyPolicy = PrivacyPolicy()
     limits: LimitsPolicy = LimitsPolicy()
+    secure_aggregation: SecureAggregationPolicy = SecureAggregationPolicy()
 
 
 def load_policy(path: Path, overrides: tuple[str, ...] = ()) -> Policy:
@@ -117,7 +142,7 @@ def check_spec(policy: Policy, spec: Spec) -> None:
     Raises:
         PolicyError: Lists every rule that the run breaks, with what was asked and what is allowed.
     """
-    problems = _privacy_problems(policy, spec)
+    problems = _privacy_problems(policy, spec) + _sum_problems(policy, spec)
     if spec.train.steps > policy.limits.max_steps_per_round:
         problems.append(f"{spec.train.steps} steps a round (at most {policy.limits.max_steps_per_round})")
     if spec.run.rounds > policy.limits.max_rounds:
@@ -149,6 +174,16 @@ def _privacy_problems(policy: Policy, spec: Spec) -> list[str]:
             f"{name} {delta:g} (below 1/declared_examples = {limit:g})" for name, delta in deltas if delta >= limit
         ]
     return problems
+
+
+def _sum_problems(policy: Policy, spec: Spec) -> list[str]:
+    asked, mine = spec.secure_aggregation, policy.secure_aggregation
+    if not asked.enabled:
+        return ["updates sent openly (secure_aggregation.required = true)"] if mine.required else []
+    known = len(mine.peers.keys() - {policy.client.name})
+    if known + 1 < mine.min_clients:
+        return [f"a secure sum of at least {mine.min_clients} with {known} peers in secure_aggregation.peers"]
+    return []
 
 
 def check_local(asked: dict[str, float]) -> None:

@@ -11,9 +11,17 @@ from fedloom.proto.errors import CodecError, ConfigError, ProtocolError, StoreEr
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unframed
 from fedloom.proto.limits import HTTP2_FRAME_BYTES, LONG_POLL_S, MAX_MESSAGE_BYTES
 from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeader
+from fedloom.proto.secagg.steps import StepMessage, StepResult
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
-from fedloom.proto.wire import STATUS, answer_from_wire, header_to_wire, joined_from_wire
+from fedloom.proto.wire import (
+    STATUS,
+    answer_from_wire,
+    header_to_wire,
+    joined_from_wire,
+    result_from_wire,
+    step_to_wire,
+)
 
 __all__ = ["Connection", "GrpcConnection"]
 
@@ -55,6 +63,9 @@ class Connection(Protocol):
 
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:
         """Hand in an update; True when exactly it was already there."""
+
+    def exchange(self, message: StepMessage) -> StepResult | None:
+        """Send a step of a secure sum and get its result; may block for as long as a long poll, then None."""
 
     def heartbeat(self) -> None:
         """Say that this client is alive."""
@@ -135,6 +146,11 @@ class GrpcConnection:
             return bool(self._submit(messages(), timeout=_TRANSFER_S).duplicate)
         except grpc.RpcError as error:
             _translate(error, self.address)
+
+    def exchange(self, message: StepMessage) -> StepResult | None:
+        """Send a step of a secure sum and get its result, or None to be asked again."""
+        request = step_to_wire(message, self._client, self._run, self._epoch)
+        return result_from_wire(self._call(self._stub.Exchange, request, LONG_POLL_S + 10))
 
     def heartbeat(self) -> None:
         """Say that this client is alive."""

@@ -13,6 +13,7 @@ from typing import TypeVar
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.connection import Connection
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
+from fedloom.client.secagg import Delivery, check_assignment, membership
 from fedloom.client.training import Training
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import (
@@ -63,6 +64,7 @@ class Participant:
         self._trainer: Training | None = None
         self._joined: Joined | None = None
         self._pending: Spooled | None = None
+        self._delivery: Delivery | None = None
         self._refused: Spooled | None = None
         self._refusals = 0
         self._training = threading.Event()
@@ -102,7 +104,8 @@ class Participant:
             The end of the run, or None while it goes on.
         """
         if self._pending is not None:
-            self._deliver()
+            with self._leaving_on(PolicyError):
+                self._deliver()
             return None
         answer = self._insist(self.connection.work)
         if isinstance(answer, Finished):
@@ -113,7 +116,7 @@ class Participant:
             return None
         with self._leaving_on(PolicyError):
             self._pending = self._answered(answer.round) or self._train(answer)
-        self._deliver()
+            self._deliver()
         return None
 
     def run(self, *, patience_s: float = 300.0) -> Finished:
@@ -183,7 +186,10 @@ class Participant:
         trainer, joined = self._trainer, self._joined
         assert trainer is not None  # step is only called after join
         assert joined is not None
-        incoming, outgoing = codec(assignment.broadcast_codec), codec(assignment.upload_codec)
+        check_assignment(joined.spec, assignment)
+        secure = joined.spec.secure_aggregation
+        incoming = codec(assignment.broadcast_codec)
+        outgoing = secure.fixed_point if secure.enabled else codec(assignment.upload_codec)
         schema = broadcast_schema(joined.schema, assignment)
         if incoming.encoded_size(schema) != assignment.broadcast_bytes:
             raise ProtocolError(
@@ -212,11 +218,15 @@ class Participant:
         return update
 
     def _deliver(self) -> None:
-        """Send the pending update; it is forgotten once the coordinator has it or refuses it for good."""
+        """Send the pending update; it is forgotten once the coordinator has it or refuses it for good.
+
+        Part of a secure sum, it may take several calls.
+        """
         pending = self._pending
         assert pending is not None  # callers check
         try:
-            self._insist(lambda: self.connection.submit(pending.header, pending.payload))
+            if not self._insist(lambda: self._send(pending)):
+                return
             self.rounds_trained += 1
             self._forget()
         except UpdateRejected as error:
@@ -225,7 +235,18 @@ class Participant:
         except ProtocolError as error:
             log.warning("round %d: update not taken: %s", pending.header.round + 1, error)
             self._refused, self._refusals = pending, self._refusals + 1
-        self._pending = None
+        self._pending = self._delivery = None
+
+    def _send(self, pending: Spooled) -> bool:
+        """Whether the update is where it belongs."""
+        joined = self._joined
+        assert joined is not None  # there is an update
+        if not joined.spec.secure_aggregation.enabled:
+            self.connection.submit(pending.header, pending.payload)
+            return True
+        if self._delivery is None:
+            self._delivery = Delivery(membership(self.policy, joined.spec), pending.header, pending.payload)
+        return self._delivery.advance(self.connection, joined)
 
     def _forget(self) -> None:
         """Whatever is spooled for this run is never asked for again."""

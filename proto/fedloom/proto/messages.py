@@ -80,6 +80,8 @@ class UpdateHeader:
     codec: str
     payload_bytes: int
     digest: str
+    attempt: int = 0
+    """Attempt of the secure sum that a masked update belongs to; 0 for others."""
 
 
 def broadcast_schema(schema: Schema, assignment: Assignment) -> Schema:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.limits import MAX_SPEC_BYTES
+from fedloom.proto.secagg.fixed import FixedPoint
 
 __all__ = [
     "AdapterSection",
@@ -22,6 +23,7 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "Section",
+    "SecureAggregationSection",
     "Spec",
     "StrategySection",
     "Task",
@@ -200,6 +202,28 @@ class WireSection(Section):
     """Codec of the global adapter."""
 
 
+class SecureAggregationSection(Section):
+    """[secure_aggregation]: the coordinator sees only the sum of a round's updates."""
+
+    enabled: bool = False
+    """True masks every update among the cohort's clients; needs a linear strategy, uniform weights and peers that have
+    pinned each other's keys."""
+    threshold: float = Field(default=2 / 3, gt=0.5, le=1)
+    """Share of a cohort that must last to the end of a sum; so many clients together could unmask an update."""
+    max_change: float = Field(default=4.0, gt=0, le=1e6)
+    """Largest absolute change of one value in one round. Values are rounded to steps of about max_change times
+    max_clients / 2³¹."""
+    max_clients: int = Field(default=256, ge=3, le=1000)
+    """Most clients in one sum."""
+    step_deadline_s: float = Field(default=60.0, gt=0)
+    """Seconds after which a step of the sum goes on without those who are missing."""
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """The integers that updates are rounded to."""
+        return FixedPoint(self.max_change, self.max_clients)
+
+
 class DataSection(Section):
     """[data]: the simulated federation's data; a real client's data is named in its own policy."""
 
@@ -242,12 +266,18 @@ class Spec(Section):
     train: TrainSection
     privacy: PrivacySection = PrivacySection()
     wire: WireSection = WireSection()
+    secure_aggregation: SecureAggregationSection = SecureAggregationSection()
 
     @model_validator(mode="after")
     def _check(self) -> "Spec":
         if self.adapter.kind == "head" and self.model.head == "frozen":
             raise ValueError(
                 'adapter.kind = "head" with model.head = "frozen" trains nothing; set model.head = "train"'
+            )
+        if self.secure_aggregation.enabled and self.wire.upload != "fp32":
+            raise ValueError(
+                f'wire.upload = "{self.wire.upload}" with secure_aggregation.enabled = true, whose updates are sent as '
+                "32-bit integers; leave wire.upload out"
             )
         return self
 

@@ -6,7 +6,7 @@ state of the run (right round, right client, right length) is for the coordinato
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import (
@@ -28,6 +28,8 @@ from fedloom.proto.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, Wait
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role, Schema
+from fedloom.proto.secagg.keys import ADVERT_BYTES
+from fedloom.proto.secagg.steps import MASKED, Step, StepMessage, StepResult
 from fedloom.proto.v1 import federation_pb2 as pb
 
 __all__ = [
@@ -39,6 +41,10 @@ __all__ = [
     "header_to_wire",
     "joined_from_wire",
     "joined_to_wire",
+    "result_from_wire",
+    "result_to_wire",
+    "step_from_wire",
+    "step_to_wire",
 ]
 
 LOCAL_NAMES = frozenset({"learning_rate", "momentum", "proximal_mu"})
@@ -65,6 +71,7 @@ retries UNAVAILABLE only."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _MAX_RETRY_S = 3600.0
+_MAX_PARTS = 1000
 
 
 def joined_to_wire(joined: Joined) -> pb.JoinReply:
@@ -142,6 +149,7 @@ def header_to_wire(header: UpdateHeader, run: str, epoch: int) -> pb.UpdateHeade
         codec=header.codec,
         payload_bytes=header.payload_bytes,
         digest=header.digest,
+        attempt=header.attempt,
     )
 
 
@@ -156,11 +164,69 @@ def header_from_wire(message: pb.UpdateHeader) -> tuple[UpdateHeader, str, int]:
         client=message.client,
         round=message.round,
         schema_digest=_digest(message.schema_digest, "schema"),
-        codec=codec(message.codec[:MAX_NAME_LENGTH]).name,
+        codec=_upload_codec(message.codec),
         payload_bytes=_size(message.payload_bytes),
         digest=_digest(message.digest, "update"),
+        attempt=message.attempt,
     )
     return header, message.run, message.epoch
+
+
+def step_to_wire(message: StepMessage, client: str, run: str, epoch: int) -> pb.ExchangeRequest:
+    """One client's message in a step of a secure sum, addressed to one run and epoch."""
+    return pb.ExchangeRequest(
+        run=run,
+        epoch=epoch,
+        client=client,
+        round=message.round,
+        attempt=message.attempt,
+        step=f"STEP_{message.step.name}",
+        parts=message.parts,
+    )
+
+
+def step_from_wire(request: pb.ExchangeRequest) -> StepMessage:
+    """One client's message in a step of a secure sum.
+
+    Raises:
+        ProtocolError: There is no such step, or it has parts that no step has.
+    """
+    try:
+        step = Step(request.step)
+    except ValueError:
+        raise ProtocolError(f"step {request.step} of a secure sum; 1 to {max(Step)} are known") from None
+    return StepMessage(request.round, step, _parts(request.parts), request.attempt)
+
+
+def result_to_wire(result: StepResult | None) -> pb.ExchangeReply:
+    """What a step has given; None says that it is not closed."""
+    if result is None:
+        return pb.ExchangeReply(waiting=True)
+    return pb.ExchangeReply(attempt=result.attempt, parts=result.parts)
+
+
+def result_from_wire(reply: pb.ExchangeReply) -> StepResult | None:
+    """What a step has given; None when it is not closed.
+
+    Raises:
+        ProtocolError: It has parts that no step has.
+    """
+    return None if reply.waiting else StepResult(reply.attempt, _parts(reply.parts))
+
+
+def _parts(parts: Mapping[str, bytes]) -> dict[str, bytes]:
+    if len(parts) > _MAX_PARTS or any(
+        len(name) > MAX_NAME_LENGTH or len(part) > ADVERT_BYTES for name, part in parts.items()
+    ):
+        raise ProtocolError(
+            f"a step of a secure sum with {len(parts)} parts; at most {_MAX_PARTS} of {ADVERT_BYTES} bytes are allowed"
+        )
+    return dict(parts)
+
+
+def _upload_codec(name: str) -> str:
+    """The name of a codec, or of a masked update, which no codec can read."""
+    return name if name == MASKED else codec(name[:MAX_NAME_LENGTH]).name
 
 
 def _assignment_to_wire(assignment: Assignment) -> pb.Assignment:
@@ -203,7 +269,7 @@ def _assignment_from_wire(message: pb.Assignment) -> Assignment:
         broadcast_codec=codec(message.broadcast_codec[:MAX_NAME_LENGTH]).name,
         broadcast_digest=_digest(message.broadcast_digest, "broadcast"),
         broadcast_bytes=_size(message.broadcast_bytes),
-        upload_codec=codec(message.upload_codec[:MAX_NAME_LENGTH]).name,
+        upload_codec=_upload_codec(message.upload_codec),
     )
 
 

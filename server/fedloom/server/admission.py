@@ -1,12 +1,16 @@
-"""Who and what is admitted to a run before it has any state: run files and client names."""
+"""Who and what is admitted to a run: run files, client names, and messages by whom they are from."""
+
+from collections.abc import Mapping
 
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ConfigError, ProtocolError
 from fedloom.proto.limits import MAX_NAME_LENGTH
 from fedloom.proto.messages import PROTOCOL_VERSION
 from fedloom.proto.run import RunConfig
+from fedloom.server.progress import Member
+from fedloom.strategies.api import Strategy
 
-__all__ = ["MAX_CLIENTS", "MAX_EXAMPLES", "check_config", "check_join", "check_work"]
+__all__ = ["MAX_CLIENTS", "MAX_EXAMPLES", "admitted", "check_config", "check_join", "check_work"]
 
 MAX_CLIENTS = 10_000
 """Most client names one run admits, the upper end of [data] clients."""
@@ -14,12 +18,15 @@ MAX_CLIENTS = 10_000
 MAX_EXAMPLES = 10**12
 """Most examples one client may declare; more is a typing error or an attack on the weights."""
 
+_LEAST_SUMMED = 3
 
-def check_config(config: RunConfig) -> None:
-    """Refuse a run file whose rounds could never close, or whose codecs are unknown.
+
+def check_config(config: RunConfig, strategy: Strategy) -> None:
+    """Refuse a run file whose rounds could never close, whose codecs are unknown, or whose secure sums make no sense.
 
     Raises:
-        ConfigError: A cohort is smaller than the updates a round needs.
+        ConfigError: A cohort is smaller than the updates a round needs. With secure aggregation: the strategy needs the
+            updates themselves, weights differ, or cohorts are too small or too large.
         CodecError: A codec is unknown.
     """
     codec(config.wire.upload)
@@ -30,6 +37,8 @@ def check_config(config: RunConfig) -> None:
             f"rounds.clients_per_round = {size} is below rounds.min_clients = {config.rounds.min_clients}: "
             "no round could ever close; raise the first or lower the second"
         )
+    if config.secure_aggregation.enabled:
+        _check_secure(config, strategy)
 
 
 def check_join(client: str, protocol: int, declared_examples: int) -> None:
@@ -65,3 +74,51 @@ def check_work(config: RunConfig, client: str, declared_examples: int) -> None:
             f"client {client!r} declares no examples, but this run weighs clients by examples; "
             f"set data.declared_examples to 1 to {MAX_EXAMPLES} in the client's policy"
         )
+
+
+def admitted(
+    members: Mapping[str, Member], client: str, sent: tuple[str, int], here: tuple[str, int], now_s: float
+) -> Member:
+    """The member behind a message, whose lease begins anew.
+
+    Args:
+        members: Who is known, by name.
+        client: Who the message says it is from.
+        sent: Run and epoch that it is addressed to.
+        here: Run and epoch of this coordinator.
+        now_s: The coordinator's clock.
+
+    Raises:
+        ProtocolError: The run, the epoch or the client is not known here.
+    """
+    (run, epoch), (this_run, this_epoch) = sent, here
+    if run != this_run:
+        raise ProtocolError(f"run {run[:64]!r} is not the one served here; join again")
+    if epoch != this_epoch:
+        raise ProtocolError(f"epoch {epoch} is not the coordinator's, it has restarted: now {this_epoch}; join again")
+    member = members.get(client)
+    if member is None or not member.joined:
+        raise ProtocolError(f"client {client[:64]!r} is not known in this epoch; join first")
+    member.seen_s = now_s
+    return member
+
+
+def _check_secure(config: RunConfig, strategy: Strategy) -> None:
+    """Refuse secure aggregation where a sum is not enough, or would hide nobody."""
+    section, rounds = config.secure_aggregation, config.rounds
+    if not getattr(strategy, "linear", False):
+        raise ConfigError(
+            f"strategy {config.strategy.name!r} needs every update by itself, and secure aggregation gives only their "
+            "sum; choose a linear one such as fedavg, ffa or fedsvd, or set secure_aggregation.enabled = false"
+        )
+    if config.strategy.weighting != "uniform":
+        raise ConfigError(
+            f'strategy.weighting = "{config.strategy.weighting}" with secure aggregation, which sums updates of equal '
+            'weight; set it to "uniform"'
+        )
+    if rounds.min_clients < _LEAST_SUMMED:
+        raise ConfigError(
+            f"rounds.min_clients = {rounds.min_clients} with secure aggregation: in a sum of two each client knows the "
+            f"other's update; at least {_LEAST_SUMMED} are needed"
+        )
+    section.fixed_point.check(max(rounds.min_clients, rounds.clients_per_round or 0))

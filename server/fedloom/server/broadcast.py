@@ -10,6 +10,7 @@ from fedloom.proto.errors import CodecError, ConfigError, SchemaError
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors
+from fedloom.proto.secagg.steps import MASKED
 from fedloom.strategies.api import Plan, State, Strategy
 
 __all__ = ["FINAL_CODEC", "Broadcasts", "Order", "final"]
@@ -85,7 +86,12 @@ class Broadcasts:
 
     def _encoded(self, plan: Plan) -> Order:
         self._check(plan)
-        wire = self._config.wire
+        wire, secure = self._config.wire, self._config.secure_aggregation.enabled
+        if secure and self._shared:
+            raise ConfigError(
+                "the strategy asks different things of different clients, whose updates cannot be summed unseen; "
+                "set secure_aggregation.enabled = false or choose another strategy"
+            )
         draft = Assignment(
             round=self._state.round,
             train=plan.train,
@@ -93,7 +99,7 @@ class Broadcasts:
             broadcast_digest="",
             broadcast_bytes=0,
             broadcast_codec=wire.broadcast,
-            upload_codec=wire.upload,
+            upload_codec=MASKED if secure else wire.upload,
             personal=plan.personal,
             rank=plan.rank,
             base_rank=_base_rank(plan.broadcast, self._schema),

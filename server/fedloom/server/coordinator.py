@@ -4,7 +4,6 @@ The gRPC servicer and the in-process simulation make the same calls. Nothing her
 caller polls `work` and `tick`, or is told by the hooks `wake` and `on_commit`.
 """
 
-import hashlib
 import logging
 import threading
 import time
@@ -15,19 +14,15 @@ from fedloom.proto.errors import ProtocolError, UpdateRejected
 from fedloom.proto.messages import Answer, Finished, Joined, UpdateHeader, Wait
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
-from fedloom.server.admission import MAX_CLIENTS, check_config, check_join, check_work
+from fedloom.proto.secagg.steps import StepMessage, StepResult
+from fedloom.server.admission import MAX_CLIENTS, admitted, check_config, check_join, check_work
 from fedloom.server.broadcast import Broadcasts, final
 from fedloom.server.history import History
-from fedloom.server.progress import Member, Progress, Traffic
-from fedloom.server.rounds import (
-    ClientLost,
-    LostReason,
-    RoundClosed,
-    Rounds,
-    UpdateAccepted,
-)
+from fedloom.server.progress import Member, Progress, Traffic, warn_if_short
+from fedloom.server.rounds import ClientLost, LostReason, RoundClosed, Rounds, UpdateAccepted
+from fedloom.server.secure import Secure
 from fedloom.server.store import Store
-from fedloom.server.submission import check_address, decoded, expected_bytes, is_repeat
+from fedloom.server.submission import check_address, check_payload, decoded, expected_bytes, is_repeat
 from fedloom.strategies.api import State, Strategy, Update
 
 __all__ = ["Coordinator"]
@@ -72,9 +67,9 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
         expect: int = 0,
     ) -> None:
-        check_config(config)
-        self.wake: Callable[[], None] = _nothing
-        self.on_commit: Callable[[int, State], None] = _ignore
+        check_config(config, strategy)
+        self.wake: Callable[[], None] = lambda: None
+        self.on_commit: Callable[[int, State], None] = lambda rounds, state: None
         self.config, self._schema, self._strategy, self._store = config, schema, strategy, store
         self._clock, self._expect = clock, expect
         self._lock, self._hooks = threading.RLock(), threading.RLock()
@@ -82,6 +77,7 @@ class Coordinator:
         self._traffic, self._stirred = Traffic(), False
         self._ending: tuple[Finished, bytes] | None = None
         self._history = History(config, schema, strategy, store, starting=starting)
+        self._secure = Secure(config, self._history, store)
         self._opened_s = clock()
         # Whoever the open round waits for gets one lease to come back after a restart.
         self._members = {name: Member(self._opened_s, asked=True) for name in self._rounds.pending}
@@ -203,11 +199,15 @@ class Coordinator:
         expected = self.check_header(header, run, epoch)
         if expected is None:
             return True
-        if len(payload) != expected:
-            raise ProtocolError(f"update of {len(payload)} bytes; its header and the schema say {expected}")
-        if hashlib.sha256(payload).hexdigest() != header.digest:
-            raise ProtocolError("the update's bytes do not have the digest in its header; send it again")
+        check_payload(header, payload, expected)
         client = header.client
+        if self._secure.enabled:
+            with self._changing():
+                self._admit(client, run, epoch)
+                self._traffic.up(header.round, client, len(payload))
+                repeated = self._secure.add(header, payload)
+                self._advance()
+            return repeated
         with self._lock:
             order, state = self._broadcasts.order(client), self.state
             update = Update(client, self._weight(client), self._broadcasts.start(order), {})
@@ -232,6 +232,20 @@ class Coordinator:
         if rejection is not None:
             raise rejection
         return False
+
+    def exchange(self, message: StepMessage, client: str, run: str, epoch: int) -> StepResult | None:
+        """A client's message in a step of a secure sum; the step's result, or None while others are missing.
+
+        Raises:
+            ProtocolError: It fits neither the run nor the open round's sum.
+        """
+        with self._changing():
+            self._admit(client, run, epoch)
+            self._secure.take(client, message)
+            self._advance()
+        self._settle()
+        with self._lock:
+            return self._secure.take(client, message)
 
     def heartbeat(self, client: str, run: str, epoch: int) -> tuple[int, bool]:
         """Keep the client's lease; the round that is open or comes next, and whether it is open.
@@ -265,6 +279,7 @@ class Coordinator:
         """
         with self._changing():
             self._advance()
+        self._settle()
         self._store.discard()
 
     @contextmanager
@@ -289,6 +304,9 @@ class Coordinator:
             for client in sorted(self._rounds.pending):
                 if now_s - self._members[client].seen_s > self.config.rounds.lease_s:
                     self._lose(client, "lease")
+            self._stirred = self._secure.advance(now_s - self._opened_s) or self._stirred
+        if not self._secure.idle:
+            return  # the sum under way ends with an event of its own, or becomes idle again
         while event := self._history.due(self._live(), now_s - self._opened_s, self._expect):
             self._history.record(event)
             if isinstance(event, RoundClosed):
@@ -297,6 +315,16 @@ class Coordinator:
             else:
                 self._opened_s = now_s
                 self._stirred = True
+
+    def _settle(self) -> None:
+        """Unmask the sum whose shares are there. That takes time, so it is done off the lock, by whoever is first."""
+        with self._lock:
+            given = self._secure.claim()
+        if given is not None:
+            event = self._secure.unmask(given)
+            with self._changing():
+                self._secure.settle(given, event)
+                self._advance()
 
     def _commit(self) -> None:
         number = self._rounds.round
@@ -318,24 +346,13 @@ class Coordinator:
     def _admit(self, client: str, run: str, epoch: int) -> Member:
         """The member behind a message, whose lease begins anew."""
         self._history.check()
-        if run != self._history.run:
-            raise ProtocolError(f"run {run[:64]!r} is not the one served here; join again")
-        if epoch != self.epoch:
-            raise ProtocolError(
-                f"epoch {epoch} is not the coordinator's, it has restarted: now {self.epoch}; join again"
-            )
-        member = self._members.get(client)
-        if member is None or not member.joined:
-            raise ProtocolError(f"client {client[:64]!r} is not known in this epoch; join first")
-        member.seen_s = self._clock()
-        return member
+        return admitted(self._members, client, (run, epoch), (self._history.run, self.epoch), self._clock())
 
     def _expected(self, header: UpdateHeader) -> int | None:
         """See `check_header`; the client is already admitted."""
-        if header.round < self._rounds.round:
+        accepted = self._rounds.updates.get(header.client)
+        if header.round != self._rounds.round:
             accepted = self._store.accepted(header.round, header.client)
-        else:
-            accepted = self._rounds.updates.get(header.client) if header.round == self._rounds.round else None
         if is_repeat(header, accepted):
             return None
         check_address(header, self._rounds)
@@ -343,28 +360,20 @@ class Coordinator:
 
     def _lose(self, client: str, reason: LostReason) -> None:
         self._history.record(ClientLost(self._rounds.round, client, reason))
-        possible = len(self._rounds.updates) + len(self._rounds.pending)
-        if possible < self.config.rounds.min_clients:
-            _log.warning(
-                "round %d can reach only %d of the %d updates it needs; it is opened again once enough other "
-                "clients ask for work",
-                self._rounds.round,
-                possible,
-                self.config.rounds.min_clients,
-            )
+        warn_if_short(self._rounds, self.config.rounds.min_clients)
 
     def _live(self) -> list[str]:
         now_s, lease_s = self._clock(), self.config.rounds.lease_s
         return [name for name, each in self._members.items() if each.asked and now_s - each.seen_s <= lease_s]
 
     def _weight(self, client: str) -> float:
-        uniform = self.config.strategy.weighting == "uniform"
-        return 1.0 if uniform else float(self._members[client].declared_examples)
+        return 1.0 if self.config.strategy.weighting == "uniform" else float(self._members[client].declared_examples)
 
     def _takes_from(self, client: str) -> bool:
         """Whether the open round still takes an update from this client; one that was lost may come back."""
         rounds = self._rounds
-        return rounds.phase == "open" and client in rounds.cohort - rounds.updates.keys() - rounds.rejected
+        takes = rounds.phase == "open" and self._secure.idle
+        return takes and client in rounds.cohort - rounds.updates.keys() - rounds.rejected
 
     def _payload(self, client: str, digest: str) -> bytes | None:
         """The bytes this client may have under this digest."""
@@ -389,11 +398,3 @@ class Coordinator:
         if self._ending is None:
             self._ending = final(self._schema, self.state)
         return self._ending
-
-
-def _nothing() -> None:
-    return None
-
-
-def _ignore(rounds: int, state: State) -> None:
-    return None

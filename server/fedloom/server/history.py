@@ -33,7 +33,13 @@ from fedloom.server.user_ledger import check_opening, check_strategy, eligible, 
 from fedloom.strategies.api import State, Strategy, Update
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
 
-__all__ = ["History"]
+__all__ = ["SUM", "SUM_CODEC", "History"]
+
+SUM = "sum of all"
+"""Stands for the client in the one update of a secure sum; no client's name has spaces."""
+
+SUM_CODEC = "fp32"
+"""Codec in which the mean of a secure sum is stored."""
 
 _FRESH_BYTES = 256 << 20
 """Decoded updates kept in memory between their arrival and the fold, which spares reading and hashing them again."""
@@ -137,7 +143,7 @@ class History:
             StoreError: An update or the new state cannot be read or written, or the new state is not finite.
         """
         acc: Any = None
-        for client in self.rounds.folding:
+        for client in (SUM,) if self.rounds.sum else self.rounds.folding:
             update = self._fresh[client] if client in self._fresh else self._reread(client)
             acc = self._strategy.fold(self.state, acc, update)
         self._fresh.clear()
@@ -163,10 +169,11 @@ class History:
         return state
 
     def _reread(self, client: str) -> Update:
-        """An accepted update, from its blob."""
-        accepted, order = self.rounds.updates[client], self.broadcasts.order(client)
+        """An accepted update, or the mean of them all, from its blob."""
+        accepted = self.rounds.updates[self.rounds.folding[0] if client == SUM else client]
+        order = self.broadcasts.order(accepted.client)
         payload = self._store.get_blob(accepted.digest)
-        delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
+        delta = codec(SUM_CODEC if client == SUM else order.assignment.upload_codec).decode(order.upload, payload)
         return Update(client, accepted.weight, self.broadcasts.start(order), delta)
 
     def _begin(self, starting: Tensors) -> str:

@@ -1,12 +1,15 @@
 """What the coordinator knows about its clients, and what a display may show of a run."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fedloom.proto.run import RunConfig
 from fedloom.server.rounds import Rounds
 
-__all__ = ["Member", "Progress", "Traffic"]
+__all__ = ["Member", "Progress", "Traffic", "warn_if_short"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -95,4 +98,17 @@ class Progress:
             lost=dict(rounds.lost),
             bytes_by_round=dict(traffic.rounds),
             bytes_by_client=dict(traffic.clients),
+        )
+
+
+def warn_if_short(rounds: Rounds, needed: int) -> None:
+    """Say in the log when the open round can no longer reach the updates it needs."""
+    possible = len(rounds.updates) + len(rounds.pending)
+    if possible < needed:
+        _log.warning(
+            "round %d can reach only %d of the %d updates it needs; it is opened again once enough other "
+            "clients ask for work",
+            rounds.round,
+            possible,
+            needed,
         )

@@ -4,6 +4,8 @@
 
     RunCreated -> RoundOpened -> UpdateAccepted | ClientLost ... -> RoundClosed -> AdapterCommitted -> RoundOpened ...
 
+Under secure aggregation one SumAccepted, of several clients, takes the place of every UpdateAccepted of a round.
+
 Whoever decides writes the event down before acting on it, so a replay of the log never decides again.
 A round that can no longer reach its minimum is opened once more under the same number: updates already
 accepted stay, and the cohort is filled up with clients that are live now.
@@ -13,7 +15,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -29,6 +31,7 @@ __all__ = [
     "RoundOpened",
     "Rounds",
     "RunCreated",
+    "SumAccepted",
     "UpdateAccepted",
     "apply",
     "closing",
@@ -85,6 +88,15 @@ class UpdateAccepted:
 
 
 @dataclass(frozen=True)
+class SumAccepted:
+    """The mean of these clients' updates is durable and will be folded; none of them was ever seen by itself."""
+
+    round: int
+    clients: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
 class ClientLost:
     """The round no longer waits for this client."""
 
@@ -110,11 +122,9 @@ class AdapterCommitted:
     state: str
 
 
-Event = RunCreated | RoundOpened | UpdateAccepted | ClientLost | RoundClosed | AdapterCommitted
+Event = RunCreated | RoundOpened | UpdateAccepted | SumAccepted | ClientLost | RoundClosed | AdapterCommitted
 
-_EVENTS: dict[str, Any] = {
-    each.__name__: each for each in (RunCreated, RoundOpened, UpdateAccepted, ClientLost, RoundClosed, AdapterCommitted)
-}
+_EVENTS: dict[str, Any] = {each.__name__: each for each in get_args(Event)}
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,8 @@ class Rounds:
     deadline_s: float = 0.0
     updates: Mapping[str, UpdateAccepted] = field(default_factory=lambda: MappingProxyType({}))
     lost: Mapping[str, LostReason] = field(default_factory=lambda: MappingProxyType({}))
+    sum: str = ""
+    """Digest of the mean of all `updates`, where only that is known."""
     folding: tuple[str, ...] = ()
     """Clients whose updates are folded, in order, once the round is closed."""
 
@@ -175,6 +187,12 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
             lost = {other: reason for other, reason in rounds.lost.items() if other != client}
             updates = {**rounds.updates, client: event}
             return replace(rounds, updates=MappingProxyType(updates), lost=MappingProxyType(lost))
+        case SumAccepted(clients=clients, digest=digest):
+            fits = rounds.phase == "open" and event.round == rounds.round and not rounds.updates
+            _expect(fits and len(clients) > 0 and rounds.cohort.issuperset(clients), rounds, event)
+            updates = {client: UpdateAccepted(rounds.round, client, digest, 1.0) for client in clients}
+            lost = {other: reason for other, reason in rounds.lost.items() if other not in updates}
+            return replace(rounds, updates=MappingProxyType(updates), lost=MappingProxyType(lost), sum=digest)
         case ClientLost(client=client):
             _expect(_open(rounds, event) and client not in rounds.updates, rounds, event)
             return replace(rounds, lost=MappingProxyType({**rounds.lost, client: event.reason}))
@@ -215,9 +233,10 @@ def closing(rounds: Rounds, min_clients: int, elapsed_s: float) -> RoundClosed |
     """
     if rounds.phase != "open" or len(rounds.updates) < min_clients:
         return None
-    if rounds.pending and elapsed_s < rounds.deadline_s:
+    complete = not rounds.pending or bool(rounds.sum)
+    if not complete and elapsed_s < rounds.deadline_s:
         return None
-    reason: Literal["complete", "deadline"] = "deadline" if rounds.pending else "complete"
+    reason: Literal["complete", "deadline"] = "complete" if complete else "deadline"
     return RoundClosed(rounds.round, tuple(sorted(rounds.updates)), reason)
 
 

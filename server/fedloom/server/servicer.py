@@ -18,7 +18,14 @@ from fedloom.proto.limits import LONG_POLL_S
 from fedloom.proto.messages import Wait
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as pb_grpc
-from fedloom.proto.wire import STATUS, answer_to_wire, header_from_wire, joined_to_wire
+from fedloom.proto.wire import (
+    STATUS,
+    answer_to_wire,
+    header_from_wire,
+    joined_to_wire,
+    result_to_wire,
+    step_from_wire,
+)
 from fedloom.server.coordinator import Coordinator
 
 __all__ = ["INTERNAL", "Servicer", "handlers", "status_of"]
@@ -30,6 +37,7 @@ _THREADS = 8
 _UNARY: dict[str, tuple[Any, Any]] = {
     "Join": (pb.JoinRequest, pb.JoinReply),
     "Work": (pb.WorkRequest, pb.WorkReply),
+    "Exchange": (pb.ExchangeRequest, pb.ExchangeReply),
     "Heartbeat": (pb.HeartbeatRequest, pb.HeartbeatReply),
     "Leave": (pb.LeaveRequest, pb.LeaveReply),
 }
@@ -118,15 +126,15 @@ class Servicer(pb_grpc.FederationServicer):
     @_guarded
     async def Work(self, request: pb.WorkRequest, context: Context) -> pb.WorkReply:
         """See federation.proto."""
-        end_s = self._loop.time() + LONG_POLL_S
-        while True:
-            stirred = self._stirred  # taken before asking: what happens after the answer wakes this very event
-            answer = await self.call(self._coordinator.work, request.client, request.run, request.epoch)
-            left_s = end_s - self._loop.time()
-            if not isinstance(answer, Wait) or left_s <= 0:
-                return answer_to_wire(answer)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stirred.wait(), min(left_s, self._renew_s))
+        work, asked = self._coordinator.work, (request.client, request.run, request.epoch)
+        return answer_to_wire(await self._polled(partial(work, *asked), lambda answer: isinstance(answer, Wait)))
+
+    @_guarded
+    async def Exchange(self, request: pb.ExchangeRequest, context: Context) -> pb.ExchangeReply:
+        """See federation.proto."""
+        exchange, message = self._coordinator.exchange, step_from_wire(request)
+        call = partial(exchange, message, request.client, request.run, request.epoch)
+        return result_to_wire(await self._polled(call, lambda result: result is None))
 
     @_guarded
     async def Fetch(  # type: ignore[override]  # the stubs know only generators, not `context.write`
@@ -164,6 +172,18 @@ class Servicer(pb_grpc.FederationServicer):
         call = self._coordinator.leave
         await self.call(call, request.client, request.reason, request.run, request.epoch)
         return pb.LeaveReply()
+
+    async def _polled(self, call: Callable[[], T], waits: Callable[[T], bool]) -> T:
+        """The first answer with which the caller need not wait, or whatever there is at the end of a long poll."""
+        end_s = self._loop.time() + LONG_POLL_S
+        while True:
+            stirred = self._stirred  # taken before asking: what happens after the answer wakes this very event
+            answer = await self.call(call)
+            left_s = end_s - self._loop.time()
+            if not waits(answer) or left_s <= 0:
+                return answer
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stirred.wait(), min(left_s, self._renew_s))
 
     def _wake(self) -> None:
         self._loop.call_soon_threadsafe(self._stir)

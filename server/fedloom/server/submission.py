@@ -1,5 +1,6 @@
 """Whether an update may be taken: its header before a byte is read, its values before they count."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +8,13 @@ import numpy as np
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import CodecError, ProtocolError, SchemaError, UpdateRejected
 from fedloom.proto.messages import UpdateHeader
+from fedloom.proto.secagg.fixed import masked_bytes
+from fedloom.proto.secagg.steps import MASKED
 from fedloom.server.broadcast import Order
 from fedloom.server.rounds import Rounds, UpdateAccepted
 from fedloom.strategies.api import State, Strategy, Update
 
-__all__ = ["check_address", "decoded", "expected_bytes", "is_repeat"]
+__all__ = ["check_address", "check_payload", "decoded", "expected_bytes", "is_repeat"]
 
 
 def is_repeat(header: UpdateHeader, accepted: UpdateAccepted | None) -> bool:
@@ -61,12 +64,24 @@ def expected_bytes(header: UpdateHeader, order: Order) -> int:
         )
     if header.codec != wanted:
         raise ProtocolError(f"client {header.client!r} sends codec {header.codec[:32]!r}; this run takes {wanted!r}")
-    size_bytes = codec(wanted).encoded_size(order.upload)
+    size_bytes = masked_bytes(order.upload) if wanted == MASKED else codec(wanted).encoded_size(order.upload)
     if header.payload_bytes != size_bytes:
         raise ProtocolError(
             f"client {header.client!r} announces {header.payload_bytes} bytes; the schema in {wanted} is {size_bytes}"
         )
     return size_bytes
+
+
+def check_payload(header: UpdateHeader, payload: bytes, size_bytes: int) -> None:
+    """Refuse a payload that is not the announced one.
+
+    Raises:
+        ProtocolError: It has another length than `size_bytes`, or another digest than its header says.
+    """
+    if len(payload) != size_bytes:
+        raise ProtocolError(f"update of {len(payload)} bytes; its header and the schema say {size_bytes}")
+    if hashlib.sha256(payload).hexdigest() != header.digest:
+        raise ProtocolError("the update's bytes do not have the digest in its header; send it again")
 
 
 def decoded(strategy: Strategy, state: State, order: Order, payload: bytes, update: Update) -> Update:

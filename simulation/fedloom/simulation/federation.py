@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedloom.client.config import Policy
+from fedloom.client.config import Policy, SecureAggregationPolicy
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.partition import partition
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, encode
+from fedloom.client.identity import load_identity, public_text
 from fedloom.client.model import AdapterModel, base_digest, load_model, resolve_base
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig, Spec
@@ -79,9 +80,18 @@ def build(config: RunConfig, folder: Path) -> Federation:
     width = len(str(len(parts) - 1))
     clients = {f"client-{index:0{width}d}": rows.take(part) for index, part in enumerate(parts)}
     policies = {name: _simulated_policy(name, len(own), config, folder) for name, own in clients.items()}
+    if config.secure_aggregation.enabled:
+        policies = _acquainted(policies)
     model = load_model(config.model, config.adapter)
     encoded = encode(held_out, model.tokenizer, config.model.max_length)
     return Federation(config, model, clients, policies, encoded)
+
+
+def _acquainted(policies: dict[str, Policy]) -> dict[str, Policy]:
+    """The policies with every client's identity key pinned by all."""
+    peers = {name: public_text(load_identity(policy.client.state)) for name, policy in policies.items()}
+    sums = SecureAggregationPolicy(required=True, peers=peers)
+    return {name: policy.model_copy(update={"secure_aggregation": sums}) for name, policy in policies.items()}
 
 
 def _simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:

@@ -9,6 +9,7 @@ from fedloom.client.participant import Participant
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.trainer import EntropyFor, Trainer
 from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeader, Wait
+from fedloom.proto.secagg.steps import StepMessage, StepResult
 from fedloom.server.coordinator import Coordinator
 from fedloom.simulation.federation import Federation
 
@@ -46,6 +47,10 @@ class LocalConnection:
         """Hand in an update."""
         self._coordinator.check_header(header, self._run, self._epoch)
         return self._coordinator.submit(header, payload, self._run, self._epoch)
+
+    def exchange(self, message: StepMessage) -> StepResult | None:
+        """Send a step of a secure sum; never waits."""
+        return self._coordinator.exchange(message, self._client, self._run, self._epoch)
 
     def heartbeat(self) -> None:
         """Say that this client is alive."""

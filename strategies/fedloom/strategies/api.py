@@ -81,7 +81,8 @@ class Strategy(Protocol):
     A strategy may declare two class attributes, both False where they are absent:
 
     - `linear`: every client gets the same plan, and with uniform weights `commit` depends on the updates only through
-      their mean. One update that is the mean then stands for all, which user-level privacy relies on.
+      their mean. One update that is the mean then stands for all, which user-level privacy and secure aggregation
+      rely on.
     - `rewrites`: `commit` changes the coordinates of trained tensors, as a refactorisation of pairs does.
     """
 

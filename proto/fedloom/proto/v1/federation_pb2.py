@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!fedloom/proto/v1/federation.proto\x12\nfedloom.v1\"J\n\x0bJoinRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12\x19\n\x11\x64\x65\x63lared_examples\x18\x03 \x01(\x04\"\\\n\tJoinReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04spec\x18\x03 \x01(\t\x12\x0e\n\x06schema\x18\x04 \x01(\t\x12\x15\n\rschema_digest\x18\x05 \x01(\t\"9\n\x0bWorkRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\"\x8f\x01\n\tWorkReply\x12,\n\nassignment\x18\x01 \x01(\x0b\x32\x16.fedloom.v1.AssignmentH\x00\x12 \n\x04wait\x18\x02 \x01(\x0b\x32\x10.fedloom.v1.WaitH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.fedloom.v1.FinishedH\x00\x42\x08\n\x06\x61nswer\"\xb8\x02\n\nAssignment\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05train\x18\x02 \x03(\t\x12\x10\n\x08personal\x18\x03 \x03(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x11\n\tbase_rank\x18\x05 \x01(\r\x12\x30\n\x05local\x18\x06 \x03(\x0b\x32!.fedloom.v1.Assignment.LocalEntry\x12\x17\n\x0f\x62roadcast_roles\x18\x07 \x03(\t\x12\x17\n\x0f\x62roadcast_codec\x18\x08 \x01(\t\x12\x18\n\x10\x62roadcast_digest\x18\t \x01(\t\x12\x17\n\x0f\x62roadcast_bytes\x18\n \x01(\x04\x12\x14\n\x0cupload_codec\x18\x0b \x01(\t\x1a,\n\nLocalEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1d\n\x04Wait\x12\x15\n\rretry_after_s\x18\x01 \x01(\x01\"H\n\x08\x46inished\x12\x0e\n\x06rounds\x18\x01 \x01(\r\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"Z\n\x0c\x46\x65tchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"S\n\rSubmitRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedloom.v1.UpdateHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x96\x01\n\x0cUpdateHeader\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x15\n\rschema_digest\x18\x05 \x01(\t\x12\r\n\x05\x63odec\x18\x06 \x01(\t\x12\x15\n\rpayload_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\" \n\x0bSubmitReply\x12\x11\n\tduplicate\x18\x01 \x01(\x08\">\n\x10HeartbeatRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\"-\n\x0eHeartbeatReply\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0c\n\x04open\x18\x02 \x01(\x08\"J\n\x0cLeaveRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x0c\n\nLeaveReply2\xf6\x02\n\nFederation\x12\x36\n\x04Join\x12\x17.fedloom.v1.JoinRequest\x1a\x15.fedloom.v1.JoinReply\x12\x36\n\x04Work\x12\x17.fedloom.v1.WorkRequest\x1a\x15.fedloom.v1.WorkReply\x12\x36\n\x05\x46\x65tch\x12\x18.fedloom.v1.FetchRequest\x1a\x11.fedloom.v1.Chunk0\x01\x12>\n\x06Submit\x12\x19.fedloom.v1.SubmitRequest\x1a\x17.fedloom.v1.SubmitReply(\x01\x12\x45\n\tHeartbeat\x12\x1c.fedloom.v1.HeartbeatRequest\x1a\x1a.fedloom.v1.HeartbeatReply\x12\x39\n\x05Leave\x12\x18.fedloom.v1.LeaveRequest\x1a\x16.fedloom.v1.LeaveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!fedloom/proto/v1/federation.proto\x12\nfedloom.v1\"J\n\x0bJoinRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12\x19\n\x11\x64\x65\x63lared_examples\x18\x03 \x01(\x04\"\\\n\tJoinReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04spec\x18\x03 \x01(\t\x12\x0e\n\x06schema\x18\x04 \x01(\t\x12\x15\n\rschema_digest\x18\x05 \x01(\t\"9\n\x0bWorkRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\"\x8f\x01\n\tWorkReply\x12,\n\nassignment\x18\x01 \x01(\x0b\x32\x16.fedloom.v1.AssignmentH\x00\x12 \n\x04wait\x18\x02 \x01(\x0b\x32\x10.fedloom.v1.WaitH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.fedloom.v1.FinishedH\x00\x42\x08\n\x06\x61nswer\"\xb8\x02\n\nAssignment\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05train\x18\x02 \x03(\t\x12\x10\n\x08personal\x18\x03 \x03(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x11\n\tbase_rank\x18\x05 \x01(\r\x12\x30\n\x05local\x18\x06 \x03(\x0b\x32!.fedloom.v1.Assignment.LocalEntry\x12\x17\n\x0f\x62roadcast_roles\x18\x07 \x03(\t\x12\x17\n\x0f\x62roadcast_codec\x18\x08 \x01(\t\x12\x18\n\x10\x62roadcast_digest\x18\t \x01(\t\x12\x17\n\x0f\x62roadcast_bytes\x18\n \x01(\x04\x12\x14\n\x0cupload_codec\x18\x0b \x01(\t\x1a,\n\nLocalEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1d\n\x04Wait\x12\x15\n\rretry_after_s\x18\x01 \x01(\x01\"H\n\x08\x46inished\x12\x0e\n\x06rounds\x18\x01 \x01(\r\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"Z\n\x0c\x46\x65tchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"S\n\rSubmitRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedloom.v1.UpdateHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xa7\x01\n\x0cUpdateHeader\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x15\n\rschema_digest\x18\x05 \x01(\t\x12\r\n\x05\x63odec\x18\x06 \x01(\t\x12\x15\n\rpayload_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\t \x01(\r\" \n\x0bSubmitReply\x12\x11\n\tduplicate\x18\x01 \x01(\x08\"\xe2\x01\n\x0f\x45xchangeRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x1e\n\x04step\x18\x06 \x01(\x0e\x32\x10.fedloom.v1.Step\x12\x35\n\x05parts\x18\x07 \x03(\x0b\x32&.fedloom.v1.ExchangeRequest.PartsEntry\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\x94\x01\n\rExchangeReply\x12\x0f\n\x07waiting\x18\x01 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x33\n\x05parts\x18\x03 \x03(\x0b\x32$.fedloom.v1.ExchangeReply.PartsEntry\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\">\n\x10HeartbeatRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\"-\n\x0eHeartbeatReply\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0c\n\x04open\x18\x02 \x01(\x08\"J\n\x0cLeaveRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x0c\n\nLeaveReply*r\n\x04Step\x12\x14\n\x10STEP_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTEP_ADVERTISE\x10\x01\x12\x0e\n\nSTEP_SHARE\x10\x02\x12\r\n\tSTEP_MASK\x10\x03\x12\x10\n\x0cSTEP_CONFIRM\x10\x04\x12\x0f\n\x0bSTEP_UNMASK\x10\x05\x32\xba\x03\n\nFederation\x12\x36\n\x04Join\x12\x17.fedloom.v1.JoinRequest\x1a\x15.fedloom.v1.JoinReply\x12\x36\n\x04Work\x12\x17.fedloom.v1.WorkRequest\x1a\x15.fedloom.v1.WorkReply\x12\x36\n\x05\x46\x65tch\x12\x18.fedloom.v1.FetchRequest\x1a\x11.fedloom.v1.Chunk0\x01\x12>\n\x06Submit\x12\x19.fedloom.v1.SubmitRequest\x1a\x17.fedloom.v1.SubmitReply(\x01\x12\x42\n\x08\x45xchange\x12\x1b.fedloom.v1.ExchangeRequest\x1a\x19.fedloom.v1.ExchangeReply\x12\x45\n\tHeartbeat\x12\x1c.fedloom.v1.HeartbeatRequest\x1a\x1a.fedloom.v1.HeartbeatReply\x12\x39\n\x05Leave\x12\x18.fedloom.v1.LeaveRequest\x1a\x16.fedloom.v1.LeaveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,6 +33,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ASSIGNMENT_LOCALENTRY']._loaded_options = None
   _globals['_ASSIGNMENT_LOCALENTRY']._serialized_options = b'8\001'
+  _globals['_EXCHANGEREQUEST_PARTSENTRY']._loaded_options = None
+  _globals['_EXCHANGEREQUEST_PARTSENTRY']._serialized_options = b'8\001'
+  _globals['_EXCHANGEREPLY_PARTSENTRY']._loaded_options = None
+  _globals['_EXCHANGEREPLY_PARTSENTRY']._serialized_options = b'8\001'
+  _globals['_STEP']._serialized_start=1829
+  _globals['_STEP']._serialized_end=1943
   _globals['_JOINREQUEST']._serialized_start=49
   _globals['_JOINREQUEST']._serialized_end=123
   _globals['_JOINREPLY']._serialized_start=125
@@ -56,17 +62,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITREQUEST']._serialized_start=959
   _globals['_SUBMITREQUEST']._serialized_end=1042
   _globals['_UPDATEHEADER']._serialized_start=1045
-  _globals['_UPDATEHEADER']._serialized_end=1195
-  _globals['_SUBMITREPLY']._serialized_start=1197
-  _globals['_SUBMITREPLY']._serialized_end=1229
-  _globals['_HEARTBEATREQUEST']._serialized_start=1231
-  _globals['_HEARTBEATREQUEST']._serialized_end=1293
-  _globals['_HEARTBEATREPLY']._serialized_start=1295
-  _globals['_HEARTBEATREPLY']._serialized_end=1340
-  _globals['_LEAVEREQUEST']._serialized_start=1342
-  _globals['_LEAVEREQUEST']._serialized_end=1416
-  _globals['_LEAVEREPLY']._serialized_start=1418
-  _globals['_LEAVEREPLY']._serialized_end=1430
-  _globals['_FEDERATION']._serialized_start=1433
-  _globals['_FEDERATION']._serialized_end=1807
+  _globals['_UPDATEHEADER']._serialized_end=1212
+  _globals['_SUBMITREPLY']._serialized_start=1214
+  _globals['_SUBMITREPLY']._serialized_end=1246
+  _globals['_EXCHANGEREQUEST']._serialized_start=1249
+  _globals['_EXCHANGEREQUEST']._serialized_end=1475
+  _globals['_EXCHANGEREQUEST_PARTSENTRY']._serialized_start=1431
+  _globals['_EXCHANGEREQUEST_PARTSENTRY']._serialized_end=1475
+  _globals['_EXCHANGEREPLY']._serialized_start=1478
+  _globals['_EXCHANGEREPLY']._serialized_end=1626
+  _globals['_EXCHANGEREPLY_PARTSENTRY']._serialized_start=1431
+  _globals['_EXCHANGEREPLY_PARTSENTRY']._serialized_end=1475
+  _globals['_HEARTBEATREQUEST']._serialized_start=1628
+  _globals['_HEARTBEATREQUEST']._serialized_end=1690
+  _globals['_HEARTBEATREPLY']._serialized_start=1692
+  _globals['_HEARTBEATREPLY']._serialized_end=1737
+  _globals['_LEAVEREQUEST']._serialized_start=1739
+  _globals['_LEAVEREQUEST']._serialized_end=1813
+  _globals['_LEAVEREPLY']._serialized_start=1815
+  _globals['_LEAVEREPLY']._serialized_end=1827
+  _globals['_FEDERATION']._serialized_start=1946
+  _globals['_FEDERATION']._serialized_end=2388
 # @@protoc_insertion_point(module_scope)

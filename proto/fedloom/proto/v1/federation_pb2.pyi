@@ -1,10 +1,26 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class Step(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STEP_UNSPECIFIED: _ClassVar[Step]
+    STEP_ADVERTISE: _ClassVar[Step]
+    STEP_SHARE: _ClassVar[Step]
+    STEP_MASK: _ClassVar[Step]
+    STEP_CONFIRM: _ClassVar[Step]
+    STEP_UNMASK: _ClassVar[Step]
+STEP_UNSPECIFIED: Step
+STEP_ADVERTISE: Step
+STEP_SHARE: Step
+STEP_MASK: Step
+STEP_CONFIRM: Step
+STEP_UNMASK: Step
 
 class JoinRequest(_message.Message):
     __slots__ = ("client", "protocol", "declared_examples")
@@ -130,7 +146,7 @@ class SubmitRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("run", "epoch", "client", "round", "schema_digest", "codec", "payload_bytes", "digest")
+    __slots__ = ("run", "epoch", "client", "round", "schema_digest", "codec", "payload_bytes", "digest", "attempt")
     RUN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +155,7 @@ class UpdateHeader(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     run: str
     epoch: int
     client: str
@@ -147,13 +164,56 @@ class UpdateHeader(_message.Message):
     codec: str
     payload_bytes: int
     digest: str
-    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., schema_digest: _Optional[str] = ..., codec: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
+    attempt: int
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., schema_digest: _Optional[str] = ..., codec: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., digest: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class SubmitReply(_message.Message):
     __slots__ = ("duplicate",)
     DUPLICATE_FIELD_NUMBER: _ClassVar[int]
     duplicate: bool
     def __init__(self, duplicate: _Optional[bool] = ...) -> None: ...
+
+class ExchangeRequest(_message.Message):
+    __slots__ = ("run", "epoch", "client", "round", "attempt", "step", "parts")
+    class PartsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    epoch: int
+    client: str
+    round: int
+    attempt: int
+    step: Step
+    parts: _containers.ScalarMap[str, bytes]
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[_Union[Step, str]] = ..., parts: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class ExchangeReply(_message.Message):
+    __slots__ = ("waiting", "attempt", "parts")
+    class PartsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    waiting: bool
+    attempt: int
+    parts: _containers.ScalarMap[str, bytes]
+    def __init__(self, waiting: _Optional[bool] = ..., attempt: _Optional[int] = ..., parts: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("run", "epoch", "client")

@@ -56,6 +56,11 @@ class FederationStub:
                 request_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.SubmitRequest.SerializeToString,
                 response_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.SubmitReply.FromString,
                 _registered_method=True)
+        self.Exchange = channel.unary_unary(
+                '/fedloom.v1.Federation/Exchange',
+                request_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.ExchangeRequest.SerializeToString,
+                response_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.ExchangeReply.FromString,
+                _registered_method=True)
         self.Heartbeat = channel.unary_unary(
                 '/fedloom.v1.Federation/Heartbeat',
                 request_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.HeartbeatRequest.SerializeToString,
@@ -101,6 +106,14 @@ class FederationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Exchange(self, request, context):
+        """"Here is my message for this step of the secure sum; what did the others send?" A long poll that answers within
+        45 s; sent again unchanged it goes on waiting.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Heartbeat(self, request, context):
         """"I am alive and training."
         """
@@ -137,6 +150,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.Submit,
                     request_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.SubmitRequest.FromString,
                     response_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.SubmitReply.SerializeToString,
+            ),
+            'Exchange': grpc.unary_unary_rpc_method_handler(
+                    servicer.Exchange,
+                    request_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.ExchangeRequest.FromString,
+                    response_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.ExchangeReply.SerializeToString,
             ),
             'Heartbeat': grpc.unary_unary_rpc_method_handler(
                     servicer.Heartbeat,
@@ -259,6 +277,33 @@ class Federation:
             '/fedloom.v1.Federation/Submit',
             fedloom_dot_proto_dot_v1_dot_federation__pb2.SubmitRequest.SerializeToString,
             fedloom_dot_proto_dot_v1_dot_federation__pb2.SubmitReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Exchange(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedloom.v1.Federation/Exchange',
+            fedloom_dot_proto_dot_v1_dot_federation__pb2.ExchangeRequest.SerializeToString,
+            fedloom_dot_proto_dot_v1_dot_federation__pb2.ExchangeReply.FromString,
             options,
             channel_credentials,
             insecure,

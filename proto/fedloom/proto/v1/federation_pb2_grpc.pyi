@@ -43,6 +43,10 @@ class FederationStub:
     """"Send me the bytes with this digest, from this offset." """
     Submit: _grpc.StreamUnaryMultiCallable[_federation_pb2.SubmitRequest, _federation_pb2.SubmitReply]
     """"Here is my update": a header first, then the payload in order."""
+    Exchange: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ExchangeRequest, _federation_pb2.ExchangeReply]
+    """"Here is my message for this step of the secure sum; what did the others send?" A long poll that answers within
+    45 s; sent again unchanged it goes on waiting.
+    """
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_federation_pb2.HeartbeatRequest, _federation_pb2.HeartbeatReply]
     """"I am alive and training." """
     Leave: _grpc.UnaryUnaryMultiCallable[_federation_pb2.LeaveRequest, _federation_pb2.LeaveReply]
@@ -63,6 +67,10 @@ class FederationAsyncStub(FederationStub):
     """"Send me the bytes with this digest, from this offset." """
     Submit: _aio.StreamUnaryMultiCallable[_federation_pb2.SubmitRequest, _federation_pb2.SubmitReply]  # type: ignore[assignment]
     """"Here is my update": a header first, then the payload in order."""
+    Exchange: _aio.UnaryUnaryMultiCallable[_federation_pb2.ExchangeRequest, _federation_pb2.ExchangeReply]  # type: ignore[assignment]
+    """"Here is my message for this step of the secure sum; what did the others send?" A long poll that answers within
+    45 s; sent again unchanged it goes on waiting.
+    """
     Heartbeat: _aio.UnaryUnaryMultiCallable[_federation_pb2.HeartbeatRequest, _federation_pb2.HeartbeatReply]  # type: ignore[assignment]
     """"I am alive and training." """
     Leave: _aio.UnaryUnaryMultiCallable[_federation_pb2.LeaveRequest, _federation_pb2.LeaveReply]  # type: ignore[assignment]
@@ -104,6 +112,16 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.SubmitReply, _abc.Awaitable[_federation_pb2.SubmitReply]]:
         """"Here is my update": a header first, then the payload in order."""
+
+    @_abc_1.abstractmethod
+    def Exchange(
+        self,
+        request: _federation_pb2.ExchangeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.ExchangeReply, _abc.Awaitable[_federation_pb2.ExchangeReply]]:
+        """"Here is my message for this step of the secure sum; what did the others send?" A long poll that answers within
+        45 s; sent again unchanged it goes on waiting.
+        """
 
     @_abc_1.abstractmethod
     def Heartbeat(

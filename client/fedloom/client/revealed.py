@@ -1,0 +1,68 @@
+"""What this client has helped to unmask, on its disk: one list of survivors for one update in one round.
+
+Two sums of the same updates over two lists differ by the updates of whoever is on only one of them. So a client that
+has revealed its shares for a list reveals none for another list of that round, nor for an earlier round, also after
+a restart.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedloom.proto.errors import LedgerError, PolicyError
+
+__all__ = ["remember"]
+
+_FOLDER = "revealed"
+
+
+def remember(folder: Path, run: str, round: int, update: str, survivors: Iterable[str]) -> None:
+    """Write down, durably, that shares are about to be revealed for this update and these survivors.
+
+    Returning means that they may be. Doing it again with the same update and survivors is allowed.
+
+    Args:
+        folder: The client's state folder.
+        run: The run's random name.
+        round: From 0.
+        update: SHA-256 of the update before masking, hex.
+        survivors: Names of those whose updates are in the sum.
+
+    Raises:
+        PolicyError: Shares were revealed for other survivors, for another update, or in a later round before.
+        LedgerError: The disk refuses, or what was remembered cannot be read.
+    """
+    # The coordinator chose the run's name, so it must not become a path.
+    path = folder / _FOLDER / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.json"
+    what = [round, update, *sorted(survivors)]
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else [-1]
+        if known == what:
+            return
+        if known[0] < round:
+            _replace(path, json.dumps(what))
+            return
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise LedgerError(f"{path} cannot be read or written: {error}; no shares are revealed without it") from error
+    raise PolicyError(
+        f"round {round + 1} cannot be unmasked: round {known[0] + 1} was, with {len(known) - 2} survivors or another "
+        "update; a second sum would tell single updates apart, so this client takes no further part in the round"
+    )
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file holds either its old or its new text, whenever the machine dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
