@@ -13,7 +13,7 @@ from fedloom.client.config import Policy, check_local
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
 from fedloom.client.model import AdapterModel
-from fedloom.client.privacy.entropy import Entropy, Seeded, System
+from fedloom.client.privacy.entropy import Entropy, Seeded, System, poisson
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import Tape, recording
@@ -164,8 +164,7 @@ class Trainer:
 
     def _sample(self, entropy: Entropy) -> Indices:
         """One Poisson sample: each example on its own with the public rate."""
-        chosen = entropy.uniform(len(self.encoded)) < self.spec.train.sampling_rate
-        return np.flatnonzero(chosen).astype(np.int64)
+        return poisson(entropy, len(self.encoded), self.spec.train.sampling_rate)
 
     def _loss(self, indices: Indices) -> torch.Tensor:
         """Sum of per-example losses; no term of one example depends on another."""
