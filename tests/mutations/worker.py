@@ -1,0 +1,68 @@
+"""Runs tests in one tree after another, each in a fork of an interpreter that has loaded torch once.
+
+Reads lines of JSON, {"tree": FOLDER, "tests": [PYTEST ID, ...]}, and answers each with one line of JSON: pytest's exit
+status and the ids that failed while the test itself ran. An error while collecting or setting up is no failure.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+PARTS = ("proto", "strategies", "server", "client", "simulation", "cli")
+LIMIT_S = 300
+
+
+class Failures:
+    """A pytest plugin that notes which tests failed by what they assert."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" and report.failed:
+            self.ids.append(report.nodeid)
+
+
+def run(tree: Path, tests: list[str], answer: int) -> None:
+    """Run in `tree` and write the answer; anything printed goes to the standard error."""
+    import pytest
+
+    os.dup2(2, 1)
+    os.chdir(tree)
+    paths = [str(tree / part) for part in PARTS]
+    sys.path[:0] = paths
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for tests that start processes
+    failures = Failures()
+    options = ["-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-c", "pyproject.toml", "--rootdir", "."]
+    status = int(pytest.main([*options, *tests], plugins=[failures]))
+    os.write(answer, json.dumps({"status": status, "failed": failures.ids}).encode())
+
+
+def main() -> None:
+    """Answer until standard input ends."""
+    import opacus  # noqa: F401  # loading these takes seconds, which the forks need not spend again
+    import peft  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    for line in sys.stdin:
+        task = json.loads(line)
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read)
+            run(Path(task["tree"]), task["tests"], write)
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read, "rb") as pipe:
+            answer = pipe.read()
+        os.waitpid(child, 0)
+        sys.stdout.write((answer or b'{"status": -1, "failed": []}').decode() + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
