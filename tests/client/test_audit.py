@@ -14,6 +14,7 @@ from fedloom.client.privacy import audit as module
 from fedloom.client.privacy.audit import Audit, Check, audit
 from fedloom.client.privacy.entropy import Entropy, Seeded
 from fedloom.client.privacy.optimizer import PrivateOptimizer
+from fedloom.proto.accounting import epsilon
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import Spec
 
@@ -62,7 +63,17 @@ class Unclipped(Sums):
 class ClipsTheSum(Sums):
     def total(self, flat: torch.Tensor) -> torch.Tensor:
         total = flat.sum(0)
-        return total * (self.max_grad_norm / (total.norm() + 1e-6)).clamp(max=1.0)
+        clipped: torch.Tensor = total * (self.max_grad_norm / (total.norm() + 1e-6)).clamp(max=1.0)
+        return clipped
+
+
+class ClipsLoosely(Sums):
+    """Lets an example have half as much again as it may: too little for sixteen noisy trials to show."""
+
+    def total(self, flat: torch.Tensor) -> torch.Tensor:
+        factors = (1.5 * self.max_grad_norm / (flat.norm(dim=1) + 1e-6)).clamp(max=1.0)
+        total: torch.Tensor = factors @ flat
+        return total
 
 
 class ClipsEachTensor(Sums):
@@ -80,7 +91,7 @@ class LastTensorUnclipped(Sums):
     def total(self, flat: torch.Tensor) -> torch.Tensor:
         last = self.tape.columns[self.tape.parameters[-1]]
         factors = (self.max_grad_norm / (flat[:, : last.start].norm(dim=1) + 1e-6)).clamp(max=1.0)
-        scaled = factors[:, None] * flat
+        scaled: torch.Tensor = factors[:, None] * flat
         scaled[:, last] = flat[:, last]
         return scaled.sum(0)
 
@@ -165,7 +176,7 @@ def test_an_example_that_is_always_sampled_is_noticed(spec: Spec, monkeypatch: p
     assert sampled_steps(spec, PrivateOptimizer).verdict == "VIOLATION"
 
 
-@pytest.mark.parametrize("fault", [NoNoise, Unclipped])
+@pytest.mark.parametrize("fault", [NoNoise, Unclipped, ClipsLoosely])
 def test_a_fault_that_only_the_trainer_has_is_found_through_the_model(
     fault: Any, tiny_model: AdapterModel, spec: Spec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,8 +190,7 @@ def test_a_fault_that_only_the_trainer_has_is_found_through_the_model(
 
 
 def test_a_claim_that_is_too_small_is_refuted(tiny_model: AdapterModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = module.epsilon
-    monkeypatch.setattr(module, "epsilon", lambda spends, delta: 0.8 * whole(spends, delta))
+    monkeypatch.setattr(module, "epsilon", lambda spends, delta: 0.8 * epsilon(spends, delta))
 
     assert one_step(tiny_model, PrivateOptimizer).verdict == "VIOLATION"
 

@@ -71,7 +71,7 @@ def _deviations(degrees: int) -> Floats:
     With it the noncentral t law is an average; scipy's own does not converge for the separations that a mechanism
     without noise gives.
     """
-    return np.sqrt(chi2.ppf((np.arange(_NODES) + 0.5) / _NODES, degrees) / degrees, dtype=np.float64)
+    return np.asarray(np.sqrt(chi2.ppf((np.arange(_NODES) + 0.5) / _NODES, degrees) / degrees), np.float64)
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
