@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export FEDLOOM_CACHE ?= $(CURDIR)/.cache
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test check fix proto docs bench study-small clean
+.PHONY: setup demo test prove check fix proto docs bench study-small clean
 
 setup: $(VENV)/.ready
 
@@ -22,12 +22,17 @@ demo: setup
 test: setup
 	pytest
 
+# Everything that is too heavy for every change, at full size: about an hour on two cores.
+prove: setup
+	FEDLOOM_PROVE=1 pytest -m prove
+
 check: setup
 	ruff format --check .
 	ruff check .
 	mypy
 	lint-imports
 	python docs/make_reference.py --check
+	python docs/make_mutations.py --check
 	$(MAKE) --no-print-directory proto
 	git diff --exit-code -- proto
 
@@ -41,6 +46,7 @@ proto: setup
 
 docs: setup
 	python docs/make_reference.py
+	python docs/make_mutations.py
 
 bench: setup
 	fedloom bench round

@@ -66,7 +66,7 @@ def test_help_names_every_command() -> None:
     done = fedloom("--help")
 
     assert done.returncode == 0
-    for name in ("simulate", "server", "prepare", "client", "assets", "strategies", "ledger", "bench"):
+    for name in ("simulate", "server", "prepare", "client", "audit", "assets", "strategies", "ledger", "bench"):
         assert re.search(rf"^\W*{name}\s", done.stdout, re.M)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli import assets, bench, client, identity, ledger, privacy, server, simulate, strategies
+from fedloom.cli import assets, audit, bench, client, identity, ledger, privacy, server, simulate, strategies
 from fedloom.cli.console import failed, version
 from fedloom.proto.errors import FedloomError
 from fedloom.proto.memory import keep_freed_memory
@@ -40,6 +40,7 @@ app.command("prepare")(server.prepare)
 app.command("export")(server.export)
 app.command("client")(client.client)
 app.command("identity")(identity.identity)
+app.command("audit")(audit.audit)
 app.command("assets")(assets.assets)
 app.add_typer(strategies.app, name="strategies")
 app.add_typer(ledger.app, name="ledger")

@@ -14,7 +14,7 @@ from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microb
 from fedloom.client.losses import per_example, positions
 from fedloom.client.model import AdapterModel
 from fedloom.client.privacy.budget import round_spend
-from fedloom.client.privacy.entropy import Entropy, Seeded, System
+from fedloom.client.privacy.entropy import Entropy, Seeded, System, poisson
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import Tape, recording
@@ -180,8 +180,7 @@ class Trainer:
 
     def _sample(self, entropy: Entropy) -> Indices:
         """One Poisson sample: each example on its own with the public rate."""
-        chosen = entropy.uniform(len(self.encoded)) < self.spec.train.sampling_rate
-        return np.flatnonzero(chosen).astype(np.int64)
+        return poisson(entropy, len(self.encoded), self.spec.train.sampling_rate)
 
     def _loss(self, indices: Indices) -> torch.Tensor:
         return self._batch_loss(collate(self.encoded, indices, self.model.tokenizer.pad_token_id))

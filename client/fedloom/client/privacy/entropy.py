@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Entropy", "Seeded", "System"]
+__all__ = ["Entropy", "Seeded", "System", "poisson"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -64,3 +64,15 @@ class Seeded:
     def normal(self, count: int) -> Floats:
         """`count` standard normal values."""
         return self._generator.standard_normal(count)
+
+
+def poisson(entropy: Entropy, count: int, rate: float) -> npt.NDArray[np.int64]:
+    """One Poisson sample of `count` examples: each is in it on its own, with probability `rate` in (0, 1].
+
+    Returns:
+        Indices in rising order, shape (k,); k is random, may be 0, and must not be made public.
+
+    >>> poisson(Seeded(1), 4, 1.0).tolist()
+    [0, 1, 2, 3]
+    """
+    return np.flatnonzero(entropy.uniform(count) < rate).astype(np.int64)
