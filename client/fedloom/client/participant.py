@@ -186,7 +186,11 @@ class Participant:
             self.connection.submit(pending.header, pending.payload)
             return True
         assert self._joined is not None  # there is an update
-        return pending.delivery.advance(self.connection, self._joined)
+        self._training.set()  # the masks of a large adapter take longer than a lease
+        try:
+            return pending.delivery.advance(self.connection, self._joined)
+        finally:
+            self._training.clear()
 
     def _insist(self, call: Callable[[], Reply]) -> Reply:
         """Make a call; if it is refused, join and make it once more.
