@@ -140,11 +140,10 @@ class StrategyConformance:
         for _ in range(ROUNDS):
             plans = [strategy.plan(state, state.round, client) for client in CLIENTS]
             for plan in plans[1:]:
-                _assert_same(plan, plans[0])
+                _assert_asks_the_same(plan, plans[0])
             updates = [replace(update, weight=1.0) for update in self.updates(strategy, state)]
             mean = {
-                name: np.stack([update.delta[name] for update in updates]).mean(axis=0, dtype=np.float64).astype("f4")
-                for name in updates[0].delta
+                name: np.stack([update.delta[name] for update in updates]).mean(axis=0) for name in updates[0].delta
             }
 
             together = run_round(strategy, state, updates)
@@ -299,7 +298,7 @@ def _broadcast_model(strategy: Strategy, state: State) -> dict[str, Array]:
     return effective(state.schema, {**state.adapter, **plan.broadcast})
 
 
-def _assert_same(one: Plan, two: Plan) -> None:
+def _assert_asks_the_same(one: Plan, two: Plan) -> None:
     """Equal instructions over equal values."""
     told = [(plan.train, plan.personal, plan.rank, dict(plan.local), sorted(plan.broadcast)) for plan in (one, two)]
     assert told[0] == told[1], "a linear strategy asks the same of every client"
