@@ -1,5 +1,8 @@
 """What a client insists on in a secure sum, whatever the coordinator says."""
 
+import os
+import stat
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,11 +164,18 @@ def test_a_second_attempt_is_unmasked_for_the_same_survivors_only(cohort: Any) -
         other.attempts["ann"].unmask(signatures)
 
 
-def test_nothing_is_revealed_before_it_is_on_the_disk(cohort: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [stat.S_ISREG, stat.S_ISDIR])
+def test_nothing_is_revealed_before_it_is_on_the_disk(
+    cohort: Any, monkeypatch: pytest.MonkeyPatch, kind: Callable[[int], bool]
+) -> None:
+    """Neither the file nor its name in the folder may still be in memory alone."""
     signatures = cohort.confirmed(REST)
+    sync = os.fsync
 
     def refuse(descriptor: int) -> None:
-        raise OSError("no space")
+        if kind(os.fstat(descriptor).st_mode):
+            raise OSError("no space")
+        sync(descriptor)
 
     monkeypatch.setattr("os.fsync", refuse)
     with pytest.raises(LedgerError, match="no space"):

@@ -67,7 +67,7 @@ class Participant:
         self._delivery: Delivery | None = None
         self._refused: Spooled | None = None
         self._refusals = 0
-        self._training = threading.Event()
+        self._busy = threading.Event()
 
     @property
     def name(self) -> str:
@@ -196,7 +196,7 @@ class Participant:
                 f"broadcast of {assignment.broadcast_bytes} bytes; {incoming.name} under the schema needs "
                 f"{incoming.encoded_size(schema)}"
             )
-        self._training.set()
+        self._busy.set()
         try:
             payload = self._insist(
                 lambda: self.connection.fetch(assignment.broadcast_digest, assignment.broadcast_bytes)
@@ -214,7 +214,7 @@ class Participant:
                 keep(self.spool, update)
             trainer.release(trained.charge, digest)
         finally:
-            self._training.clear()
+            self._busy.clear()
         return update
 
     def _deliver(self) -> None:
@@ -246,7 +246,11 @@ class Participant:
             return True
         if self._delivery is None:
             self._delivery = Delivery(membership(self.policy, joined.spec), pending.header, pending.payload)
-        return self._delivery.advance(self.connection, joined)
+        self._busy.set()  # the masks of a large adapter take longer than a lease
+        try:
+            return self._delivery.advance(self.connection, joined)
+        finally:
+            self._busy.clear()
 
     def _forget(self) -> None:
         """Whatever is spooled for this run is never asked for again."""
@@ -282,12 +286,12 @@ class Participant:
 
     @contextmanager
     def _heartbeats(self) -> Iterator[None]:
-        """Keep the lease alive from a thread of its own whenever training holds this one."""
+        """Keep the lease alive from a thread of its own whenever work holds this one."""
         stop = threading.Event()
 
         def beat() -> None:
             while not stop.wait(_HEARTBEAT_S):
-                if not self._training.is_set():
+                if not self._busy.is_set():
                     continue
                 try:
                     self.connection.heartbeat()

@@ -87,11 +87,6 @@ class Broadcasts:
     def _encoded(self, plan: Plan) -> Order:
         self._check(plan)
         wire, secure = self._config.wire, self._config.secure_aggregation.enabled
-        if secure and self._shared:
-            raise ConfigError(
-                "the strategy asks different things of different clients, whose updates cannot be summed unseen; "
-                "set secure_aggregation.enabled = false or choose another strategy"
-            )
         draft = Assignment(
             round=self._state.round,
             train=plan.train,
@@ -110,7 +105,13 @@ class Broadcasts:
         digest = hashlib.sha256(payload).hexdigest()
         self._payloads[digest] = payload
         final = replace(draft, broadcast_digest=digest, broadcast_bytes=len(payload))
-        return Order(final, derived, upload_schema(self._schema, final))
+        order = Order(final, derived, upload_schema(self._schema, final))
+        if secure and any(order != other for _, other in self._shared.values()):
+            raise ConfigError(
+                "the strategy asks different things of different clients, whose updates cannot be summed unseen; "
+                "set secure_aggregation.enabled = false or choose another strategy"
+            )
+        return order
 
     def _check(self, plan: Plan) -> None:
         if not plan.train or not plan.train <= self._schema.roles or not plan.personal <= plan.train:

@@ -136,6 +136,26 @@ class StrategyConformance:
 
             _assert_close(_broadcast_model(strategy, state), expected)
 
+    def test_a_linear_strategy_needs_only_the_mean(self) -> None:
+        """What says that it is linear plans alike for all clients, and takes the mean update for all of them."""
+        strategy, state = self.begin()
+        if not getattr(strategy, "linear", False):
+            pytest.skip("not declared linear")
+        for _ in range(ROUNDS):
+            plans = [strategy.plan(state, state.round, client) for client in CLIENTS]
+            for plan in plans[1:]:
+                _assert_asks_the_same(plan, plans[0])
+            updates = [replace(update, weight=1.0) for update in self.updates(strategy, state)]
+            mean = {
+                name: np.stack([update.delta[name] for update in updates]).mean(axis=0) for name in updates[0].delta
+            }
+
+            together = run_round(strategy, state, updates)
+            alone = run_round(strategy, state, [replace(updates[0], delta=mean)])
+
+            _assert_close(_broadcast_model(strategy, alone), _broadcast_model(strategy, together))
+            state = together
+
     def test_arrival_order_is_forgotten_by_sorting(self) -> None:
         """Updates put in client order give the same bytes however they arrived."""
         strategy, state = self.begin()
@@ -280,6 +300,14 @@ def _trained_model(state: State, plan: Plan, update: Update) -> dict[str, Array]
 def _broadcast_model(strategy: Strategy, state: State) -> dict[str, Array]:
     plan = strategy.plan(state, state.round, CLIENTS[0])
     return effective(state.schema, {**state.adapter, **plan.broadcast})
+
+
+def _assert_asks_the_same(one: Plan, two: Plan) -> None:
+    """Equal instructions over equal values."""
+    told = [(plan.train, plan.personal, plan.rank, dict(plan.local), sorted(plan.broadcast)) for plan in (one, two)]
+    assert told[0] == told[1], "a linear strategy asks the same of every client"
+    for name in one.broadcast:
+        np.testing.assert_array_equal(one.broadcast[name], two.broadcast[name])
 
 
 def _assert_plan_fits(schema: Schema, plan: Plan) -> None:
