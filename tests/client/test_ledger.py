@@ -333,3 +333,14 @@ def test_kill_at_random_points_never_loses_a_charge(tmp_path: Path) -> None:
 def test_the_file_is_named_by_the_data_set_and_private_to_its_folder(tmp_path: Path) -> None:
     with Ledger(tmp_path / "deep" / "state", DATASET) as ledger:
         assert ledger.path == tmp_path / "deep" / "state" / ("ab" * 16 + ".ledger")
+
+
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    for folder, anchors in ((tmp_path / "file" / "ledger", None), (tmp_path / "ledger", tmp_path / "file")):
+        with pytest.raises(LedgerError, match="ledger and anchor need the folders"):
+            Ledger(folder, DATASET, anchors=anchors)
+    (tmp_path / "ledger" / f"{'ab' * 16}.lock").mkdir()
+    with pytest.raises(LedgerError, match="cannot be locked"):
+        Ledger(tmp_path / "ledger", DATASET)

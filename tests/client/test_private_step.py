@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedloom.client.privacy.entropy import Entropy, Seeded, System
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import hooked, recording
+from fedloom.proto.errors import ModelError
 
 
 class Silence:
@@ -177,6 +178,26 @@ def test_a_step_draws_noise_once_however_many_microbatches_it_has(parts: int) ->
     silent = summed([examples(8)] if parts else [])
     assert entropy.draws == [len(noisy)]
     torch.testing.assert_close(noisy - silent, torch.full_like(noisy, 0.5), rtol=0, atol=1e-5)
+
+
+def test_a_second_step_starts_from_zero_and_no_example_counts_twice() -> None:
+    layer = nn.Linear(4, 2)
+    parameters = list(layer.parameters())
+    with recording(layer, parameters) as tape:
+        base = torch.optim.SGD(parameters, lr=0.0)
+        optimizer = PrivateOptimizer(base, tape, Silence(), noise_multiplier=1.0, clip_norm=1.0, expected_batch=1)
+        tape.begin(3)
+        torch.autograd.backward(layer(torch.ones(3, 4)).square().sum())
+        optimizer.accumulate()
+        with pytest.raises(ModelError, match="got no gradient"):
+            optimizer.accumulate()
+        optimizer.release()
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.any()
+
+        optimizer.release()
+
+        assert not layer.weight.grad.any()
 
 
 @pytest.mark.parametrize("by", [recording, hooked])

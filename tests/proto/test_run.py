@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.limits import MAX_SPEC_BYTES
-from fedloom.proto.run import RunConfig, Spec, load_run, parse, read_toml
+from fedloom.proto.run import RunConfig, Spec, load_run
+from fedloom.proto.tables import parse, read_toml
 
 TEXT = """
 [run]

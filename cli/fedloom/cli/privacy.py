@@ -12,7 +12,8 @@ from fedloom.cli.console import out, terms
 from fedloom.proto.accounting import GRID, Adjacency, Spend, epsilon, rounds_left, statement
 from fedloom.proto.accounting import calibrate as least_noise
 from fedloom.proto.errors import ConfigError
-from fedloom.proto.run import RunConfig, load_run, read_json
+from fedloom.proto.run import RunConfig, load_run
+from fedloom.proto.tables import read_json
 
 if TYPE_CHECKING:
     from fedloom.client.config import Policy

@@ -11,8 +11,9 @@ import typer
 
 from fedloom.cli.console import out
 from fedloom.proto.errors import ConfigError, StoreError
-from fedloom.proto.run import RunConfig, load_run, read_json
+from fedloom.proto.run import RunConfig, load_run
 from fedloom.proto.schema import Schema
+from fedloom.proto.tables import read_json
 
 if TYPE_CHECKING:
     from fedloom.server.coordinator import Coordinator

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from fedloom.proto.errors import PolicyError
-from fedloom.proto.run import Section, Spec, parse, read_toml
+from fedloom.proto.run import Spec
+from fedloom.proto.tables import Section, parse, read_toml
 from fedloom.proto.wire import LOCAL_NAMES
 
 __all__ = [

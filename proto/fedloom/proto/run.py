@@ -1,16 +1,14 @@
 """The run file: one TOML that simulate, server and every engine read; its `spec` part is what clients see."""
 
-import difflib
-import json
-import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.limits import MAX_SPEC_BYTES
 from fedloom.proto.secagg.fixed import FixedPoint
+from fedloom.proto.tables import Section, explain, parse, read_toml
 
 __all__ = [
     "AdapterSection",
@@ -22,7 +20,6 @@ __all__ = [
     "RoundsSection",
     "RunConfig",
     "RunSection",
-    "Section",
     "SecureAggregationSection",
     "Spec",
     "StrategySection",
@@ -30,24 +27,12 @@ __all__ = [
     "TrainSection",
     "UserLevelSection",
     "WireSection",
-    "explain",
     "load_run",
-    "parse",
-    "read_json",
-    "read_toml",
 ]
 
 
-M = TypeVar("M", bound=BaseModel)
-
 Task = Literal["text-classification", "token-classification", "causal-lm"]
 """What a model is trained for."""
-
-
-class Section(BaseModel):
-    """One table of the run file: frozen, numbers are finite, and strangers are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RunSection(Section):
@@ -312,35 +297,6 @@ class RunConfig(Spec):
         return Spec(**{name: getattr(self, name) for name in Spec.model_fields})
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file.
-
-    Raises:
-        ConfigError: The file is missing or not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give the path of a TOML file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ConfigError: The file is missing or is not a JSON object.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} holds a JSON {type(document).__name__}; an object is needed")
-    return document
-
-
 def load_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """A run file with `section.key=value` overrides applied.
 
@@ -348,63 +304,3 @@ def load_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         ConfigError: The file or an override is wrong; the message names the key and the nearest valid one.
     """
     return parse(RunConfig, read_toml(path), overrides, source=str(path))
-
-
-def parse(model: type[M], tables: dict[str, Any], overrides: tuple[str, ...] = (), *, source: str) -> M:
-    """Tables plus overrides as a checked `model`.
-
-    Raises:
-        ConfigError: A key is unknown, missing or has a wrong value.
-    """
-    for override in overrides:
-        _apply(tables, override)
-    try:
-        return model.model_validate(tables)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {explain(error, model)}") from error
-
-
-def _apply(tables: dict[str, Any], override: str) -> None:
-    """Set one `a.b=value`; the value is read as TOML, and as a plain string when it is not."""
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"override {override!r} must look like section.key=value, e.g. run.rounds=5")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    table = tables
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
-    table[keys[-1]] = value
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem in one sentence, with a did-you-mean for an unknown key."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        allowed = _keys_at(model, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}"
-        return f"unknown key {where!r}; {hint}"
-    if first["type"] == "missing":
-        return f"{where!r} is missing; add it"
-    received = first.get("input")
-    shown = "" if isinstance(received, dict) else f" (received {received!r})"
-    return f"{where or 'file'}: {first['msg']}{shown}"
-
-
-def _keys_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    """Valid keys of the section that `path` leads to."""
-    for part in path:
-        annotation: Any = model.model_fields[part].annotation if part in model.model_fields else None
-        choices = [annotation, *getattr(annotation, "__args__", ())]
-        nested = [each for each in choices if isinstance(each, type) and issubclass(each, BaseModel)]
-        if not nested:
-            return []
-        model = nested[0]
-    return list(model.model_fields)

@@ -17,6 +17,7 @@ __all__ = [
     "Charge",
     "Entry",
     "account_of",
+    "charge_content",
     "charges_of",
     "linked",
     "note",

@@ -71,16 +71,19 @@ class Ledger:
             LedgerError: Another process has it open, it is not known to be the newest state of this account, or
                 the folder holds another one.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / file_name(name)
         self._anchors = folder if anchors is None else anchors
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._anchors.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LedgerError(f"ledger and anchor need the folders {folder} and {self._anchors}: {error}") from error
         self._lock = held(self.path)
         self._broken = False
         try:
             self._check_alone()
             if not self.path.exists():
                 self._check_not_lost()
-            self._anchors.mkdir(parents=True, exist_ok=True)
             self._db = connect(self.path)
         except BaseException:
             os.close(self._lock)
@@ -263,9 +266,12 @@ def held(path: Path) -> int:
     """Lock the ledger `path` for this process; returns the descriptor whose closing unlocks it.
 
     Raises:
-        LedgerError: Another process has it.
+        LedgerError: Another process has it, or its folder cannot be written.
     """
-    lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise LedgerError(f"{path} cannot be locked: {error}; make its folder writable") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
