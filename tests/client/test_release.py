@@ -158,7 +158,9 @@ PUBLIC = {
     "WorkRequest": {"run", "epoch", "client"},
     "FetchRequest": {"run", "epoch", "client", "digest", "offset"},
     "SubmitRequest": {"header", "data"},
-    "UpdateHeader": {"run", "epoch", "client", "round", "schema_digest", "codec", "payload_bytes", "digest"},
+    "UpdateHeader": {"run", "epoch", "client", "round", "schema_digest", "codec", "payload_bytes", "digest", "attempt"},
+    # Keys, shares of keys and signatures of a secure sum: drawn at random, whatever the update is.
+    "ExchangeRequest": {"run", "epoch", "client", "round", "attempt", "step", "parts"},
     "HeartbeatRequest": {"run", "epoch", "client"},
     "LeaveRequest": {"run", "epoch", "client", "reason"},
 }
