@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from fedloom.proto import accounting
 from fedloom.proto.accounting import (
     GRID,
     REPORT_GRID,
@@ -243,6 +244,7 @@ def test_thousands_of_mechanisms_are_merged_upwards() -> None:
     for spend in few:
         accountant.compose(PoissonSampledDpEvent(spend.sampling_rate, GaussianDpEvent(spend.noise_multiplier)), 2)
     exact = accountant.get_epsilon(DELTA)
+    built = accounting._step.cache_info().misses
     many = [
         Spend(float(q), float(s), 1)
         for q, s in zip(rng.uniform(0.001, 0.01, 3000), rng.uniform(2, 10, 3000), strict=True)
@@ -250,6 +252,7 @@ def test_thousands_of_mechanisms_are_merged_upwards() -> None:
 
     assert exact - 1e-9 <= epsilon(few, DELTA) <= 1.1 * exact
     assert epsilon([Spend(0.001, 10.0, 3000)], DELTA) < epsilon(many, DELTA) < epsilon([Spend(0.01, 2.0, 3000)], DELTA)
+    assert accounting._step.cache_info().misses - built <= 3 * 48 + 2, "the time it takes must not grow with them"
     assert len(statement(many, DELTA, GRID).mechanisms) == 3000, (
         "a report has what was done, not what was charged for it"
     )

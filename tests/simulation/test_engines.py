@@ -3,6 +3,7 @@
 import csv
 import json
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from fedloom.proto.run import RunConfig, SecureAggregationSection
 from fedloom.proto.schema import Tensors
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy
+from fedloom.server.rounds import RoundClosed
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
 from fedloom.simulation.federation import Federation, build, completed
@@ -200,6 +202,27 @@ def test_private_simulation_leaves_a_complete_run_folder(config: RunConfig, tmp_
     assert result.agreement == 1.0
     # B only goes up under FedSVD; A comes down too.
     assert records[1].bytes_up < records[1].bytes_down
+
+
+def test_a_client_is_charged_for_the_rounds_it_joined(config: RunConfig, tmp_path: Path) -> None:
+    longer = config.run.model_copy(update={"rounds": 3})
+    some = config.rounds.model_copy(update={"min_clients": 1, "clients_per_round": 1})
+    joined = Counter[str]()
+
+    result = simulate(private(config).model_copy(update={"run": longer, "rounds": some}), tmp_path / "runs")
+
+    with Store(result.folder / "state") as store:
+        for event in store.events():
+            joined.update(event.clients if isinstance(event, RoundClosed) else ())
+    assert {name: stated.rounds for name, stated in result.privacy.items()} == {
+        name: joined[name] for name in result.privacy
+    }
+    assert len({*joined.values(), *(joined[name] for name in result.privacy)}) > 1, "or it would show nothing"
+    records = read_metrics(result.folder)
+    assert records[-1].epsilon is not None
+    for name, spent in records[-1].epsilon.items():
+        assert (spent == 0) == (joined[name] == 0)
+        assert result.epsilon[name] <= spent <= result.epsilon[name] + 0.01
 
 
 def test_private_noise_differs_between_runs_of_one_seed(config: RunConfig, tmp_path: Path) -> None:
