@@ -70,7 +70,7 @@ def test_a_run_is_audited_and_the_figures_are_printed(run_file: Path, tmp_path: 
     *_, line = done.stdout.splitlines()
     document = json.loads(line)
     checks = {check["name"]: check for check in document["checks"]}
-    assert list(checks) == ["one step", "sampled steps", "through the model"]
+    assert list(checks) == ["one step", "sampled steps", "whole trainer"]
     assert document["delta"] == 1e-3
     assert document["verdict"] in done.stdout
     # A right mechanism is refuted in at most one audit in a hundred, which this test must not be.

@@ -89,10 +89,10 @@ def _show(config: "RunConfig", result: "Audit") -> None:
         f"{result.noise_multiplier:g}, delta {result.delta:g}; bounds hold together at 99 %",
         markup=False,
     )
-    table = Table("check", "trials", "steps", "rate", "claimed", "at least", "noise at most", "", box=None)
+    table = Table("check", "trials", "steps", "rate", "claimed", "at least", "noise ≤", "", box=None, pad_edge=False)
     for check in result.checks:
         figures = (f"{check.claim:.3f}", _figure(check.lower), _figure(check.noise_at_most))
-        counts = (f"2 x {check.trials}", str(check.steps), f"{check.sampling_rate:g}")
+        counts = (str(check.trials), str(check.steps), f"{check.sampling_rate:g}")
         table.add_row(check.name, *counts, *figures, check.verdict)
     out.print(table)
     out.print(f"{result.verdict}: {_EXPLAINED[result.verdict]}", markup=False)
