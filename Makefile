@@ -22,7 +22,7 @@ demo: setup
 test: setup
 	pytest
 
-# Everything that is too heavy for every change, at full size: about an hour on two cores.
+# Everything that is too heavy for every change, at full size.
 prove: setup
 	FEDLOOM_PROVE=1 pytest -m prove
 
