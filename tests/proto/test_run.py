@@ -235,3 +235,8 @@ def test_a_field_of_any_json_value_gives_a_spec_or_a_config_error(field: tuple[s
 def test_random_text_is_not_a_spec(text: str) -> None:
     with pytest.raises(ConfigError):
         Spec.from_json(text)
+
+
+def test_a_codec_beside_a_secure_sum_is_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"leave wire\.upload out"):
+        load_run(file, ("secure_aggregation.enabled=true", 'wire.upload="fp16"'))
