@@ -260,3 +260,8 @@ def test_a_language_model_needs_no_labels() -> None:
     config = parse(RunConfig, document(model={"base": "x", "task": "causal-lm", "head": "frozen"}), source="run.toml")
 
     assert (config.model.labels, config.model.head) == ((), "frozen")
+
+
+def test_a_codec_beside_a_secure_sum_is_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"leave wire\.upload out"):
+        load_run(file, ("secure_aggregation.enabled=true", 'wire.upload="fp16"'))

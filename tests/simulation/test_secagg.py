@@ -16,7 +16,7 @@ from fedloom.client.participant import Participant
 from fedloom.client.training import Trained
 from fedloom.proto.codec import dense
 from fedloom.proto.errors import ConfigError, PolicyError, ProtocolError, StoreError
-from fedloom.proto.messages import Assignment, Joined
+from fedloom.proto.messages import Assignment, Wait
 from fedloom.proto.run import RunConfig, SecureAggregationSection
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.proto.secagg.fixed import FixedPoint, Words, words
@@ -250,6 +250,19 @@ def test_a_client_that_restarts_in_mid_sum_is_left_out(store: Store, tmp_path: P
     assert federation.trainers["dan"].rounds == [0], "a client that cannot take part is not made to train again"
 
 
+def test_once_shares_are_out_the_round_is_not_opened_for_others(store: Store, tmp_path: Path) -> None:
+    federation = Federation(coordinate(store, config(1)), tmp_path)
+    federation.turn(times=4)
+    for name in ("ann", "ben"):
+        federation.lines[name].leave("power cut")
+    stranger = LocalConnection(federation.coordinator)
+    stranger.join("eve", 0)
+
+    assert isinstance(stranger.work(), Wait)
+    assert federation.coordinator.progress.cohort == NAMES
+    close(federation.finish(), expected(NAMES, 1), 1)
+
+
 def test_a_sum_is_on_the_disk_before_it_is_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The coordinator dies between taking the sum in and the commit, and goes on from what it has written."""
     with Store(tmp_path / "state", durable=False) as store, monkeypatch.context() as patch:
@@ -356,11 +369,6 @@ def test_a_run_that_cannot_be_summed_is_refused(store: Store, sections: dict[str
         coordinate(store, config(**sections))
 
 
-def test_a_codec_beside_the_sum_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"leave wire\.upload out"):
-        config(wire={"upload": "fp16"})
-
-
 def test_a_strategy_that_needs_single_updates_is_refused_by_name(store: Store) -> None:
     with pytest.raises(ConfigError, match="strategy 'krum' needs every update by itself"):
         coordinate(store, config(strategy={"name": "krum"}), Alone())
@@ -391,9 +399,3 @@ def test_an_open_run_has_no_steps(store: Store, tmp_path: Path) -> None:
 
     with pytest.raises(ProtocolError, match="no secure sums"):
         federation.lines["ann"].exchange(StepMessage(0, 1, {}))  # type: ignore[arg-type]  # any step will do
-
-
-def test_a_joined_client_learns_what_the_sum_demands(store: Store) -> None:
-    joined: Joined = coordinate(store, config()).join("ann", 1, 0)
-
-    assert joined.spec.secure_aggregation == SECTION
