@@ -253,11 +253,10 @@ def test_a_client_that_restarts_in_mid_sum_is_left_out(store: Store, tmp_path: P
 def test_once_shares_are_out_the_round_is_not_opened_for_others(store: Store, tmp_path: Path) -> None:
     federation = Federation(coordinate(store, config(1)), tmp_path)
     federation.turn(times=4)
-    for name in ("ann", "ben"):
-        federation.lines[name].leave("power cut")
+    federation.lines["ann"].leave("power cut")
+    federation.lines["ben"].leave("power cut")
     stranger = LocalConnection(federation.coordinator)
     stranger.join("eve", 0)
-
     assert isinstance(stranger.work(), Wait)
     assert federation.coordinator.progress.cohort == NAMES
     close(federation.finish(), expected(NAMES, 1), 1)
