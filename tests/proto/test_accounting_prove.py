@@ -47,17 +47,26 @@ MEANINGFUL = 50.0
 SLACK = 0.1
 
 
-def event(spend: Spend) -> DpEvent:
-    """Full batches as the plain Gaussian mechanism: dp-accounting knows their composition exactly."""
-    step = GaussianDpEvent(spend.noise_multiplier)
-    sampled = step if spend.sampling_rate == 1 else PoissonSampledDpEvent(spend.sampling_rate, step)
-    return SelfComposedDpEvent(sampled, spend.steps)
+def events(spends: tuple[Spend, ...]) -> list[DpEvent]:
+    """In the given order, with all the full-batch steps as the one Gaussian mechanism that they are.
+
+    Two of them composed on any grid would lie above the exact figure, which ours must not be asked to do.
+    """
+    found: list[DpEvent] = [
+        SelfComposedDpEvent(
+            PoissonSampledDpEvent(each.sampling_rate, GaussianDpEvent(each.noise_multiplier)), each.steps
+        )
+        for each in spends
+        if each.sampling_rate < 1
+    ]
+    whole = sum(each.steps / each.noise_multiplier**2 for each in spends if each.sampling_rate == 1)
+    return [*found, GaussianDpEvent(1 / math.sqrt(whole))] if whole else found
 
 
 def pld(spends: tuple[Spend, ...]) -> PLDAccountant:
     """dp-accounting's own way from events to an account, on a grid twice as fine and in the given order."""
     accountant = PLDAccountant(value_discretization_interval=GRID / 2)
-    accountant.compose(ComposedDpEvent([event(spend) for spend in spends]))
+    accountant.compose(ComposedDpEvent(events(spends)))
     return accountant
 
 
