@@ -282,6 +282,8 @@ print(refused)
 """
 
 
+@pytest.mark.prove
+@pytest.mark.timeout(1800)
 def test_two_processes_take_turns_and_lose_no_charge(tmp_path: Path) -> None:
     attempts = 1000 if os.environ.get("FEDLOOM_PROVE") else 60
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
