@@ -45,11 +45,7 @@ class Sums(PrivateOptimizer):
     """Keeps the sum of a microbatch's gradients as a subclass says."""
 
     def clip_and_accumulate(self) -> None:
-        total = self.total(self.tape.flat)
-        for parameter in self.tape.parameters:
-            part = total[self.tape.columns[parameter]].view_as(parameter)
-            before = getattr(parameter, "summed_grad", None)
-            parameter.summed_grad = part if before is None else before + part  # type: ignore[attr-defined]
+        self._total += self.total(self.tape.flat)
 
     def total(self, flat: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -98,7 +94,7 @@ class LastTensorUnclipped(Sums):
 
 class SkipsEmptySteps(PrivateOptimizer):
     def release(self, pull: Any = ()) -> None:
-        if getattr(self.tape.parameters[0], "summed_grad", None) is not None:
+        if bool(self._total.any()):
             super().release(pull)
             return
         for parameter in self.tape.parameters:
