@@ -58,7 +58,7 @@ def test_both_guarantees_are_reported_and_never_in_one_figure(config: RunConfig,
     assert summary["user_epsilon"] == result.user_epsilon
     assert summary["epsilon"] == result.epsilon
     known = json.loads((result.folder / "adapter" / "fedloom.json").read_text())
-    assert known["privacy"]["unit"] == "one training example"
+    assert known["privacy"]["unit"] == "one example"
     assert known["user_privacy"]["unit"] == "one client"
     assert known["user_privacy"]["epsilon"] == result.user_epsilon
     assert known["privacy"]["epsilon"] == pytest.approx(max(result.epsilon.values()))
