@@ -43,7 +43,7 @@ def bench_step(*, repeats: int) -> dict[str, Any]:
     Returns:
         ratio_ours and so on: median over the repetitions of the variant's time over the plain step's time in the
         same repetition; each variant's median in milliseconds; and, where the system tells it, peak_memory_ratio_ours
-        and so on: the median `peak_bytes` of three over that of the plain step.
+        and so on: the median `peak_bytes` of at most three over that of the plain step.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -57,8 +57,10 @@ def bench_step(*, repeats: int) -> dict[str, Any]:
     figures |= {f"{name}_ms": float(np.median(each)) for name, each in times.items()}
     if _CLEAR_PEAK.exists():
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
-            # The median of three: where the allocator happens to put things moves the peak by some percent.
-            runs = [{name: fresh.submit(peak_bytes, name).result() for name in _VARIANTS} for _ in range(3)]
+            # The median of three, if so many are asked for: where the allocator happens to put things moves the peak by some percent.
+            runs = [
+                {name: fresh.submit(peak_bytes, name).result() for name in _VARIANTS} for _ in range(min(3, repeats))
+            ]
         peaks = {name: float(np.median([run[name] for run in runs])) for name in _VARIANTS}
         figures |= {f"peak_memory_ratio_{name}": peaks[name] / peaks["plain"] for name in others}
         figures |= {f"{name}_peak_mib": peak / 2**20 for name, peak in peaks.items()}
