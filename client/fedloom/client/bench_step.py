@@ -57,7 +57,7 @@ def bench_step(*, repeats: int) -> dict[str, Any]:
     figures |= {f"{name}_ms": float(np.median(each)) for name, each in times.items()}
     if _CLEAR_PEAK.exists():
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
-            # The median of three, if so many are asked for: where the allocator happens to put things moves the peak by some percent.
+            # Up to three, for a median: where the allocator puts things moves the peak by some percent.
             runs = [
                 {name: fresh.submit(peak_bytes, name).result() for name in _VARIANTS} for _ in range(min(3, repeats))
             ]
