@@ -101,4 +101,7 @@ def test_a_point_of_the_exact_trade_off_is_allowed_and_one_above_it_is_not() -> 
 
 
 def test_the_familys_epsilon_is_the_accountants() -> None:
-    assert Family(0.05, 20).epsilon(1.1, 1e-5) == pytest.approx(epsilon([Spend(0.05, 1.1, 20)], 1e-5), abs=1e-9)
+    accounted = epsilon([Spend(0.05, 1.1, 20)], 1e-5)
+
+    # The accountant takes a margin for its own rounding; the family does not, or a sound claim would look too small.
+    assert accounted - 1e-6 < Family(0.05, 20).epsilon(1.1, 1e-5) <= accounted
