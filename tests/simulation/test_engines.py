@@ -1,9 +1,11 @@
 """Whole federations on a tiny model: the engines agree, the result loads with PEFT, and nothing is left half-done."""
 
 import csv
+import hashlib
 import json
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from fedloom.client.participant import Participant
 from fedloom.client.privacy.entropy import Entropy, Seeded
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.trainer import Trainer
-from fedloom.proto.errors import BudgetError, ConfigError, DataError, ModelError, PolicyError
+from fedloom.proto.errors import BudgetError, ConfigError, DataError, FedloomError, ModelError, PolicyError
+from fedloom.proto.messages import UpdateHeader
 from fedloom.proto.run import RunConfig, SecureAggregationSection
 from fedloom.proto.schema import Tensors
 from fedloom.server.coordinator import Coordinator
@@ -275,6 +278,7 @@ def test_a_client_whose_budget_ends_stops_the_run_with_its_reason(config: RunCon
         ("model", {"base": "nowhere"}, ModelError, "has no config.json"),
         ("data", {"source": "missing.csv"}, DataError, "missing.csv"),
         ("data", {"clients": 31}, ConfigError, "31"),
+        ("data", {"clients": 2}, ConfigError, "below rounds.min_clients = 3: no round could ever open"),
         ("strategy", {"name": "fedsvdd"}, ConfigError, "fedsvd"),
         ("strategy", {"options": {"train_head": True}}, ConfigError, "model.head"),
         ("adapter", {"targets": ("quarry",)}, ModelError, "quarry"),
@@ -288,7 +292,49 @@ def test_bad_input_is_one_clear_error_and_no_adapter(  # type: ignore[no-untyped
     with pytest.raises(error, match=text):
         simulate(bad, tmp_path / "runs")
 
+    assert not list((tmp_path / "runs").glob("*")), "what never ran leaves no folder, whose name the next would lack"
+
+
+@pytest.mark.parametrize("engine", ["inprocess", pytest.param("grpc", marks=pytest.mark.e2e)])
+def test_updates_that_diverge_end_the_run_with_an_error(config: RunConfig, tmp_path: Path, engine: str) -> None:
+    """Nobody else will come into a simulation, so a round that is short of updates would stay open for ever."""
+    sections = {
+        "train": config.train.model_copy(update={"learning_rate": 1e30}),
+        "engine": config.engine.model_copy(update={"kind": engine}),
+    }
+
+    with pytest.raises(
+        FedloomError, match=r"round 1 needs 3 updates and only [0-2] clients .* lower train\.learning_rate"
+    ):
+        simulate(config.model_copy(update=sections), tmp_path / "runs")
+
     assert not list((tmp_path / "runs").rglob("adapter"))
+
+
+def test_a_round_closes_without_the_update_that_diverged(config: RunConfig, tmp_path: Path) -> None:
+    settled = completed(config.model_copy(update={"rounds": config.rounds.model_copy(update={"min_clients": 2})}))
+    federation = build(settled, tmp_path / "run")
+    schema = federation.model.schema
+    with Store(tmp_path / "state", durable=False) as store:
+        starting = starting_adapter(schema, 0)
+        coordinator = Coordinator(settled, schema, build_strategy(settled), store, starting=starting, expect=3)
+        submit = coordinator.submit
+        nan = np.float32(np.nan).tobytes()
+
+        def spoiled(header: UpdateHeader, payload: bytes, run: str, epoch: int) -> bool:
+            if header.client == "client-1" and header.round == 0:
+                payload = payload[:-4] + nan
+                header = replace(header, digest=hashlib.sha256(payload).hexdigest())
+            return submit(header, payload, run, epoch)
+
+        coordinator.submit = spoiled  # type: ignore[method-assign]
+        for _ in run_inprocess(federation, coordinator):
+            pass
+
+        assert coordinator.finished
+        closed = [event.clients for event in store.events() if isinstance(event, RoundClosed)]
+    assert closed == [("client-0", "client-2"), ("client-0", "client-1", "client-2")]
+    assert all(np.isfinite(tensor).all() for tensor in coordinator.state.adapter.values())
 
 
 def test_a_run_that_asks_more_than_the_policy_is_refused(config: RunConfig, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.identity import load_identity, public_text
 from fedloom.client.model import AdapterModel, base_digest, load_model, resolve_base
-from fedloom.proto.errors import ConfigError
+from fedloom.proto.errors import ConfigError, FedloomError
 from fedloom.proto.run import RunConfig, Spec
 from fedloom.server.launch import calibrated
+from fedloom.server.progress import Progress
 from fedloom.server.user_ledger import check_supply
 
-__all__ = ["Federation", "build", "completed", "declared_size"]
+__all__ = ["Federation", "build", "check_alive", "completed", "declared_size"]
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,17 @@ def build(config: RunConfig, folder: Path) -> Federation:
         folder: Run folder; the clients' ledgers go below it, so that a simulation never charges a real account.
 
     Raises:
-        ConfigError: The run file has no [data] section, more clients than rows, or too few for its rounds.
+        ConfigError: The run file has no [data] section, more clients than rows, or too few clients for its rounds.
         DataError: The data cannot be loaded.
         ModelError: The base model cannot be loaded.
     """
     if config.data is None:
         raise ConfigError("a simulation needs a [data] section with source and clients; see examples/sentiment.toml")
+    if config.data.clients < config.rounds.min_clients:
+        raise ConfigError(
+            f"data.clients = {config.data.clients} is below rounds.min_clients = {config.rounds.min_clients}: "
+            "no round could ever open; raise the first or lower the second"
+        )
     check_supply(config, config.data.clients)
     names, task = config.model.labels, config.model.task
     rows = load_rows(config.data.source, names, "train", task)
@@ -85,6 +91,22 @@ def build(config: RunConfig, folder: Path) -> Federation:
     model = load_model(config.model, config.adapter)
     encoded = encode(held_out, model.tokenizer, config.model.max_length)
     return Federation(config, model, clients, policies, encoded)
+
+
+def check_alive(federation: Federation, progress: Progress) -> None:
+    """Refuse to wait for clients that a simulation does not have.
+
+    Raises:
+        FedloomError: So many updates were refused that the open round can never close.
+    """
+    refused = sorted(client for client, reason in progress.lost.items() if reason == "rejected")
+    left = len(federation.clients) - len(refused)
+    if left < progress.needed:
+        raise FedloomError(
+            f"round {progress.round + 1} needs {progress.needed} updates and only {left} clients are left, since "
+            f"what {', '.join(refused)} sent was refused, see the log; if it holds NaN or Inf, lower "
+            "train.learning_rate"
+        )
 
 
 def _acquainted(policies: dict[str, Policy]) -> dict[str, Policy]:

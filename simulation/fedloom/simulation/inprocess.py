@@ -11,7 +11,7 @@ from fedloom.client.trainer import EntropyFor, Trainer
 from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeader, Wait
 from fedloom.proto.secagg.steps import StepMessage, StepResult
 from fedloom.server.coordinator import Coordinator
-from fedloom.simulation.federation import Federation
+from fedloom.simulation.federation import Federation, check_alive
 
 __all__ = ["LocalConnection", "run_inprocess", "standing_clock"]
 
@@ -70,6 +70,9 @@ def run_inprocess(
         federation: Model, data and policies.
         coordinator: Just made, on `standing_clock`, expecting as many clients as there are.
         entropy: Test seam: each client's randomness by name, see `Trainer`.
+
+    Raises:
+        FedloomError: A client cannot go on, or too many updates were refused for the round to close.
     """
     with ExitStack() as ledgers:
         participants = [
@@ -88,6 +91,7 @@ def run_inprocess(
             for participant in list(working):
                 if participant.step() is not None:
                     working.remove(participant)
+                check_alive(federation, coordinator.progress)
                 yield
 
 

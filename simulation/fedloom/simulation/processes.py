@@ -16,7 +16,7 @@ from fedloom.client.data.rows import Rows, documents
 from fedloom.proto.errors import FedloomError, Unavailable
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
-from fedloom.simulation.federation import Federation
+from fedloom.simulation.federation import Federation, check_alive
 
 __all__ = ["run_processes", "write_client"]
 
@@ -45,7 +45,7 @@ def run_processes(federation: Federation, coordinator: Coordinator, folder: Path
         threads: Torch threads of each client.
 
     Raises:
-        FedloomError: A client process failed and the run cannot go on without it.
+        FedloomError: Client processes failed, or their updates were refused, and the run cannot go on without them.
     """
     with serving(coordinator, "127.0.0.1:0") as address, ExitStack() as stack:
         clients = {
@@ -54,6 +54,7 @@ def run_processes(federation: Federation, coordinator: Coordinator, folder: Path
         }
         while not coordinator.finished:
             yield
+            check_alive(federation, coordinator.progress)
             dead = [name for name, process in clients.items() if process.poll() not in (None, 0)]
             if len(clients) - len(dead) < coordinator.progress.needed:
                 log = folder / "clients" / dead[0] / "client.log"

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -91,7 +92,11 @@ def simulate(config: RunConfig, out: Path, watcher: Watcher | None = None) -> Re
     folder = new_folder(out, config.run.name)
     write_config(folder, config)
     _set_threads(config.engine.threads)
-    federation = build(config, folder)
+    try:
+        federation = build(config, folder)
+    except BaseException:
+        shutil.rmtree(folder)  # nothing has run, so there is nothing to keep
+        raise
     schema = federation.model.schema
     starting = starting_adapter(schema, config.run.seed)
     watcher.ready(federation, folder)
