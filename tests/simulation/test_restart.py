@@ -1,4 +1,4 @@
-"""Clients outlive a coordinator that is killed and started again on the same state directory."""
+"""Clients outlive a coordinator that is killed and started again on the same state directory, and one another."""
 
 import os
 import signal
@@ -21,6 +21,8 @@ from fedloom.proto.messages import Assignment, Finished, Joined, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.server.coordinator import Coordinator
+from fedloom.server.rounds import ClientLost, RoundClosed
+from fedloom.server.serve import serving
 from fedloom.server.store import Store
 from fedloom.simulation.inprocess import LocalConnection
 from fedloom.strategies.fedavg import FedAvg
@@ -56,6 +58,17 @@ with Store(Path(sys.argv[1])) as store:
     asyncio.run(serve(coordinator, sys.argv[2], ready=lambda address: print(address, flush=True)))
 """
 
+DIE = """
+import sys, threading
+from test_restart import Steady, participant
+from fedloom.client.connection import GrpcConnection
+class Stuck(Steady):
+    def train(self, run, assignment, broadcast):
+        print("training", flush=True)
+        threading.Event().wait()
+participant(GrpcConnection(sys.argv[1]), 2, threading.Semaphore(0), Stuck).run()
+"""
+
 
 class Steady:
     """Moves every value by an amount that depends on the client and the round alone."""
@@ -76,13 +89,15 @@ class Steady:
         pass
 
 
-def participant(connection: Connection, client: int, trained: threading.Semaphore) -> Participant:
+def participant(
+    connection: Connection, client: int, trained: threading.Semaphore, kind: type[Steady] = Steady
+) -> Participant:
     policy = Policy.model_validate(
         {"client": {"name": f"c{client}"}, "data": {"source": "none"}, "privacy": {"allow_non_private": True}}
     )
 
     def prepare(_: Joined) -> Steady:
-        return Steady(client, trained)
+        return kind(client, trained)
 
     return Participant(connection, policy, prepare)
 
@@ -156,6 +171,37 @@ def test_a_killed_coordinator_goes_on_with_the_same_result(tmp_path: Path, how: 
         resumed = Coordinator(CONFIG, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 1)).state.adapter
     expected = undisturbed(tmp_path / "reference")
     assert all(np.array_equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.e2e
+def test_a_round_closes_without_a_client_that_is_killed_while_it_trains(tmp_path: Path) -> None:
+    patient = CONFIG.rounds.model_copy(update={"lease_s": 5.0})
+    config = CONFIG.model_copy(update={"rounds": patient})
+    trained = threading.Semaphore(0)
+    ends: list[Finished] = []
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with Store(tmp_path / "state", durable=False) as store:
+        coordinator = Coordinator(config, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 1), expect=3)
+        with serving(coordinator) as address:
+            command = [sys.executable, "-c", DIE, address]
+            victim = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+            threads = [threading.Thread(target=take_part, args=(address, k, trained, ends)) for k in range(2)]
+            for thread in threads:
+                thread.start()
+            try:
+                assert victim.stdout is not None
+                assert victim.stdout.readline() == "training\n"
+            finally:
+                victim.kill()
+                end(victim)
+            for thread in threads:
+                thread.join(90)
+        events = store.events()
+
+    assert [end.rounds for end in ends] == [6, 6]
+    assert [event for event in events if isinstance(event, ClientLost)] == [ClientLost(0, "c2", "lease")]
+    closed = [event.clients for event in events if isinstance(event, RoundClosed)]
+    assert closed == [("c0", "c1")] * 6
 
 
 def test_a_client_refuses_plain_text_beyond_loopback() -> None:
