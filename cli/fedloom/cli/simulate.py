@@ -1,5 +1,6 @@
 """`fedloom simulate`: a whole federation on this machine."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -95,10 +96,16 @@ def _line(config: RunConfig, record: "RoundRecord") -> None:
     """One line per round."""
     label = f"round {record.round:>3}/{config.run.rounds}" if record.round else "start    "
     score = f"accuracy {record.accuracy:.1%}  loss {record.loss:.3f}" if record.accuracy is not None else ""
-    spent = f"  epsilon {max(record.epsilon.values()):.2f}" if record.epsilon else ""
+    spent = f"  epsilon {_range(record.epsilon.values())}" if record.epsilon else ""
     spent += f"  user-level {record.user_epsilon:.2f}" if record.user_epsilon is not None else ""
     traffic = f"  {record.clients} clients  up {megabytes(record.bytes_up)}  down {megabytes(record.bytes_down)}"
     out.print(f"{label}  {score}{spent}{traffic if record.round else ''}  {record.seconds:.0f} s", markup=False)
+
+
+def _range(epsilons: Collection[float]) -> str:
+    """What the clients have spent: one figure, or the least and the most where they differ."""
+    least, most = f"{min(epsilons):.2f}", f"{max(epsilons):.2f}"
+    return most if least == most else f"{least} to {most}"
 
 
 def _summary(config: RunConfig, result: "Result") -> None:
