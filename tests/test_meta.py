@@ -164,6 +164,8 @@ def test_every_command_has_an_example_that_names_it() -> None:
     for path, command in leaves(typer.main.get_command(app), "fedloom"):
         assert f"Example: {path}" in command.help
         assert all(each.help for each in command.params)
+        for text in (command.help, *(each.help for each in command.params)):
+            assert "[" not in text, "the terminal takes it for markup and shows nothing"
 
 
 def test_stubs_are_what_the_proto_file_gives(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ __all__ = ["identity"]
 
 
 def identity(policy: Annotated[Path, typer.Argument(help="The client's policy file.")]) -> None:
-    """Print this site's public identity key as the line that its peers put under [secure_aggregation.peers].
+    """Print this site's public identity key as the line that its peers put under secure_aggregation.peers.
 
     The key itself is made at first use, in the client's state folder, and stays there. Hand the line to your peers by
     a way that does not lead through the coordinator.

@@ -1,7 +1,7 @@
 """`fedloom strategies`: what can be named in [strategy]."""
 
 import inspect
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.table import Table
@@ -39,8 +39,16 @@ def show(name: Annotated[str, typer.Argument(help="Name as in `fedloom strategie
     out.print(inspect.getdoc(type(strategy)) or "", markup=False)
     table = Table("option", "type", "default", box=None, pad_edge=False)
     for option in inspect.signature(type(strategy)).parameters.values():
-        kind = getattr(option.annotation, "__name__", str(option.annotation))
-        table.add_row(option.name, kind, "" if option.default is option.empty else repr(option.default))
+        table.add_row(
+            option.name, _kind(option.annotation), "" if option.default is option.empty else repr(option.default)
+        )
     out.print()
     out.print(table)
     out.print("\ntrain_head is set by model.head of the run file; the others go into \\[strategy] options = { ... }")
+
+
+def _kind(annotation: Any) -> str:
+    """A type as a run file's author sees it: its name, or the values to choose from."""
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(repr, get_args(annotation)))
+    return getattr(annotation, "__name__", str(annotation))
