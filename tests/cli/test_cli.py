@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from fedloom.cli.simulate import _line
 from fedloom.client.assets import ASSETS
+from fedloom.proto.run import load_run
 from fedloom.proto.schema import Schema
+from fedloom.simulation.record import RoundRecord
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.toml"
 COMMAND = [sys.executable, "-m", "fedloom.cli.main"]
@@ -80,6 +83,8 @@ def test_strategies_are_listed_and_shown() -> None:
     assert shown.stdout.startswith("Train B (and the head), average exactly")
     assert re.search(r"^period\s+int\s+1\s*$", shown.stdout, re.M)
     assert "[strategy] options" in shown.stdout
+    choices = fedloom("strategies", "show", "fedpeft").stdout
+    assert re.search(r"^kind\s+'lora' or 'bias' or 'head'\s+'lora'\s*$", choices, re.M)
 
 
 def test_an_unknown_strategy_gets_the_nearest_name() -> None:
@@ -114,6 +119,23 @@ def test_a_wrong_policy_key_is_named(tmp_path: Path) -> None:
     line = refused("client", "--server", "127.0.0.1:1", "--policy", policy)
 
     assert line == f"{policy}: unknown key 'privacy.epsilom'; did you mean 'epsilon'?"
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "words"),
+    [({"a": 1.504, "b": 1.501}, "epsilon 1.50  2"), ({"a": 0.0, "b": 3.69}, "epsilon 0.00 to 3.69  2"), (None, "  2")],
+)
+def test_a_rounds_line_has_what_the_clients_spent(
+    epsilon: dict[str, float] | None, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = RoundRecord(1, 2, 0.75, 0.5, epsilon, None, 300_000, 1_200_000, 45.2)
+
+    _line(load_run(EXAMPLE), record)
+
+    printed = capsys.readouterr().out
+    assert (
+        printed == f"round   1/10  accuracy 75.0%  loss 0.500  {words.strip()} clients  up 0.3 MB  down 1.2 MB  45 s\n"
+    )
 
 
 def test_assets_are_listed() -> None:
@@ -205,12 +227,14 @@ def test_an_identity_is_printed_as_the_line_its_peers_pin(policy: Path) -> None:
 
 
 def figures(*arguments: str) -> dict[str, Any]:
-    """What a benchmark prints for programs, checked for what every benchmark has."""
+    """What a benchmark prints for programs after its table, checked for what every benchmark has."""
     done = fedloom("bench", *arguments, "--json")
     assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
+    head, *table, line = done.stdout.splitlines()
     document: dict[str, Any] = json.loads(line)
     assert document["bench"] == arguments[0]
+    assert head.split() == ["figure", "value"]
+    assert {row.split()[0] for row in table} == document.keys() - {"bench", "machine", "versions"}
     assert document["machine"]["cores"] > 0
     assert document["versions"]["fedloom"] == version("fedloom")
     return document

@@ -1,4 +1,4 @@
-"""`fedloom bench`: measurements, as a table for people and one JSON line for programs."""
+"""`fedloom bench`: measurements, as a table for people and, if asked for, one JSON line for programs."""
 
 import json
 import platform
@@ -12,9 +12,11 @@ from fedloom.cli.console import out
 
 __all__ = ["app", "dp_step", "round_", "secagg"]
 
-app = typer.Typer(help="Measure this machine. Every benchmark ends with one line of JSON.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure this machine. With --json, a benchmark ends with one line of JSON.", no_args_is_help=True
+)
 
-Json = Annotated[bool, typer.Option("--json", help="Print only the JSON line.")]
+Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 
 
 @app.command("round")
@@ -24,7 +26,7 @@ def round_(
     durable: Annotated[
         bool, typer.Option(help="Sync every update and event to disk, as `fedloom server` does.")
     ] = False,
-    json_only: Json = False,
+    json_line: Json = False,
 ) -> None:
     """Time an empty round over gRPC: broadcast, no training, upload, commit.
 
@@ -35,13 +37,13 @@ def round_(
     """
     from fedloom.simulation.bench_round import bench_round
 
-    _report("round", bench_round(rounds=rounds, clients=clients, durable=durable), json_only)
+    _report("round", bench_round(rounds=rounds, clients=clients, durable=durable), json_line)
 
 
 @app.command("dp-step")
 def dp_step(
     repeats: Annotated[int, typer.Option(help="Interleaved repetitions of each variant.", min=1)] = 15,
-    json_only: Json = False,
+    json_line: Json = False,
 ) -> None:
     """Time a private step against a plain LoRA step, interleaved, beside Opacus's hooks and its ghost clipping.
 
@@ -52,7 +54,7 @@ def dp_step(
     """
     from fedloom.client.bench_step import bench_step
 
-    _report("dp-step", bench_step(repeats=repeats), json_only)
+    _report("dp-step", bench_step(repeats=repeats), json_line)
 
 
 @app.command()
@@ -60,7 +62,7 @@ def secagg(
     rounds: Annotated[int, typer.Option(help="Rounds of each kind, in turn, after two to warm up.", min=3)] = 15,
     clients: Annotated[int, typer.Option(help="Client processes.", min=3, max=256)] = 16,
     parameters: Annotated[int, typer.Option(help="Values in the adapter.", min=1)] = 1_000_000,
-    json_only: Json = False,
+    json_line: Json = False,
 ) -> None:
     """Time a round with secure aggregation against one without, over gRPC and without training.
 
@@ -68,17 +70,16 @@ def secagg(
     """
     from fedloom.simulation.bench_secagg import bench_secagg
 
-    _report("secagg", bench_secagg(rounds=rounds, clients=clients, parameters=parameters), json_only)
+    _report("secagg", bench_secagg(rounds=rounds, clients=clients, parameters=parameters), json_line)
 
 
-def _report(name: str, figures: dict[str, Any], json_only: bool) -> None:
-    if not json_only:
-        table = Table("figure", "value", box=None, pad_edge=False)
-        for key, value in figures.items():
-            table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-        out.print(table)
-    document = {"bench": name, **figures, "machine": _machine(), "versions": _versions()}
-    typer.echo(json.dumps(document))
+def _report(name: str, figures: dict[str, Any], json_line: bool) -> None:
+    table = Table("figure", "value", box=None, pad_edge=False)
+    for key, value in figures.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    out.print(table)
+    if json_line:
+        typer.echo(json.dumps({"bench": name, **figures, "machine": _machine(), "versions": _versions()}))
 
 
 def _machine() -> dict[str, Any]:
