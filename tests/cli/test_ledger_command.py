@@ -74,6 +74,8 @@ def test_a_charged_ledger_shows_its_charges_what_they_cost_and_what_is_left(char
     assert ["4", "winter", "2", "0.05", "1.5", "20", "no"] in rows
     spent = epsilon([SPEND, SPEND], 1e-6)
     assert f"spent epsilon {spent:.4f} of 3 at delta 1e-06; left {3 - spent:.4f}" in done.stdout
+    for words in ("one example (add or remove one)", "40 steps at rate 0.05", "Poisson", "PLD", "grid 0.001"):
+        assert words in done.stdout
     (more,) = [words for words in rows if words[:3] == ["the", "rest", "buys"]]
     rounds = 2 + int(more[3])
     assert epsilon([Spend(0.05, 1.5, 20 * rounds)], 1e-6) <= 3 < epsilon([Spend(0.05, 1.5, 20 * rounds + 20)], 1e-6)

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from fedloom.cli.privacy import _first_unsafe
+from fedloom.client.config import load_policy
+from fedloom.client.privacy.account import anchors_folder, ledger_folder
+from fedloom.client.privacy.ledger import Ledger
 from fedloom.proto.accounting import GRID, Spend, calibrate, epsilon, rounds_left, statement
 
 RUN = """
@@ -144,6 +147,23 @@ def test_a_plan_knows_what_a_site_can_afford(run: Path, spent: Path, tmp_path: P
     shown = fedloom("plan", run, "--policy", site).stdout
     assert f"pays for {rounds_left([], EACH, 1.5, 1e-6, most=4)} of 4 rounds" in shown
     assert "fewer than 100,000 examples" in shown
+
+
+def test_a_plan_counts_what_the_sites_ledger_has_charged(run: Path, spent: Path, tmp_path: Path) -> None:
+    path = tmp_path / "client.toml"
+    path.write_text(POLICY)
+    site = load_policy(path)
+    with Ledger(ledger_folder(site), "ab" * 16, anchors=anchors_folder(site)) as ledger:
+        ledger.reserve("before", 0, PRIOR[0], budget=1.5, delta=1e-6)
+
+    charged, declared = figures("plan", run, "--policy", path), figures("plan", run, "--policy", path, "--spent", spent)
+
+    assert charged["epsilon_before"] == epsilon(PRIOR, 1e-5)
+    assert charged["rounds_within_budget"] == rounds_left(PRIOR, EACH, 1.5, 1e-6, most=4)
+    assert charged["rounds_within_budget"] < rounds_left([], EACH, 1.5, 1e-6, most=4), "or it would show nothing"
+    assert declared["epsilon_before"] == epsilon([*PRIOR, *PRIOR], 1e-5)
+    with Ledger(ledger_folder(site), "ab" * 16, anchors=anchors_folder(site)) as ledger:
+        assert len(ledger.charges()) == 1, "a plan charges nothing"
 
 
 def test_a_plan_that_the_site_refuses_says_why(run: Path, tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import pytest
 
 from fedloom.client.config import Policy, load_policy
 from fedloom.client.data.rows import Rows
-from fedloom.client.privacy import ledger as module
 from fedloom.client.privacy.account import anchors_folder, ledger_folder, open_account
 from fedloom.client.privacy.anchor import default_anchors
 from fedloom.client.privacy.budget import check_affordable, outlook, round_spend, rounds_left
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.statement import statement
-from fedloom.proto.accounting import GRID, REPORT_GRID, Spend, epsilon
+from fedloom.proto.accounting import REPORT_GRID, Spend, epsilon
+from fedloom.proto.accounting import statement as terms
 from fedloom.proto.errors import BudgetError, LedgerError, PolicyError
 from fedloom.proto.run import Spec
 
@@ -136,23 +136,13 @@ def test_a_round_costs_what_the_run_says(spec: Spec) -> None:
         round_spend(silent)
 
 
-def test_a_statement_says_what_is_promised_and_by_which_charges(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grids: list[float] = []
-
-    def noted(spends: list[Spend], delta: float, grid: float = GRID) -> float:
-        grids.append(grid)
-        return epsilon(spends, delta, grid)
-
-    monkeypatch.setattr(module, "epsilon", noted)
+def test_a_statement_says_what_is_promised_and_by_which_charges(tmp_path: Path) -> None:
     with Ledger(tmp_path, "ab") as ledger:
         ledger.release(ledger.reserve("run", 0, SPEND, budget=50, delta=1e-5), "d" * 64)
         ledger.reserve("run", 1, SPEND, budget=50, delta=1e-5)
         document = json.loads(json.dumps(statement(ledger, 6.0, 1e-5)))
         head, account = ledger.head, ledger.account
 
-    assert grids[-1] == REPORT_GRID
     charges = document.pop("charges")
     assert document == {
         "format": "fedloom privacy statement 1",
@@ -173,3 +163,14 @@ def test_a_statement_says_what_is_promised_and_by_which_charges(
         (2, "run", 0, 0.3, 3, "d" * 64),
         (4, "run", 1, 0.3, 3, None),
     ]
+
+
+def test_a_statement_says_the_grid_that_its_figure_was_computed_on(tmp_path: Path) -> None:
+    """Where the loss spreads too far for the finest grid a coarser one is used."""
+    loud = Spend(1.0, 0.2, 1)
+    with Ledger(tmp_path, "ab") as ledger:
+        ledger.reserve("run", 0, loud, budget=1e9, delta=1e-5)
+        document = statement(ledger, 1e9, 1e-5)
+
+    assert document["grid"] == terms([loud], 1e-5).grid > REPORT_GRID
+    assert document["epsilon"] == epsilon([loud], 1e-5, REPORT_GRID)

@@ -185,6 +185,25 @@ def test_a_fault_that_only_the_trainer_has_is_found_through_the_model(
     assert check.verdict == "VIOLATION"
 
 
+@pytest.mark.parametrize(
+    ("architecture", "task"), [("bert", "token-classification"), ("gpt2", "causal-lm"), ("llama", "causal-lm")]
+)
+def test_other_tasks_are_attacked_through_the_model_too(
+    architecture: str, task: str, build_task: Any, spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_task(architecture, task)
+    of_task = {"task": task, "max_length": 24} | ({"labels": (), "head": "frozen"} if task == "causal-lm" else {})
+    tight = {"model": spec.model.model_dump() | of_task, "privacy": spec.privacy.model_dump() | {"clip_norm": 0.01}}
+    run = Spec.model_validate(spec.model_dump() | tight)
+
+    found = through_the_model(model, run)
+    assert found.verdict == "consistent"
+    assert found.control_seen
+    monkeypatch.setattr(trainer_module, "PrivateOptimizer", ClipsLoosely)
+
+    assert through_the_model(model, run).verdict == "VIOLATION"
+
+
 def test_a_claim_that_is_too_small_is_refuted(tiny_model: AdapterModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "epsilon", lambda spends, delta: 0.8 * epsilon(spends, delta))
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.client.privacy.durable import write_durably
+from fedloom.client.privacy.durable import make_folder, write_durably
 from fedloom.client.privacy.spool import Spooled, check_spool, drop, keep, kept
 from fedloom.proto.errors import LedgerError
 from fedloom.proto.messages import UpdateHeader
@@ -117,3 +117,19 @@ def test_a_file_is_synced_before_it_has_its_name_and_its_folder_after(
     write_durably(tmp_path / "x", b"a", b"b")
 
     assert calls == ["fsync x.tmp ab", "replace x.tmp x", f"fsync {tmp_path.name}"]
+
+
+def test_a_folder_is_made_with_the_name_of_every_folder_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(Path(os.readlink(f"/proc/self/fd/{handle}"))))
+    folder = tmp_path / "a" / "b" / "c"
+
+    make_folder(folder)
+    assert folder.is_dir()
+    assert set(synced) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
+
+    synced.clear()  # it is there, but whoever made it may have died before its name was on disk
+    make_folder(folder)
+    assert synced == [tmp_path / "a" / "b"]

@@ -14,7 +14,7 @@ from dp_accounting.pld import PLDAccountant
 
 from fedloom.proto.errors import BudgetError, ConfigError, UpdateRejected
 from fedloom.proto.messages import Assignment, Finished
-from fedloom.proto.run import RunConfig, UserLevelSection
+from fedloom.proto.run import RunConfig, SecureAggregationSection, UserLevelSection
 from fedloom.server.launch import build_strategy, calibrated
 from fedloom.server.rounds import RoundClosed, RoundOpened
 from fedloom.server.store import Store
@@ -214,6 +214,14 @@ def test_another_user_level_section_does_not_take_over_a_run(federate: Any, run:
 
     with Store(tmp_path, durable=False) as store, pytest.raises(ConfigError, match="another run file"):
         federate(store, other, build_strategy(other))
+
+
+def test_secure_sums_of_updates_that_must_be_clipped_are_refused(federate: Any, run: Any, store: Store) -> None:
+    config = run(rounds={"min_clients": 3})
+    secure = config.model_copy(update={"secure_aggregation": SecureAggregationSection(enabled=True)})
+
+    with pytest.raises(ConfigError, match=r"user_level.enabled with .* must clip every client's update.*switch one of"):
+        federate(store, secure, build_strategy(secure))
 
 
 def test_weights_cannot_come_in_through_the_coordinator(federate: Any, run: Any, store: Store) -> None:

@@ -194,13 +194,14 @@ def test_a_secure_run_over_grpc_gives_the_mean(store: Store, tmp_path: Path) -> 
     close(coordinator.state.adapter, expected(NAMES, 2), 2)
 
 
-def test_a_client_lost_after_masking_is_still_in_the_sum(store: Store, tmp_path: Path) -> None:
-    federation = Federation(coordinate(store, config(1)), tmp_path)
+def test_a_third_of_the_clients_lost_after_masking_is_still_in_the_sum(store: Store, tmp_path: Path) -> None:
+    names = (*NAMES, "eve", "fay")
+    federation = Federation(coordinate(store, config(1), expect=6), tmp_path, names)
     federation.turn(times=3)
-    assert federation.coordinator.progress.bytes_by_client["dan"][1] == 4 * SCHEMA.size
-    federation.lines["dan"].leave("power cut")
-
-    close(federation.finish("ann", "ben", "cat"), expected(NAMES, 1), 1)
+    for name in ("dan", "eve"):
+        assert federation.coordinator.progress.bytes_by_client[name][1] == 4 * SCHEMA.size
+        federation.lines[name].leave("power cut")
+    close(federation.finish("ann", "ben", "cat", "fay"), expected(names, 1), 1)
 
 
 def test_a_client_lost_before_masking_is_left_out_exactly(store: Store, tmp_path: Path) -> None:
@@ -383,9 +384,8 @@ def test_a_strategy_that_treats_clients_differently_is_refused(store: Store, tmp
 def test_a_client_whose_peers_are_not_pinned_leaves_before_it_masks(store: Store, tmp_path: Path) -> None:
     federation = Federation(coordinate(store, config(1)), tmp_path)
     stranger = policy(tmp_path, "ann", ("ann", "ben", "cat"))
-    federation.clients["ann"] = Participant(
-        federation.lines["ann"], stranger, lambda joined: federation.trainers["ann"]
-    )
+    trainer = federation.trainers["ann"]
+    federation.clients["ann"] = Participant(federation.lines["ann"], stranger, lambda joined: trainer)
     federation.clients["ann"].join()
 
     with pytest.raises(PolicyError, match="peer 'dan' is in the cohort but not in this site's policy"):

@@ -68,7 +68,7 @@ def traced(folder: Path, trace: Path) -> list[str]:
     with Store(folder / "server", durable=False) as store:
         coordinator = Coordinator(CONFIG, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 1), expect=1)
         with serving(coordinator, "127.0.0.1:0") as address:
-            calls = "fsync,fdatasync,rename,sendmsg,sendto,write,writev"
+            calls = "mkdir,fsync,fdatasync,rename,sendmsg,sendto,write,writev"
             command = ["strace", "-f", "-yy", "-s", "4096", "-o", str(trace), "-e", f"trace={calls}"]
             command += [sys.executable, "-c", CLIENT, address, str(folder / "client"), MARK]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -102,6 +102,10 @@ def test_every_write_is_synced_before_the_first_byte_of_the_update_leaves(tmp_pa
         )
     ]
     assert last == sorted(last)
+    # The names of the folders too, or all of it is lost with them.
+    for folder in (spool, anchors, ledger):
+        (made,) = all_of(rf"mkdir\(\"{folder}\".* = 0")
+        assert any(made < synced for synced in all_of(rf"fsync\(\d+<{tmp_path}/client>"))
     # Opened, charged, released: each is synced, in the ledger and in the anchor.
     assert len(all_of(rf"(fsync|fdatasync)\(\d+<{ledger}/ab\.ledger-wal>")) >= 3
     assert len(all_of(rf"fsync\(\d+<{anchors}>")) == 3

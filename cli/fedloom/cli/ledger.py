@@ -1,15 +1,13 @@
 """`fedloom ledger`: the privacy account of a data set."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from fedloom.cli.console import failed, out
+from fedloom.cli.console import failed, out, terms
 
 if TYPE_CHECKING:
     from fedloom.client.config import Policy
@@ -39,9 +37,10 @@ def show(
     Example: fedloom ledger show client.toml --round 0.05:1.0:20
     """
     from fedloom.client.config import load_policy
+    from fedloom.client.privacy.account import existing_account
 
     site = load_policy(policy)
-    with _account(site) as ledger:
+    with existing_account(site) as ledger:
         if ledger is None:
             out.print(f"no account in {site.client.state / 'ledger'}: nothing has been charged", markup=False)
             return
@@ -56,14 +55,14 @@ def verify(policy: PolicyFile) -> None:
     Example: fedloom ledger verify client.toml
     """
     from fedloom.client.config import load_policy
-    from fedloom.client.privacy.account import spool_folder
+    from fedloom.client.privacy.account import existing_account, spool_folder
     from fedloom.client.privacy.spool import check_spool
     from fedloom.proto.errors import LedgerError
 
     site = load_policy(policy)
     sound = True
     try:
-        with _account(site) as ledger:
+        with existing_account(site) as ledger:
             if ledger is None:
                 out.print(f"no account in {site.client.state / 'ledger'}, and none is missed", markup=False)
             else:
@@ -96,11 +95,12 @@ def export(
     Example: fedloom ledger export client.toml --output statement.json
     """
     from fedloom.client.config import load_policy
+    from fedloom.client.privacy.account import existing_account
     from fedloom.client.privacy.statement import statement
     from fedloom.proto.errors import LedgerError
 
     site = load_policy(policy)
-    with _account(site) as ledger:
+    with existing_account(site) as ledger:
         if ledger is None:
             raise LedgerError(f"no account in {site.client.state / 'ledger'}: there is nothing to state")
         text = json.dumps(statement(ledger, site.privacy.epsilon, site.privacy.delta), indent=2)
@@ -145,26 +145,6 @@ def adopt(
     out.print(f"{done.path} is the account's ledger again", markup=False)
 
 
-@contextmanager
-def _account(site: "Policy") -> "Iterator[Ledger | None]":
-    """The site's open account; None if there is none and never was. Looking makes none.
-
-    Raises:
-        LedgerError: It cannot be opened or trusted, or it is gone and its anchor remains.
-    """
-    from fedloom.client.privacy.account import anchors_folder, ledger_folder
-    from fedloom.client.privacy.anchor import anchors_at
-    from fedloom.client.privacy.ledger import Ledger, stored_accounts
-
-    folder, anchors = ledger_folder(site), anchors_folder(site)
-    names = stored_accounts(folder) or [anchor.name for anchor in anchors_at(anchors, folder)]
-    if not names:
-        yield None
-        return
-    with Ledger(folder, names[0], anchors=anchors) as ledger:
-        yield ledger
-
-
 def _spend(text: str) -> "Spend":
     from fedloom.proto.accounting import Spend
     from fedloom.proto.errors import ConfigError
@@ -191,6 +171,7 @@ def _charges(ledger: "Ledger") -> None:
 def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:
     """Print what is spent, what is left, and how many rounds of `spend`, or of the last charge, that buys."""
     from fedloom.client.privacy.budget import rounds_left
+    from fedloom.proto.accounting import GRID, statement
 
     mine, charges = site.privacy, ledger.charges()
     spent = ledger.epsilon(mine.delta)
@@ -204,7 +185,6 @@ def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:
             f"the rest buys {count} more rounds of {spend.steps} steps at rate {spend.sampling_rate:g} and noise "
             f"{spend.noise_multiplier:g}"
         )
-    out.print(
-        "unit one example, adjacency add or remove one, PLD accountant, Poisson sampling; "
-        "a charge counts from the moment it is reserved"
-    )
+    spends = [charge.spend for charge in charges]
+    out.print(terms(statement(spends, mine.delta, GRID, covers="the life of this data")), markup=False)
+    out.print("a charge counts from the moment it is reserved")

@@ -103,7 +103,8 @@ def table(
 def plan(
     run: Annotated[Path, typer.Argument(help="The run file.")],
     policy: Annotated[
-        Path | None, typer.Option(help="A site's policy file: its budget and its number of examples.")
+        Path | None,
+        typer.Option(help="A site's policy file: its budget, its number of examples, and what its ledger has charged."),
     ] = None,
     spent: Spent = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as run.rounds=5.")] = None,
@@ -111,12 +112,15 @@ def plan(
 ) -> None:
     """Show what a run file costs a client for the rounds it joins, and whether a site can afford and allow it.
 
+    What the site's ledger has charged counts before the run, and --spent on top of it.
+
     Columns are the run's delta, ten times and a tenth of it, and the run's delta where neighbouring data sets
     differ by replacing an example: that is what counts against somebody who knows how many examples there are.
 
     Example: fedloom privacy plan examples/sentiment.toml --set run.rounds=20
     """
     from fedloom.client.config import check_spec, load_policy
+    from fedloom.client.privacy.account import existing_account
     from fedloom.server.launch import calibrated
 
     config = load_run(run, tuple(overrides or ()))
@@ -124,6 +128,9 @@ def plan(
         raise ConfigError(f"{run} is not private; set privacy.enabled = true, or there is nothing to account for")
     site = load_policy(policy) if policy else None
     prior = _spent(spent)
+    if site is not None:
+        with existing_account(site) as ledger:
+            prior += [charge.spend for charge in ledger.charges()] if ledger is not None else []
     config = calibrated(config)
     document = {**_outlook(config, site, prior), **_account(config.privacy.delta)}
     if json_only:

@@ -7,10 +7,10 @@ a restart.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from fedloom.client.privacy.durable import make_folder, write_durably
 from fedloom.proto.errors import LedgerError, PolicyError
 
 __all__ = ["remember"]
@@ -42,7 +42,8 @@ def remember(folder: Path, run: str, round: int, update: str, survivors: Iterabl
         if known == what:
             return
         if known[0] < round:
-            _replace(path, json.dumps(what))
+            make_folder(path.parent)
+            write_durably(path, json.dumps(what).encode())
             return
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise LedgerError(f"{path} cannot be read or written: {error}; no shares are revealed without it") from error
@@ -50,19 +51,3 @@ def remember(folder: Path, run: str, round: int, update: str, survivors: Iterabl
         f"round {round + 1} cannot be unmasked: round {known[0] + 1} was, with {len(known) - 2} survivors or another "
         "update; a second sum would tell single updates apart, so this client takes no further part in the round"
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    """The file holds either its old or its new text, whenever the machine dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -106,6 +106,11 @@ def admitted(
 def _check_secure(config: RunConfig, strategy: Strategy) -> None:
     """Refuse secure aggregation where a sum is not enough, or would hide nobody."""
     section, rounds = config.secure_aggregation, config.rounds
+    if config.user_level.enabled:
+        raise ConfigError(
+            "user_level.enabled with secure_aggregation.enabled: the coordinator must clip every client's update, and "
+            "secure aggregation shows it their sum only; switch one of them off"
+        )
     if not getattr(strategy, "linear", False):
         raise ConfigError(
             f"strategy {config.strategy.name!r} needs every update by itself, and secure aggregation gives only their "

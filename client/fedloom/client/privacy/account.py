@@ -1,14 +1,16 @@
 """Which account a site's data is charged to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedloom.client.config import Policy
 from fedloom.client.data.rows import Rows, digest
-from fedloom.client.privacy.anchor import default_anchors
+from fedloom.client.privacy.anchor import anchors_at, default_anchors
 from fedloom.client.privacy.examples import claim
 from fedloom.client.privacy.ledger import Ledger, stored_accounts
 
-__all__ = ["anchors_folder", "ledger_folder", "open_account", "spool_folder"]
+__all__ = ["anchors_folder", "existing_account", "ledger_folder", "open_account", "spool_folder"]
 
 
 def ledger_folder(policy: Policy) -> Path:
@@ -44,3 +46,19 @@ def open_account(policy: Policy, rows: Rows) -> Ledger:
         ledger.close()
         raise
     return ledger
+
+
+@contextmanager
+def existing_account(policy: Policy) -> Iterator[Ledger | None]:
+    """The site's open account; None if there is none and never was. Looking makes none.
+
+    Raises:
+        LedgerError: It cannot be opened or trusted, or it is gone and its anchor remains.
+    """
+    folder, anchors = ledger_folder(policy), anchors_folder(policy)
+    names = stored_accounts(folder) or [anchor.name for anchor in anchors_at(anchors, folder)]
+    if not names:
+        yield None
+        return
+    with Ledger(folder, names[0], anchors=anchors) as ledger:
+        yield ledger

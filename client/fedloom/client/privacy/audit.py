@@ -264,6 +264,20 @@ class _Silent:
 _TEXTS = ("the ward was quiet", "a long walk by the river in spring", "ten past nine", "nobody knew the answer yet")
 
 
+def _made_up(spec: Spec) -> Rows:
+    """`_TEXTS` as examples of the run's task; the labels go round."""
+    task, names = spec.model.task, spec.model.labels
+    count, none = len(_TEXTS), ("",) * len(_TEXTS)
+    labels = np.zeros(count, np.int64)
+    if task == "token-classification":
+        words = tuple(tuple(text.split()) for text in _TEXTS)
+        tags = tuple(np.arange(len(row), dtype=np.int64) % len(names) for row in words)
+        return Rows(_TEXTS, labels, none, names, task, words=words, tags=tags)
+    if task == "causal-lm":
+        return Rows(_TEXTS, labels, none, (), task, prompts=none)
+    return Rows(_TEXTS, np.arange(count, dtype=np.int64) % len(names), none, names)
+
+
 def _through_the_model(model: AdapterModel, spec: Spec, entropy: Entropy, delta: float, confidence: float) -> Check:
     """One step of the real trainer on made-up texts, the last of which is the canary.
 
@@ -271,8 +285,7 @@ def _through_the_model(model: AdapterModel, spec: Spec, entropy: Entropy, delta:
     weaker than the others; it is there to see what lies before the mechanism: loss, backward pass, batching.
     """
     assert spec.privacy.noise_multiplier is not None  # audit() has checked
-    labels = np.arange(len(_TEXTS)) % len(spec.model.labels)
-    everyone = Rows(_TEXTS, labels.astype(np.int64), ("",) * len(_TEXTS), spec.model.labels)
+    everyone = _made_up(spec)
     others = everyone.take(np.arange(len(_TEXTS) - 1))
     canary = _noisy_sum(model, everyone, spec, _Silent()) - _noisy_sum(model, others, spec, _Silent())
     length = float(np.linalg.norm(canary))

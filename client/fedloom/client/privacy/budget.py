@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from fedloom.client.config import PrivacyPolicy
 from fedloom.client.privacy.ledger import Ledger
-from fedloom.proto.accounting import Spend, epsilon
+from fedloom.proto import accounting
+from fedloom.proto.accounting import Spend
 from fedloom.proto.errors import BudgetError, PolicyError
 from fedloom.proto.run import Spec
 
@@ -51,26 +52,9 @@ def round_spend(spec: Spec) -> Spend:
 
 
 def rounds_left(ledger: Ledger, spend: Spend, policy: PrivacyPolicy, most: int) -> int:
-    """How many more rounds of `spend` the budget buys, 0 to `most`.
-
-    Binary search over the number of rounds: epsilon never falls as steps are added.
-    """
-    before = [charge.spend for charge in ledger.charges()]
-
-    def fits(rounds: int) -> bool:
-        more = Spend(spend.sampling_rate, spend.noise_multiplier, spend.steps * rounds)
-        return epsilon([*before, more], policy.delta) <= policy.epsilon
-
-    low, high = 0, most + 1
-    # Double up from one round: most budgets buy few, and few are quick to account for.
-    reach = 1
-    while reach < high and fits(reach):
-        low, reach = reach, reach * 2
-    high = min(high, reach)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    """How many more rounds of `spend` the budget buys, 0 to `most`."""
+    before = (charge.spend for charge in ledger.charges())
+    return accounting.rounds_left(before, spend, policy.epsilon, policy.delta, most=most)
 
 
 def outlook(ledger: Ledger, spec: Spec, policy: PrivacyPolicy) -> Outlook:

@@ -3,7 +3,22 @@
 import os
 from pathlib import Path
 
-__all__ = ["sync_folder", "write_durably"]
+__all__ = ["make_folder", "sync_folder", "write_durably"]
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and what is missing above it; their names are on disk on return.
+
+    A file that is synced in a folder whose own name is not on disk is lost with it in a power cut.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    made = [each for each in folder.parents if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    # Its own name also when it is there already: whoever made it may have been killed before syncing it.
+    for each in (folder, *made):
+        sync_folder(each.parent)
 
 
 def write_durably(path: Path, *parts: bytes) -> None:

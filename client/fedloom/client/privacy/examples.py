@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedloom.client.privacy.durable import write_durably
+from fedloom.client.privacy.durable import make_folder, write_durably
 from fedloom.proto.errors import LedgerError
 
 __all__ = ["claim"]
@@ -30,7 +30,7 @@ def claim(anchors: Path, account: str, texts: Iterable[str]) -> None:
         LedgerError: Some of them belong to another account of this machine, or the records cannot be used.
     """
     try:
-        anchors.mkdir(parents=True, exist_ok=True)
+        make_folder(anchors)
         with _locked(anchors / "examples.lock"):
             key = _key(anchors / "examples.key")
             mine = {hashlib.blake2b(text.encode(), key=key, digest_size=_SIZE).digest() for text in texts}

@@ -31,7 +31,7 @@ from fedloom.client.privacy.chain import (
     note,
     totals,
 )
-from fedloom.client.privacy.durable import sync_folder
+from fedloom.client.privacy.durable import make_folder, sync_folder
 from fedloom.proto.accounting import GRID, Spend, epsilon
 from fedloom.proto.errors import BudgetError, LedgerError, PolicyError
 
@@ -74,8 +74,8 @@ class Ledger:
         self.path = folder / file_name(name)
         self._anchors = folder if anchors is None else anchors
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._anchors.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
+            make_folder(self._anchors)
         except OSError as error:
             raise LedgerError(f"ledger and anchor need the folders {folder} and {self._anchors}: {error}") from error
         self._lock = held(self.path)

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedloom.client.privacy.durable import sync_folder, write_durably
+from fedloom.client.privacy.durable import make_folder, sync_folder, write_durably
 from fedloom.proto.errors import LedgerError
 from fedloom.proto.messages import UpdateHeader
 
@@ -46,7 +46,7 @@ def keep(folder: Path, update: Spooled) -> None:
     note = json.dumps({"run": update.run, "charge": update.charge, "header": asdict(update.header)}).encode()
     digest = hashlib.sha256(note).hexdigest().encode()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_durably(path, _MAGIC, b"\n", digest, b"\n", note, b"\n", update.payload)
     except OSError as error:
         raise LedgerError(f"{path} cannot be written: {error}; free the disk and start the client anew") from error

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 
-from fedloom.client.privacy.chain import CHARGED, totals
+from fedloom.client.privacy.chain import CHARGED
 from fedloom.client.privacy.ledger import Ledger
-from fedloom.proto.accounting import REPORT_GRID
+from fedloom.proto import accounting
 
 __all__ = ["statement"]
 
@@ -21,7 +22,11 @@ def statement(ledger: Ledger, budget: float, delta: float) -> dict[str, object]:
         ledger: The account.
         budget: Epsilon that the policy allows.
         delta: Delta at which both are stated.
+
+    Raises:
+        ConfigError: There is no finite epsilon at this delta.
     """
+    stated = accounting.statement([charge.spend for charge in ledger.charges()], delta)
     reserved = {entry.number: entry for entry in ledger.entries if entry.kind == CHARGED}
     charges: list[Mapping[str, object]] = [
         json.loads(reserved[charge.number].body)
@@ -31,18 +36,15 @@ def statement(ledger: Ledger, budget: float, delta: float) -> dict[str, object]:
     return {
         "format": "fedloom privacy statement 1",
         "account": ledger.account,
-        "unit": "one example",
-        "adjacency": "add or remove one",
+        "unit": stated.unit,
+        "adjacency": stated.adjacency,
         "delta": delta,
-        "epsilon": ledger.epsilon(delta, REPORT_GRID),
+        "epsilon": stated.epsilon,
         "budget": budget,
         "accountant": {"kind": "PLD", "library": "dp-accounting", "version": version("dp-accounting")},
-        "grid": REPORT_GRID,
+        "grid": stated.grid,
         "sampling": "Poisson, each example by itself at the charge's rate; empty batches are noised and counted",
-        "mechanisms": [
-            {"sampling_rate": rate, "noise_multiplier": noise, "steps": steps}
-            for (rate, noise), steps in sorted(totals(ledger.charges()).items())
-        ],
+        "mechanisms": [asdict(spend) for spend in stated.mechanisms],
         "charges": charges,
         "entries": ledger.sequence,
         "head": ledger.head,
