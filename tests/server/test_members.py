@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.server import history
+from fedloom.server import decisions, history
 from fedloom.server.members import Members
 from fedloom.server.store import Store
 
@@ -66,7 +66,7 @@ def test_a_poll_decides_nothing_while_nothing_has_changed(
     federation.begin("ann", "ben", "cat")
     federation.send(*federation.update("ann"))
     calls: list[float] = []
-    decide = history.decision
+    decide = decisions.decision
 
     def counted(*arguments: Any) -> Any:
         calls.append(arguments[3])

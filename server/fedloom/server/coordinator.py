@@ -10,18 +10,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fedloom.proto.errors import ProtocolError, UpdateRejected
+from fedloom.proto.errors import ConfigError, ProtocolError, UpdateRejected
 from fedloom.proto.messages import Answer, Joined, UpdateHeader, Wait
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
 from fedloom.proto.secagg.steps import StepMessage, StepResult
 from fedloom.server.admission import MAX_CLIENTS, admitted, check_config, check_join, check_work
+from fedloom.server.audit import Audit
 from fedloom.server.history import History
 from fedloom.server.members import Member, Members
 from fedloom.server.progress import Progress, Traffic, warn_if_short
 from fedloom.server.rounds import ClientLost, LostReason, RoundClosed, Rounds, UpdateAccepted
 from fedloom.server.secure import Secure
-from fedloom.server.store import Store
+from fedloom.server.storage import Storage
 from fedloom.server.submission import check_payload, decoded
 from fedloom.strategies.api import State, Strategy, Update
 
@@ -37,7 +38,7 @@ class Coordinator:
         config: The run file.
         schema: The run's schema.
         strategy: Plans and folds; built by the caller from [strategy] of the run file.
-        store: The state directory, open; it stays the caller's to close.
+        store: The run's state, open; it stays the caller's to close.
         starting: The adapter before the first round; not looked at when the run goes on.
         clock: Seconds from any origin, never going back. Leases and deadlines are measured with it, and start
             anew when the coordinator does. A clock that stands still switches both off.
@@ -46,6 +47,7 @@ class Coordinator:
 
     Attributes:
         config: The run file.
+        audit: Takes notes for the audit log, from any thread; they are written with the next tick.
         wake: Called without arguments, off the lock, when a waiting client may have an answer: a round has
             opened or the run is over.
         on_commit: Called off the lock with the number of committed rounds and the state after the last of them, in
@@ -61,7 +63,7 @@ class Coordinator:
         config: RunConfig,
         schema: Schema,
         strategy: Strategy,
-        store: Store,
+        store: Storage,
         *,
         starting: Tensors,
         clock: Callable[[], float] = time.monotonic,
@@ -78,11 +80,14 @@ class Coordinator:
         self._settled: tuple[Rounds, int, bool] | None = None
         self._history = History(config, schema, strategy, store, starting=starting)
         self._secure = Secure(config, self._history, store)
+        self.audit = Audit(store)
+        self.audit.note("started", detail=f"run {self._history.run}")
         self._opened_s = clock()
         self._members = Members(config.rounds.lease_s, self._rounds.pending, self._opened_s)
         with self._lock:
             self._advance()
             self._history.write()
+        self.audit.write()
 
     @property
     def epoch(self) -> int:
@@ -121,12 +126,13 @@ class Coordinator:
             ProtocolError: The name is not one, another protocol version is spoken, or the run is full.
             ConfigError: The run weighs clients by examples and this one declares none, or too many.
         """
-        check_join(client, protocol, declared_examples)
-        with self._lock:
+        with self._lock, self._noting(client):
             self._history.check()
+            check_join(client, protocol, declared_examples)
             if client not in self._members and len(self._members) >= MAX_CLIENTS:
                 raise ProtocolError(f"the run has {MAX_CLIENTS} clients already; join under a name already known")
-            self._members.join(client, declared_examples, self._clock())
+            if self._members.join(client, declared_examples, self._clock()):
+                self.audit.note("joined", client)
         return Joined(run=self._history.run, epoch=self.epoch, spec=self.config.spec, schema=self._schema)
 
     def work(self, client: str, run: str, epoch: int) -> Answer:
@@ -182,7 +188,7 @@ class Coordinator:
         Raises:
             ProtocolError: The update fits neither the run nor its open round.
         """
-        with self._lock:
+        with self._lock, self._noting(header.client):
             self._admit(header.client, run, epoch)
             return self._history.expected(header)
 
@@ -227,6 +233,7 @@ class Coordinator:
                 self._history.keep(update)
             else:
                 self._lose(client, "rejected")
+                self.audit.note("rejected", client, str(rejection))
             self._advance()
         self._store.discard()  # at once, for the next round's files to take over their memory
         if rejection is not None:
@@ -281,6 +288,25 @@ class Coordinator:
             self._advance()
         self._settle()
         self._store.discard()
+        self.audit.write()
+
+    def close(self) -> None:
+        """Write the last notes. Call it when nobody is served any more.
+
+        Raises:
+            StoreError: The state cannot be written.
+        """
+        self.audit.note("stopped", detail=f"after {self._rounds.round} rounds")
+        self.audit.write(ending=True)
+
+    @contextmanager
+    def _noting(self, client: str) -> Iterator[None]:
+        """Take a note of a message that is refused."""
+        try:
+            yield
+        except (ProtocolError, ConfigError, UpdateRejected) as error:
+            self.audit.note("refused", client, str(error))
+            raise
 
     @contextmanager
     def _changing(self) -> Iterator[None]:

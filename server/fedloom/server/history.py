@@ -29,7 +29,7 @@ from fedloom.server.rounds import (
     RunCreated,
     apply,
 )
-from fedloom.server.store import Store
+from fedloom.server.storage import Storage
 from fedloom.server.submission import check_address, expected_bytes, is_repeat
 from fedloom.server.user_ledger import check_opening, check_strategy, eligible, participations
 from fedloom.strategies.api import State, Strategy, Update
@@ -71,7 +71,7 @@ class History:
     """
 
     def __init__(
-        self, config: RunConfig, schema: Schema, strategy: Strategy, store: Store, *, starting: Tensors
+        self, config: RunConfig, schema: Schema, strategy: Strategy, store: Storage, *, starting: Tensors
     ) -> None:
         check_strategy(config.user_level, strategy)
         self._config, self._schema, self._strategy, self._store = config, schema, strategy, store
@@ -235,7 +235,7 @@ class History:
     def _continue(self, created: RunCreated) -> str:
         if (created.spec, created.schema) != (_agreed(self._config), self._schema.digest):
             raise ConfigError(
-                f"{self._store.folder} holds run {created.run[:8]} of another run file or base model; "
+                f"{self._store.where} holds run {created.run[:8]} of another run file or base model; "
                 "start with the run file it was made with, or give this run another directory"
             )
         self.state = state_from_bytes(self._store.get_blob(self.rounds.state), self._schema)
