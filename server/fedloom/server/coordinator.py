@@ -8,14 +8,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from fedloom.proto.errors import ConfigError, ProtocolError, UpdateRejected
 from fedloom.proto.messages import Answer, Joined, UpdateHeader, Wait
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
 from fedloom.proto.secagg.steps import StepMessage, StepResult
-from fedloom.server.admission import MAX_CLIENTS, admitted, check_config, check_join, check_work
+from fedloom.server.admission import admitted, check_config, check_join, check_room, check_work
 from fedloom.server.audit import Audit
 from fedloom.server.history import History
 from fedloom.server.members import Member, Members
@@ -24,7 +24,7 @@ from fedloom.server.rounds import ClientLost, LostReason, RoundClosed, Rounds, U
 from fedloom.server.secure import Secure
 from fedloom.server.storage import Storage
 from fedloom.server.submission import check_payload, decoded
-from fedloom.strategies.api import State, Strategy, Update
+from fedloom.strategies.api import State, Strategy
 
 __all__ = ["Coordinator"]
 
@@ -129,8 +129,7 @@ class Coordinator:
         with self._lock, self._noting(client):
             self._history.check()
             check_join(client, protocol, declared_examples)
-            if client not in self._members and len(self._members) >= MAX_CLIENTS:
-                raise ProtocolError(f"the run has {MAX_CLIENTS} clients already; join under a name already known")
+            check_room(client, self._members)
             if self._members.join(client, declared_examples, self._clock()):
                 self.audit.note("joined", client)
         return Joined(run=self._history.run, epoch=self.epoch, spec=self.config.spec, schema=self._schema)
@@ -150,8 +149,8 @@ class Coordinator:
             self._advance()
             if self.finished:
                 return self._history.final[0]
-            if self._secure.idle and self._rounds.takes_from(client):
-                return self._history.order(client).assignment
+            if self._secure.idle and (assignment := self._history.assign(client)):
+                return assignment
             return Wait(retry_after_s=0.0)
 
     def blob(self, client: str, digest: str, run: str, epoch: int, offset: int = 0) -> bytes:
@@ -206,39 +205,48 @@ class Coordinator:
         if expected is None:
             return True
         check_payload(header, payload, expected)
-        client = header.client
         if self._secure.enabled:
             with self._changing():
-                self._admit(client, run, epoch)
-                self._traffic.up(header.round, client, len(payload))
+                self._admit(header.client, run, epoch)
+                self._traffic.up(header.round, header.client, len(payload))
                 repeated = self._secure.add(header, payload)
                 self._advance()
             return repeated
-        with self._lock:
-            order, state = self._history.order(client), self.state
-            update = Update(client, self._weight(client), self._history.start(client), {})
-        rejection: UpdateRejected | None = None
-        try:
-            update = decoded(self._strategy, state, order, payload, update)
-            self._store.put_blob(payload, header.digest)
-        except UpdateRejected as error:
-            rejection = error
-        with self._changing():
-            self._admit(client, run, epoch)
-            if self._history.expected(header) is None:
-                return True
-            self._traffic.up(header.round, client, len(payload))
-            if rejection is None:
-                self._history.record(UpdateAccepted(header.round, client, header.digest, update.weight))
-                self._history.keep(update)
-            else:
-                self._lose(client, "rejected")
-                self.audit.note("rejected", client, str(rejection))
-            self._advance()
+        rejection = self._take(header, payload, run, epoch)
         self._store.discard()  # at once, for the next round's files to take over their memory
-        if rejection is not None:
+        if isinstance(rejection, UpdateRejected):
             raise rejection
-        return False
+        return rejection
+
+    def _take(self, header: UpdateHeader, payload: bytes, run: str, epoch: int) -> UpdateRejected | bool:
+        """Record an update whose payload is the announced one; why it was refused, or whether it was there before."""
+        client, rejection = header.client, None
+        with ExitStack() as landing:
+            with self._lock:
+                landing.enter_context(self._history.arriving(header.digest))
+                order, update = self._history.draft(client, self._members[client].declared_examples)
+                state = self.state
+            try:
+                update = decoded(self._strategy, state, order, payload, update, self.config.rounds.max_update_norm)
+                self._store.put_blob(payload, header.digest)
+            except UpdateRejected as error:
+                rejection = error
+            with self._changing():
+                landing.close()
+                self._admit(client, run, epoch)
+                if self._history.expected(header) is None:
+                    return True
+                self._traffic.up(header.round, client, len(payload))
+                if rejection is None:
+                    self._history.record(UpdateAccepted(header.round, client, header.digest, update.weight))
+                    self._history.keep(update)
+                else:
+                    self._lose(client, "rejected")
+                    self.audit.note("rejected", client, str(rejection))
+                # Where only so many may be at work, another client may have its turn now.
+                self._stirred = self._stirred or self.config.rounds.concurrency is not None
+                self._advance()
+        return rejection or False
 
     def exchange(self, message: StepMessage, client: str, run: str, epoch: int) -> StepResult | None:
         """A client's message in a step of a secure sum; the step's result, or None while others are missing.
@@ -381,9 +389,6 @@ class Coordinator:
     def _lose(self, client: str, reason: LostReason) -> None:
         self._history.record(ClientLost(self._rounds.round, client, reason))
         warn_if_short(self._rounds, self.config.rounds.min_clients)
-
-    def _weight(self, client: str) -> float:
-        return 1.0 if self.config.strategy.weighting == "uniform" else float(self._members[client].declared_examples)
 
     @property
     def _rounds(self) -> Rounds:

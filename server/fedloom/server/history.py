@@ -6,19 +6,22 @@ Not safe for several threads; the coordinator holds its lock around every call.
 import hashlib
 import logging
 import uuid
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ConfigError, StoreError
-from fedloom.proto.messages import Finished, UpdateHeader
+from fedloom.proto.messages import Assignment, Finished, UpdateHeader
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
 from fedloom.server.broadcast import Broadcasts, Order, final
-from fedloom.server.decisions import decision
+from fedloom.server.buffered import discounted
+from fedloom.server.decisions import asking, decision
 from fedloom.server.rounds import (
     AdapterCommitted,
     ClientLost,
@@ -78,13 +81,16 @@ class History:
         self._unwritten: list[Event] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
         self._fresh: dict[str, Update] = {}
+        self._states: dict[int, str] = {}
+        self._older: dict[int, Broadcasts] = {}
+        self._arriving: Counter[str] = Counter()
         self._broken: StoreError | None = None
         self._ending: tuple[Finished, bytes] | None = None
         self.state: State
         self.rounds = Rounds()
         events = store.events()
         for event in events:
-            self.rounds = apply(self.rounds, event)
+            self._follow(event)
         self._taken = participations(events)
         self.run = self._begin(starting) if self.rounds.created is None else self._continue(self.rounds.created)
         self.broadcasts = Broadcasts(config, schema, strategy, self.state)
@@ -114,7 +120,7 @@ class History:
         """
         if isinstance(event, RoundOpened):
             check_opening(self._config.user_level, self.rounds.round)
-        self.rounds = apply(self.rounds, event)
+        self._follow(event)
         self._taken += participations([event])
         self._unwritten.append(event)
         _log.log(logging.WARNING if isinstance(event, ClientLost) else logging.INFO, "%s", event)
@@ -130,11 +136,22 @@ class History:
         Raises:
             ConfigError: The strategy plans what the run file rules out.
         """
-        return self.broadcasts.order(client)
+        return self._version(self.rounds.started(client)).order(client)
 
-    def start(self, client: str) -> Tensors:
-        """What this client's update starts from."""
-        return self.broadcasts.start(self.order(client))
+    def draft(self, client: str, declared_examples: int) -> tuple[Order, Update]:
+        """What this client was asked to do, and its update but for the change."""
+        order = self.order(client)
+        weight = 1.0 if self._config.strategy.weighting == "uniform" else float(declared_examples)
+        return order, Update(client, weight, self._version(self.rounds.started(client)).start(order), {})
+
+    @contextmanager
+    def arriving(self, digest: str) -> Iterator[None]:
+        """Until the block ends, the blob of an update that is not recorded yet is not swept."""
+        self._arriving[digest] += 1
+        try:
+            yield
+        finally:
+            self._arriving -= Counter([digest])
 
     def payload(self, client: str, digest: str) -> bytes | None:
         """The bytes this client may have under this digest: its broadcast, or the final adapter; else None."""
@@ -144,7 +161,9 @@ class History:
         if self.rounds.phase != "open" or client not in self.rounds.cohort:
             return None
         order = self.order(client)
-        return self.broadcasts.payload(order) if digest == order.assignment.broadcast_digest else None
+        if digest != order.assignment.broadcast_digest:
+            return None
+        return self._version(self.rounds.started(client)).payload(order)
 
     def expected(self, header: UpdateHeader) -> int | None:
         """The exact length in bytes of the payload that must follow; None when exactly this update is accepted already.
@@ -160,6 +179,17 @@ class History:
             return None
         check_address(header, self.rounds)
         return expected_bytes(header, self.order(header.client))
+
+    def assign(self, client: str) -> Assignment | None:
+        """What a client that asks for work is to do; in a buffered round, the decision that it is asked is recorded.
+
+        Raises:
+            ConfigError: The strategy plans what the run file rules out.
+        """
+        if event := asking(self.rounds, client, self._config.rounds):
+            self.record(event)
+        asked = self.rounds.takes_from(client) and self.rounds.started(client) == self.rounds.round
+        return self.order(client).assignment if asked else None
 
     def keep(self, update: Update) -> None:
         """Remember an accepted update's values until the round is folded, if there is room; the disk has them too."""
@@ -193,7 +223,8 @@ class History:
         acc: Any = None
         for client in (SUM,) if self.rounds.sum else self.rounds.folding:
             update = self._fresh[client] if client in self._fresh else self._reread(client)
-            acc = self._strategy.fold(self.state, acc, update)
+            staleness = 0 if self.rounds.sum else self.rounds.round - self.rounds.updates[client].round
+            acc = self._strategy.fold(self.state, acc, discounted(update, staleness))
         self._fresh.clear()
         state = self._strategy.commit(self.state, acc)
         self._schema.check(state.adapter)
@@ -212,6 +243,8 @@ class History:
                 broadcasts.prepare(self.rounds.folding)
         finally:
             digest = writing.result()
+        if self.rounds.starts:
+            self._older[self.rounds.round] = self.broadcasts
         self.record(AdapterCommitted(self.rounds.round, digest))
         self.state, self.broadcasts = state, broadcasts
         return state
@@ -219,10 +252,25 @@ class History:
     def _reread(self, client: str) -> Update:
         """An accepted update, or the mean of them all, from its blob."""
         accepted = self.rounds.updates[self.rounds.folding[0] if client == SUM else client]
-        order = self.broadcasts.order(accepted.client)
+        version = self._version(accepted.round)
+        order = version.order(accepted.client)
         payload = self._store.get_blob(accepted.digest)
         delta = codec(SUM_CODEC if client == SUM else order.assignment.upload_codec).decode(order.upload, payload)
-        return Update(client, accepted.weight, self.broadcasts.start(order), delta)
+        return Update(client, accepted.weight, version.start(order), delta)
+
+    def _version(self, number: int) -> Broadcasts:
+        """The broadcasts of the round that is open, or of an earlier one that clients are still at work for."""
+        if number == self.rounds.round:
+            return self.broadcasts
+        if number not in self._older:
+            state = state_from_bytes(self._store.get_blob(self._states[number]), self._schema)
+            self._older[number] = Broadcasts(self._config, self._schema, self._strategy, state)
+        return self._older[number]
+
+    def _follow(self, event: Event) -> None:
+        self.rounds = apply(self.rounds, event)
+        if isinstance(event, RunCreated | AdapterCommitted):
+            self._states[self.rounds.round] = event.state
 
     def _begin(self, starting: Tensors) -> str:
         self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
@@ -243,8 +291,12 @@ class History:
         return created.run
 
     def _sweep(self) -> None:
-        """Drop the updates of committed rounds and the states before the current one."""
-        self._store.sweep({self.rounds.state, *(update.digest for update in self.rounds.updates.values())})
+        """Drop the updates of committed rounds, and the states from which nobody is at work any more."""
+        used = {self.rounds.round, *self.rounds.starts.values()}
+        self._states = {number: digest for number, digest in self._states.items() if number in used}
+        self._older = {number: older for number, older in self._older.items() if number in used}
+        updates = (update.digest for update in self.rounds.updates.values())
+        self._store.sweep({*self._states.values(), *updates, *tuple(self._arriving)})
 
 
 def _agreed(config: RunConfig) -> str:

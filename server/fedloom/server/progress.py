@@ -76,7 +76,7 @@ class Progress:
             open=is_open,
             elapsed_s=elapsed_s if is_open else 0.0,
             needed=needed,
-            short=is_open and len(rounds.updates) + len(rounds.pending) < needed,
+            short=is_open and rounds.max_staleness is None and len(rounds.updates) + len(rounds.pending) < needed,
             live=tuple(sorted(live)),
             cohort=tuple(sorted(rounds.cohort)),
             submitted=tuple(sorted(rounds.updates)),
@@ -89,7 +89,7 @@ class Progress:
 def warn_if_short(rounds: Rounds, needed: int) -> None:
     """Say in the log when the open round can no longer reach the updates it needs."""
     possible = len(rounds.updates) + len(rounds.pending)
-    if possible < needed:
+    if possible < needed and rounds.max_staleness is None:
         _log.warning(
             "round %d can reach only %d of the %d updates it needs; it is opened again once enough other "
             "clients ask for work",

@@ -9,11 +9,14 @@ Under secure aggregation one SumAccepted, of several clients, takes the place of
 Whoever decides writes the event down before acting on it, so a replay of the log never decides again.
 A round that can no longer reach its minimum is opened once more under the same number: updates already
 accepted stay, and the cohort is filled up with clients that are live now.
+
+A buffered round (see `buffered`) has no cohort of its own: it opens with those who are still at work for an earlier
+one, and a ClientAsked for each that asks for work. An update then counts in the round that is open when it comes.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -22,6 +25,7 @@ from fedloom.proto.errors import StoreError
 
 __all__ = [
     "AdapterCommitted",
+    "ClientAsked",
     "ClientLost",
     "Event",
     "LostReason",
@@ -65,6 +69,18 @@ class RoundOpened:
     cohort: tuple[str, ...]
     deadline_s: float
     """Seconds after the opening (or after the coordinator's restart) at which the round may close early."""
+    wanted: int = 0
+    """Updates with which the round closes at once; 0 waits for the whole cohort."""
+    max_staleness: int | None = None
+    """A buffered round takes updates made for this many rounds before it, or fewer; None: only its own."""
+
+
+@dataclass(frozen=True)
+class ClientAsked:
+    """In a buffered round, this client is asked to train from its state."""
+
+    round: int
+    client: str
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,7 @@ class UpdateAccepted:
     """An update is durable and will be folded."""
 
     round: int
+    """The round it was made for; a buffered round may be a later one."""
     client: str
     digest: str
     weight: float
@@ -112,7 +129,9 @@ class AdapterCommitted:
     state: str
 
 
-Event = RunCreated | RoundOpened | UpdateAccepted | SumAccepted | ClientLost | RoundClosed | AdapterCommitted
+Event = (
+    RunCreated | RoundOpened | ClientAsked | UpdateAccepted | SumAccepted | ClientLost | RoundClosed | AdapterCommitted
+)
 
 _EVENTS: dict[str, Any] = {each.__name__: each for each in get_args(Event)}
 
@@ -130,6 +149,10 @@ class Rounds:
     """Digest of the last committed strategy state."""
     cohort: frozenset[str] = frozenset()
     deadline_s: float = 0.0
+    wanted: int = 0
+    max_staleness: int | None = None
+    starts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """In buffered rounds, the round each member of the cohort was last asked for."""
     updates: Mapping[str, UpdateAccepted] = field(default_factory=lambda: MappingProxyType({}))
     lost: Mapping[str, LostReason] = field(default_factory=lambda: MappingProxyType({}))
     sum: str = ""
@@ -152,6 +175,10 @@ class Rounds:
         asked = self.phase == "open" and client in self.cohort and client not in self.updates
         return asked and self.lost.get(client) != "rejected"
 
+    def started(self, client: str) -> int:
+        """The round this client was asked for last."""
+        return self.starts.get(client, self.round)
+
 
 def apply(rounds: Rounds, event: Event) -> Rounds:
     """The state after one more event.
@@ -164,22 +191,36 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
             _expect(rounds.phase == "new", rounds, event)
             return replace(rounds, phase="idle", created=event, state=event.state)
         case RoundOpened():
-            again = rounds.phase == "open"
+            again, buffered = rounds.phase == "open", event.max_staleness is not None
             _expect(rounds.phase == "idle" or (again and rounds.updates.keys() <= set(event.cohort)), rounds, event)
             _expect((event.round, event.state) == (rounds.round, rounds.state), rounds, event)
             _expect(event.attempt == (rounds.attempt + 1 if again else 0), rounds, event)
-            rejected: dict[str, LostReason] = {client: "rejected" for client in rounds.rejected}
+            _expect(not buffered or (not again and rounds.starts.keys() >= set(event.cohort)), rounds, event)
+            kept = set(event.cohort) if buffered else rounds.rejected
+            lost = {client: reason for client, reason in rounds.lost.items() if client in kept}
             return replace(
                 rounds,
                 phase="open",
                 attempt=event.attempt,
                 cohort=frozenset(event.cohort),
                 deadline_s=event.deadline_s,
-                lost=MappingProxyType(rejected),
+                wanted=event.wanted,
+                max_staleness=event.max_staleness,
+                starts=MappingProxyType({client: rounds.starts[client] for client in event.cohort} if buffered else {}),
+                lost=MappingProxyType(lost),
+            )
+        case ClientAsked(client=client):
+            _expect(rounds.phase == "open" and event.round == rounds.round, rounds, event)
+            _expect(rounds.max_staleness is not None and client not in rounds.updates, rounds, event)
+            _expect(rounds.lost.get(client) != "rejected", rounds, event)
+            return replace(
+                rounds,
+                cohort=rounds.cohort | {client},
+                starts=MappingProxyType({**rounds.starts, client: event.round}),
+                lost=MappingProxyType({other: reason for other, reason in rounds.lost.items() if other != client}),
             )
         case UpdateAccepted(client=client):
-            _expect(_open(rounds, event) and client not in rounds.updates, rounds, event)
-            _expect(rounds.lost.get(client) != "rejected", rounds, event)
+            _expect(rounds.takes_from(client) and event.round == rounds.started(client), rounds, event)
             lost = {other: reason for other, reason in rounds.lost.items() if other != client}
             updates = {**rounds.updates, client: event}
             return replace(rounds, updates=MappingProxyType(updates), lost=MappingProxyType(lost))
@@ -190,7 +231,8 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
             lost = {other: reason for other, reason in rounds.lost.items() if other not in updates}
             return replace(rounds, updates=MappingProxyType(updates), lost=MappingProxyType(lost), sum=digest)
         case ClientLost(client=client):
-            _expect(_open(rounds, event) and client not in rounds.updates, rounds, event)
+            _expect(rounds.phase == "open" and event.round == rounds.round, rounds, event)
+            _expect(client in rounds.cohort and client not in rounds.updates, rounds, event)
             return replace(rounds, lost=MappingProxyType({**rounds.lost, client: event.reason}))
         case RoundClosed():
             _expect(rounds.phase == "open" and event.round == rounds.round, rounds, event)
@@ -198,7 +240,15 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
             return replace(rounds, phase="closed", folding=event.clients)
         case AdapterCommitted():
             _expect(rounds.phase == "closed" and event.round == rounds.round, rounds, event)
-            return Rounds(phase="idle", created=rounds.created, round=rounds.round + 1, state=event.state)
+            left = rounds.cohort - rounds.updates.keys() - rounds.rejected if rounds.starts else frozenset()
+            return Rounds(
+                phase="idle",
+                created=rounds.created,
+                round=rounds.round + 1,
+                state=event.state,
+                starts=MappingProxyType({client: rounds.starts[client] for client in left}),
+                lost=MappingProxyType({client: reason for client, reason in rounds.lost.items() if client in left}),
+            )
 
 
 def event_to_json(event: Event) -> str:
@@ -215,17 +265,15 @@ def event_from_json(text: str) -> Event:
     try:
         document = json.loads(text)
         kind = _EVENTS[document.pop("event")]
-        values = {each.name: document.pop(each.name) for each in fields(kind)}
+        # A field with a default is one that an earlier version did not write.
+        given = [each.name for each in fields(kind) if each.name in document or each.default is MISSING]
+        values = {name: document.pop(name) for name in given}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"event log row {text[:80]!r} is not an event of this version: {error!r}") from error
     if document:
         raise StoreError(f"event log row {text[:80]!r} has unknown fields; run the version that wrote it")
     event: Event = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     return event
-
-
-def _open(rounds: Rounds, event: UpdateAccepted | ClientLost) -> bool:
-    return rounds.phase == "open" and event.round == rounds.round and event.client in rounds.cohort
 
 
 def _expect(fits: bool, rounds: Rounds, event: Event) -> None:
