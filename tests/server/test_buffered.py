@@ -343,6 +343,6 @@ def test_no_update_older_than_allowed_is_ever_in_a_buffer(moves: list[tuple[str,
                 take(AdapterCommitted(rounds.round, f"s{rounds.round + 1}"))
 
     replayed = Rounds()
-    for event in log:
-        replayed = apply(replayed, event_from_json(event_to_json(event)))
+    for written in log:
+        replayed = apply(replayed, event_from_json(event_to_json(written)))
     assert replayed == rounds
