@@ -171,11 +171,26 @@ class RoundsSection(Section):
     min_clients: int = Field(default=2, ge=1)
     """Clients that must have joined before a round opens, and updates a round needs to be committed."""
     clients_per_round: int | None = Field(default=None, ge=1)
-    """Size of each round's cohort, drawn by the run's seed; None takes every joined client."""
+    """Updates wanted in a round, which closes as soon as it has them; so many clients are drawn by the run's seed.
+    None takes every joined client."""
+    dropout_rate: float = Field(default=0.0, ge=0, le=0.9)
+    """Share of the clients asked that will not answer. So many more are asked that clients_per_round answers come with
+    completion_probability: 24 for 10 at a rate of 0.3."""
+    completion_probability: float = Field(default=0.999, gt=0, lt=1)
+    """Probability with which enough of them answer, if they fail independently."""
     deadline_s: float = Field(default=600.0, gt=0)
     """Seconds after which a round closes with the updates it has, if they are at least min_clients."""
     lease_s: float = Field(default=30.0, gt=0)
     """Seconds without a sign of life after which a client counts as gone."""
+    max_update_norm: float | None = Field(default=None, gt=0)
+    """L2 norm over all tensors beyond which one client's update is refused. None refuses none."""
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    """buffered (FedBuff): clients work at their own pace, and every clients_per_round updates make a round, those made
+    for s rounds earlier counting 1/sqrt(1 + s). For linear strategies that keep their coordinates."""
+    max_staleness: int = Field(default=4, ge=0, le=50)
+    """buffered: rounds that may have passed since an update's start; an older one is refused."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """buffered: clients at work at a time. None asks every client that asks for work."""
 
 
 class WireSection(Section):

@@ -1,16 +1,15 @@
 """Who and what is admitted to a run: run files, client names, and messages by whom they are from."""
 
-from collections.abc import Mapping
-
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ConfigError, ProtocolError
 from fedloom.proto.limits import MAX_NAME_LENGTH
 from fedloom.proto.messages import PROTOCOL_VERSION
 from fedloom.proto.run import RunConfig
-from fedloom.server.progress import Member
+from fedloom.server.buffered import check_buffered
+from fedloom.server.members import Member, Members
 from fedloom.strategies.api import Strategy
 
-__all__ = ["MAX_CLIENTS", "MAX_EXAMPLES", "admitted", "check_config", "check_join", "check_work"]
+__all__ = ["MAX_CLIENTS", "MAX_EXAMPLES", "admitted", "check_config", "check_join", "check_room", "check_work"]
 
 MAX_CLIENTS = 10_000
 """Most client names one run admits, the upper end of [data] clients."""
@@ -37,6 +36,12 @@ def check_config(config: RunConfig, strategy: Strategy) -> None:
             f"rounds.clients_per_round = {size} is below rounds.min_clients = {config.rounds.min_clients}: "
             "no round could ever close; raise the first or lower the second"
         )
+    if config.rounds.dropout_rate and size is None:
+        raise ConfigError(
+            "rounds.dropout_rate needs rounds.clients_per_round, the updates wanted; set that or leave the rate out"
+        )
+    if config.rounds.mode == "buffered":
+        check_buffered(config, strategy)
     if config.secure_aggregation.enabled:
         _check_secure(config, strategy)
 
@@ -63,6 +68,16 @@ def check_join(client: str, protocol: int, declared_examples: int) -> None:
         )
 
 
+def check_room(client: str, members: Members) -> None:
+    """Refuse one name too many.
+
+    Raises:
+        ProtocolError: The run has as many clients as it admits, and this is not one of them.
+    """
+    if client not in members and len(members) >= MAX_CLIENTS:
+        raise ProtocolError(f"the run has {MAX_CLIENTS} clients already; join under a name already known")
+
+
 def check_work(config: RunConfig, client: str, declared_examples: int) -> None:
     """Refuse work to a client whose update could not be weighed. Joining to look at the run needs no declaration.
 
@@ -76,13 +91,11 @@ def check_work(config: RunConfig, client: str, declared_examples: int) -> None:
         )
 
 
-def admitted(
-    members: Mapping[str, Member], client: str, sent: tuple[str, int], here: tuple[str, int], now_s: float
-) -> Member:
+def admitted(members: Members, client: str, sent: tuple[str, int], here: tuple[str, int], now_s: float) -> Member:
     """The member behind a message, whose lease begins anew.
 
     Args:
-        members: Who is known, by name.
+        members: Who is known.
         client: Who the message says it is from.
         sent: Run and epoch that it is addressed to.
         here: Run and epoch of this coordinator.
@@ -96,11 +109,10 @@ def admitted(
         raise ProtocolError(f"run {run[:64]!r} is not the one served here; join again")
     if epoch != this_epoch:
         raise ProtocolError(f"epoch {epoch} is not the coordinator's, it has restarted: now {this_epoch}; join again")
-    member = members.get(client)
-    if member is None or not member.joined:
+    if client not in members or not members[client].joined:
         raise ProtocolError(f"client {client[:64]!r} is not known in this epoch; join first")
-    member.seen_s = now_s
-    return member
+    members.seen(client, now_s)
+    return members[client]
 
 
 def _check_secure(config: RunConfig, strategy: Strategy) -> None:
@@ -120,6 +132,11 @@ def _check_secure(config: RunConfig, strategy: Strategy) -> None:
         raise ConfigError(
             f'strategy.weighting = "{config.strategy.weighting}" with secure aggregation, which sums updates of equal '
             'weight; set it to "uniform"'
+        )
+    if rounds.dropout_rate or rounds.max_update_norm is not None:
+        raise ConfigError(
+            "rounds.dropout_rate and rounds.max_update_norm need updates that come one by one, and secure aggregation "
+            "gives only the sum of a whole cohort; leave them out"
         )
     if rounds.min_clients < _LEAST_SUMMED:
         raise ConfigError(

@@ -6,17 +6,22 @@ Not safe for several threads; the coordinator holds its lock around every call.
 import hashlib
 import logging
 import uuid
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ConfigError, StoreError
+from fedloom.proto.messages import Assignment, Finished, UpdateHeader
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
-from fedloom.server.broadcast import Broadcasts
+from fedloom.server.broadcast import Broadcasts, Order, final
+from fedloom.server.buffered import discounted
+from fedloom.server.decisions import asking, decision
 from fedloom.server.rounds import (
     AdapterCommitted,
     ClientLost,
@@ -26,9 +31,9 @@ from fedloom.server.rounds import (
     Rounds,
     RunCreated,
     apply,
-    decision,
 )
-from fedloom.server.store import Store
+from fedloom.server.storage import Storage
+from fedloom.server.submission import check_address, expected_bytes, is_repeat
 from fedloom.server.user_ledger import check_opening, check_strategy, eligible, participations
 from fedloom.strategies.api import State, Strategy, Update
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
@@ -41,8 +46,9 @@ SUM = "sum of all"
 SUM_CODEC = "fp32"
 """Codec in which the mean of a secure sum is stored."""
 
-_FRESH_BYTES = 256 << 20
-"""Decoded updates kept in memory between their arrival and the fold, which spares reading and hashing them again."""
+_FRESH_BYTES = 32 << 20
+"""Decoded updates kept in memory between their arrival and the fold, which spares reading and hashing them again. It is
+a bound whatever the cohort's size; the rest of a larger cohort is read back one update at a time."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,23 +74,34 @@ class History:
     """
 
     def __init__(
-        self, config: RunConfig, schema: Schema, strategy: Strategy, store: Store, *, starting: Tensors
+        self, config: RunConfig, schema: Schema, strategy: Strategy, store: Storage, *, starting: Tensors
     ) -> None:
         check_strategy(config.user_level, strategy)
         self._config, self._schema, self._strategy, self._store = config, schema, strategy, store
         self._unwritten: list[Event] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
         self._fresh: dict[str, Update] = {}
+        self._states: dict[int, str] = {}
+        self._older: dict[int, Broadcasts] = {}
+        self._arriving: Counter[str] = Counter()
         self._broken: StoreError | None = None
+        self._ending: tuple[Finished, bytes] | None = None
         self.state: State
         self.rounds = Rounds()
         events = store.events()
         for event in events:
-            self.rounds = apply(self.rounds, event)
+            self._follow(event)
         self._taken = participations(events)
         self.run = self._begin(starting) if self.rounds.created is None else self._continue(self.rounds.created)
         self.broadcasts = Broadcasts(config, schema, strategy, self.state)
         self._sweep()
+
+    @property
+    def final(self) -> tuple[Finished, bytes]:
+        """The end of the run and the final adapter's bytes, encoded at the first call."""
+        if self._ending is None:
+            self._ending = final(self._schema, self.state)
+        return self._ending
 
     def check(self) -> None:
         """Refuse to go on after a failure of the disk: memory may then be ahead of it.
@@ -103,7 +120,7 @@ class History:
         """
         if isinstance(event, RoundOpened):
             check_opening(self._config.user_level, self.rounds.round)
-        self.rounds = apply(self.rounds, event)
+        self._follow(event)
         self._taken += participations([event])
         self._unwritten.append(event)
         _log.log(logging.WARNING if isinstance(event, ClientLost) else logging.INFO, "%s", event)
@@ -112,6 +129,67 @@ class History:
         """The next decision that is due, among the clients that may still be asked; see `rounds.decision`."""
         askable = eligible(self._config.user_level, self._taken, live)
         return decision(self.rounds, askable, self._config, elapsed_s, expect)
+
+    def order(self, client: str) -> Order:
+        """What this client is asked to do in the open round.
+
+        Raises:
+            ConfigError: The strategy plans what the run file rules out.
+        """
+        return self._version(self.rounds.started(client)).order(client)
+
+    def draft(self, client: str, declared_examples: int) -> tuple[Order, Update]:
+        """What this client was asked to do, and its update but for the change."""
+        order = self.order(client)
+        weight = 1.0 if self._config.strategy.weighting == "uniform" else float(declared_examples)
+        return order, Update(client, weight, self._version(self.rounds.started(client)).start(order), {})
+
+    @contextmanager
+    def arriving(self, digest: str) -> Iterator[None]:
+        """Until the block ends, the blob of an update that is not recorded yet is not swept."""
+        self._arriving[digest] += 1
+        try:
+            yield
+        finally:
+            self._arriving -= Counter([digest])
+
+    def payload(self, client: str, digest: str) -> bytes | None:
+        """The bytes this client may have under this digest: its broadcast, or the final adapter; else None."""
+        if self.rounds.round >= self._config.run.rounds:
+            ending, payload = self.final
+            return payload if digest == ending.digest else None
+        if self.rounds.phase != "open" or client not in self.rounds.cohort:
+            return None
+        order = self.order(client)
+        if digest != order.assignment.broadcast_digest:
+            return None
+        return self._version(self.rounds.started(client)).payload(order)
+
+    def expected(self, header: UpdateHeader) -> int | None:
+        """The exact length in bytes of the payload that must follow; None when exactly this update is accepted already.
+
+        Raises:
+            ProtocolError: The update fits neither the log nor the open round.
+            UpdateRejected: This client's update was refused in this round before.
+        """
+        accepted = self.rounds.updates.get(header.client)
+        if header.round != self.rounds.round:
+            accepted = self._store.accepted(header.round, header.client)
+        if is_repeat(header, accepted):
+            return None
+        check_address(header, self.rounds)
+        return expected_bytes(header, self.order(header.client))
+
+    def assign(self, client: str) -> Assignment | None:
+        """What a client that asks for work is to do; in a buffered round, the decision that it is asked is recorded.
+
+        Raises:
+            ConfigError: The strategy plans what the run file rules out.
+        """
+        if event := asking(self.rounds, client, self._config.rounds):
+            self.record(event)
+        asked = self.rounds.takes_from(client) and self.rounds.started(client) == self.rounds.round
+        return self.order(client).assignment if asked else None
 
     def keep(self, update: Update) -> None:
         """Remember an accepted update's values until the round is folded, if there is room; the disk has them too."""
@@ -145,7 +223,8 @@ class History:
         acc: Any = None
         for client in (SUM,) if self.rounds.sum else self.rounds.folding:
             update = self._fresh[client] if client in self._fresh else self._reread(client)
-            acc = self._strategy.fold(self.state, acc, update)
+            staleness = 0 if self.rounds.sum else self.rounds.round - self.rounds.updates[client].round
+            acc = self._strategy.fold(self.state, acc, discounted(update, staleness))
         self._fresh.clear()
         state = self._strategy.commit(self.state, acc)
         self._schema.check(state.adapter)
@@ -164,6 +243,8 @@ class History:
                 broadcasts.prepare(self.rounds.folding)
         finally:
             digest = writing.result()
+        if self.rounds.starts:
+            self._older[self.rounds.round] = self.broadcasts
         self.record(AdapterCommitted(self.rounds.round, digest))
         self.state, self.broadcasts = state, broadcasts
         return state
@@ -171,10 +252,25 @@ class History:
     def _reread(self, client: str) -> Update:
         """An accepted update, or the mean of them all, from its blob."""
         accepted = self.rounds.updates[self.rounds.folding[0] if client == SUM else client]
-        order = self.broadcasts.order(accepted.client)
+        version = self._version(accepted.round)
+        order = version.order(accepted.client)
         payload = self._store.get_blob(accepted.digest)
         delta = codec(SUM_CODEC if client == SUM else order.assignment.upload_codec).decode(order.upload, payload)
-        return Update(client, accepted.weight, self.broadcasts.start(order), delta)
+        return Update(client, accepted.weight, version.start(order), delta)
+
+    def _version(self, number: int) -> Broadcasts:
+        """The broadcasts of the round that is open, or of an earlier one that clients are still at work for."""
+        if number == self.rounds.round:
+            return self.broadcasts
+        if number not in self._older:
+            state = state_from_bytes(self._store.get_blob(self._states[number]), self._schema)
+            self._older[number] = Broadcasts(self._config, self._schema, self._strategy, state)
+        return self._older[number]
+
+    def _follow(self, event: Event) -> None:
+        self.rounds = apply(self.rounds, event)
+        if isinstance(event, RunCreated | AdapterCommitted):
+            self._states[self.rounds.round] = event.state
 
     def _begin(self, starting: Tensors) -> str:
         self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
@@ -187,7 +283,7 @@ class History:
     def _continue(self, created: RunCreated) -> str:
         if (created.spec, created.schema) != (_agreed(self._config), self._schema.digest):
             raise ConfigError(
-                f"{self._store.folder} holds run {created.run[:8]} of another run file or base model; "
+                f"{self._store.where} holds run {created.run[:8]} of another run file or base model; "
                 "start with the run file it was made with, or give this run another directory"
             )
         self.state = state_from_bytes(self._store.get_blob(self.rounds.state), self._schema)
@@ -195,8 +291,12 @@ class History:
         return created.run
 
     def _sweep(self) -> None:
-        """Drop the updates of committed rounds and the states before the current one."""
-        self._store.sweep({self.rounds.state, *(update.digest for update in self.rounds.updates.values())})
+        """Drop the updates of committed rounds, and the states from which nobody is at work any more."""
+        used = {self.rounds.round, *self.rounds.starts.values()}
+        self._states = {number: digest for number, digest in self._states.items() if number in used}
+        self._older = {number: older for number, older in self._older.items() if number in used}
+        updates = (update.digest for update in self.rounds.updates.values())
+        self._store.sweep({*self._states.values(), *updates, *tuple(self._arriving)})
 
 
 def _agreed(config: RunConfig) -> str:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from fedloom.server.rounds import Event, RoundOpened, UpdateAccepted
+from fedloom.server.rounds import ClientAsked, Event, RoundOpened, UpdateAccepted
 
 __all__ = ["rounds_asked"]
 
@@ -22,6 +22,8 @@ def rounds_asked(events: Iterable[Event]) -> Counter[str]:
     for event in events:
         if isinstance(event, UpdateAccepted):
             answered.add((event.round, event.client))
-        elif isinstance(event, RoundOpened):
+        elif isinstance(event, ClientAsked):
+            asked[event.client] += 1
+        elif isinstance(event, RoundOpened) and event.max_staleness is None:
             asked.update(client for client in event.cohort if (event.round, client) not in answered)
     return asked

@@ -7,24 +7,9 @@ from dataclasses import dataclass, field
 from fedloom.proto.run import RunConfig
 from fedloom.server.rounds import Rounds
 
-__all__ = ["Member", "Progress", "Traffic", "warn_if_short"]
+__all__ = ["Progress", "Traffic", "warn_if_short"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Member:
-    """One client as this process has seen it; nothing of it outlives the process."""
-
-    seen_s: float
-    """Last sign of life, on the coordinator's clock."""
-    asked: bool = False
-    """It has asked for work, and has not left since."""
-    joined: bool = False
-    """It has joined in this epoch."""
-    declared_examples: int = 0
-    served: bool = False
-    """It needs nothing more: it has fetched the final adapter, or left."""
 
 
 @dataclass
@@ -91,7 +76,7 @@ class Progress:
             open=is_open,
             elapsed_s=elapsed_s if is_open else 0.0,
             needed=needed,
-            short=is_open and len(rounds.updates) + len(rounds.pending) < needed,
+            short=is_open and rounds.max_staleness is None and len(rounds.updates) + len(rounds.pending) < needed,
             live=tuple(sorted(live)),
             cohort=tuple(sorted(rounds.cohort)),
             submitted=tuple(sorted(rounds.updates)),
@@ -104,7 +89,7 @@ class Progress:
 def warn_if_short(rounds: Rounds, needed: int) -> None:
     """Say in the log when the open round can no longer reach the updates it needs."""
     possible = len(rounds.updates) + len(rounds.pending)
-    if possible < needed:
+    if possible < needed and rounds.max_staleness is None:
         _log.warning(
             "round %d can reach only %d of the %d updates it needs; it is opened again once enough other "
             "clients ask for work",

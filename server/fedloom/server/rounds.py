@@ -1,4 +1,4 @@
-"""The round as a pure state machine: events in, state out; decisions from state and numbers, never from a clock.
+"""The round as a pure state machine: events in, state out. What happens next is decided in `decisions`.
 
 ::
 
@@ -9,21 +9,23 @@ Under secure aggregation one SumAccepted, of several clients, takes the place of
 Whoever decides writes the event down before acting on it, so a replay of the log never decides again.
 A round that can no longer reach its minimum is opened once more under the same number: updates already
 accepted stay, and the cohort is filled up with clients that are live now.
+
+A buffered round (see `buffered`) has no cohort of its own: it opens with those who are still at work for an earlier
+one, and a ClientAsked for each that asks for work. An update then counts in the round that is open when it comes.
 """
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from fedloom.proto.errors import StoreError
-from fedloom.proto.run import RoundsSection, RunConfig
 
 __all__ = [
     "AdapterCommitted",
+    "ClientAsked",
     "ClientLost",
     "Event",
     "LostReason",
@@ -34,20 +36,12 @@ __all__ = [
     "SumAccepted",
     "UpdateAccepted",
     "apply",
-    "closing",
-    "decision",
-    "draw_cohort",
     "event_from_json",
     "event_to_json",
-    "opening",
-    "reopening",
 ]
 
 LostReason = Literal["left", "lease", "rejected"]
 Phase = Literal["new", "idle", "open", "closed"]
-
-_COHORT_STREAM = 0x636F686F7274
-"""Top word of the Philox counter of cohort draws, so that they never share numbers with a strategy's draws."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +69,18 @@ class RoundOpened:
     cohort: tuple[str, ...]
     deadline_s: float
     """Seconds after the opening (or after the coordinator's restart) at which the round may close early."""
+    wanted: int = 0
+    """Updates with which the round closes at once; 0 waits for the whole cohort."""
+    max_staleness: int | None = None
+    """A buffered round takes updates made for this many rounds before it, or fewer; None: only its own."""
+
+
+@dataclass(frozen=True)
+class ClientAsked:
+    """In a buffered round, this client is asked to train from its state."""
+
+    round: int
+    client: str
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class UpdateAccepted:
     """An update is durable and will be folded."""
 
     round: int
+    """The round it was made for; a buffered round may be a later one."""
     client: str
     digest: str
     weight: float
@@ -122,7 +129,9 @@ class AdapterCommitted:
     state: str
 
 
-Event = RunCreated | RoundOpened | UpdateAccepted | SumAccepted | ClientLost | RoundClosed | AdapterCommitted
+Event = (
+    RunCreated | RoundOpened | ClientAsked | UpdateAccepted | SumAccepted | ClientLost | RoundClosed | AdapterCommitted
+)
 
 _EVENTS: dict[str, Any] = {each.__name__: each for each in get_args(Event)}
 
@@ -140,6 +149,10 @@ class Rounds:
     """Digest of the last committed strategy state."""
     cohort: frozenset[str] = frozenset()
     deadline_s: float = 0.0
+    wanted: int = 0
+    max_staleness: int | None = None
+    starts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """In buffered rounds, the round each member of the cohort was last asked for."""
     updates: Mapping[str, UpdateAccepted] = field(default_factory=lambda: MappingProxyType({}))
     lost: Mapping[str, LostReason] = field(default_factory=lambda: MappingProxyType({}))
     sum: str = ""
@@ -147,15 +160,24 @@ class Rounds:
     folding: tuple[str, ...] = ()
     """Clients whose updates are folded, in order, once the round is closed."""
 
-    @property
+    @cached_property
     def pending(self) -> frozenset[str]:
         """Cohort members the open round still waits for."""
         return self.cohort - self.updates.keys() - self.lost.keys()
 
-    @property
+    @cached_property
     def rejected(self) -> frozenset[str]:
         """Clients whose update was refused; the round will not take another from them."""
         return frozenset(client for client, reason in self.lost.items() if reason == "rejected")
+
+    def takes_from(self, client: str) -> bool:
+        """Whether the open round still takes an update from this client; one that was lost may come back."""
+        asked = self.phase == "open" and client in self.cohort and client not in self.updates
+        return asked and self.lost.get(client) != "rejected"
+
+    def started(self, client: str) -> int:
+        """The round this client was asked for last."""
+        return self.starts.get(client, self.round)
 
 
 def apply(rounds: Rounds, event: Event) -> Rounds:
@@ -169,21 +191,36 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
             _expect(rounds.phase == "new", rounds, event)
             return replace(rounds, phase="idle", created=event, state=event.state)
         case RoundOpened():
-            again = rounds.phase == "open"
+            again, buffered = rounds.phase == "open", event.max_staleness is not None
             _expect(rounds.phase == "idle" or (again and rounds.updates.keys() <= set(event.cohort)), rounds, event)
             _expect((event.round, event.state) == (rounds.round, rounds.state), rounds, event)
             _expect(event.attempt == (rounds.attempt + 1 if again else 0), rounds, event)
-            rejected: dict[str, LostReason] = {client: "rejected" for client in rounds.rejected}
+            _expect(not buffered or (not again and rounds.starts.keys() >= set(event.cohort)), rounds, event)
+            kept = set(event.cohort) if buffered else rounds.rejected
+            lost = {client: reason for client, reason in rounds.lost.items() if client in kept}
             return replace(
                 rounds,
                 phase="open",
                 attempt=event.attempt,
                 cohort=frozenset(event.cohort),
                 deadline_s=event.deadline_s,
-                lost=MappingProxyType(rejected),
+                wanted=event.wanted,
+                max_staleness=event.max_staleness,
+                starts=MappingProxyType({client: rounds.starts[client] for client in event.cohort} if buffered else {}),
+                lost=MappingProxyType(lost),
+            )
+        case ClientAsked(client=client):
+            _expect(rounds.phase == "open" and event.round == rounds.round, rounds, event)
+            _expect(rounds.max_staleness is not None and client not in rounds.updates, rounds, event)
+            _expect(rounds.lost.get(client) != "rejected", rounds, event)
+            return replace(
+                rounds,
+                cohort=rounds.cohort | {client},
+                starts=MappingProxyType({**rounds.starts, client: event.round}),
+                lost=MappingProxyType({other: reason for other, reason in rounds.lost.items() if other != client}),
             )
         case UpdateAccepted(client=client):
-            _expect(_open(rounds, event) and client not in rounds.updates.keys() | rounds.rejected, rounds, event)
+            _expect(rounds.takes_from(client) and event.round == rounds.started(client), rounds, event)
             lost = {other: reason for other, reason in rounds.lost.items() if other != client}
             updates = {**rounds.updates, client: event}
             return replace(rounds, updates=MappingProxyType(updates), lost=MappingProxyType(lost))
@@ -194,7 +231,8 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
             lost = {other: reason for other, reason in rounds.lost.items() if other not in updates}
             return replace(rounds, updates=MappingProxyType(updates), lost=MappingProxyType(lost), sum=digest)
         case ClientLost(client=client):
-            _expect(_open(rounds, event) and client not in rounds.updates, rounds, event)
+            _expect(rounds.phase == "open" and event.round == rounds.round, rounds, event)
+            _expect(client in rounds.cohort and client not in rounds.updates, rounds, event)
             return replace(rounds, lost=MappingProxyType({**rounds.lost, client: event.reason}))
         case RoundClosed():
             _expect(rounds.phase == "open" and event.round == rounds.round, rounds, event)
@@ -202,111 +240,15 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
             return replace(rounds, phase="closed", folding=event.clients)
         case AdapterCommitted():
             _expect(rounds.phase == "closed" and event.round == rounds.round, rounds, event)
-            return Rounds(phase="idle", created=rounds.created, round=rounds.round + 1, state=event.state)
-
-
-def opening(
-    rounds: Rounds, live: Collection[str], config: RoundsSection, *, seed: int, needed: int
-) -> RoundOpened | None:
-    """The decision to open the next round, or None while fewer than `needed` clients are live.
-
-    Args:
-        rounds: Where the run stands.
-        live: Clients that have asked for work and whose lease has not lapsed.
-        config: When a round opens.
-        seed: The run's seed.
-        needed: Clients that must be live, at least `config.min_clients`.
-    """
-    if rounds.phase != "idle" or len(live) < needed:
-        return None
-    cohort = draw_cohort(live, config.clients_per_round, seed=seed, round=rounds.round)
-    return RoundOpened(rounds.round, 0, rounds.state, cohort, config.deadline_s)
-
-
-def closing(rounds: Rounds, min_clients: int, elapsed_s: float) -> RoundClosed | None:
-    """The decision to close the open round: everybody has answered, or the deadline has passed; None otherwise.
-
-    Args:
-        rounds: Where the run stands.
-        min_clients: Updates without which a round is never closed.
-        elapsed_s: Seconds since the round was opened.
-    """
-    if rounds.phase != "open" or len(rounds.updates) < min_clients:
-        return None
-    complete = not rounds.pending or bool(rounds.sum)
-    if not complete and elapsed_s < rounds.deadline_s:
-        return None
-    reason: Literal["complete", "deadline"] = "complete" if complete else "deadline"
-    return RoundClosed(rounds.round, tuple(sorted(rounds.updates)), reason)
-
-
-def reopening(
-    rounds: Rounds, live: Collection[str], config: RoundsSection, *, seed: int, elapsed_s: float
-) -> RoundOpened | None:
-    """The decision to open the same round again because it is short of updates, or None.
-
-    It is short when those it still waits for are too few, or the deadline has passed, and it is opened again
-    as soon as live clients that it does not wait for make up the minimum. A client whose update was
-    refused in this round is not asked again: it would resend the same bytes.
-
-    Args:
-        rounds: Where the run stands.
-        live: Clients that have asked for work and whose lease has not lapsed.
-        config: When a round opens.
-        seed: The run's seed.
-        elapsed_s: Seconds since the round was opened.
-    """
-    have = len(rounds.updates)
-    if rounds.phase != "open" or have >= config.min_clients:
-        return None
-    if have + len(rounds.pending) >= config.min_clients and elapsed_s < rounds.deadline_s:
-        return None
-    candidates = frozenset(live) - rounds.updates.keys() - rounds.rejected
-    if candidates <= rounds.pending or have + len(candidates) < config.min_clients:
-        return None
-    size = None if config.clients_per_round is None else config.clients_per_round - have
-    fresh = draw_cohort(candidates, size, seed=seed, round=rounds.round, attempt=rounds.attempt + 1)
-    cohort = tuple(sorted({*rounds.updates, *fresh}))
-    return RoundOpened(rounds.round, rounds.attempt + 1, rounds.state, cohort, config.deadline_s)
-
-
-def decision(
-    rounds: Rounds, live: Collection[str], config: RunConfig, elapsed_s: float, expect: int = 0
-) -> RoundClosed | RoundOpened | None:
-    """The next decision that is due, or None.
-
-    Args:
-        rounds: Where the run stands.
-        live: Clients that have asked for work and whose lease has not lapsed.
-        config: The run file.
-        elapsed_s: Seconds since the round was opened.
-        expect: Clients that must be live before the very first round opens, if more than the minimum.
-    """
-    if rounds.phase == "open":
-        closed = closing(rounds, config.rounds.min_clients, elapsed_s)
-        return closed or reopening(rounds, live, config.rounds, seed=config.run.seed, elapsed_s=elapsed_s)
-    if rounds.round >= config.run.rounds:
-        return None
-    needed = max(config.rounds.min_clients, expect if rounds.round == 0 else 0)
-    return opening(rounds, live, config.rounds, seed=config.run.seed, needed=needed)
-
-
-def draw_cohort(
-    clients: Collection[str], size: int | None, *, seed: int, round: int, attempt: int = 0
-) -> tuple[str, ...]:
-    """`size` of the clients, sorted by name; all of them when `size` is None or not less than their number.
-
-    A function of the set of clients and the numbers alone.
-
-    >>> draw_cohort({"b", "c", "a"}, 2, seed=1, round=0) == draw_cohort(["a", "b", "c"], 2, seed=1, round=0)
-    True
-    """
-    names = sorted(clients)
-    if size is None or size >= len(names):
-        return tuple(names)
-    philox = np.random.Philox(key=[seed, round], counter=[0, 0, attempt, _COHORT_STREAM])
-    chosen = np.random.Generator(philox).choice(len(names), size, replace=False)
-    return tuple(names[index] for index in sorted(chosen))
+            left = rounds.cohort - rounds.updates.keys() - rounds.rejected if rounds.starts else frozenset()
+            return Rounds(
+                phase="idle",
+                created=rounds.created,
+                round=rounds.round + 1,
+                state=event.state,
+                starts=MappingProxyType({client: rounds.starts[client] for client in left}),
+                lost=MappingProxyType({client: reason for client, reason in rounds.lost.items() if client in left}),
+            )
 
 
 def event_to_json(event: Event) -> str:
@@ -323,17 +265,15 @@ def event_from_json(text: str) -> Event:
     try:
         document = json.loads(text)
         kind = _EVENTS[document.pop("event")]
-        values = {each.name: document.pop(each.name) for each in fields(kind)}
+        # A field with a default is one that an earlier version did not write.
+        given = [each.name for each in fields(kind) if each.name in document or each.default is MISSING]
+        values = {name: document.pop(name) for name in given}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"event log row {text[:80]!r} is not an event of this version: {error!r}") from error
     if document:
         raise StoreError(f"event log row {text[:80]!r} has unknown fields; run the version that wrote it")
     event: Event = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     return event
-
-
-def _open(rounds: Rounds, event: UpdateAccepted | ClientLost) -> bool:
-    return rounds.phase == "open" and event.round == rounds.round and event.client in rounds.cohort
 
 
 def _expect(fits: bool, rounds: Rounds, event: Event) -> None:

@@ -1,6 +1,7 @@
 """Whether an update may be taken: its header before a byte is read, its values before they count."""
 
 import hashlib
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import CodecError, ProtocolError, SchemaError, UpdateRejected
 from fedloom.proto.messages import UpdateHeader
+from fedloom.proto.schema import Tensors
 from fedloom.proto.secagg.fixed import masked_bytes
 from fedloom.proto.secagg.steps import MASKED
 from fedloom.server.broadcast import Order
@@ -39,14 +41,19 @@ def check_address(header: UpdateHeader, rounds: Rounds) -> None:
         UpdateRejected: This client's update was refused in this round before.
     """
     client, is_open = header.client, rounds.phase == "open"
-    if header.round != rounds.round or not is_open:
+    known = rounds.starts.get(client) == header.round  # only in buffered rounds: made for this or an earlier one
+    if not is_open or not (header.round == rounds.round or known):
+        whose = f"update of client {client!r} is for round {header.round}"
+        if header.round < rounds.round:
+            limit = "" if rounds.max_staleness is None else f" or more than {rounds.max_staleness} rounds ago"
+            raise ProtocolError(f"{whose}, which was closed without it{limit}; drop it and ask for work")
         raise ProtocolError(
-            f"update of client {client!r} is for round {header.round}, but round {rounds.round} is "
-            f"{'open' if is_open else 'next and not open'}; drop it and ask for work"
+            f"{whose}, but round {rounds.round} is {'open' if is_open else 'next and not open'}; "
+            "drop it and ask for work"
         )
-    if client not in rounds.cohort:
+    if client not in rounds.cohort or (rounds.starts and not known):
         raise ProtocolError(f"client {client!r} was not asked to train in round {header.round}; ask for work")
-    if client in rounds.rejected:
+    if rounds.lost.get(client) == "rejected":
         raise UpdateRejected(f"the update of client {client!r} for round {header.round} was refused before")
 
 
@@ -84,7 +91,9 @@ def check_payload(header: UpdateHeader, payload: bytes, size_bytes: int) -> None
         raise ProtocolError("the update's bytes do not have the digest in its header; send it again")
 
 
-def decoded(strategy: Strategy, state: State, order: Order, payload: bytes, update: Update) -> Update:
+def decoded(
+    strategy: Strategy, state: State, order: Order, payload: bytes, update: Update, max_norm: float | None = None
+) -> Update:
     """The update with the payload's values, once it is sure that they may be folded.
 
     Args:
@@ -93,9 +102,10 @@ def decoded(strategy: Strategy, state: State, order: Order, payload: bytes, upda
         order: What the client was asked to do.
         payload: The encoded change, of the right length.
         update: Client, weight and start; the payload's values take the place of its `delta`.
+        max_norm: Bound on the L2 norm over all tensors; None is none.
 
     Raises:
-        UpdateRejected: The values are not finite, do not decode, or the strategy refuses them.
+        UpdateRejected: The values are not finite, do not decode, are beyond the bound, or the strategy refuses them.
     """
     try:
         delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
@@ -106,8 +116,18 @@ def decoded(strategy: Strategy, state: State, order: Order, payload: bytes, upda
                     f"update of client {update.client!r} holds NaN or Inf in {name!r}; "
                     "the round goes on without it, lower the learning rate"
                 )
+        if max_norm is not None and not (norm := _norm(delta)) <= max_norm:
+            raise UpdateRejected(
+                f"update of client {update.client!r} has L2 norm {norm:.4g}; rounds.max_update_norm = {max_norm:g} "
+                "is allowed, lower the learning rate or the number of steps"
+            )
         update = replace(update, delta=delta)
         strategy.fold(state, None, update)
     except (CodecError, SchemaError) as error:
         raise UpdateRejected(str(error)) from error
     return update
+
+
+def _norm(delta: Tensors) -> float:
+    """L2 norm over all tensors, in float64: no float32 overflows its square there."""
+    return math.sqrt(sum(float(np.square(each, dtype=np.float64).sum()) for each in delta.values()))

@@ -93,6 +93,7 @@ def run_inprocess(
                     working.remove(participant)
                 check_alive(federation, coordinator.progress)
                 yield
+    coordinator.close()
 
 
 def _trainer(

@@ -23,7 +23,7 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy
 from fedloom.server.participation import rounds_asked
 from fedloom.server.progress import Progress
-from fedloom.server.rounds import RoundOpened, RunCreated
+from fedloom.server.rounds import ClientAsked, RoundOpened, RunCreated
 from fedloom.server.store import Store
 from fedloom.server.user_ledger import spent as user_spent
 from fedloom.server.user_ledger import statement as user_statement
@@ -150,7 +150,8 @@ def _drain(
     while not tape.commits.empty():
         rounds, state = tape.commits.get()
         events = [event for event in store.events() if not isinstance(event, RunCreated) and event.round < rounds]
-        cohort = [event.cohort for event in events if isinstance(event, RoundOpened)][-1]
+        cohort = set([event.cohort for event in events if isinstance(event, RoundOpened)][-1])
+        cohort |= {event.client for event in events if isinstance(event, ClientAsked) and event.round == rounds - 1}
         spent = _spent(federation, rounds_asked(events)) if config.privacy.enabled else None
         score = None
         if rounds % config.evaluation.every == 0 or rounds == config.run.rounds:
