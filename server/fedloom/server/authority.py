@@ -86,6 +86,8 @@ class Authority:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if not (folder / AUTHORITY_FILE).exists():
+            raise IdentityError(f"there is no authority in {folder}; `fedloom certs init` makes one")
         self._pair = KeyPair.read(folder / AUTHORITY_FILE)
         if read_ca(folder) != self._pair.certificate:
             raise IdentityError(f"{folder / CA_FILE} is not the certificate in {AUTHORITY_FILE}; restore both")
