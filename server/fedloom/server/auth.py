@@ -140,7 +140,8 @@ class Gate:
             version = seen
             for task, caller in calls:
                 if caller.fingerprint in bad and task in self._open:
-                    _log.warning("put out: %s, certificate %s", caller.identity, caller.fingerprint[:16])
+                    who = caller.identity.uri if caller.identity else "nobody"
+                    _log.warning("put out: %s, certificate %s", who, caller.fingerprint[:16])
                     self._cut.add(task)
                     task.cancel()
             await asyncio.sleep(_WATCH_S)

@@ -57,6 +57,7 @@ class Operation(pb_grpc.OperationServicer):
     @guarded
     async def Stop(self, request: pb.StopRequest, context: "aio.ServicerContext[Any, Any]") -> pb.StopReply:
         """See federation.proto."""
-        _log.warning("told to stop by %s", self.gate.caller().identity)
+        caller = self.gate.caller().identity
+        _log.warning("told to stop by %s", caller.uri if caller else "nobody")
         self._stop()
         return pb.StopReply()
