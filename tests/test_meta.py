@@ -318,7 +318,7 @@ def test_a_coordinator_loads_no_torch(tmp_path: Path) -> None:
     )
 
     state = str(tmp_path / "state")
-    loaded = _loaded(SERVER, "server", str(run), "--listen", "0.0.0.0:0", "--state", state)
+    loaded = _loaded(SERVER, "server", str(run), "--insecure-loopback", "--listen", "0.0.0.0:0", "--state", state)
 
     assert {"grpc", "numpy"} <= loaded
     assert (tmp_path / "state").is_dir(), "it must have got as far as opening its state"

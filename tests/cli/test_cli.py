@@ -21,6 +21,7 @@ from fedloom.simulation.record import RoundRecord
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.toml"
 COMMAND = [sys.executable, "-m", "fedloom.cli.main"]
 OPEN = ("--set", "privacy.enabled=false")
+LOOPBACK = "--insecure-loopback"
 """Spares tests that are not about privacy the calibration of the noise, which takes seconds."""
 
 
@@ -163,10 +164,20 @@ def test_prepare_writes_what_a_coordinator_needs(prepared: Path) -> None:
 
 
 def test_a_coordinator_refuses_other_interfaces(prepared: Path, tmp_path: Path) -> None:
-    line = refused("server", prepared, *OPEN, "--listen", "0.0.0.0:0", "--state", tmp_path / "state")
+    state = tmp_path / "state"
+    line = refused("server", prepared, *OPEN, LOOPBACK, "--listen", "0.0.0.0:0", "--state", state)
 
     assert line.startswith("address '0.0.0.0:0' is not a loopback address")
-    assert "tunnel" in line
+    assert "fedloom certs" in line
+
+
+def test_without_certificates_nothing_is_served_unless_asked_for(prepared: Path, tmp_path: Path, policy: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+
+    assert f"no certificates in {nowhere}" in refused("server", prepared, *OPEN, "--certs", nowhere)
+    line = refused("client", "--server", "127.0.0.1:1", "--policy", policy)
+    assert f"{policy.parent / 'mine' / 'certs' / 'member.pem'} cannot be read" in line
+    assert "enrol" in line
 
 
 @pytest.mark.parametrize(
@@ -178,30 +189,31 @@ def test_a_coordinator_refuses_other_interfaces(prepared: Path, tmp_path: Path) 
     ],
 )
 def test_a_stale_schema_file_is_refused(prepared: Path, tmp_path: Path, override: str, words: str) -> None:
-    assert words in refused("server", prepared, "--set", override, "--state", tmp_path / "state")
+    assert words in refused("server", prepared, LOOPBACK, "--set", override, "--state", tmp_path / "state")
 
 
 def test_an_incomplete_schema_file_is_refused(run_file: Path, tmp_path: Path) -> None:
     run_file.with_suffix(".schema.json").write_text('{"model": {}}')
 
-    line = refused("server", run_file, "--state", tmp_path / "state")
+    line = refused("server", run_file, LOOPBACK, "--state", tmp_path / "state")
 
     assert "lacks adapter, digest, schema; run `fedloom prepare" in line
 
 
 def test_a_coordinator_listens_and_stops_when_told(prepared: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    command = [*COMMAND, "server", str(prepared), *OPEN, "--listen", "127.0.0.1:0", "--state", str(state)]
+    command = [*COMMAND, "server", str(prepared), *OPEN, LOOPBACK, "--listen", "127.0.0.1:0", "--state", str(state)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
-            first = server.stdout.readline()
+            warning, first = server.stdout.readline(), server.stdout.readline()
             server.send_signal(signal.SIGTERM)
             rest, complaints = server.communicate(timeout=60)
         finally:
             server.kill()
 
     assert re.fullmatch(rf"listening on 127\.0\.0\.1:[1-9]\d*; state in {re.escape(str(state))}\n", first), complaints
+    assert warning.startswith("insecure: nothing is encrypted")
     assert server.returncode == 0, complaints
     assert rest == "stopped; start again with the same state directory to go on\n"
 

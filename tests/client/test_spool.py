@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.client.privacy.durable import make_folder, write_durably
 from fedloom.client.privacy.spool import Spooled, check_spool, drop, keep, kept
+from fedloom.proto.durable import make_folder, write_durably
 from fedloom.proto.errors import LedgerError
 from fedloom.proto.messages import UpdateHeader
 

@@ -26,6 +26,7 @@ def round_(
     durable: Annotated[
         bool, typer.Option(help="Sync every update and event to disk, as `fedloom server` does.")
     ] = False,
+    tls: Annotated[bool, typer.Option(help="Encrypt and identify, as `fedloom server` does.")] = False,
     json_line: Json = False,
 ) -> None:
     """Time an empty round over gRPC: broadcast, no training, upload, commit.
@@ -37,7 +38,7 @@ def round_(
     """
     from fedloom.simulation.bench_round import bench_round
 
-    _report("round", bench_round(rounds=rounds, clients=clients, durable=durable), json_line)
+    _report("round", bench_round(rounds=rounds, clients=clients, durable=durable, tls=tls), json_line)
 
 
 @app.command("dp-step")

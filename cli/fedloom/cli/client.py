@@ -1,11 +1,13 @@
 """`fedloom client`: one data owner's side of a run."""
 
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.console import out
+from fedloom.cli.console import INSECURE, out
+from fedloom.proto.errors import IdentityError
 
 if TYPE_CHECKING:
     from fedloom.client.training import Training
@@ -17,6 +19,13 @@ __all__ = ["client"]
 def client(
     server: Annotated[str, typer.Option(help="Address of the coordinator, HOST:PORT.")],
     policy: Annotated[Path, typer.Option(help="This site's policy file.")],
+    certs: Annotated[
+        Path | None,
+        typer.Option(help="Folder that `fedloom certs enrol` wrote; certs in the state folder, otherwise."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure-loopback", help="No encryption and no certificates; loopback addresses only.")
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a policy key, such as client.device=cuda.")
     ] = None,
@@ -25,15 +34,19 @@ def client(
 
     The base model is loaded once and stays; the data and the ledger never leave this machine.
 
-    Example: fedloom client --server 127.0.0.1:8470 --policy client.toml
+    Example: fedloom client --server fl.example.org:8470 --policy client.toml
     """
     from fedloom.client.config import load_policy
 
     site = load_policy(policy, tuple(overrides or ()))
+    folder = None if insecure else _checked(certs or site.client.state / "certs", site.client.name)
+    if insecure:
+        out.print(INSECURE)
     # Loads torch, which takes seconds: a mistake in the policy file should not have to wait for it.
     import torch
 
     from fedloom.client.connection import GrpcConnection
+    from fedloom.client.enrolment import renewing
     from fedloom.client.participant import Participant
     from fedloom.client.prepare import prepare
     from fedloom.client.privacy.account import spool_folder
@@ -41,7 +54,7 @@ def client(
 
     if site.client.threads:
         torch.set_num_threads(site.client.threads)
-    connection = GrpcConnection(server)
+    connection = GrpcConnection(server, folder)
     spool, name = spool_folder(site), site.client.name
 
     def tell(line: str) -> None:
@@ -52,8 +65,19 @@ def client(
 
     participant = Participant(connection, site, ready, spool=spool)
     out.print(f"{participant.name}: joining {server}", markup=False)
-    try:
+    with closing(connection), renewing(server, folder) if folder else nullcontext():
         finished = participant.run()
-    finally:
-        connection.close()
     out.print(f"{participant.name}: run over after {finished.rounds} rounds; trained {participant.rounds_trained}")
+
+
+def _checked(certs: Path, name: str) -> Path:
+    """The folder of certificates, if its certificate is this client's own."""
+    from fedloom.client.channel import member
+
+    found = member(certs)
+    if (found.role, found.name) != ("client", name):
+        raise IdentityError(
+            f"the certificate in {certs} is for the {found.role} {found.name}, the policy for the client {name}; "
+            "enrol with a join token for that name"
+        )
+    return certs

@@ -7,10 +7,13 @@ from rich.console import Console
 
 from fedloom.proto.accounting import Statement
 
-__all__ = ["failed", "megabytes", "out", "terms", "version"]
+__all__ = ["INSECURE", "failed", "megabytes", "out", "terms", "version"]
 
 out = Console(highlight=False, soft_wrap=True)
 """Standard output: results."""
+
+INSECURE = "insecure: nothing is encrypted and every name is believed; this machine only"
+"""What a command says that was told to do without certificates."""
 
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -1,12 +1,27 @@
 """The one console command and its subcommands."""
 
 import logging
+import os
 import sys
 from typing import Annotated
 
 import typer
 
-from fedloom.cli import assets, audit, bench, client, identity, ledger, privacy, runs, server, simulate, strategies
+from fedloom.cli import (
+    assets,
+    audit,
+    bench,
+    certs,
+    client,
+    identity,
+    ledger,
+    operation,
+    privacy,
+    runs,
+    server,
+    simulate,
+    strategies,
+)
 from fedloom.cli.console import failed, version
 from fedloom.proto.errors import FedloomError
 from fedloom.proto.memory import keep_freed_memory
@@ -46,12 +61,16 @@ app.add_typer(strategies.app, name="strategies")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(privacy.app, name="privacy")
 app.add_typer(runs.app, name="runs")
+app.add_typer(certs.app, name="certs")
+app.add_typer(operation.app, name="operate")
 app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
     """Run the command; an error of ours is one line and exit status 2, never a traceback."""
     keep_freed_memory()
+    # Before gRPC loads: otherwise it writes a line for every stranger whose TLS handshake fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         app()
     except FedloomError as error:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedloom.cli.console import out
+from fedloom.cli.certs import SERVER_CERTS
+from fedloom.cli.console import INSECURE, out
 from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.run import RunConfig, load_run
 from fedloom.proto.schema import Schema
@@ -41,19 +42,36 @@ def server(
     run: RunFile,
     listen: Annotated[str, typer.Option(help="Address to listen on; port 0 picks a free one.")] = "127.0.0.1:8470",
     state: Annotated[Path | None, typer.Option(help="State directory; runs/NAME/state if not given.")] = None,
+    certs: Annotated[Path, typer.Option(help="Folder that `fedloom certs init` made.")] = SERVER_CERTS,
+    insecure: Annotated[
+        bool, typer.Option("--insecure-loopback", help="No encryption and no certificates; loopback addresses only.")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Coordinate a run: wait for clients, run the rounds, keep the adapter. Started again, it goes on.
 
-    Example: fedloom server examples/sentiment.toml --listen 127.0.0.1:8470
+    Only members whom `fedloom certs invite` has invited are let in.
+
+    Example: fedloom server examples/sentiment.toml --listen 0.0.0.0:8470
     """
     from fedloom.server.serve import serve
 
     folder, opened = _opened(run, overrides, state)
+    if not insecure and not certs.is_dir():
+        raise ConfigError(
+            f"there are no certificates in {certs}; make them with `fedloom certs init --host NAME`, or, to try things "
+            "out on this machine alone, give --insecure-loopback here and to the clients"
+        )
+    if insecure:
+        out.print(INSECURE)
     with opened as (coordinator, store):
         rounds = coordinator.config.run.rounds
         coordinator.on_commit = lambda number, _: out.print(f"round {number}/{rounds} committed")
-        asyncio.run(serve(coordinator, listen, ready=lambda at: out.print(f"listening on {at}; state in {folder}")))
+
+        def ready(address: str) -> None:
+            out.print(f"listening on {address}; state in {folder}", markup=False)
+
+        asyncio.run(serve(coordinator, listen, ready=ready, certs=None if insecure else certs))
         if not coordinator.finished:
             out.print("stopped; start again with the same state directory to go on")
             return

@@ -2,14 +2,25 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import NoReturn, Protocol, TypeVar
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import grpc
 
-from fedloom.proto.address import loopback_host
-from fedloom.proto.errors import CodecError, ConfigError, ProtocolError, StoreError, Unavailable, UpdateRejected
+from fedloom.client.channel import open_channel, stamp
+from fedloom.proto.errors import (
+    CodecError,
+    ConfigError,
+    Forbidden,
+    IdentityError,
+    ProtocolError,
+    StoreError,
+    Unavailable,
+    UpdateRejected,
+)
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unframed
-from fedloom.proto.limits import HTTP2_FRAME_BYTES, LONG_POLL_S, MAX_MESSAGE_BYTES
+from fedloom.proto.limits import LONG_POLL_S
 from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeader
 from fedloom.proto.secagg.steps import StepMessage, StepResult
 from fedloom.proto.v1 import federation_pb2 as pb
@@ -23,30 +34,17 @@ from fedloom.proto.wire import (
     step_to_wire,
 )
 
-__all__ = ["Connection", "GrpcConnection"]
+__all__ = ["Connection", "GrpcConnection", "translated"]
 
 Reply = TypeVar("Reply")
 
 _RETRIED = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", STATUS[StoreError]})
 """Statuses that may pass by themselves: no line, no time, or a coordinator that is about to be restarted."""
 
-_ERRORS = {STATUS[kind]: kind for kind in (ProtocolError, UpdateRejected, ConfigError)}
+_ERRORS = {STATUS[kind]: kind for kind in (ProtocolError, UpdateRejected, ConfigError, IdentityError, Forbidden)}
 
 _CALL_S = 30.0
 _TRANSFER_S = 600.0
-
-_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # Lets HTTP/2 read ahead over long links; measured best at 50 ms round trip with the BDP probe left on.
-    ("grpc.http2.lookahead_bytes", 16 << 20),
-    ("grpc.http2.max_frame_size", HTTP2_FRAME_BYTES),
-    # gRPC's own waits grow to two minutes; the participant spaces its attempts itself.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-]
 
 
 class Connection(Protocol):
@@ -75,17 +73,27 @@ class Connection(Protocol):
 
 
 class GrpcConnection:
-    """The coordinator at HOST:PORT. Loopback only until the channel is encrypted."""
+    """The coordinator at HOST:PORT."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, certs: Path | None = None) -> None:
         """Open a channel; nothing is sent before the first call.
 
+        Args:
+            address: HOST:PORT.
+            certs: This site's folder of certificates; None is for a coordinator without, on the loopback interface.
+
         Raises:
-            ConfigError: The address is not HOST:PORT on the loopback interface.
+            ConfigError: See `channel.open_channel`.
+            IdentityError: See `channel.open_channel`.
         """
-        loopback_host(address)
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._client, self._run, self._epoch = "", "", 0
+        self._certs = certs
+        self._open()
+
+    def _open(self) -> None:
+        self._stamp = stamp(self._certs)
+        self._channel = open_channel(self.address, self._certs)
         self._stub = rpc.FederationStub(self._channel)
         # Payloads go around protobuf, see `frames`; None leaves the messages as the bytes they are on the wire.
         self._fetch = self._channel.unary_stream(
@@ -94,7 +102,6 @@ class GrpcConnection:
         self._submit = self._channel.stream_unary(
             f"/{SERVICE}/Submit", request_serializer=None, response_deserializer=pb.SubmitReply.FromString
         )
-        self._client, self._run, self._epoch = "", "", 0
 
     def join(self, client: str, declared_examples: int) -> Joined:
         """Learn about the run and remember its name and epoch.
@@ -109,7 +116,9 @@ class GrpcConnection:
         return joined
 
     def work(self) -> Answer:
-        """Ask for work."""
+        """Ask for work; with a certificate that was renewed meanwhile, if it was."""
+        if self._stamp != stamp(self._certs):
+            self._open()  # the old channel is left to the calls that other threads may have on it
         request = pb.WorkRequest(run=self._run, epoch=self._epoch, client=self._client)
         return answer_from_wire(self._call(self._stub.Work, request, LONG_POLL_S + 10))
 
@@ -122,15 +131,13 @@ class GrpcConnection:
         parts: list[memoryview] = []
         filled, found = 0, hashlib.sha256()
         request = pb.FetchRequest(run=self._run, epoch=self._epoch, client=self._client, digest=digest, offset=0)
-        try:
+        with translated(self.address):
             for message in self._fetch(request, timeout=_TRANSFER_S):
                 parts.append(unframed(CHUNK_FIELD, message))
                 filled += len(parts[-1])
                 found.update(parts[-1])  # while the next chunk is on its way
                 if filled > size_bytes:
                     raise CodecError(f"coordinator sends more than the {size_bytes} bytes it promised for {digest}")
-        except grpc.RpcError as error:
-            _translate(error, self.address)
         if filled != size_bytes or found.hexdigest() != digest:
             raise CodecError(f"payload {digest} arrived with {filled} of {size_bytes} bytes or with other content")
         return b"".join(parts)
@@ -142,10 +149,8 @@ class GrpcConnection:
             yield pb.SubmitRequest(header=header_to_wire(header, self._run, self._epoch)).SerializeToString()
             yield from frames(DATA_FIELD, payload)
 
-        try:
+        with translated(self.address):
             return bool(self._submit(messages(), timeout=_TRANSFER_S).duplicate)
-        except grpc.RpcError as error:
-            _translate(error, self.address)
 
     def exchange(self, message: StepMessage) -> StepResult | None:
         """Send a step of a secure sum and get its result, or None to be asked again."""
@@ -167,15 +172,17 @@ class GrpcConnection:
         self._channel.close()
 
     def _call(self, method: Callable[..., Reply], request: object, timeout_s: float) -> Reply:
-        try:
+        with translated(self.address):
             return method(request, timeout=timeout_s)
-        except grpc.RpcError as error:
-            _translate(error, self.address)
 
 
-def _translate(error: grpc.RpcError, address: str) -> NoReturn:
-    """A gRPC failure as one of our errors, by the same table that the coordinator uses."""
-    status, details = error.code().name, error.details() or ""
-    if status in _RETRIED:
-        raise Unavailable(f"coordinator {address} cannot serve this client now ({status}: {details})") from error
-    raise _ERRORS.get(status, ProtocolError)(f"coordinator {address} answers {status}: {details}") from error
+@contextmanager
+def translated(address: str) -> Iterator[None]:
+    """Turn a gRPC failure into one of our errors, by the same table that the coordinator uses."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        status, details = error.code().name, error.details() or ""
+        if status in _RETRIED:
+            raise Unavailable(f"coordinator {address} cannot serve this client now ({status}: {details})") from error
+        raise _ERRORS.get(status, ProtocolError)(f"coordinator {address} answers {status}: {details}") from error

@@ -18,6 +18,7 @@ from fedloom.client.training import Training
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import (
     FedloomError,
+    IdentityError,
     LedgerError,
     PolicyError,
     ProtocolError,
@@ -140,7 +141,7 @@ class Participant:
                     finished = self.step()
                     last_contact, attempt = time.monotonic(), 0
                     if finished is not None:
-                        with suppress(Unavailable, ProtocolError):
+                        with suppress(Unavailable, ProtocolError, IdentityError):
                             self.connection.leave("run over")
                         return finished
                 except Unavailable as error:
@@ -280,7 +281,7 @@ class Participant:
             yield
         except kind as error:
             # A line that fails now must not hide why the client leaves; the lease runs out on its own.
-            with suppress(Unavailable, ProtocolError):
+            with suppress(Unavailable, ProtocolError, IdentityError):
                 self.connection.leave(f"refused: {type(error).__name__}")
             raise
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedloom.client.privacy.durable import make_folder, write_durably
+from fedloom.proto.durable import make_folder, write_durably
 from fedloom.proto.errors import LedgerError, PolicyError
 
 __all__ = ["remember"]

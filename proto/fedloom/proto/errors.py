@@ -13,6 +13,8 @@
     │   └── BudgetError    the privacy budget of the data set would be exceeded
     ├── LedgerError        the privacy ledger cannot be trusted or opened
     ├── ProtocolError      a message that does not fit the state of the run
+    ├── IdentityError      who the other side is, or this one, is not proven
+    │   └── Forbidden      it is proven, and may not do this
     ├── Unavailable        the other side cannot be reached
     └── StoreError         the coordinator's state cannot be read or written
 
@@ -25,6 +27,8 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FedloomError",
+    "Forbidden",
+    "IdentityError",
     "LedgerError",
     "ModelError",
     "PolicyError",
@@ -78,6 +82,14 @@ class LedgerError(FedloomError):
 
 class ProtocolError(FedloomError):
     """A message that does not fit the state of the run."""
+
+
+class IdentityError(FedloomError):
+    """Who the other side is, or this one, is not proven."""
+
+
+class Forbidden(IdentityError):
+    """Who the other side is, is proven, and it may not do this."""
 
 
 class Unavailable(FedloomError):

@@ -15,6 +15,8 @@ from fedloom.proto.errors import (
     ConfigError,
     DataError,
     FedloomError,
+    Forbidden,
+    IdentityError,
     LedgerError,
     ModelError,
     PolicyError,
@@ -62,12 +64,14 @@ STATUS: dict[type[FedloomError], str] = {
     BudgetError: "PERMISSION_DENIED",
     LedgerError: "DATA_LOSS",
     ProtocolError: "FAILED_PRECONDITION",
+    IdentityError: "UNAUTHENTICATED",
+    Forbidden: "PERMISSION_DENIED",
     Unavailable: "UNAVAILABLE",
     StoreError: "INTERNAL",
 }
 """Name of the gRPC status that carries each error. A client may read FAILED_PRECONDITION as ProtocolError (join
-again), OUT_OF_RANGE as UpdateRejected (do not send these bytes again) and INVALID_ARGUMENT as ConfigError; it
-retries UNAVAILABLE only."""
+again), OUT_OF_RANGE as UpdateRejected (do not send these bytes again), INVALID_ARGUMENT as ConfigError,
+UNAUTHENTICATED as IdentityError and PERMISSION_DENIED as Forbidden; it retries UNAVAILABLE only."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _MAX_RETRY_S = 3600.0

@@ -4,17 +4,27 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
+import grpc
 from grpc import aio
 
-from fedloom.proto.address import loopback_host
-from fedloom.proto.errors import ConfigError
+from fedloom.proto.address import host_of, loopback_host
+from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.limits import HTTP2_FRAME_BYTES, MAX_MESSAGE_BYTES
+from fedloom.proto.v1 import federation_pb2_grpc as rpc
+from fedloom.server.auth import Gate
+from fedloom.server.authority import Authority
 from fedloom.server.coordinator import Coordinator
+from fedloom.server.enrolment import Enrolment
+from fedloom.server.identities import Identities
+from fedloom.server.operation import Operation
 from fedloom.server.servicer import Servicer, handlers
+from fedloom.server.tls import server_credentials
 
 __all__ = ["OPTIONS", "serve", "serving"]
 
@@ -31,6 +41,10 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+    # Certificates are checked by TLS when a connection begins only, so none lasts for ever; a call that is under way
+    # may last as long as a transfer may.
+    ("grpc.max_connection_age_ms", 20 * 60_000),
+    ("grpc.max_connection_age_grace_ms", 11 * 60_000),
 )
 """Channel options of the server. Compression stays off: payloads are dense, and it is a way in for bombs."""
 
@@ -38,39 +52,92 @@ _STOP_GRACE_S = 1.0
 _log = logging.getLogger(__name__)
 
 
-async def serve(coordinator: Coordinator, listen: str, *, ready: Callable[[str], None], linger_s: float = 10.0) -> None:
-    """Serve until the run is over, SIGTERM or SIGINT comes, or the task is cancelled; then stop cleanly.
+async def serve(
+    coordinator: Coordinator,
+    listen: str,
+    *,
+    ready: Callable[[str], None],
+    certs: Path | None = None,
+    linger_s: float = 10.0,
+) -> None:
+    """Serve until the run is over, somebody says stop, or the task is cancelled; then stop cleanly.
+
+    SIGTERM and SIGINT say stop, and so may an operator.
 
     Args:
         coordinator: What to serve.
-        listen: HOST:PORT on the loopback interface; port 0 takes a free one.
+        listen: HOST:PORT; port 0 takes a free one.
         ready: Called once with the address that was bound.
+        certs: Folder of certificates, see `authority`: then every connection is TLS with certificates on both sides.
+            None serves whoever can connect, without encryption, and therefore on the loopback interface only; nobody
+            can enrol or operate there.
         linger_s: Longest wait, once the run is over, for clients to fetch the final adapter or to leave.
 
     Raises:
-        ConfigError: The address is not a loopback address, or cannot be bound.
-        StoreError: The coordinator's state could not be read or written.
+        ConfigError: There are no certificates and the address is not a loopback address, or it cannot be bound.
+        IdentityError: The certificates cannot be read.
+        StoreError: The coordinator's state or the list of certificates could not be read or written.
     """
-    host = loopback_host(listen)
-    servicer = Servicer(coordinator)
-    server = aio.server(options=OPTIONS)
-    server.add_generic_rpc_handlers((handlers(servicer),))
+    (loopback_host if certs is None else host_of)(listen)
+    stopped = asyncio.Event()
+    with ExitStack() as stack:
+        secure = None if certs is None else stack.enter_context(_secured(certs))
+        servicer = Servicer(coordinator, secure.gate if secure else Gate(None))
+        server = aio.server(options=OPTIONS)
+        server.add_generic_rpc_handlers((handlers(servicer),))
+        if secure is not None:
+            rpc.add_EnrolmentServicer_to_server(Enrolment(secure.authority, secure.gate, servicer.failed), server)
+            operation = Operation(coordinator, secure.gate, servicer.failed, stopped.set)
+            rpc.add_OperationServicer_to_server(operation, server)
+        try:
+            port = server.add_secure_port(listen, secure.credentials) if secure else server.add_insecure_port(listen)
+        except RuntimeError as error:
+            await servicer.close()
+            raise ConfigError(f"cannot listen on {listen}: {error}; is another coordinator running there?") from error
+        await server.start()
+        watching = asyncio.ensure_future(_watch(servicer))
+        try:
+            with _stop_signals(stopped):
+                ready(f"{listen.rpartition(':')[0]}:{port}")
+                await _until_over(coordinator, servicer, stopped, linger_s)
+        finally:
+            watching.cancel()
+            stopping = asyncio.ensure_future(_stop(server, servicer, coordinator))
+            while not stopping.done():
+                with suppress(asyncio.CancelledError):  # it ends soon by itself, and must not be left half done
+                    await asyncio.shield(stopping)
+            stopping.result()
+
+
+@dataclass(frozen=True)
+class _Secured:
+    authority: Authority
+    gate: Gate
+    credentials: grpc.ServerCredentials
+
+
+@contextmanager
+def _secured(certs: Path) -> Iterator[_Secured]:
+    """What a server with certificates is made of."""
+    authority = Authority(certs)
     try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        await servicer.close()
-        raise ConfigError(f"cannot listen on {listen}: {error}; is another coordinator running there?") from error
-    await server.start()
-    try:
-        with _stop_signals() as stopped:
-            ready(f"{host}:{port}")
-            await _until_over(coordinator, servicer, stopped, linger_s)
+        # A list of its own for the gate: what enrolment writes is then seen as written by another.
+        listed = Identities(certs)
+        try:
+            yield _Secured(authority, Gate(listed), server_credentials(certs))
+        finally:
+            listed.close()
     finally:
-        stopping = asyncio.ensure_future(_stop(server, servicer, coordinator))
-        while not stopping.done():
-            with suppress(asyncio.CancelledError):  # it ends soon by itself, and must not be left half done
-                await asyncio.shield(stopping)
-        stopping.result()
+        authority.close()
+
+
+async def _watch(servicer: Servicer) -> None:
+    """Put out who is revoked; if that cannot be known any more, end the server."""
+    try:
+        await servicer.gate.watch()
+    except StoreError as error:
+        if not servicer.failed.done():
+            servicer.failed.set_exception(error)
 
 
 async def _stop(server: aio.Server, servicer: Servicer, coordinator: Coordinator) -> None:
@@ -82,17 +149,23 @@ async def _stop(server: aio.Server, servicer: Servicer, coordinator: Coordinator
 
 
 @contextmanager
-def serving(coordinator: Coordinator, listen: str = "127.0.0.1:0", *, linger_s: float = 10.0) -> Iterator[str]:
+def serving(
+    coordinator: Coordinator, listen: str = "127.0.0.1:0", *, certs: Path | None = None, linger_s: float = 10.0
+) -> Iterator[str]:
     """Serve from a background thread for the length of a `with` block, whose value is the address bound.
 
     Raises:
         ConfigError: See `serve`; raised on entry.
+        IdentityError: See `serve`; raised on entry.
         StoreError: See `serve`; raised on exit.
     """
     bound: Future[_Bound] = Future()
     ended: Future[None] = Future()
-    arguments = (coordinator, listen, linger_s, bound, ended)
-    thread = threading.Thread(target=_run, args=arguments, name="fedloom-serve")
+
+    def make(ready: Callable[[str], None]) -> Coroutine[None, None, None]:
+        return serve(coordinator, listen, ready=ready, certs=certs, linger_s=linger_s)
+
+    thread = threading.Thread(target=_run, args=(make, bound, ended), name="fedloom-serve")
     thread.start()
     try:
         address, loop, task = bound.result()
@@ -109,14 +182,14 @@ def serving(coordinator: Coordinator, listen: str = "127.0.0.1:0", *, linger_s: 
 _Bound = tuple[str, asyncio.AbstractEventLoop, "asyncio.Task[None]"]
 
 
-def _run(coordinator: Coordinator, listen: str, linger_s: float, bound: Future[_Bound], ended: Future[None]) -> None:
+def _run(
+    make: Callable[[Callable[[str], None]], Coroutine[None, None, None]], bound: Future[_Bound], ended: Future[None]
+) -> None:
     """The background thread: its own event loop, and whatever goes wrong handed to the thread that waits."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        task = asyncio.create_task(
-            serve(coordinator, listen, ready=lambda address: bound.set_result((address, loop, task)), linger_s=linger_s)
-        )
+        task = asyncio.create_task(make(lambda address: bound.set_result((address, loop, task))))
         await task
 
     try:
@@ -153,15 +226,14 @@ async def _until_over(coordinator: Coordinator, servicer: Servicer, stopped: asy
 
 
 @contextmanager
-def _stop_signals() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM and SIGINT set; only the main thread may listen to signals."""
-    stopped = asyncio.Event()
+def _stop_signals(stopped: asyncio.Event) -> Iterator[None]:
+    """Let SIGTERM and SIGINT set an event; only the main thread may listen to signals."""
     signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
     loop = asyncio.get_running_loop()
     for each in signals:
         loop.add_signal_handler(each, stopped.set)
     try:
-        yield stopped
+        yield
     finally:
         for each in signals:
             loop.remove_signal_handler(each)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial, wraps
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -26,9 +26,10 @@ from fedloom.proto.wire import (
     result_to_wire,
     step_from_wire,
 )
+from fedloom.server.auth import Gate
 from fedloom.server.coordinator import Coordinator
 
-__all__ = ["INTERNAL", "Servicer", "handlers", "status_of"]
+__all__ = ["INTERNAL", "Guarded", "Servicer", "guarded", "handlers", "status_of"]
 
 INTERNAL = "internal error; see the coordinator's log"
 """All that a peer learns of an error that is not about its own message."""
@@ -65,15 +66,31 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     return grpc.StatusCode.INTERNAL, INTERNAL
 
 
-def _guarded(
-    handler: Callable[["Servicer", Q, Context], Coroutine[None, None, R]],
-) -> Callable[["Servicer", Q, Context], Coroutine[None, None, R]]:
-    """The edge of the process: gRPC would send the text of any exception to the peer, so none gets past here."""
+class Guarded(Protocol):
+    """What serves calls: it has a gate, and a way to say that it can serve no more."""
+
+    gate: Gate
+    failed: "asyncio.Future[NoReturn]"
+
+
+S = TypeVar("S", bound=Guarded)
+
+
+def guarded(
+    handler: Callable[[S, Q, Context], Coroutine[None, None, R]],
+) -> Callable[[S, Q, Context], Coroutine[None, None, R]]:
+    """The edge of the process: nobody gets in here but through the gate, and no text of an exception gets out.
+
+    Every handler is wrapped in this. gRPC by itself would let everybody in, and send a peer the text of any exception.
+    """
 
     @wraps(handler)
-    async def guarded(servicer: "Servicer", request: Q, context: Context) -> R:
+    async def safe(servicer: S, request: Q, context: Context) -> R:
         try:
-            return await handler(servicer, request, context)
+            with servicer.gate.admitted(handler.__name__, context) as caller:
+                if (name := getattr(request, "client", None)) is not None:
+                    caller.speaks_for(name)
+                return await handler(servicer, request, context)
         except Exception as error:
             code, text = status_of(error)
             if isinstance(error, StoreError) and not servicer.failed.done():
@@ -84,7 +101,7 @@ def _guarded(
                 _log.info("%s refused: %s", handler.__name__, error)
             await context.abort(code, text)
 
-    return guarded
+    return safe
 
 
 class Servicer(pb_grpc.FederationServicer):
@@ -92,13 +109,15 @@ class Servicer(pb_grpc.FederationServicer):
 
     Args:
         coordinator: What is served; its `wake` hook is taken over.
+        gate: Lets calls in.
 
     Attributes:
         failed: Done, with the error, as soon as the coordinator cannot read or write its state: then it must
             be stopped, for it can answer nobody any more.
     """
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, gate: Gate) -> None:
+        self.gate = gate
         self._coordinator = coordinator
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="coordinator")
@@ -117,26 +136,26 @@ class Servicer(pb_grpc.FederationServicer):
         self._coordinator.wake = _nothing
         await asyncio.to_thread(self._threads.shutdown)
 
-    @_guarded
+    @guarded
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
         """See federation.proto."""
         joined = await self.call(self._coordinator.join, request.client, request.protocol, request.declared_examples)
         return joined_to_wire(joined)
 
-    @_guarded
+    @guarded
     async def Work(self, request: pb.WorkRequest, context: Context) -> pb.WorkReply:
         """See federation.proto."""
         work, asked = self._coordinator.work, (request.client, request.run, request.epoch)
         return answer_to_wire(await self._polled(partial(work, *asked), lambda answer: isinstance(answer, Wait)))
 
-    @_guarded
+    @guarded
     async def Exchange(self, request: pb.ExchangeRequest, context: Context) -> pb.ExchangeReply:
         """See federation.proto."""
         exchange, message = self._coordinator.exchange, step_from_wire(request)
         call = partial(exchange, message, request.client, request.run, request.epoch)
         return result_to_wire(await self._polled(call, lambda result: result is None))
 
-    @_guarded
+    @guarded
     async def Fetch(  # type: ignore[override]  # the stubs know only generators, not `context.write`
         self, request: pb.FetchRequest, context: Context
     ) -> None:
@@ -146,27 +165,28 @@ class Servicer(pb_grpc.FederationServicer):
         for frame in frames(CHUNK_FIELD, payload, offset):
             await context.write(frame)
 
-    @_guarded
+    @guarded
     async def Submit(  # type: ignore[override]  # messages come as they are on the wire, see `handlers`
         self, requests: AsyncIterator[bytes], context: Context
     ) -> pb.SubmitReply:
         """See federation.proto."""
         stream = aiter(requests)
         header, run, epoch = header_from_wire(_header(await anext(stream, b"")))
+        self.gate.caller().speaks_for(header.client)
         size_bytes = await self.call(self._coordinator.check_header, header, run, epoch)
         if size_bytes is None:
             return pb.SubmitReply(duplicate=True)
         payload = await _read(stream, size_bytes)
         return pb.SubmitReply(duplicate=await self.call(self._coordinator.submit, header, payload, run, epoch))
 
-    @_guarded
+    @guarded
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatReply:
         """See federation.proto."""
         call = self._coordinator.heartbeat
         number, is_open = await self.call(call, request.client, request.run, request.epoch)
         return pb.HeartbeatReply(round=number, open=is_open)
 
-    @_guarded
+    @guarded
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveReply:
         """See federation.proto."""
         call = self._coordinator.leave

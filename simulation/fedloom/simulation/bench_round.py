@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from fedloom.client.connection import GrpcConnection
 from fedloom.client.participant import Participant
 from fedloom.client.training import Trained
 from fedloom.proto.errors import FedloomError
+from fedloom.proto.identity import Identity, MemberRole
 from fedloom.proto.memory import keep_freed_memory
 from fedloom.proto.messages import Assignment, Joined, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
+from fedloom.server.authority import Authority, create
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
+from fedloom.simulation.credentials import enrolled
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
@@ -58,8 +62,8 @@ def _roberta_large_schema() -> Schema:
     return Schema(tuple(specs), scale=1.0)
 
 
-def idle_client(address: str, name: str) -> None:
-    """A client process that answers every round at once."""
+def idle_client(address: str, name: str, certs: str = "") -> None:
+    """A client process that answers every round at once; without a folder of certificates, over plain text."""
     keep_freed_memory()
     policy = Policy.model_validate(
         {"client": {"name": name}, "data": {"source": "none"}, "privacy": {"allow_non_private": True}}
@@ -68,10 +72,21 @@ def idle_client(address: str, name: str) -> None:
     def prepare(joined: Joined) -> _Idle:
         return _Idle(joined.schema)
 
-    Participant(GrpcConnection(address), policy, prepare).run()
+    Participant(GrpcConnection(address, Path(certs) if certs else None), policy, prepare).run()
 
 
-def bench_round(*, rounds: int, clients: int, durable: bool) -> dict[str, Any]:
+def _certificates(folder: Path, clients: int) -> dict[str, Path]:
+    """An authority, and each client's folder of certificates by its name."""
+    create(folder / "authority", [])
+    authority = Authority(folder / "authority")
+    try:
+        members = [Identity(MemberRole.CLIENT, f"client-{k}") for k in range(clients)]
+        return {each.name: enrolled(authority, each, folder / each.name) for each in members}
+    finally:
+        authority.close()
+
+
+def bench_round(*, rounds: int, clients: int, durable: bool, tls: bool) -> dict[str, Any]:
     """Run `rounds` empty rounds after a warm-up and time each from commit to commit.
 
     Returns:
@@ -88,13 +103,20 @@ def bench_round(*, rounds: int, clients: int, durable: bool) -> dict[str, Any]:
     )
     schema = _roberta_large_schema()
     commits: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="fedloom-bench-") as folder, Store(Path(folder), durable=durable) as store:
+    with tempfile.TemporaryDirectory(prefix="fedloom-bench-") as name, ExitStack() as stack:
+        folder = Path(name)
+        store = stack.enter_context(Store(folder / "state", durable=durable))
+        certs = _certificates(folder, clients) if tls else {}
         starting = starting_adapter(schema, 0)
         coordinator = Coordinator(config, schema, FedAvg(), store, starting=starting, expect=clients)
         coordinator.on_commit = lambda _rounds, _state: commits.append(time.perf_counter())
-        with serving(coordinator) as address:
+        with serving(coordinator, certs=folder / "authority" if tls else None) as address:
             code = "import sys; from fedloom.simulation.bench_round import idle_client; idle_client(*sys.argv[1:])"
-            running = [subprocess.Popen([sys.executable, "-c", code, address, f"client-{k}"]) for k in range(clients)]
+            names = [f"client-{k}" for k in range(clients)]
+            running = [
+                subprocess.Popen([sys.executable, "-c", code, address, each, str(certs.get(each, ""))])
+                for each in names
+            ]
             try:
                 while not coordinator.finished:
                     time.sleep(0.05)
@@ -115,5 +137,5 @@ def bench_round(*, rounds: int, clients: int, durable: bool) -> dict[str, Any]:
         "clients": clients,
         "parameters": schema.size,
         "durable": durable,
-        "tls": False,
+        "tls": tls,
     }

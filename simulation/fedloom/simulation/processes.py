@@ -81,6 +81,7 @@ def _start(
     path = write_client(policy.model_copy(update={"client": client}), federation.clients[name], folder)
     log = stack.enter_context((folder / "client.log").open("wb"))
     command = [sys.executable, "-m", "fedloom.cli.main", "client", "--server", address, "--policy", str(path)]
+    command.append("--insecure-loopback")  # one machine, one user, made-up clients
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
     stack.callback(_end, process)
     return process

@@ -22,9 +22,9 @@ from fedloom.client.privacy.chain import (
     totals,
     unlinked,
 )
-from fedloom.client.privacy.durable import sync_folder
 from fedloom.client.privacy.ledger import Ledger, add, connect, file_name, held, read_entries, stored_accounts
 from fedloom.proto.accounting import Spend
+from fedloom.proto.durable import sync_folder
 from fedloom.proto.errors import LedgerError
 
 __all__ = ["Adopted", "adopt"]

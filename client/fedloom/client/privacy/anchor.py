@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedloom.client.privacy.chain import Entry, unlinked
-from fedloom.client.privacy.durable import write_durably
+from fedloom.proto.durable import write_durably
 from fedloom.proto.errors import LedgerError
 
 __all__ = ["Anchor", "Place", "anchor_path", "anchors_at", "default_anchors", "place_of", "read_anchor", "troubles"]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedloom.client.privacy.durable import make_folder, write_durably
+from fedloom.proto.durable import make_folder, write_durably
 from fedloom.proto.errors import LedgerError
 
 __all__ = ["claim"]

@@ -31,8 +31,8 @@ from fedloom.client.privacy.chain import (
     note,
     totals,
 )
-from fedloom.client.privacy.durable import make_folder, sync_folder
 from fedloom.proto.accounting import GRID, Spend, epsilon
+from fedloom.proto.durable import make_folder, sync_folder
 from fedloom.proto.errors import BudgetError, LedgerError, PolicyError
 
 __all__ = ["REMEDY", "Ledger", "add", "connect", "file_name", "held", "read_entries", "stored_accounts"]

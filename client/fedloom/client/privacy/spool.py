@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedloom.client.privacy.durable import make_folder, sync_folder, write_durably
+from fedloom.proto.durable import make_folder, sync_folder, write_durably
 from fedloom.proto.errors import LedgerError
 from fedloom.proto.messages import UpdateHeader
 

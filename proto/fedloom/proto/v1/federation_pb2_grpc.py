@@ -367,3 +367,200 @@ class Federation:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class EnrolmentStub:
+    """How a member gets its certificate. Only who was invited, or is a member already, may ask.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Enroll = channel.unary_unary(
+                '/fedloom.v1.Enrolment/Enroll',
+                request_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.EnrollRequest.SerializeToString,
+                response_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.EnrollReply.FromString,
+                _registered_method=True)
+
+
+class EnrolmentServicer:
+    """How a member gets its certificate. Only who was invited, or is a member already, may ask.
+    """
+
+    def Enroll(self, request, context):
+        """"Certify this key." With an invite: for the name and role that were invited, once; the same key gets the same
+        answer again. With a member's certificate: for the same member, anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_EnrolmentServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Enroll': grpc.unary_unary_rpc_method_handler(
+                    servicer.Enroll,
+                    request_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.EnrollRequest.FromString,
+                    response_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.EnrollReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'fedloom.v1.Enrolment', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('fedloom.v1.Enrolment', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Enrolment:
+    """How a member gets its certificate. Only who was invited, or is a member already, may ask.
+    """
+
+    @staticmethod
+    def Enroll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedloom.v1.Enrolment/Enroll',
+            fedloom_dot_proto_dot_v1_dot_federation__pb2.EnrollRequest.SerializeToString,
+            fedloom_dot_proto_dot_v1_dot_federation__pb2.EnrollReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class OperationStub:
+    """The operator's face.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Status = channel.unary_unary(
+                '/fedloom.v1.Operation/Status',
+                request_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.StatusRequest.SerializeToString,
+                response_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.StatusReply.FromString,
+                _registered_method=True)
+        self.Stop = channel.unary_unary(
+                '/fedloom.v1.Operation/Stop',
+                request_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.StopRequest.SerializeToString,
+                response_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.StopReply.FromString,
+                _registered_method=True)
+
+
+class OperationServicer:
+    """The operator's face.
+    """
+
+    def Status(self, request, context):
+        """"How does the run stand?" For operators and observers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Stop(self, request, context):
+        """"Stop cleanly." For operators; started again on the same state, the run goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_OperationServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.StatusRequest.FromString,
+                    response_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.StatusReply.SerializeToString,
+            ),
+            'Stop': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stop,
+                    request_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.StopRequest.FromString,
+                    response_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.StopReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'fedloom.v1.Operation', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('fedloom.v1.Operation', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Operation:
+    """The operator's face.
+    """
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedloom.v1.Operation/Status',
+            fedloom_dot_proto_dot_v1_dot_federation__pb2.StatusRequest.SerializeToString,
+            fedloom_dot_proto_dot_v1_dot_federation__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stop(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedloom.v1.Operation/Stop',
+            fedloom_dot_proto_dot_v1_dot_federation__pb2.StopRequest.SerializeToString,
+            fedloom_dot_proto_dot_v1_dot_federation__pb2.StopReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -140,3 +140,83 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         """"Do not wait for me." """
 
 def add_FederationServicer_to_server(servicer: FederationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class EnrolmentStub:
+    """How a member gets its certificate. Only who was invited, or is a member already, may ask."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> EnrolmentAsyncStub: ...
+    Enroll: _grpc.UnaryUnaryMultiCallable[_federation_pb2.EnrollRequest, _federation_pb2.EnrollReply]
+    """"Certify this key." With an invite: for the name and role that were invited, once; the same key gets the same
+    answer again. With a member's certificate: for the same member, anew.
+    """
+
+@_typing.type_check_only
+class EnrolmentAsyncStub(EnrolmentStub):
+    """How a member gets its certificate. Only who was invited, or is a member already, may ask."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Enroll: _aio.UnaryUnaryMultiCallable[_federation_pb2.EnrollRequest, _federation_pb2.EnrollReply]  # type: ignore[assignment]
+    """"Certify this key." With an invite: for the name and role that were invited, once; the same key gets the same
+    answer again. With a member's certificate: for the same member, anew.
+    """
+
+class EnrolmentServicer(metaclass=_abc_1.ABCMeta):
+    """How a member gets its certificate. Only who was invited, or is a member already, may ask."""
+
+    @_abc_1.abstractmethod
+    def Enroll(
+        self,
+        request: _federation_pb2.EnrollRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.EnrollReply, _abc.Awaitable[_federation_pb2.EnrollReply]]:
+        """"Certify this key." With an invite: for the name and role that were invited, once; the same key gets the same
+        answer again. With a member's certificate: for the same member, anew.
+        """
+
+def add_EnrolmentServicer_to_server(servicer: EnrolmentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class OperationStub:
+    """The operator's face."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> OperationAsyncStub: ...
+    Status: _grpc.UnaryUnaryMultiCallable[_federation_pb2.StatusRequest, _federation_pb2.StatusReply]
+    """"How does the run stand?" For operators and observers."""
+    Stop: _grpc.UnaryUnaryMultiCallable[_federation_pb2.StopRequest, _federation_pb2.StopReply]
+    """"Stop cleanly." For operators; started again on the same state, the run goes on."""
+
+@_typing.type_check_only
+class OperationAsyncStub(OperationStub):
+    """The operator's face."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Status: _aio.UnaryUnaryMultiCallable[_federation_pb2.StatusRequest, _federation_pb2.StatusReply]  # type: ignore[assignment]
+    """"How does the run stand?" For operators and observers."""
+    Stop: _aio.UnaryUnaryMultiCallable[_federation_pb2.StopRequest, _federation_pb2.StopReply]  # type: ignore[assignment]
+    """"Stop cleanly." For operators; started again on the same state, the run goes on."""
+
+class OperationServicer(metaclass=_abc_1.ABCMeta):
+    """The operator's face."""
+
+    @_abc_1.abstractmethod
+    def Status(
+        self,
+        request: _federation_pb2.StatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.StatusReply, _abc.Awaitable[_federation_pb2.StatusReply]]:
+        """"How does the run stand?" For operators and observers."""
+
+    @_abc_1.abstractmethod
+    def Stop(
+        self,
+        request: _federation_pb2.StopRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.StopReply, _abc.Awaitable[_federation_pb2.StopReply]]:
+        """"Stop cleanly." For operators; started again on the same state, the run goes on."""
+
+def add_OperationServicer_to_server(servicer: OperationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

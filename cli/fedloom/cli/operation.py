@@ -1,0 +1,49 @@
+"""`fedloom operate`: how a running coordinator's run stands, and stop; from anywhere, with a certificate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fedloom.cli.console import out
+
+__all__ = ["app", "status", "stop"]
+
+app = typer.Typer(help="See how a running coordinator's run stands, or stop it.", no_args_is_help=True)
+
+Server = Annotated[str, typer.Option(help="Address of the coordinator, HOST:PORT.")]
+Certs = Annotated[Path, typer.Option(help="Folder that `fedloom certs enrol` wrote for an operator or observer.")]
+
+
+@app.command()
+def status(server: Server, certs: Certs) -> None:
+    """Show how the run stands. For operators and observers.
+
+    Example: fedloom operate status --server fl.example.org:8470 --certs operator
+    """
+    from fedloom.client.operator import status
+
+    now = status(server, certs)
+    phase = "over" if now.round >= now.rounds else f"open for {now.elapsed_s:.0f} s" if now.open else "not open"
+    short = "; the cohort is too small for it" if now.short else ""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("run", now.run)
+    table.add_row("starts", str(now.epoch))
+    table.add_row("round", f"{min(now.round + 1, now.rounds)} of {now.rounds}, {phase}")
+    table.add_row("updates", f"{len(now.submitted)} of {now.needed} needed{short}")
+    table.add_row("clients", ", ".join(now.live) or "none")
+    table.add_row("lost", ", ".join(f"{name} ({now.lost[name]})" for name in sorted(now.lost)) or "none")
+    out.print(table)
+
+
+@app.command()
+def stop(server: Server, certs: Certs) -> None:
+    """Stop the coordinator cleanly. Started again on the same state directory, the run goes on. For operators.
+
+    Example: fedloom operate stop --server fl.example.org:8470 --certs operator
+    """
+    from fedloom.client.operator import stop
+
+    stop(server, certs)
+    out.print("the coordinator is stopping")

@@ -1,0 +1,36 @@
+"""The gRPC face of the authority: members get their certificates here. It translates, and decides nothing."""
+
+import asyncio
+from typing import Any, NoReturn
+
+from cryptography.hazmat.primitives.serialization import Encoding
+from grpc import aio
+
+from fedloom.proto.v1 import federation_pb2 as pb
+from fedloom.proto.v1 import federation_pb2_grpc as pb_grpc
+from fedloom.server.auth import Gate
+from fedloom.server.authority import Authority
+from fedloom.server.servicer import guarded
+
+__all__ = ["Enrolment"]
+
+
+class Enrolment(pb_grpc.EnrolmentServicer):
+    """Carries signing requests to an authority.
+
+    Args:
+        authority: What is served.
+        gate: Lets calls in.
+        failed: Gets the error when the authority cannot write its list any more.
+    """
+
+    def __init__(self, authority: Authority, gate: Gate, failed: "asyncio.Future[NoReturn]") -> None:
+        self.gate, self.failed = gate, failed
+        self._authority = authority
+
+    @guarded
+    async def Enroll(self, request: pb.EnrollRequest, context: "aio.ServicerContext[Any, Any]") -> pb.EnrollReply:
+        """See federation.proto."""
+        holder = self.gate.caller().fingerprint
+        made = await asyncio.to_thread(self._authority.enrol, holder, request.signing_request)
+        return pb.EnrollReply(certificate=made.public_bytes(Encoding.DER))

@@ -1,0 +1,63 @@
+"""The gRPC face for who runs a coordinator: how the run stands, and stop. It translates, and decides nothing."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from grpc import aio
+
+from fedloom.proto.v1 import federation_pb2 as pb
+from fedloom.proto.v1 import federation_pb2_grpc as pb_grpc
+from fedloom.server.auth import Gate
+from fedloom.server.coordinator import Coordinator
+from fedloom.server.servicer import guarded
+
+__all__ = ["Operation"]
+
+_log = logging.getLogger(__name__)
+
+
+class Operation(pb_grpc.OperationServicer):
+    """Answers operators and observers.
+
+    Args:
+        coordinator: What is asked about.
+        gate: Lets calls in.
+        failed: Gets the error when the coordinator cannot read its state any more.
+        stop: Called, in the event loop, to stop the server as SIGTERM does.
+    """
+
+    def __init__(
+        self, coordinator: Coordinator, gate: Gate, failed: "asyncio.Future[NoReturn]", stop: Callable[[], None]
+    ) -> None:
+        self.gate, self.failed = gate, failed
+        self._coordinator = coordinator
+        self._stop = stop
+
+    @guarded
+    async def Status(self, request: pb.StatusRequest, context: "aio.ServicerContext[Any, Any]") -> pb.StatusReply:
+        """See federation.proto."""
+        now = await asyncio.to_thread(lambda: self._coordinator.progress)
+        return pb.StatusReply(
+            run=now.run,
+            epoch=self._coordinator.epoch,
+            round=now.round,
+            rounds=now.rounds,
+            open=now.open,
+            elapsed_s=now.elapsed_s,
+            needed=now.needed,
+            short=now.short,
+            live=now.live,
+            cohort=now.cohort,
+            submitted=now.submitted,
+            lost=now.lost,
+        )
+
+    @guarded
+    async def Stop(self, request: pb.StopRequest, context: "aio.ServicerContext[Any, Any]") -> pb.StopReply:
+        """See federation.proto."""
+        caller = self.gate.caller().identity
+        _log.warning("told to stop by %s", caller.uri if caller else "nobody")
+        self._stop()
+        return pb.StopReply()

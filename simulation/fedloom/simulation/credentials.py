@@ -1,0 +1,23 @@
+"""Members of a federation on one machine, enrolled without a coordinator to ask."""
+
+from pathlib import Path
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from fedloom.client.channel import MEMBER_FILE
+from fedloom.proto.credentials import CA_FILE, KeyPair, new_key, signing_request
+from fedloom.proto.durable import write_durably
+from fedloom.proto.identity import Identity, fingerprint
+from fedloom.server.authority import Authority
+
+__all__ = ["enrolled"]
+
+
+def enrolled(authority: Authority, identity: Identity, folder: Path) -> Path:
+    """Write what `fedloom certs enrol` would have written, and return the folder."""
+    token, key = authority.invite(identity, 1.0), new_key()
+    folder.mkdir(0o700, parents=True)
+    write_durably(folder / CA_FILE, token.ca.public_bytes(Encoding.PEM))
+    certificate = authority.enrol(fingerprint(token.invite.certificate), signing_request(key))
+    KeyPair(key, certificate).write(folder / MEMBER_FILE)
+    return folder

@@ -1,0 +1,38 @@
+"""docs/security.md says nothing that is not there: its tests exist, and its roles are those in the code."""
+
+import re
+from pathlib import Path
+
+from fedloom.proto.identity import MemberRole
+from fedloom.server.auth import ALLOWED
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+
+
+def test_every_test_it_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE)
+
+    assert len(named) > 15
+    for file, function in named:
+        assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{function}"
+
+
+def test_every_defence_names_a_test() -> None:
+    table = PAGE.partition("## Attacks, defences, tests")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| ")]
+
+    assert len(rows) > 15
+    assert all("`" in row[-1] for row in rows[1:]), "the first row is the heading"
+
+
+def test_its_table_of_roles_is_that_of_the_code() -> None:
+    table = PAGE.partition("## Who may do what")[2].partition("\n## ")[0]
+    listed = {
+        name: set(re.findall(r"`(\w+)`", methods))
+        for name, methods in re.findall(r"^\| (\w+) \| (.+) \|$", table, re.M)
+    }
+
+    assert {role: listed[role] for role in MemberRole} == {
+        role: {method for method, roles in ALLOWED.items() if role in roles} for role in MemberRole
+    }
