@@ -14,6 +14,7 @@
     ├── LedgerError        the privacy ledger cannot be trusted or opened
     ├── ProtocolError      a message that does not fit the state of the run
     ├── Unavailable        the other side cannot be reached
+    │   └── Overloaded     it can, and says when to come back
     └── StoreError         the coordinator's state cannot be read or written
 
 A message says what was received, what is allowed and what to do about it.
@@ -27,6 +28,7 @@ __all__ = [
     "FedloomError",
     "LedgerError",
     "ModelError",
+    "Overloaded",
     "PolicyError",
     "ProtocolError",
     "SchemaError",
@@ -82,6 +84,19 @@ class ProtocolError(FedloomError):
 
 class Unavailable(FedloomError):
     """The other side cannot be reached."""
+
+
+class Overloaded(Unavailable):
+    """The other side has too much to do and says when to come back.
+
+    Args:
+        text: What is too much.
+        retry_after_s: Seconds to wait before asking again.
+    """
+
+    def __init__(self, text: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
 
 
 class StoreError(FedloomError):

@@ -45,7 +45,7 @@ class Coordinator:
             min_clients; a simulation knows how many there will be.
 
     Attributes:
-        config: The run file.
+        config, folder: The run file, and the state directory.
         wake: Called without arguments, off the lock, when a waiting client may have an answer: a round has
             opened or the run is over.
         on_commit: Called off the lock with the number of committed rounds and the state after the last of them, in
@@ -74,7 +74,7 @@ class Coordinator:
         self._clock, self._expect = clock, expect
         self._lock, self._hooks = threading.RLock(), threading.RLock()
         self._committed: list[tuple[int, State]] = []
-        self._traffic, self._stirred = Traffic(), False
+        self._traffic, self._stirred, self.folder = Traffic(), False, store.folder
         self._ending: tuple[Finished, bytes] | None = None
         self._history = History(config, schema, strategy, store, starting=starting)
         self._secure = Secure(config, self._history, store)

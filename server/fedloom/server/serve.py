@@ -12,14 +12,14 @@ from grpc import aio
 
 from fedloom.proto.address import loopback_host
 from fedloom.proto.errors import ConfigError
-from fedloom.proto.limits import HTTP2_FRAME_BYTES, MAX_MESSAGE_BYTES
+from fedloom.proto.limits import HTTP2_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.servicer import Servicer, handlers
 
 __all__ = ["OPTIONS", "serve", "serving"]
 
 OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.max_frame_size", HTTP2_FRAME_BYTES),
     # Otherwise a second coordinator binds the same port without a word and takes half of the clients.
