@@ -3,9 +3,11 @@
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from faults import FaultProxy, fault_proxy
@@ -16,11 +18,13 @@ from fedloom.client.config import Policy
 from fedloom.client.connection import GrpcConnection
 from fedloom.client.participant import Participant
 from fedloom.client.training import Trained
-from fedloom.proto.errors import Unavailable
+from fedloom.proto.errors import ProtocolError, Unavailable
+from fedloom.proto.frames import SERVICE
 from fedloom.proto.limits import CHUNK_BYTES
 from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
+from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
@@ -250,3 +254,37 @@ def test_what_came_of_another_payload_is_not_mixed_in(tmp_path: Path) -> None:
         assert line.submit(headers[1], second) is False
         assert proxy.up_bytes > PAYLOAD_BYTES + CHUNK_BYTES
         line.close()
+
+
+def test_a_coordinator_that_knows_no_offsets_gets_the_whole_update_again() -> None:
+    """One of an earlier build: it takes a header with an offset for one without, and misses the rest."""
+    sizes: list[int] = []
+    body = bytes(3 * CHUNK_BYTES)
+    header = UpdateHeader("ann", 0, "ab" * 32, "fp32", len(body), hashlib.sha256(body).hexdigest())
+
+    def submit(parts: Iterator[pb.SubmitRequest], context: grpc.ServicerContext) -> pb.SubmitReply:
+        sizes.append(sum(len(part.data) for part in parts))
+        if len(sizes) == 1:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the line broke")
+        if sizes[-1] < len(body):
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the payload ended early")
+        return pb.SubmitReply()
+
+    method = grpc.stream_unary_rpc_method_handler(
+        submit,
+        request_deserializer=pb.SubmitRequest.FromString,
+        response_serializer=pb.SubmitReply.SerializeToString,
+    )
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Submit": method}),))
+    line = GrpcConnection(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    server.start()
+    with pytest.raises(Unavailable):
+        line.submit(header, body)
+    with pytest.raises(ProtocolError, match="ended early"):  # upon which the participant joins and tries again
+        line.submit(header, body)
+
+    assert line.submit(header, body) is False
+    assert sizes == [len(body), 0, len(body)]
+    line.close()
+    server.stop(None).wait()

@@ -27,8 +27,9 @@ _LEAST_WAIT_S = 0.1
 _MOST_WAIT_S = 10.0
 """Longest wait that anybody is told. A third of the usual lease, so that nobody is lost for doing as told."""
 _MOST_KNOWN = 20_000
+_START_S = 0.01
 _RECENT = 0.1
-"""Weight of the latest call in the mean time of a call."""
+"""What the mean time of a call is before the first, and the weight of the latest in it."""
 
 T = TypeVar("T")
 
@@ -104,7 +105,7 @@ class Lane:
     def __init__(self, name: str, threads: int, waiting: int) -> None:
         self._threads, self._most = threads, threads + waiting
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
-        self._calls, self._mean_s, self._promised_s = 0, 0.0, 0.0
+        self._calls, self._mean_s, self._promised_s = 0, _START_S, 0.0
 
     async def run(self, function: Callable[[], T], *, always: bool = False) -> T:
         """Call the function in a thread, so that no disk, lock or sum stalls the loop.

@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-import random
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
 from functools import partial, wraps
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -29,6 +27,7 @@ from fedloom.proto.wire import (
 )
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.load import Clients, Lane
+from fedloom.server.polls import Polls
 from fedloom.server.transfer import Sender, paced, received
 from fedloom.server.uploads import Upload, Uploads
 
@@ -39,9 +38,6 @@ INTERNAL = "internal error; see the coordinator's log"
 
 _THREADS = 4
 _WAITING = {"call": 1024, "update": 64}
-_ASKING = 4
-"""Parked polls that ask again at the same time when something has happened: all would be in everybody's way."""
-
 _UNARY: dict[str, tuple[Any, Any]] = {
     "Join": (pb.JoinRequest, pb.JoinReply),
     "Work": (pb.WorkRequest, pb.WorkReply),
@@ -114,11 +110,10 @@ class Servicer(pb_grpc.FederationServicer):
         self._calls, self._updates = (Lane(name, _THREADS, waiting) for name, waiting in _WAITING.items())
         self._clients, self._sender = Clients(), Sender()
         self._uploads = Uploads(coordinator.folder / "uploads")
-        self._stirred, self._asking = asyncio.Event(), asyncio.Semaphore(_ASKING)
-        self._parked: dict[object, tuple[str, str, int]] = {}
         self.failed: asyncio.Future[NoReturn] = self._loop.create_future()
         # A poller that died must be noticed before its lease ends, so waiting polls renew theirs this often.
-        self._renewing = asyncio.create_task(self._renew(min(LONG_POLL_S, coordinator.config.rounds.lease_s / 3)))
+        renew_s = min(LONG_POLL_S, coordinator.config.rounds.lease_s / 3)
+        self._polls = Polls(self._calls, coordinator.heartbeat, renew_s)
         coordinator.wake = self._wake
 
     async def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -128,7 +123,7 @@ class Servicer(pb_grpc.FederationServicer):
     async def close(self) -> None:
         """Stop waking anybody, and wait for the calls under way. Call it once the server has stopped."""
         self._coordinator.wake = _nothing
-        self._renewing.cancel()
+        self._polls.close()
         for lane in (self._calls, self._updates):
             await asyncio.to_thread(lane.close)
         if self._coordinator.finished:
@@ -146,14 +141,16 @@ class Servicer(pb_grpc.FederationServicer):
         """See federation.proto."""
         asked = request.client, request.run, request.epoch
         work = partial(self._coordinator.work, *asked)
-        return answer_to_wire(await self._polled(asked, work, lambda answer: isinstance(answer, Wait)))
+        with self._clients.call(request.client):
+            return answer_to_wire(await self._polls.poll(asked, work, lambda answer: isinstance(answer, Wait)))
 
     @_guarded
     async def Exchange(self, request: pb.ExchangeRequest, context: Context) -> pb.ExchangeReply:
         """See federation.proto."""
         asked = request.client, request.run, request.epoch
         exchange = partial(self._coordinator.exchange, step_from_wire(request), *asked)
-        return result_to_wire(await self._polled(asked, exchange, lambda result: result is None))
+        with self._clients.call(request.client):
+            return result_to_wire(await self._polls.poll(asked, exchange, lambda result: result is None))
 
     @_guarded
     async def Fetch(  # type: ignore[override]  # the stubs know only generators, not `context.write`
@@ -236,48 +233,8 @@ class Servicer(pb_grpc.FederationServicer):
         await self.call(self._uploads.drop, header.client)
         return pb.SubmitReply(duplicate=duplicate)
 
-    async def _polled(self, asked: tuple[str, str, int], call: Callable[[], T], waits: Callable[[T], bool]) -> T:
-        """The first answer with which the caller need not wait, or whatever there is at the end of a long poll."""
-        with self._clients.call(asked[0]):
-            stirred = self._stirred  # taken before asking: what happens after the answer wakes this very event
-            answer = await self._calls.run(call)
-            if not waits(answer):
-                return answer
-            place = object()  # of its own: a client may have left another poll behind on a broken line
-            self._parked[place] = asked
-            try:
-                # Clients that came at the same time, after a restart or at a round's end, are not to stay in step.
-                async with asyncio.timeout(random.uniform(0.75, 1.0) * LONG_POLL_S):
-                    while waits(answer):
-                        await stirred.wait()
-                        stirred = self._stirred
-                        async with self._asking:
-                            answer = await self._calls.run(call, always=True)
-            except TimeoutError:
-                pass
-            finally:
-                del self._parked[place]
-            return answer
-
-    async def _renew(self, every_s: float) -> None:
-        """Keep the leases of those whose poll is waiting, all in one call."""
-
-        def renew(parked: set[tuple[str, str, int]]) -> None:
-            for each in parked:
-                with suppress(ProtocolError):
-                    self._coordinator.heartbeat(*each)
-
-        while True:
-            await asyncio.sleep(every_s)
-            with suppress(StoreError):  # the next tick meets it too, and stops the server
-                await self.call(renew, set(self._parked.values()))
-
     def _wake(self) -> None:
-        self._loop.call_soon_threadsafe(self._stir)
-
-    def _stir(self) -> None:
-        self._stirred.set()
-        self._stirred = asyncio.Event()
+        self._loop.call_soon_threadsafe(self._polls.stir)
 
 
 def handlers(servicer: Servicer) -> "grpc.GenericRpcHandler[Any, Any]":
