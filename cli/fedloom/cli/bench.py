@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedloom.cli.console import out
 
-__all__ = ["app", "dp_step", "round_", "secagg"]
+__all__ = ["app", "clients", "dp_step", "round_", "secagg"]
 
 app = typer.Typer(
     help="Measure this machine. With --json, a benchmark ends with one line of JSON.", no_args_is_help=True
@@ -72,6 +72,26 @@ def secagg(
     from fedloom.simulation.bench_secagg import bench_secagg
 
     _report("secagg", bench_secagg(rounds=rounds, clients=clients, parameters=parameters), json_line)
+
+
+@app.command()
+def clients(
+    n: Annotated[int, typer.Option(help="Clients, each with a connection of its own.", min=16)] = 2000,
+    seconds: Annotated[float, typer.Option(help="How long to measure, once all have arrived.", min=1)] = 60.0,
+    heartbeat: Annotated[float, typer.Option(help="Seconds between two heartbeats of a client.", min=1)] = 30.0,
+    training: Annotated[float, typer.Option(help="Longest time a client takes to answer a round, in seconds.")] = 5.0,
+    json_line: Json = False,
+) -> None:
+    """Hold many clients on one coordinator: its memory, and how long a heartbeat takes. Linux only.
+
+    Every client has a long poll waiting, and rounds of 16 of them go on meanwhile: each that opens wakes every poll.
+
+    Example: fedloom bench clients --n 2000 --json
+    """
+    from fedloom.simulation.bench_clients import bench_clients
+
+    figures = bench_clients(clients=n, seconds=seconds, heartbeat_s=heartbeat, training_s=training)
+    _report("clients", figures, json_line)
 
 
 def _report(name: str, figures: dict[str, Any], json_line: bool) -> None:

@@ -3,8 +3,10 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 
@@ -14,22 +16,25 @@ from fedloom.proto.errors import (
     ConfigError,
     Forbidden,
     IdentityError,
+    Overloaded,
     ProtocolError,
     StoreError,
     Unavailable,
     UpdateRejected,
 )
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unframed
-from fedloom.proto.limits import LONG_POLL_S
+from fedloom.proto.limits import LONG_POLL_S, TRANSFER_S
 from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeader
 from fedloom.proto.secagg.steps import StepMessage, StepResult
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
 from fedloom.proto.wire import (
+    RETRY_AFTER,
     STATUS,
     answer_from_wire,
     header_to_wire,
     joined_from_wire,
+    overloaded,
     result_from_wire,
     step_to_wire,
 )
@@ -44,7 +49,6 @@ _RETRIED = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", STATUS[St
 _ERRORS = {STATUS[kind]: kind for kind in (ProtocolError, UpdateRejected, ConfigError, IdentityError, Forbidden)}
 
 _CALL_S = 30.0
-_TRANSFER_S = 600.0
 
 
 class Connection(Protocol):
@@ -72,6 +76,22 @@ class Connection(Protocol):
         """Say that this client is not to be waited for."""
 
 
+@dataclass
+class _Download:
+    """What has come of a payload, hashed while the next chunk is on its way."""
+
+    digest: str
+    filled: int = 0
+    parts: list[memoryview] = field(default_factory=list)
+    found: Any = field(default_factory=hashlib.sha256)
+
+    def take(self, chunk: memoryview) -> None:
+        """Add a chunk to the end."""
+        self.parts.append(chunk)
+        self.filled += len(chunk)
+        self.found.update(chunk)
+
+
 class GrpcConnection:
     """The coordinator at HOST:PORT."""
 
@@ -88,6 +108,8 @@ class GrpcConnection:
         """
         self.address = address
         self._client, self._run, self._epoch = "", "", 0
+        self._unfetched = _Download("")
+        self._unsent: UpdateHeader | None = None
         self._certs = certs
         self._open()
 
@@ -123,34 +145,56 @@ class GrpcConnection:
         return answer_from_wire(self._call(self._stub.Work, request, LONG_POLL_S + 10))
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:
-        """Read the payload chunk by chunk, and never more than was promised.
+        """Read the payload chunk by chunk, never more than was promised; after a broken call, only the rest.
 
         Raises:
+            Unavailable: The line is gone. What has come is kept until another payload is asked for.
             CodecError: Its length or digest is not the promised one.
         """
-        parts: list[memoryview] = []
-        filled, found = 0, hashlib.sha256()
-        request = pb.FetchRequest(run=self._run, epoch=self._epoch, client=self._client, digest=digest, offset=0)
-        with translated(self.address):
-            for message in self._fetch(request, timeout=_TRANSFER_S):
-                parts.append(unframed(CHUNK_FIELD, message))
-                filled += len(parts[-1])
-                found.update(parts[-1])  # while the next chunk is on its way
-                if filled > size_bytes:
+        got = self._unfetched if self._unfetched.digest == digest else _Download(digest)
+        self._unfetched = _Download("")
+        request = pb.FetchRequest(
+            run=self._run, epoch=self._epoch, client=self._client, digest=digest, offset=got.filled
+        )
+        try:
+            for message in self._fetch(request, timeout=TRANSFER_S):
+                got.take(unframed(CHUNK_FIELD, message))
+                if got.filled > size_bytes:
                     raise CodecError(f"coordinator sends more than the {size_bytes} bytes it promised for {digest}")
-        if filled != size_bytes or found.hexdigest() != digest:
-            raise CodecError(f"payload {digest} arrived with {filled} of {size_bytes} bytes or with other content")
-        return b"".join(parts)
+        except grpc.RpcError as error:
+            if error.code().name in _RETRIED:
+                self._unfetched = got
+            _translate(error, self.address)
+        if got.filled != size_bytes or got.found.hexdigest() != digest:
+            raise CodecError(f"payload {digest} arrived with {got.filled} of {size_bytes} bytes or with other content")
+        return b"".join(got.parts)
 
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:
-        """Send the header, then the payload in chunks."""
+        """Send the header, then the payload in chunks; after a broken call, only what the coordinator lacks.
 
-        def messages() -> Iterator[bytes]:
-            yield pb.SubmitRequest(header=header_to_wire(header, self._run, self._epoch)).SerializeToString()
-            yield from frames(DATA_FIELD, payload)
+        Raises:
+            Unavailable: The line is gone, or the coordinator has lost what it had.
+        """
+        # After a broken call nobody here knows what has arrived: ask, by an offset after which nothing is left.
+        offset = len(payload) if self._unsent == header else 0
+        try:
+            reply = self._send(header, payload, offset)
+            if offset and reply.missing_bytes:
+                offset = len(payload) - min(reply.missing_bytes, len(payload))
+                reply = self._send(header, payload, offset)
+        except grpc.RpcError as error:
+            self._unsent = header if error.code().name in _RETRIED | {STATUS[Overloaded]} else None
+            _translate(error, self.address)
+        if reply.missing_bytes:
+            raise Unavailable(f"coordinator {self.address} has lost part of the update; sending it again")
+        self._unsent = None
+        return bool(reply.duplicate)
 
-        with translated(self.address):
-            return bool(self._submit(messages(), timeout=_TRANSFER_S).duplicate)
+    def _send(self, header: UpdateHeader, payload: bytes, offset: int) -> pb.SubmitReply:
+        first = pb.SubmitRequest(header=header_to_wire(header, self._run, self._epoch, offset)).SerializeToString()
+        messages = chain((first,), frames(DATA_FIELD, payload, offset))
+        reply: pb.SubmitReply = self._submit(messages, timeout=TRANSFER_S)
+        return reply
 
     def exchange(self, message: StepMessage) -> StepResult | None:
         """Send a step of a secure sum and get its result, or None to be asked again."""
@@ -182,7 +226,15 @@ def translated(address: str) -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        status, details = error.code().name, error.details() or ""
-        if status in _RETRIED:
-            raise Unavailable(f"coordinator {address} cannot serve this client now ({status}: {details})") from error
-        raise _ERRORS.get(status, ProtocolError)(f"coordinator {address} answers {status}: {details}") from error
+        _translate(error, address)
+
+
+def _translate(error: grpc.RpcError, address: str) -> NoReturn:
+    """A gRPC failure as one of our errors, by the same table that the coordinator uses."""
+    status, details = error.code().name, error.details() or ""
+    for each in error.trailing_metadata() or ():
+        if each.key == RETRY_AFTER:
+            raise overloaded(f"coordinator {address} is busy: {details}", str(each.value)) from error
+    if status in _RETRIED:
+        raise Unavailable(f"coordinator {address} cannot serve this client now ({status}: {details})") from error
+    raise _ERRORS.get(status, ProtocolError)(f"coordinator {address} answers {status}: {details}") from error

@@ -20,6 +20,7 @@ from fedloom.proto.errors import (
     FedloomError,
     IdentityError,
     LedgerError,
+    Overloaded,
     PolicyError,
     ProtocolError,
     SchemaError,
@@ -144,6 +145,11 @@ class Participant:
                         with suppress(Unavailable, ProtocolError, IdentityError):
                             self.connection.leave("run over")
                         return finished
+                except Overloaded as error:
+                    # It answers, so patience does not run out. All who hear this were told different times.
+                    last_contact = time.monotonic()
+                    log.info("%s; coming back in %.1f s", error, error.retry_after_s)
+                    time.sleep(error.retry_after_s)
                 except Unavailable as error:
                     if time.monotonic() - last_contact > patience_s:
                         raise

@@ -16,6 +16,7 @@
     ├── IdentityError      who the other side is, or this one, is not proven
     │   └── Forbidden      it is proven, and may not do this
     ├── Unavailable        the other side cannot be reached
+    │   └── Overloaded     it can, and says when to come back
     └── StoreError         the coordinator's state cannot be read or written
 
 A message says what was received, what is allowed and what to do about it.
@@ -31,6 +32,7 @@ __all__ = [
     "IdentityError",
     "LedgerError",
     "ModelError",
+    "Overloaded",
     "PolicyError",
     "ProtocolError",
     "SchemaError",
@@ -94,6 +96,19 @@ class Forbidden(IdentityError):
 
 class Unavailable(FedloomError):
     """The other side cannot be reached."""
+
+
+class Overloaded(Unavailable):
+    """The other side has too much to do and says when to come back.
+
+    Args:
+        text: What is too much.
+        retry_after_s: Seconds to wait before asking again.
+    """
+
+    def __init__(self, text: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
 
 
 class StoreError(FedloomError):

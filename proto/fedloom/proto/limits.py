@@ -7,9 +7,14 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "MAX_NAME_LENGTH",
     "MAX_PAYLOAD_BYTES",
+    "MAX_REQUEST_BYTES",
     "MAX_SCHEMA_BYTES",
     "MAX_SPEC_BYTES",
     "MAX_TENSORS",
+    "MIN_BYTES_PER_S",
+    "MIN_CHUNK_BYTES",
+    "TRANSFER_GRACE_S",
+    "TRANSFER_S",
 ]
 
 CHUNK_BYTES = 1 << 20
@@ -20,6 +25,21 @@ HTTP2_FRAME_BYTES = (1 << 24) - 1
 
 MAX_MESSAGE_BYTES = 4 << 20
 """Largest single gRPC message either side accepts (after decompression)."""
+
+MAX_REQUEST_BYTES = CHUNK_BYTES + (64 << 10)
+"""Largest message a coordinator accepts, after decompression: it holds that much for each call that stalls in one."""
+
+MIN_CHUNK_BYTES = 16 << 10
+"""Fewest bytes in a chunk that is not a payload's last, so that nobody can pay out an update byte by byte."""
+
+TRANSFER_GRACE_S = 10.0
+"""Seconds a payload may take, whatever its length; a call in which nothing moves for longer is ended."""
+
+MIN_BYTES_PER_S = 16 << 10
+"""Slowest mean rate of a payload after its grace. A call that is ended for it is not lost: the next one goes on."""
+
+TRANSFER_S = 600.0
+"""Longest call that carries a payload; the rest goes with the next."""
 
 MAX_PAYLOAD_BYTES = 4 << 30
 """Largest encoded adapter; a schema that would need more is refused when it is made."""

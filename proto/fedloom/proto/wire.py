@@ -19,6 +19,7 @@ from fedloom.proto.errors import (
     IdentityError,
     LedgerError,
     ModelError,
+    Overloaded,
     PolicyError,
     ProtocolError,
     SchemaError,
@@ -36,6 +37,7 @@ from fedloom.proto.v1 import federation_pb2 as pb
 
 __all__ = [
     "LOCAL_NAMES",
+    "RETRY_AFTER",
     "STATUS",
     "answer_from_wire",
     "answer_to_wire",
@@ -43,6 +45,7 @@ __all__ = [
     "header_to_wire",
     "joined_from_wire",
     "joined_to_wire",
+    "overloaded",
     "result_from_wire",
     "result_to_wire",
     "step_from_wire",
@@ -67,11 +70,16 @@ STATUS: dict[type[FedloomError], str] = {
     IdentityError: "UNAUTHENTICATED",
     Forbidden: "PERMISSION_DENIED",
     Unavailable: "UNAVAILABLE",
+    Overloaded: "RESOURCE_EXHAUSTED",
     StoreError: "INTERNAL",
 }
 """Name of the gRPC status that carries each error. A client may read FAILED_PRECONDITION as ProtocolError (join
 again), OUT_OF_RANGE as UpdateRejected (do not send these bytes again), INVALID_ARGUMENT as ConfigError,
-UNAUTHENTICATED as IdentityError and PERMISSION_DENIED as Forbidden; it retries UNAVAILABLE only."""
+UNAUTHENTICATED as IdentityError and PERMISSION_DENIED as Forbidden; it retries UNAVAILABLE, and RESOURCE_EXHAUSTED when
+RETRY_AFTER comes with it."""
+
+RETRY_AFTER = "retry-after-ms"
+"""Key of the trailing metadata that says after how many milliseconds a call refused as Overloaded may be repeated."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _MAX_RETRY_S = 3600.0
@@ -142,8 +150,8 @@ def answer_from_wire(reply: pb.WorkReply) -> Answer:
     raise ProtocolError("work reply carries no answer; the coordinator speaks another version, upgrade the client")
 
 
-def header_to_wire(header: UpdateHeader, run: str, epoch: int) -> pb.UpdateHeader:
-    """An update's header as protobuf, addressed to one run and epoch."""
+def header_to_wire(header: UpdateHeader, run: str, epoch: int, offset: int = 0) -> pb.UpdateHeader:
+    """An update's header as protobuf, addressed to one run and epoch; its payload follows from `offset` on."""
     return pb.UpdateHeader(
         run=run,
         epoch=epoch,
@@ -154,6 +162,7 @@ def header_to_wire(header: UpdateHeader, run: str, epoch: int) -> pb.UpdateHeade
         payload_bytes=header.payload_bytes,
         digest=header.digest,
         attempt=header.attempt,
+        offset=offset,
     )
 
 
@@ -161,9 +170,11 @@ def header_from_wire(message: pb.UpdateHeader) -> tuple[UpdateHeader, str, int]:
     """An update's header, with the run and the epoch it is addressed to.
 
     Raises:
-        ProtocolError: A digest is not 64 hexadecimal digits, or the length is out of range.
+        ProtocolError: A digest is not 64 hexadecimal digits, or the length or the offset is out of range.
         CodecError: It names an unknown codec.
     """
+    if message.offset > message.payload_bytes:
+        raise ProtocolError(f"offset {message.offset} lies beyond the payload of {message.payload_bytes} bytes")
     header = UpdateHeader(
         client=message.client,
         round=message.round,
@@ -174,6 +185,18 @@ def header_from_wire(message: pb.UpdateHeader) -> tuple[UpdateHeader, str, int]:
         attempt=message.attempt,
     )
     return header, message.run, message.epoch
+
+
+def overloaded(text: str, retry_after_ms: str) -> Overloaded:
+    """The error behind a call that was refused for now; a time that is not one counts as a second.
+
+    >>> overloaded("busy", "250").retry_after_s
+    0.25
+    >>> overloaded("busy", "-1").retry_after_s
+    1.0
+    """
+    waits = retry_after_ms.isascii() and retry_after_ms.isdecimal() and len(retry_after_ms) < 10
+    return Overloaded(text, min(int(retry_after_ms) / 1e3, _MAX_RETRY_S) if waits else 1.0)
 
 
 def step_to_wire(message: StepMessage, client: str, run: str, epoch: int) -> pb.ExchangeRequest:

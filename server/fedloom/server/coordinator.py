@@ -46,7 +46,7 @@ class Coordinator:
             min_clients; a simulation knows how many there will be.
 
     Attributes:
-        config: The run file.
+        config, folder: The run file, and the state directory.
         audit: Takes notes for the audit log, from any thread; they are written with the next tick.
         wake: Called without arguments, off the lock, when a waiting client may have an answer: a round has
             opened or the run is over.
@@ -76,7 +76,7 @@ class Coordinator:
         self._clock, self._expect = clock, expect
         self._lock, self._hooks = threading.RLock(), threading.RLock()
         self._committed: list[tuple[int, State]] = []
-        self._traffic, self._stirred = Traffic(), False
+        self._traffic, self._stirred, self.folder = Traffic(), False, store.folder
         self._settled: tuple[Rounds, int, bool] | None = None
         self._history = History(config, schema, strategy, store, starting=starting)
         self._secure = Secure(config, self._history, store)

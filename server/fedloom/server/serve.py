@@ -15,8 +15,9 @@ from grpc import aio
 
 from fedloom.proto.address import host_of, loopback_host
 from fedloom.proto.errors import ConfigError, StoreError
-from fedloom.proto.limits import HTTP2_FRAME_BYTES, MAX_MESSAGE_BYTES
+from fedloom.proto.limits import HTTP2_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
+from fedloom.server.admission import MAX_CLIENTS
 from fedloom.server.auth import Gate
 from fedloom.server.authority import Authority
 from fedloom.server.coordinator import Coordinator
@@ -29,12 +30,15 @@ from fedloom.server.tls import server_credentials
 __all__ = ["OPTIONS", "serve", "serving"]
 
 OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.max_frame_size", HTTP2_FRAME_BYTES),
     # Otherwise a second coordinator binds the same port without a word and takes half of the clients.
     ("grpc.so_reuseport", 0),
     ("grpc.max_concurrent_streams", 16),
+    # All clients ask for work at the same moment when a round closes; from 1,000 on gRPC would drop some at random.
+    ("grpc.server.max_pending_requests", MAX_CLIENTS + 2_000),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_CLIENTS),
     ("grpc.server_handshake_timeout_ms", 10_000),
     # A client behind a proxy that cuts idle connections may ping every 30 s; a dead one is found within 80 s.
     ("grpc.keepalive_time_ms", 60_000),

@@ -3,8 +3,6 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial, wraps
 from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 
@@ -12,13 +10,14 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from fedloom.proto.errors import ProtocolError, StoreError
-from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unframed
+from fedloom.proto.errors import Overloaded, ProtocolError, StoreError
+from fedloom.proto.frames import SERVICE
 from fedloom.proto.limits import LONG_POLL_S
-from fedloom.proto.messages import Wait
+from fedloom.proto.messages import UpdateHeader, Wait
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as pb_grpc
 from fedloom.proto.wire import (
+    RETRY_AFTER,
     STATUS,
     answer_to_wire,
     header_from_wire,
@@ -28,13 +27,18 @@ from fedloom.proto.wire import (
 )
 from fedloom.server.auth import Gate
 from fedloom.server.coordinator import Coordinator
+from fedloom.server.load import Clients, Lane
+from fedloom.server.polls import Polls
+from fedloom.server.transfer import Sender, paced, received
+from fedloom.server.uploads import Upload, Uploads
 
 __all__ = ["INTERNAL", "Guarded", "Servicer", "guarded", "handlers", "status_of"]
 
 INTERNAL = "internal error; see the coordinator's log"
 """All that a peer learns of an error that is not about its own message."""
 
-_THREADS = 8
+_THREADS = 4
+_WAITING = {"call": 1024, "update": 64}
 _UNARY: dict[str, tuple[Any, Any]] = {
     "Join": (pb.JoinRequest, pb.JoinReply),
     "Work": (pb.WorkRequest, pb.WorkReply),
@@ -99,7 +103,8 @@ def guarded(
                 _log.error("%s failed", handler.__name__, exc_info=error)
             else:
                 _log.info("%s refused: %s", handler.__name__, error)
-            await context.abort(code, text)
+            retry_s = error.retry_after_s if isinstance(error, Overloaded) else None
+            await context.abort(code, text, () if retry_s is None else ((RETRY_AFTER, str(round(1e3 * retry_s))),))
 
     return safe
 
@@ -120,40 +125,51 @@ class Servicer(pb_grpc.FederationServicer):
         self.gate = gate
         self._coordinator = coordinator
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="coordinator")
-        self._stirred = asyncio.Event()
+        # Updates take long, and must not keep a heartbeat waiting.
+        self._calls, self._updates = (Lane(name, _THREADS, waiting) for name, waiting in _WAITING.items())
+        self._clients, self._sender = Clients(), Sender()
+        self._uploads = Uploads(coordinator.folder / "uploads")
         self.failed: asyncio.Future[NoReturn] = self._loop.create_future()
-        # A poller that died must be noticed before its lease ends, so a waiting poll renews it this often.
-        self._renew_s = min(LONG_POLL_S, coordinator.config.rounds.lease_s / 3)
+        # A poller that died must be noticed before its lease ends, so waiting polls renew theirs this often.
+        renew_s = min(LONG_POLL_S, coordinator.config.rounds.lease_s / 3)
+        self._polls = Polls(self._calls, coordinator.heartbeat, renew_s)
         coordinator.wake = self._wake
 
     async def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a coordinator call in a thread of the servicer's own, so that no disk or sum stalls the loop."""
-        return await self._loop.run_in_executor(self._threads, partial(function, *args, **kwargs))
+        """Run a call of the coordinator's own, which is never refused, off the loop."""
+        return await self._calls.run(partial(function, *args, **kwargs), always=True)
 
     async def close(self) -> None:
         """Stop waking anybody, and wait for the calls under way. Call it once the server has stopped."""
         self._coordinator.wake = _nothing
-        await asyncio.to_thread(self._threads.shutdown)
+        self._polls.close()
+        for lane in (self._calls, self._updates):
+            await asyncio.to_thread(lane.close)
+        if self._coordinator.finished:
+            await asyncio.to_thread(self._uploads.clear)
 
     @guarded
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
         """See federation.proto."""
-        joined = await self.call(self._coordinator.join, request.client, request.protocol, request.declared_examples)
-        return joined_to_wire(joined)
+        asked = request.client, request.protocol, request.declared_examples
+        with self._clients.call(request.client):
+            return joined_to_wire(await self._calls.run(partial(self._coordinator.join, *asked)))
 
     @guarded
     async def Work(self, request: pb.WorkRequest, context: Context) -> pb.WorkReply:
         """See federation.proto."""
-        work, asked = self._coordinator.work, (request.client, request.run, request.epoch)
-        return answer_to_wire(await self._polled(partial(work, *asked), lambda answer: isinstance(answer, Wait)))
+        asked = request.client, request.run, request.epoch
+        work = partial(self._coordinator.work, *asked)
+        with self._clients.call(request.client):
+            return answer_to_wire(await self._polls.poll(asked, work, lambda answer: isinstance(answer, Wait)))
 
     @guarded
     async def Exchange(self, request: pb.ExchangeRequest, context: Context) -> pb.ExchangeReply:
         """See federation.proto."""
-        exchange, message = self._coordinator.exchange, step_from_wire(request)
-        call = partial(exchange, message, request.client, request.run, request.epoch)
-        return result_to_wire(await self._polled(call, lambda result: result is None))
+        asked = request.client, request.run, request.epoch
+        exchange = partial(self._coordinator.exchange, step_from_wire(request), *asked)
+        with self._clients.call(request.client):
+            return result_to_wire(await self._polls.poll(asked, exchange, lambda result: result is None))
 
     @guarded
     async def Fetch(  # type: ignore[override]  # the stubs know only generators, not `context.write`
@@ -161,9 +177,10 @@ class Servicer(pb_grpc.FederationServicer):
     ) -> None:
         """See federation.proto."""
         client, digest, offset = request.client, request.digest, request.offset
-        payload = await self.call(self._coordinator.blob, client, digest, request.run, request.epoch, offset)
-        for frame in frames(CHUNK_FIELD, payload, offset):
-            await context.write(frame)
+        asked = client, digest, request.run, request.epoch, offset
+        with self._clients.call(client):
+            payload = await self._calls.run(partial(self._coordinator.blob, *asked))
+            await self._sender.send(context.write, payload, offset)
 
     @guarded
     async def Submit(  # type: ignore[override]  # messages come as they are on the wire, see `handlers`
@@ -171,46 +188,73 @@ class Servicer(pb_grpc.FederationServicer):
     ) -> pb.SubmitReply:
         """See federation.proto."""
         stream = aiter(requests)
-        header, run, epoch = header_from_wire(_header(await anext(stream, b"")))
+        async with paced():
+            first = _header(await anext(stream, b""))
+        header, run, epoch = header_from_wire(first)
         self.gate.caller().speaks_for(header.client)
-        size_bytes = await self.call(self._coordinator.check_header, header, run, epoch)
-        if size_bytes is None:
-            return pb.SubmitReply(duplicate=True)
-        payload = await _read(stream, size_bytes)
-        return pb.SubmitReply(duplicate=await self.call(self._coordinator.submit, header, payload, run, epoch))
+        with self._clients.call(header.client):
+            size_bytes = await self._calls.run(partial(self._coordinator.check_header, header, run, epoch))
+            if size_bytes is None:
+                return pb.SubmitReply(duplicate=True)
+            upload, turn = await self.call(self._uploads.take, header, size_bytes, first.offset)
+            missing_bytes = size_bytes - upload.received
+            if first.offset != upload.received:
+                return pb.SubmitReply(missing_bytes=missing_bytes)
+            await self._receive(stream, upload, turn)
+            return await self._accept(header, run, epoch, upload, turn)
 
     @guarded
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatReply:
         """See federation.proto."""
-        call = self._coordinator.heartbeat
-        number, is_open = await self.call(call, request.client, request.run, request.epoch)
+        asked = request.client, request.run, request.epoch
+        with self._clients.call(request.client):
+            number, is_open = await self._calls.run(partial(self._coordinator.heartbeat, *asked))
         return pb.HeartbeatReply(round=number, open=is_open)
 
     @guarded
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveReply:
         """See federation.proto."""
-        call = self._coordinator.leave
-        await self.call(call, request.client, request.reason, request.run, request.epoch)
+        asked = request.client, request.reason, request.run, request.epoch
+        with self._clients.call(request.client):
+            await self._calls.run(partial(self._coordinator.leave, *asked))
         return pb.LeaveReply()
 
-    async def _polled(self, call: Callable[[], T], waits: Callable[[T], bool]) -> T:
-        """The first answer with which the caller need not wait, or whatever there is at the end of a long poll."""
-        end_s = self._loop.time() + LONG_POLL_S
-        while True:
-            stirred = self._stirred  # taken before asking: what happens after the answer wakes this very event
-            answer = await self.call(call)
-            left_s = end_s - self._loop.time()
-            if not waits(answer) or left_s <= 0:
-                return answer
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stirred.wait(), min(left_s, self._renew_s))
+    async def _receive(self, stream: AsyncIterator[bytes], upload: Upload, turn: int) -> None:
+        """Read what is missing of an upload; if the call breaks, what has come is kept for the next one."""
+
+        async def keep(data: memoryview) -> None:
+            if self._uploads.fits(upload, len(data)):
+                self._uploads.add(upload, turn, data)
+            else:
+                await self.call(self._uploads.add, upload, turn, data)
+            moved(len(data))
+
+        try:
+            async with paced() as moved:
+                await received(stream, upload.size_bytes - upload.received, keep)
+        except BaseException:
+            await self.call(self._uploads.park, upload, turn)
+            raise
+
+    async def _accept(self, header: UpdateHeader, run: str, epoch: int, upload: Upload, turn: int) -> pb.SubmitReply:
+        """Hand a whole upload to the coordinator. Only one that is refused for now is kept."""
+
+        def submit() -> bool:
+            return self._coordinator.submit(header, self._uploads.payload(upload, turn), run, epoch)
+
+        try:
+            duplicate = await self._updates.run(submit)
+        except (Overloaded, asyncio.CancelledError):
+            await self.call(self._uploads.park, upload, turn)
+            raise
+        except BaseException:
+            await self.call(self._uploads.drop, header.client)
+            raise
+        await self.call(self._uploads.drop, header.client)
+        return pb.SubmitReply(duplicate=duplicate)
 
     def _wake(self) -> None:
-        self._loop.call_soon_threadsafe(self._stir)
-
-    def _stir(self) -> None:
-        self._stirred.set()
-        self._stirred = asyncio.Event()
+        self._loop.call_soon_threadsafe(self._polls.stir)
 
 
 def handlers(servicer: Servicer) -> "grpc.GenericRpcHandler[Any, Any]":
@@ -243,24 +287,6 @@ def _header(message: bytes) -> pb.UpdateHeader:
     if first.WhichOneof("part") != "header":
         raise ProtocolError("an update starts with its header; send that first, then the payload")
     return first.header
-
-
-async def _read(stream: AsyncIterator[bytes], size_bytes: int) -> bytes:
-    """Exactly `size_bytes` of payload; a byte too many is refused as soon as it is seen.
-
-    Raises:
-        ProtocolError: More or less follows, or something that is not payload.
-    """
-    parts: list[memoryview] = []
-    have = 0
-    async for message in stream:
-        parts.append(unframed(DATA_FIELD, message))
-        have += len(parts[-1])
-        if have > size_bytes:
-            raise ProtocolError(f"at least {have} bytes of payload came; the header announced {size_bytes}")
-    if have < size_bytes:
-        raise ProtocolError(f"the payload ended after {have} bytes; the header announced {size_bytes}")
-    return b"".join(parts)
 
 
 def _nothing() -> None:

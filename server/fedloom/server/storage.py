@@ -1,6 +1,7 @@
 """What the coordinator asks of whatever keeps its state. `Store` keeps it in a local directory."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Protocol
 
 from fedloom.server.audit import AuditRecord
@@ -17,10 +18,12 @@ class Storage(Protocol):
 
     Attributes:
         epoch: How many times this state has been opened, this time included; 1 at first.
+        folder: A local directory that is this coordinator's own: what can be had again may lie there meanwhile.
         where: A name for the state in messages to its operator.
     """
 
     epoch: int
+    folder: Path
 
     @property
     def where(self) -> str:

@@ -100,7 +100,8 @@ class FederationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Submit(self, request_iterator, context):
-        """"Here is my update": a header first, then the payload in order.
+        """"Here is my update": a header first, then the payload in order, from the header's offset on. After a broken call
+        the client asks with an offset at the payload's end, which sends nothing, and the reply says what is missing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

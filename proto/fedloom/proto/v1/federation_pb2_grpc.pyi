@@ -42,7 +42,9 @@ class FederationStub:
     Fetch: _grpc.UnaryStreamMultiCallable[_federation_pb2.FetchRequest, _federation_pb2.Chunk]
     """"Send me the bytes with this digest, from this offset." """
     Submit: _grpc.StreamUnaryMultiCallable[_federation_pb2.SubmitRequest, _federation_pb2.SubmitReply]
-    """"Here is my update": a header first, then the payload in order."""
+    """"Here is my update": a header first, then the payload in order, from the header's offset on. After a broken call
+    the client asks with an offset at the payload's end, which sends nothing, and the reply says what is missing.
+    """
     Exchange: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ExchangeRequest, _federation_pb2.ExchangeReply]
     """"Here is my message for this step of the secure sum; what did the others send?" A long poll that answers within
     45 s; sent again unchanged it goes on waiting.
@@ -66,7 +68,9 @@ class FederationAsyncStub(FederationStub):
     Fetch: _aio.UnaryStreamMultiCallable[_federation_pb2.FetchRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
     """"Send me the bytes with this digest, from this offset." """
     Submit: _aio.StreamUnaryMultiCallable[_federation_pb2.SubmitRequest, _federation_pb2.SubmitReply]  # type: ignore[assignment]
-    """"Here is my update": a header first, then the payload in order."""
+    """"Here is my update": a header first, then the payload in order, from the header's offset on. After a broken call
+    the client asks with an offset at the payload's end, which sends nothing, and the reply says what is missing.
+    """
     Exchange: _aio.UnaryUnaryMultiCallable[_federation_pb2.ExchangeRequest, _federation_pb2.ExchangeReply]  # type: ignore[assignment]
     """"Here is my message for this step of the secure sum; what did the others send?" A long poll that answers within
     45 s; sent again unchanged it goes on waiting.
@@ -111,7 +115,9 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_federation_pb2.SubmitRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.SubmitReply, _abc.Awaitable[_federation_pb2.SubmitReply]]:
-        """"Here is my update": a header first, then the payload in order."""
+        """"Here is my update": a header first, then the payload in order, from the header's offset on. After a broken call
+        the client asks with an offset at the payload's end, which sends nothing, and the reply says what is missing.
+        """
 
     @_abc_1.abstractmethod
     def Exchange(
