@@ -52,6 +52,7 @@ bench: setup
 	fedloom bench round
 	fedloom bench dp-step
 	fedloom bench secagg
+	fedloom bench clients
 
 study-small: setup
 	python benchmarks/study_small.py
