@@ -1,0 +1,148 @@
+"""A coordinator in a process of its own, with clients that are told what to send: what the fault tests put faults into.
+
+Run as a script with a state directory, it serves until the run is over.
+"""
+
+import asyncio
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+
+from fedloom.proto.codec import codec
+from fedloom.proto.limits import CHUNK_BYTES
+from fedloom.proto.messages import Assignment, Finished, UpdateHeader, Wait, upload_schema
+from fedloom.proto.run import RunConfig
+from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.proto.v1 import federation_pb2 as pb
+from fedloom.proto.v1.federation_pb2_grpc import FederationStub
+from fedloom.proto.wire import answer_from_wire, header_to_wire
+from fedloom.server.coordinator import Coordinator
+from fedloom.server.serve import serve
+from fedloom.server.store import Store
+from fedloom.strategies.fedavg import FedAvg
+from fedloom.strategies.start import starting_adapter
+
+__all__ = ["CONFIG", "SCHEMA", "Client", "coordinator_process", "open_coordinator", "served", "update"]
+
+SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (2, 16)), TensorSpec("m.B", "m", Role.LORA_B, (16, 2))))
+CONFIG = RunConfig.model_validate(
+    {
+        "run": {"name": "faults", "rounds": 2},
+        "model": {"base": "none", "labels": ["a", "b"], "head": "frozen"},
+        "train": {"steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
+        "privacy": {"enabled": False},
+        "rounds": {"min_clients": 2},
+    }
+)
+_CALL_S = 30.0
+
+
+def update(name: str, assignment: Assignment, scale: float = 1.0) -> tuple[UpdateHeader, bytes]:
+    """What a client sends: a function of its name and the round."""
+    derived = upload_schema(SCHEMA, assignment)
+    rng = np.random.default_rng([*name.encode(), assignment.round])
+    delta = {s.name: (scale * rng.normal(size=s.shape)).astype(np.float32) for s in derived.tensors}
+    payload = codec("fp32").encode(derived, delta)
+    digest = hashlib.sha256(payload).hexdigest()
+    return UpdateHeader(name, assignment.round, derived.digest, "fp32", len(payload), digest), payload
+
+
+class Client:
+    """One client without a model, on a channel of its own."""
+
+    def __init__(self, address: str, name: str) -> None:
+        self.address, self.name = address, name
+        self.channel = grpc.insecure_channel(address)
+        self.stub = FederationStub(self.channel)
+        self.run, self.epoch = "", 0
+
+    def join(self) -> None:
+        joined = self.stub.Join(pb.JoinRequest(client=self.name, protocol=1), timeout=_CALL_S)
+        self.run, self.epoch = joined.run, joined.epoch
+
+    def ask(self) -> "grpc.CallFuture[pb.WorkReply]":
+        """Ask for work without waiting for the answer."""
+        return self.stub.Work.future(pb.WorkRequest(run=self.run, epoch=self.epoch, client=self.name), timeout=_CALL_S)
+
+    def answer(self, asked: "grpc.CallFuture[pb.WorkReply]") -> Assignment | Wait | Finished:
+        return answer_from_wire(asked.result())
+
+    def work(self) -> Assignment | Wait | Finished:
+        return self.answer(self.ask())
+
+    def submit(self, header: UpdateHeader, payload: bytes) -> bool:
+        """Whether it was there before. On a connection of its own, so that a trace shows what the reply is."""
+        first = pb.SubmitRequest(header=header_to_wire(header, self.run, self.epoch))
+        chunks = [payload[start : start + CHUNK_BYTES] for start in range(0, len(payload), CHUNK_BYTES)]
+        messages = iter([first, *(pb.SubmitRequest(data=chunk) for chunk in chunks)])
+        with grpc.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            return FederationStub(channel).Submit(messages, timeout=_CALL_S).duplicate
+
+    def final(self) -> bytes:
+        answer = self.work()
+        assert isinstance(answer, Finished)
+        request = pb.FetchRequest(run=self.run, epoch=self.epoch, client=self.name, digest=answer.digest)
+        return b"".join(chunk.data for chunk in self.stub.Fetch(request, timeout=_CALL_S))
+
+
+def open_coordinator(store: Store) -> Coordinator:
+    """The run of `CONFIG` on this state."""
+    return Coordinator(CONFIG, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 0))
+
+
+@contextmanager
+def coordinator_process(
+    state: Path, *, prefix: Sequence[str] = (), durable: bool = True, one_thread: bool = False
+) -> "Iterator[subprocess.Popen[str]]":
+    """This file as a process; the first line it prints is its address. It is gone at the end of the block."""
+    command = [*prefix, sys.executable, __file__, str(state), str(int(durable)), str(int(one_thread))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def served(state: Path, *names: str, durable: bool = True) -> Iterator[list[Client]]:
+    """Joined clients of a coordinator process on this state."""
+    with coordinator_process(state, durable=durable) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        clients = [Client(address, name) for name in names]
+        try:
+            for client in clients:
+                client.join()
+            yield clients
+        finally:
+            for client in clients:
+                client.channel.close()
+
+
+def _at_once(_: ThreadPoolExecutor, call: Callable[..., object], /, *args: object, **kwargs: object) -> Future[object]:
+    """Instead of `ThreadPoolExecutor.submit`: strace counts calls by thread, so a numbered fault needs a single one."""
+    done: Future[object] = Future()
+    try:
+        done.set_result(call(*args, **kwargs))
+    except Exception as error:
+        done.set_exception(error)
+    return done
+
+
+if __name__ == "__main__":
+    if sys.argv[3] == "1":
+        ThreadPoolExecutor.submit = _at_once  # type: ignore[assignment,method-assign]  # see there
+    with Store(Path(sys.argv[1]), durable=sys.argv[2] == "1") as opened:
+        made = open_coordinator(opened)
+        asyncio.run(serve(made, "127.0.0.1:0", ready=lambda address: print(address, flush=True), linger_s=2.0))
