@@ -214,26 +214,6 @@ def test_an_update_is_acknowledged_after_it_is_on_disk(tmp_path: Path) -> None:
         assert after(came, rf"sendmsg\(\d+{re.escape(connection[0])}.*grpc-(status|message)") > at
 
 
-@pytest.mark.e2e
-def test_a_blob_whose_name_was_not_synced_before_a_crash_is_synced_before_it_counts(
-    tmp_path: Path, points: list[Point]
-) -> None:
-    state, trace = tmp_path / "state", tmp_path / "trace"
-    folder_syncs = [point for point in points if (point.call, point.path) == ("fsync", "/blobs")]
-    killed = f"inject=fsync:signal=SIGKILL:when={folder_syncs[1].when}"
-    assert run(state, *strace(trace, "-e", "trace=fsync", "-e", killed), one_thread=True).acknowledged == []
-    blobs = {path.name for path in (state / "blobs").iterdir()}
-    assert len(blobs) == 2  # the starting state, and an update that nobody was told of
-
-    assert run(state, *strace(trace, "-s", "8192", "-e", f"trace={','.join(CALLS)}")).done
-
-    lines = trace.read_text(errors="replace").splitlines()
-    counted = next(
-        i for i, line in enumerate(lines) if "UpdateAccepted" in line and any(name in line for name in blobs)
-    )
-    assert any(f"<{state}/blobs>" in line and "fsync" in line for line in lines[:counted])
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""

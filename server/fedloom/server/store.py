@@ -62,9 +62,13 @@ class Store:
         self._numbers = itertools.count()
         self._forgotten: list[Path] = []
         with _explained(folder):
+            made = [each for each in (folder, *folder.parents) if not each.exists()]
             # Closed to other users: updates lie here before any noise, and so does the secret of the noise.
             folder.mkdir(0o700, parents=True, exist_ok=True)
             self._blobs.mkdir(exist_ok=True)
+            if durable:
+                for each in made:
+                    _sync_folder(each.parent)
         self._lock = _lock(folder)
         try:
             with _explained(folder):
@@ -145,6 +149,8 @@ class Store:
         target = self._blobs / digest
         with _explained(target):
             if target.exists():
+                if self.durable:  # whoever gave it its name may not have come to this yet
+                    _sync_folder(self._blobs)
                 return digest
             temporary = self._temporary(digest)
             with temporary.open("wb", buffering=0) as file:
