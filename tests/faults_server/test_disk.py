@@ -5,7 +5,6 @@ a restart, a failed write stops the coordinator with the file's name, and the ru
 `FEDLOOM_PROVE=1` takes every call of the run in turn instead of a few.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -16,20 +15,15 @@ from pathlib import Path
 
 import grpc
 import pytest
-from serving import Client, coordinator_process, open_coordinator, update
+from serving import NAMES, Acknowledged, Client, coordinator_process, finish, update
 
-from fedloom.proto.messages import Assignment, UpdateHeader
-from fedloom.server.store import Store
-from fedloom.strategies.state import state_to_bytes
+from fedloom.proto.messages import Assignment
 
-pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (apt-get install strace)")
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (apt-get install strace)")
 
 PROVE = os.environ.get("FEDLOOM_PROVE") == "1"
-NAMES = ("ann", "ben")
 CALLS = ("fsync", "fdatasync", "rename", "pwrite64", "write")
 FAULTS = ("error=EIO", "signal=SIGKILL")
-
-Acknowledged = list[tuple[UpdateHeader, bytes]]
 
 
 @dataclass
@@ -80,24 +74,6 @@ def assignments(clients: list[Client]) -> list[Assignment]:
     answers = [client.answer(each) for client, each in zip(clients, asked, strict=True)]
     assert all(isinstance(answer, Assignment) for answer in answers)
     return [answer for answer in answers if isinstance(answer, Assignment)]
-
-
-def finish(state: Path, acknowledged: Acknowledged = []) -> str:  # noqa: B006  # only read
-    """Start again on a sound disk, check that every acknowledged update is known, and run to the end."""
-    with Store(state) as store:
-        coordinator = open_coordinator(store)
-        places = {}
-        for name in NAMES:
-            joined = coordinator.join(name, 1, 0)
-            places[name] = joined.run, joined.epoch
-        for header, payload in acknowledged:
-            assert coordinator.submit(header, payload, *places[header.client]) is True, "an acknowledged update is gone"
-        while not coordinator.finished:
-            for name in NAMES:
-                answer = coordinator.work(name, *places[name])
-                if isinstance(answer, Assignment):
-                    coordinator.submit(*update(name, answer), *places[name])
-        return hashlib.sha256(state_to_bytes(coordinator.state)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -151,6 +127,7 @@ def chosen(points: list[Point]) -> Iterator[tuple[Point, str]]:
                     yield point, fault
 
 
+@needs_strace
 @pytest.mark.e2e
 @pytest.mark.prove
 @pytest.mark.timeout(3600)
@@ -181,6 +158,7 @@ def test_a_fault_at_any_write_loses_nothing_that_was_acknowledged(
     assert stopped > 4
 
 
+@needs_strace
 @pytest.mark.e2e
 def test_an_update_is_acknowledged_after_it_is_on_disk(tmp_path: Path) -> None:
     state, trace = tmp_path / "state", tmp_path / "trace"
