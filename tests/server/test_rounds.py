@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from fedloom.proto.errors import StoreError
 from fedloom.proto.run import RoundsSection, RunConfig
+from fedloom.server.decisions import closing, decision, draw_cohort, opening, reopening
 from fedloom.server.rounds import (
     AdapterCommitted,
     ClientLost,
@@ -18,13 +19,8 @@ from fedloom.server.rounds import (
     SumAccepted,
     UpdateAccepted,
     apply,
-    closing,
-    decision,
-    draw_cohort,
     event_from_json,
     event_to_json,
-    opening,
-    reopening,
 )
 
 CREATED = RunCreated("4f", "spec", "schema", "s0")

@@ -1,11 +1,11 @@
 import hashlib
 import os
-import sqlite3
 from pathlib import Path
 
 import pytest
 
 from fedloom.proto.errors import StoreError
+from fedloom.server import database
 from fedloom.server.rounds import AdapterCommitted, ClientLost, Event, UpdateAccepted
 from fedloom.server.store import Store
 
@@ -87,12 +87,10 @@ def test_sweeping_keeps_what_is_named_and_what_is_being_written(tmp_path: Path) 
         assert not half.exists()
 
 
-def test_a_log_of_another_version_is_refused(tmp_path: Path) -> None:
-    Store(tmp_path).close()
-    database = sqlite3.connect(tmp_path / "run.db")
-    with database:
-        database.execute("""INSERT INTO events (body) VALUES ('{"event":"Quorum"}')""")
-    database.close()
+def test_a_log_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store(tmp_path) as store:
+        monkeypatch.setattr(database, "event_to_json", lambda event: '{"event":"Quorum"}')
+        store.append(ClientLost(3, "ben", "left"))
 
     with Store(tmp_path) as store, pytest.raises(StoreError, match="not an event of this version"):
         store.events()

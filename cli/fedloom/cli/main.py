@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli import assets, audit, bench, client, identity, ledger, privacy, server, simulate, strategies
+from fedloom.cli import assets, audit, bench, client, identity, ledger, privacy, runs, server, simulate, strategies
 from fedloom.cli.console import failed, version
 from fedloom.proto.errors import FedloomError
 from fedloom.proto.memory import keep_freed_memory
@@ -45,6 +45,7 @@ app.command("assets")(assets.assets)
 app.add_typer(strategies.app, name="strategies")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(privacy.app, name="privacy")
+app.add_typer(runs.app, name="runs")
 app.add_typer(bench.app, name="bench")
 
 

@@ -1,13 +1,11 @@
 """Who and what is admitted to a run: run files, client names, and messages by whom they are from."""
 
-from collections.abc import Mapping
-
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ConfigError, ProtocolError
 from fedloom.proto.limits import MAX_NAME_LENGTH
 from fedloom.proto.messages import PROTOCOL_VERSION
 from fedloom.proto.run import RunConfig
-from fedloom.server.progress import Member
+from fedloom.server.members import Member, Members
 from fedloom.strategies.api import Strategy
 
 __all__ = ["MAX_CLIENTS", "MAX_EXAMPLES", "admitted", "check_config", "check_join", "check_work"]
@@ -76,13 +74,11 @@ def check_work(config: RunConfig, client: str, declared_examples: int) -> None:
         )
 
 
-def admitted(
-    members: Mapping[str, Member], client: str, sent: tuple[str, int], here: tuple[str, int], now_s: float
-) -> Member:
+def admitted(members: Members, client: str, sent: tuple[str, int], here: tuple[str, int], now_s: float) -> Member:
     """The member behind a message, whose lease begins anew.
 
     Args:
-        members: Who is known, by name.
+        members: Who is known.
         client: Who the message says it is from.
         sent: Run and epoch that it is addressed to.
         here: Run and epoch of this coordinator.
@@ -96,11 +92,10 @@ def admitted(
         raise ProtocolError(f"run {run[:64]!r} is not the one served here; join again")
     if epoch != this_epoch:
         raise ProtocolError(f"epoch {epoch} is not the coordinator's, it has restarted: now {this_epoch}; join again")
-    member = members.get(client)
-    if member is None or not member.joined:
+    if client not in members or not members[client].joined:
         raise ProtocolError(f"client {client[:64]!r} is not known in this epoch; join first")
-    member.seen_s = now_s
-    return member
+    members.seen(client, now_s)
+    return members[client]
 
 
 def _check_secure(config: RunConfig, strategy: Strategy) -> None:

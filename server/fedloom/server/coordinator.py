@@ -10,19 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fedloom.proto.errors import ProtocolError, UpdateRejected
-from fedloom.proto.messages import Answer, Finished, Joined, UpdateHeader, Wait
+from fedloom.proto.errors import ConfigError, ProtocolError, UpdateRejected
+from fedloom.proto.messages import Answer, Joined, UpdateHeader, Wait
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
 from fedloom.proto.secagg.steps import StepMessage, StepResult
 from fedloom.server.admission import MAX_CLIENTS, admitted, check_config, check_join, check_work
-from fedloom.server.broadcast import Broadcasts, final
+from fedloom.server.audit import Audit
 from fedloom.server.history import History
-from fedloom.server.progress import Member, Progress, Traffic, warn_if_short
+from fedloom.server.members import Member, Members
+from fedloom.server.progress import Progress, Traffic, warn_if_short
 from fedloom.server.rounds import ClientLost, LostReason, RoundClosed, Rounds, UpdateAccepted
 from fedloom.server.secure import Secure
-from fedloom.server.store import Store
-from fedloom.server.submission import check_address, check_payload, decoded, expected_bytes, is_repeat
+from fedloom.server.storage import Storage
+from fedloom.server.submission import check_payload, decoded
 from fedloom.strategies.api import State, Strategy, Update
 
 __all__ = ["Coordinator"]
@@ -37,7 +38,7 @@ class Coordinator:
         config: The run file.
         schema: The run's schema.
         strategy: Plans and folds; built by the caller from [strategy] of the run file.
-        store: The state directory, open; it stays the caller's to close.
+        store: The run's state, open; it stays the caller's to close.
         starting: The adapter before the first round; not looked at when the run goes on.
         clock: Seconds from any origin, never going back. Leases and deadlines are measured with it, and start
             anew when the coordinator does. A clock that stands still switches both off.
@@ -46,6 +47,7 @@ class Coordinator:
 
     Attributes:
         config: The run file.
+        audit: Takes notes for the audit log, from any thread; they are written with the next tick.
         wake: Called without arguments, off the lock, when a waiting client may have an answer: a round has
             opened or the run is over.
         on_commit: Called off the lock with the number of committed rounds and the state after the last of them, in
@@ -61,7 +63,7 @@ class Coordinator:
         config: RunConfig,
         schema: Schema,
         strategy: Strategy,
-        store: Store,
+        store: Storage,
         *,
         starting: Tensors,
         clock: Callable[[], float] = time.monotonic,
@@ -75,15 +77,17 @@ class Coordinator:
         self._lock, self._hooks = threading.RLock(), threading.RLock()
         self._committed: list[tuple[int, State]] = []
         self._traffic, self._stirred = Traffic(), False
-        self._ending: tuple[Finished, bytes] | None = None
+        self._settled: tuple[Rounds, int, bool] | None = None
         self._history = History(config, schema, strategy, store, starting=starting)
         self._secure = Secure(config, self._history, store)
+        self.audit = Audit(store)
+        self.audit.note("started", detail=f"run {self._history.run}")
         self._opened_s = clock()
-        # Whoever the open round waits for gets one lease to come back after a restart.
-        self._members = {name: Member(self._opened_s, asked=True) for name in self._rounds.pending}
+        self._members = Members(config.rounds.lease_s, self._rounds.pending, self._opened_s)
         with self._lock:
             self._advance()
             self._history.write()
+        self.audit.write()
 
     @property
     def epoch(self) -> int:
@@ -104,15 +108,16 @@ class Coordinator:
     def progress(self) -> Progress:
         """What a display may show."""
         with self._lock:
-            elapsed_s = self._clock() - self._opened_s
-            return Progress.of(self._rounds, self.config, self._live(), self._traffic, elapsed_s)
+            now_s = self._clock()
+            live, elapsed_s = self._members.live(now_s), now_s - self._opened_s
+            return Progress.of(self._rounds, self.config, live, self._traffic, elapsed_s)
 
     @property
     def over(self) -> bool:
         """Whether the run is finished and no live client still has to fetch the final adapter or to leave."""
         with self._lock:
-            served = [name for name, each in self._members.items() if each.served]
-            return self.finished and bool(served) and set(self._live()) <= set(served)
+            self._members.live(self._clock())
+            return self.finished and self._members.over
 
     def join(self, client: str, protocol: int, declared_examples: int) -> Joined:
         """What a client needs to know about the run. Joining again is allowed and changes its declaration.
@@ -121,13 +126,13 @@ class Coordinator:
             ProtocolError: The name is not one, another protocol version is spoken, or the run is full.
             ConfigError: The run weighs clients by examples and this one declares none, or too many.
         """
-        check_join(client, protocol, declared_examples)
-        with self._lock:
+        with self._lock, self._noting(client):
             self._history.check()
+            check_join(client, protocol, declared_examples)
             if client not in self._members and len(self._members) >= MAX_CLIENTS:
                 raise ProtocolError(f"the run has {MAX_CLIENTS} clients already; join under a name already known")
-            member = self._members.setdefault(client, Member(self._clock()))
-            member.joined, member.declared_examples, member.seen_s = True, declared_examples, self._clock()
+            if self._members.join(client, declared_examples, self._clock()):
+                self.audit.note("joined", client)
         return Joined(run=self._history.run, epoch=self.epoch, spec=self.config.spec, schema=self._schema)
 
     def work(self, client: str, run: str, epoch: int) -> Answer:
@@ -140,12 +145,13 @@ class Coordinator:
         with self._changing():
             member = self._admit(client, run, epoch)
             check_work(self.config, client, member.declared_examples)
-            member.asked, member.served = True, member.served and self.finished
+            self._members.asks(client)
+            member.served = member.served and self.finished
             self._advance()
             if self.finished:
-                return self._final()[0]
-            if self._takes_from(client):
-                return self._broadcasts.order(client).assignment
+                return self._history.final[0]
+            if self._secure.idle and self._rounds.takes_from(client):
+                return self._history.order(client).assignment
             return Wait(retry_after_s=0.0)
 
     def blob(self, client: str, digest: str, run: str, epoch: int, offset: int = 0) -> bytes:
@@ -163,7 +169,7 @@ class Coordinator:
         """
         with self._lock:
             member = self._admit(client, run, epoch)
-            payload = self._payload(client, digest)
+            payload = self._history.payload(client, digest)
             if payload is None:
                 raise ProtocolError(f"client {client[:64]!r} may not fetch {digest[:12]!r} now; ask for work first")
             if not 0 <= offset <= len(payload):
@@ -182,9 +188,9 @@ class Coordinator:
         Raises:
             ProtocolError: The update fits neither the run nor its open round.
         """
-        with self._lock:
+        with self._lock, self._noting(header.client):
             self._admit(header.client, run, epoch)
-            return self._expected(header)
+            return self._history.expected(header)
 
     def submit(self, header: UpdateHeader, payload: bytes, run: str, epoch: int) -> bool:
         """Take an update; when the call returns it is durable.
@@ -209,8 +215,8 @@ class Coordinator:
                 self._advance()
             return repeated
         with self._lock:
-            order, state = self._broadcasts.order(client), self.state
-            update = Update(client, self._weight(client), self._broadcasts.start(order), {})
+            order, state = self._history.order(client), self.state
+            update = Update(client, self._weight(client), self._history.start(client), {})
         rejection: UpdateRejected | None = None
         try:
             update = decoded(self._strategy, state, order, payload, update)
@@ -219,7 +225,7 @@ class Coordinator:
             rejection = error
         with self._changing():
             self._admit(client, run, epoch)
-            if self._expected(header) is None:
+            if self._history.expected(header) is None:
                 return True
             self._traffic.up(header.round, client, len(payload))
             if rejection is None:
@@ -227,6 +233,7 @@ class Coordinator:
                 self._history.keep(update)
             else:
                 self._lose(client, "rejected")
+                self.audit.note("rejected", client, str(rejection))
             self._advance()
         self._store.discard()  # at once, for the next round's files to take over their memory
         if rejection is not None:
@@ -264,8 +271,8 @@ class Coordinator:
             ProtocolError: The run, the epoch or the client is not known here.
         """
         with self._changing():
-            member = self._admit(client, run, epoch)
-            member.asked, member.served = False, True
+            self._admit(client, run, epoch)
+            self._members.leaves(client)
             _log.info("client %r leaves: %.200r", client, reason)
             if self._rounds.phase == "open" and client in self._rounds.pending:
                 self._lose(client, "left")
@@ -281,6 +288,25 @@ class Coordinator:
             self._advance()
         self._settle()
         self._store.discard()
+        self.audit.write()
+
+    def close(self) -> None:
+        """Write the last notes. Call it when nobody is served any more.
+
+        Raises:
+            StoreError: The state cannot be written.
+        """
+        self.audit.note("stopped", detail=f"after {self._rounds.round} rounds")
+        self.audit.write(ending=True)
+
+    @contextmanager
+    def _noting(self, client: str) -> Iterator[None]:
+        """Take a note of a message that is refused."""
+        try:
+            yield
+        except (ProtocolError, ConfigError, UpdateRejected) as error:
+            self.audit.note("refused", client, str(error))
+            raise
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -296,18 +322,21 @@ class Coordinator:
             self._notify()
 
     def _advance(self) -> None:
-        """Take every decision that is due."""
+        """Take every decision that is due. Where nothing has changed since the last time, nothing is looked at."""
         now_s = self._clock()
+        live = self._members.live(now_s)
         if self._rounds.phase == "closed":
             self._commit()
+        standing = self._rounds, self._members.changes, now_s - self._opened_s >= self._rounds.deadline_s
+        if standing == self._settled and not self._secure.enabled:
+            return
         if self._rounds.phase == "open":
-            for client in sorted(self._rounds.pending):
-                if now_s - self._members[client].seen_s > self.config.rounds.lease_s:
-                    self._lose(client, "lease")
+            for client in sorted(self._rounds.pending - live):
+                self._lose(client, "lease")
             self._stirred = self._secure.advance(now_s - self._opened_s) or self._stirred
         if not self._secure.idle:
             return  # the sum under way ends with an event of its own, or becomes idle again
-        while event := self._history.due(self._live(), now_s - self._opened_s, self._expect):
+        while event := self._history.due(live, now_s - self._opened_s, self._expect):
             self._history.record(event)
             if isinstance(event, RoundClosed):
                 self._history.write()  # on disk before it is acted on
@@ -315,6 +344,7 @@ class Coordinator:
             else:
                 self._opened_s = now_s
                 self._stirred = True
+        self._settled = self._rounds, self._members.changes, now_s - self._opened_s >= self._rounds.deadline_s
 
     def _settle(self) -> None:
         """Unmask the sum whose shares are there. That takes time, so it is done off the lock, by whoever is first."""
@@ -348,53 +378,13 @@ class Coordinator:
         self._history.check()
         return admitted(self._members, client, (run, epoch), (self._history.run, self.epoch), self._clock())
 
-    def _expected(self, header: UpdateHeader) -> int | None:
-        """See `check_header`; the client is already admitted."""
-        accepted = self._rounds.updates.get(header.client)
-        if header.round != self._rounds.round:
-            accepted = self._store.accepted(header.round, header.client)
-        if is_repeat(header, accepted):
-            return None
-        check_address(header, self._rounds)
-        return expected_bytes(header, self._broadcasts.order(header.client))
-
     def _lose(self, client: str, reason: LostReason) -> None:
         self._history.record(ClientLost(self._rounds.round, client, reason))
         warn_if_short(self._rounds, self.config.rounds.min_clients)
 
-    def _live(self) -> list[str]:
-        now_s, lease_s = self._clock(), self.config.rounds.lease_s
-        return [name for name, each in self._members.items() if each.asked and now_s - each.seen_s <= lease_s]
-
     def _weight(self, client: str) -> float:
         return 1.0 if self.config.strategy.weighting == "uniform" else float(self._members[client].declared_examples)
-
-    def _takes_from(self, client: str) -> bool:
-        """Whether the open round still takes an update from this client; one that was lost may come back."""
-        rounds = self._rounds
-        takes = rounds.phase == "open" and self._secure.idle
-        return takes and client in rounds.cohort - rounds.updates.keys() - rounds.rejected
-
-    def _payload(self, client: str, digest: str) -> bytes | None:
-        """The bytes this client may have under this digest."""
-        if self.finished:
-            ending, payload = self._final()
-            return payload if digest == ending.digest else None
-        if self._rounds.phase != "open" or client not in self._rounds.cohort:
-            return None
-        order = self._broadcasts.order(client)
-        return self._broadcasts.payload(order) if digest == order.assignment.broadcast_digest else None
 
     @property
     def _rounds(self) -> Rounds:
         return self._history.rounds
-
-    @property
-    def _broadcasts(self) -> Broadcasts:
-        return self._history.broadcasts
-
-    def _final(self) -> tuple[Finished, bytes]:
-        """The end of the run and the final adapter's bytes, encoded at the first call."""
-        if self._ending is None:
-            self._ending = final(self._schema, self.state)
-        return self._ending

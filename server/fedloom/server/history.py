@@ -14,9 +14,11 @@ import numpy as np
 
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ConfigError, StoreError
+from fedloom.proto.messages import Finished, UpdateHeader
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
-from fedloom.server.broadcast import Broadcasts
+from fedloom.server.broadcast import Broadcasts, Order, final
+from fedloom.server.decisions import decision
 from fedloom.server.rounds import (
     AdapterCommitted,
     ClientLost,
@@ -26,9 +28,9 @@ from fedloom.server.rounds import (
     Rounds,
     RunCreated,
     apply,
-    decision,
 )
-from fedloom.server.store import Store
+from fedloom.server.storage import Storage
+from fedloom.server.submission import check_address, expected_bytes, is_repeat
 from fedloom.server.user_ledger import check_opening, check_strategy, eligible, participations
 from fedloom.strategies.api import State, Strategy, Update
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
@@ -41,8 +43,9 @@ SUM = "sum of all"
 SUM_CODEC = "fp32"
 """Codec in which the mean of a secure sum is stored."""
 
-_FRESH_BYTES = 256 << 20
-"""Decoded updates kept in memory between their arrival and the fold, which spares reading and hashing them again."""
+_FRESH_BYTES = 32 << 20
+"""Decoded updates kept in memory between their arrival and the fold, which spares reading and hashing them again. It is
+a bound whatever the cohort's size; the rest of a larger cohort is read back one update at a time."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ class History:
     """
 
     def __init__(
-        self, config: RunConfig, schema: Schema, strategy: Strategy, store: Store, *, starting: Tensors
+        self, config: RunConfig, schema: Schema, strategy: Strategy, store: Storage, *, starting: Tensors
     ) -> None:
         check_strategy(config.user_level, strategy)
         self._config, self._schema, self._strategy, self._store = config, schema, strategy, store
@@ -76,6 +79,7 @@ class History:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
         self._fresh: dict[str, Update] = {}
         self._broken: StoreError | None = None
+        self._ending: tuple[Finished, bytes] | None = None
         self.state: State
         self.rounds = Rounds()
         events = store.events()
@@ -85,6 +89,13 @@ class History:
         self.run = self._begin(starting) if self.rounds.created is None else self._continue(self.rounds.created)
         self.broadcasts = Broadcasts(config, schema, strategy, self.state)
         self._sweep()
+
+    @property
+    def final(self) -> tuple[Finished, bytes]:
+        """The end of the run and the final adapter's bytes, encoded at the first call."""
+        if self._ending is None:
+            self._ending = final(self._schema, self.state)
+        return self._ending
 
     def check(self) -> None:
         """Refuse to go on after a failure of the disk: memory may then be ahead of it.
@@ -112,6 +123,43 @@ class History:
         """The next decision that is due, among the clients that may still be asked; see `rounds.decision`."""
         askable = eligible(self._config.user_level, self._taken, live)
         return decision(self.rounds, askable, self._config, elapsed_s, expect)
+
+    def order(self, client: str) -> Order:
+        """What this client is asked to do in the open round.
+
+        Raises:
+            ConfigError: The strategy plans what the run file rules out.
+        """
+        return self.broadcasts.order(client)
+
+    def start(self, client: str) -> Tensors:
+        """What this client's update starts from."""
+        return self.broadcasts.start(self.order(client))
+
+    def payload(self, client: str, digest: str) -> bytes | None:
+        """The bytes this client may have under this digest: its broadcast, or the final adapter; else None."""
+        if self.rounds.round >= self._config.run.rounds:
+            ending, payload = self.final
+            return payload if digest == ending.digest else None
+        if self.rounds.phase != "open" or client not in self.rounds.cohort:
+            return None
+        order = self.order(client)
+        return self.broadcasts.payload(order) if digest == order.assignment.broadcast_digest else None
+
+    def expected(self, header: UpdateHeader) -> int | None:
+        """The exact length in bytes of the payload that must follow; None when exactly this update is accepted already.
+
+        Raises:
+            ProtocolError: The update fits neither the log nor the open round.
+            UpdateRejected: This client's update was refused in this round before.
+        """
+        accepted = self.rounds.updates.get(header.client)
+        if header.round != self.rounds.round:
+            accepted = self._store.accepted(header.round, header.client)
+        if is_repeat(header, accepted):
+            return None
+        check_address(header, self.rounds)
+        return expected_bytes(header, self.order(header.client))
 
     def keep(self, update: Update) -> None:
         """Remember an accepted update's values until the round is folded, if there is room; the disk has them too."""
@@ -187,7 +235,7 @@ class History:
     def _continue(self, created: RunCreated) -> str:
         if (created.spec, created.schema) != (_agreed(self._config), self._schema.digest):
             raise ConfigError(
-                f"{self._store.folder} holds run {created.run[:8]} of another run file or base model; "
+                f"{self._store.where} holds run {created.run[:8]} of another run file or base model; "
                 "start with the run file it was made with, or give this run another directory"
             )
         self.state = state_from_bytes(self._store.get_blob(self.rounds.state), self._schema)

@@ -7,24 +7,9 @@ from dataclasses import dataclass, field
 from fedloom.proto.run import RunConfig
 from fedloom.server.rounds import Rounds
 
-__all__ = ["Member", "Progress", "Traffic", "warn_if_short"]
+__all__ = ["Progress", "Traffic", "warn_if_short"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Member:
-    """One client as this process has seen it; nothing of it outlives the process."""
-
-    seen_s: float
-    """Last sign of life, on the coordinator's clock."""
-    asked: bool = False
-    """It has asked for work, and has not left since."""
-    joined: bool = False
-    """It has joined in this epoch."""
-    declared_examples: int = 0
-    served: bool = False
-    """It needs nothing more: it has fetched the final adapter, or left."""
 
 
 @dataclass

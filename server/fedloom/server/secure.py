@@ -14,7 +14,7 @@ from fedloom.proto.secagg.steps import Step, StepMessage, StepResult
 from fedloom.server.exchange import Exchange, Unmasking, unmasked
 from fedloom.server.history import SUM_CODEC, History
 from fedloom.server.rounds import SumAccepted
-from fedloom.server.store import Store
+from fedloom.server.storage import Storage
 
 __all__ = ["Secure"]
 
@@ -33,7 +33,7 @@ class Secure:
         enabled: Whether this run has secure sums; otherwise no message is taken, and nothing is ever due.
     """
 
-    def __init__(self, config: RunConfig, history: History, store: Store) -> None:
+    def __init__(self, config: RunConfig, history: History, store: Storage) -> None:
         self._section, self._min_clients = config.secure_aggregation, config.rounds.min_clients
         self.enabled = self._section.enabled
         self._history, self._store = history, store

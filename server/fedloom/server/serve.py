@@ -66,18 +66,19 @@ async def serve(coordinator: Coordinator, listen: str, *, ready: Callable[[str],
             ready(f"{host}:{port}")
             await _until_over(coordinator, servicer, stopped, linger_s)
     finally:
-        stopping = asyncio.ensure_future(_stop(server, servicer))
+        stopping = asyncio.ensure_future(_stop(server, servicer, coordinator))
         while not stopping.done():
             with suppress(asyncio.CancelledError):  # it ends soon by itself, and must not be left half done
                 await asyncio.shield(stopping)
         stopping.result()
 
 
-async def _stop(server: aio.Server, servicer: Servicer) -> None:
+async def _stop(server: aio.Server, servicer: Servicer, coordinator: Coordinator) -> None:
     await server.stop(_STOP_GRACE_S)
     await servicer.close()
     if servicer.failed.done():
         servicer.failed.result()
+    coordinator.close()
 
 
 @contextmanager

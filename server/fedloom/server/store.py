@@ -2,8 +2,9 @@
 
 One directory belongs to one run and to one process at a time. Layout::
 
-    lock        held exclusively while the store is open
-    run.db      SQLite: the event log and the number of times the store was opened
+    lock        held exclusively while the store is open; the holder's process id
+    run.db      SQLite: the event log, the audit log and the number of times the store was opened
+    mark        number and link of the newest record of both logs, so that a log that lost its end is noticed
     blobs/      one file per blob, named by its SHA-256
 
 A blob is durable before the event that names it: write a temporary file, fsync, rename, fsync the folder,
@@ -15,27 +16,35 @@ import fcntl
 import hashlib
 import itertools
 import os
-import sqlite3
 import threading
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from fedloom.proto.errors import StoreError
-from fedloom.server.rounds import Event, UpdateAccepted, event_from_json, event_to_json
+from fedloom.server.audit import AuditRecord, record_from_json, record_to_json
+from fedloom.server.chain import Mark, mark_to_bytes, read_mark
+from fedloom.server.database import (
+    LOGS,
+    Log,
+    append,
+    check_mark,
+    connect,
+    event_rows,
+    explained,
+    newest,
+    read_epoch,
+    read_events,
+    read_log,
+    transaction,
+    upgrade,
+)
+from fedloom.server.rounds import Event, UpdateAccepted, event_from_json
 
 __all__ = ["Store"]
 
 _TEMPORARY = ".tmp"
-_TABLES = """
-CREATE TABLE IF NOT EXISTS opened (epoch INTEGER PRIMARY KEY AUTOINCREMENT);
-CREATE TABLE IF NOT EXISTS events (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, update_round INTEGER, update_client TEXT, body TEXT NOT NULL
-);
-CREATE UNIQUE INDEX IF NOT EXISTS one_update ON events (update_round, update_client) WHERE update_round IS NOT NULL;
-"""
 
 
 class Store:
@@ -57,11 +66,11 @@ class Store:
     def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self.folder = folder
         self.durable = durable
-        self._blobs = folder / "blobs"
+        self._blobs, self._path = folder / "blobs", folder / "run.db"
         self._mutex = threading.Lock()
         self._numbers = itertools.count()
         self._forgotten: list[Path] = []
-        with _explained(folder):
+        with explained(folder):
             made = [each for each in (folder, *folder.parents) if not each.exists()]
             # Closed to other users: updates lie here before any noise, and so does the secret of the noise.
             folder.mkdir(0o700, parents=True, exist_ok=True)
@@ -71,10 +80,11 @@ class Store:
                     _sync_folder(each.parent)
         self._lock = _lock(folder)
         try:
-            with _explained(folder):
+            with explained(folder):
                 for torn in self._blobs.glob(f"*{_TEMPORARY}"):
                     torn.unlink()
-                self._db = _connect(folder / "run.db", durable)
+                self._db = connect(self._path, durable)
+                self._marks, self._mark = self._open_logs()
                 self.epoch = self._next_epoch()
                 if durable:
                     _sync_folder(folder)
@@ -90,10 +100,16 @@ class Store:
         """Close the store."""
         self.close()
 
+    @property
+    def where(self) -> str:
+        """The directory's path."""
+        return str(self.folder)
+
     def close(self) -> None:
         """Give the directory up for the next process. Calling it again does nothing."""
         with self._mutex:
             self._db.close()
+            self._mark.close()
             self._lock.close()
 
     def append(self, *events: Event) -> None:
@@ -102,26 +118,34 @@ class Store:
         Raises:
             StoreError: The database refuses, or an update for this round and client is already there.
         """
-        rows = [
-            (
-                *((event.round, event.client) if isinstance(event, UpdateAccepted) else (None, None)),
-                event_to_json(event),
-            )
-            for event in events
-        ]
-        with self._mutex, _explained(self.folder / "run.db"), self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("INSERT INTO events (update_round, update_client, body) VALUES (?, ?, ?)", rows)
+        self._append("events", event_rows(events))
 
-    def events(self) -> list[Event]:
-        """The whole log, oldest first.
+    def note(self, *records: AuditRecord) -> None:
+        """Write audit records in one transaction: all of them or none.
 
         Raises:
-            StoreError: The database refuses, or a row is not an event of this build.
+            StoreError: The database refuses.
         """
-        with self._mutex, _explained(self.folder / "run.db"):
-            rows = self._db.execute("SELECT body FROM events ORDER BY seq").fetchall()
-        return [event_from_json(body) for (body,) in rows]
+        self._append("audit", [(record_to_json(record),) for record in records])
+
+    def events(self) -> list[Event]:
+        """The whole event log, oldest first.
+
+        Raises:
+            StoreError: The database refuses, the chain is broken, or a row is not an event of this build.
+        """
+        with self._mutex, explained(self._path):
+            return read_events(self._db, self._path, self._marks["events"])
+
+    def audit(self) -> list[AuditRecord]:
+        """The whole audit log, oldest first.
+
+        Raises:
+            StoreError: The database refuses, the chain is broken, or a row is not a record of this build.
+        """
+        with self._mutex, explained(self._path):
+            rows = list(read_log(self._db, self._path, "audit", self._marks["audit"]))
+        return [record_from_json(body) for body, _ in rows]
 
     def accepted(self, round: int, client: str) -> UpdateAccepted | None:
         """The update of `client` accepted in `round`, of any round ever.
@@ -130,7 +154,7 @@ class Store:
             StoreError: The database refuses.
         """
         query = "SELECT body FROM events WHERE update_round = ? AND update_client = ?"
-        with self._mutex, _explained(self.folder / "run.db"):
+        with self._mutex, explained(self._path):
             row = self._db.execute(query, (round, client)).fetchone()
         event = event_from_json(row[0]) if row else None
         return event if isinstance(event, UpdateAccepted) else None
@@ -147,19 +171,12 @@ class Store:
         """
         digest = digest or hashlib.sha256(blob).hexdigest()
         target = self._blobs / digest
-        with _explained(target):
+        with explained(target):
             if target.exists():
                 if self.durable:  # whoever gave it its name may not have come to this yet
                     _sync_folder(self._blobs)
                 return digest
-            temporary = self._temporary(digest)
-            with temporary.open("wb", buffering=0) as file:
-                file.write(blob)
-                if self.durable:
-                    os.fsync(file.fileno())
-            temporary.rename(target)
-            if self.durable:
-                _sync_folder(self._blobs)
+            self._put(blob, target)
         return digest
 
     def get_blob(self, digest: str) -> bytes:
@@ -169,7 +186,7 @@ class Store:
             StoreError: It is missing, or its bytes have changed.
         """
         target = self._blobs / digest
-        with _explained(target):
+        with explained(target):
             blob = target.read_bytes()
         if hashlib.sha256(blob).hexdigest() != digest:
             raise StoreError(f"{target} does not have the bytes its name promises; restore it from a backup")
@@ -183,7 +200,7 @@ class Store:
         Raises:
             StoreError: The disk refuses.
         """
-        with _explained(self._blobs):
+        with explained(self._blobs):
             for entry in self._blobs.iterdir():
                 if entry.name not in keep and entry.suffix != _TEMPORARY:
                     self._forgotten.append(entry.rename(self._temporary(entry.name)))
@@ -199,23 +216,61 @@ class Store:
                 path = self._forgotten.pop()
             except IndexError:  # another thread took the last one
                 return
-            with _explained(path):
+            with explained(path):
                 path.unlink(missing_ok=True)
+
+    def _put(self, content: bytes, target: Path) -> None:
+        """Make a file that is there as a whole or not at all."""
+        temporary = self._temporary(target.name)
+        with temporary.open("wb", buffering=0) as file:
+            file.write(content)
+            if self.durable:
+                os.fsync(file.fileno())
+        temporary.rename(target)
+        if self.durable:
+            _sync_folder(target.parent)
 
     def _temporary(self, name: str) -> Path:
         """A name that nothing else has; what a crash leaves under one is deleted at the next opening."""
         return self._blobs / f"{name}.{next(self._numbers)}{_TEMPORARY}"
 
+    def _append(self, log: Log, rows: Sequence[Sequence[object]]) -> None:
+        with self._mutex, explained(self._path):
+            with transaction(self._db):
+                mark = append(self._db, log, self._marks[log], rows)
+            # After the commit, so that the mark is never ahead of what the disk has.
+            self._marks[log] = mark
+            os.pwrite(self._mark.fileno(), mark_to_bytes(self._marks), 0)
+
+    def _open_logs(self) -> tuple[dict[str, Mark], IO[bytes]]:
+        """The marks of both logs, and the file that keeps them.
+
+        Raises:
+            StoreError: A log does not go as far as its mark says.
+        """
+        path = self.folder / "mark"
+        with transaction(self._db):
+            upgraded = upgrade(self._db, self._path)
+            marks: dict[str, Mark] = {log: newest(self._db, log) for log in LOGS}
+            if upgraded and not path.exists():
+                # Within the transaction: if the process dies after this line, the same links are made again.
+                self._put(mark_to_bytes(marks), path)
+            # A database that seems to be new but has a mark has lost everything.
+            for log, mark in read_mark(path).items():
+                check_mark(self._db, self._path, log, mark)
+        file = path.open("rb+", buffering=0)
+        return marks, file
+
     def _next_epoch(self) -> int:
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            return int(self._db.execute("INSERT INTO opened DEFAULT VALUES RETURNING epoch").fetchone()[0])
+        with transaction(self._db):
+            self._db.execute("INSERT INTO opened DEFAULT VALUES")
+            return read_epoch(self._db, self._path)
 
 
 def _lock(folder: Path) -> IO[bytes]:
     """An exclusive lock on the directory; the operating system drops it when this process dies."""
-    with _explained(folder / "lock"):
-        file = (folder / "lock").open("wb")
+    with explained(folder / "lock"):
+        file = (folder / "lock").open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -223,19 +278,10 @@ def _lock(folder: Path) -> IO[bytes]:
             raise StoreError(
                 f"{folder} is in use by another coordinator; stop that one or give this run another directory"
             ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
+        file.flush()
     return file
-
-
-def _connect(path: Path, durable: bool) -> sqlite3.Connection:
-    """The database in WAL mode, with its tables. The switch to WAL fails silently unless its answer is read."""
-    db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-    mode = db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-    if mode != "wal":
-        db.close()
-        raise StoreError(f"{path} stays in journal mode {mode!r}; put the state on a local disk that supports WAL")
-    db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
-    db.executescript(_TABLES)
-    return db
 
 
 def _sync_folder(folder: Path) -> None:
@@ -245,12 +291,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what the disk or the database says into a StoreError that names the file."""
-    try:
-        yield
-    except (OSError, sqlite3.Error) as error:
-        raise StoreError(f"{path}: {error}; free or repair the disk, then start the coordinator again") from error

@@ -46,7 +46,7 @@ def check_address(header: UpdateHeader, rounds: Rounds) -> None:
         )
     if client not in rounds.cohort:
         raise ProtocolError(f"client {client!r} was not asked to train in round {header.round}; ask for work")
-    if client in rounds.rejected:
+    if rounds.lost.get(client) == "rejected":
         raise UpdateRejected(f"the update of client {client!r} for round {header.round} was refused before")
 
 

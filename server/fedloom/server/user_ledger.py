@@ -145,10 +145,10 @@ def participations(events: Iterable[Event]) -> Counter[str]:
     return Counter(client for event in events if isinstance(event, RoundClosed) for client in event.clients)
 
 
-def eligible(user: UserLevelSection, taken: Counter[str], clients: Collection[str]) -> list[str]:
+def eligible(user: UserLevelSection, taken: Counter[str], clients: Collection[str]) -> Collection[str]:
     """Those of `clients` that may still be asked; `taken` counts the rounds each has been part of."""
     limit = user.max_participations if user.enabled else None
-    return [client for client in clients if limit is None or taken[client] < limit]
+    return clients if limit is None else [client for client in clients if taken[client] < limit]
 
 
 def check_supply(config: RunConfig, clients: int) -> None:

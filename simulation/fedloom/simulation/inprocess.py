@@ -89,6 +89,7 @@ def run_inprocess(
                 if participant.step() is not None:
                     working.remove(participant)
                 yield
+    coordinator.close()
 
 
 def _trainer(
