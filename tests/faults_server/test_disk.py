@@ -15,9 +15,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from serving import NAMES, Acknowledged, Client, coordinator_process, finish, update
 
 from fedloom.proto.messages import Assignment
+from tests.faults_server.serving import NAMES, Acknowledged, Client, coordinator_process, finish, update
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (apt-get install strace)")
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import NAMES, Acknowledged, finish, open_coordinator, update
 
 from fedloom.proto.errors import FedloomError, ProtocolError, StoreError
 from fedloom.proto.messages import Assignment
 from fedloom.server.store import Store
+from tests.faults_server.serving import NAMES, Acknowledged, finish, open_coordinator, update
 
 PROVE = os.environ.get("FEDLOOM_PROVE") == "1"
 SAMPLES = 10**9 if PROVE else 60
@@ -24,7 +24,7 @@ NO_CONTENT = ("run.db-shm", "lock")
 
 
 def grown(folder: Path, images: Path) -> Acknowledged:
-    """A run in its second round with one update there; the directory is copied as a crash and as a clean end leave it."""
+    """A run in its second round with one update there, with copies as a crash and as a clean end leave it."""
     acknowledged: Acknowledged = []
     with Store(folder) as store:
         coordinator = open_coordinator(store)

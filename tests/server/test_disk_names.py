@@ -45,8 +45,8 @@ def test_a_blob_that_another_thread_is_still_naming_is_durable_on_return(
         assert go_on.wait(30)
         return done
 
-    monkeypatch.setattr(Path, "rename", slow)
     with Store(tmp_path) as store:
+        monkeypatch.setattr(Path, "rename", slow)
         first = threading.Thread(target=store.put_blob, args=(b"the same from two clients",))
         first.start()
         assert named.wait(30)
