@@ -5,6 +5,7 @@ Run as a script with a state directory, it serves until the run is over.
 
 import asyncio
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -40,11 +42,18 @@ __all__ = [
     "coordinator_process",
     "finish",
     "open_coordinator",
+    "schema_of",
     "served",
     "update",
 ]
 
-SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (2, 16)), TensorSpec("m.B", "m", Role.LORA_B, (16, 2))))
+
+def schema_of(width: int) -> Schema:
+    """One pair of rank 2 and 4 * width values."""
+    return Schema((TensorSpec("m.A", "m", Role.LORA_A, (2, width)), TensorSpec("m.B", "m", Role.LORA_B, (width, 2))))
+
+
+SCHEMA = schema_of(16)
 CONFIG = RunConfig.model_validate(
     {
         "run": {"name": "faults", "rounds": 2},
@@ -55,20 +64,24 @@ CONFIG = RunConfig.model_validate(
     }
 )
 NAMES = ("ann", "ben")
-_CALL_S = 30.0
+_CALL_S = 60.0
+_OWN = [("grpc.use_local_subchannel_pool", 1)]
+"""A connection of its own for each channel, as for clients on machines of their own."""
 
 Acknowledged = list[tuple[UpdateHeader, bytes]]
 """Updates that the coordinator has said it has."""
 
 
-def open_coordinator(store: Store) -> Coordinator:
-    """The run of `CONFIG` on this state."""
-    return Coordinator(CONFIG, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 0))
+def open_coordinator(store: Store, config: RunConfig = CONFIG, schema: Schema = SCHEMA, expect: int = 0) -> Coordinator:
+    """A run on this state."""
+    return Coordinator(config, schema, FedAvg(), store, starting=starting_adapter(schema, 0), expect=expect)
 
 
-def update(name: str, assignment: Assignment, scale: float = 1.0) -> tuple[UpdateHeader, bytes]:
+def update(
+    name: str, assignment: Assignment, scale: float = 1.0, schema: Schema = SCHEMA
+) -> tuple[UpdateHeader, bytes]:
     """What a client sends: a function of its name and the round."""
-    derived = upload_schema(SCHEMA, assignment)
+    derived = upload_schema(schema, assignment)
     rng = np.random.default_rng([*name.encode(), assignment.round])
     delta = {s.name: (scale * rng.normal(size=s.shape)).astype(np.float32) for s in derived.tensors}
     payload = codec("fp32").encode(derived, delta)
@@ -97,14 +110,15 @@ def finish(state: Path, acknowledged: Acknowledged = []) -> str:  # noqa: B006  
 class Client:
     """One client without a model, on a channel of its own."""
 
-    def __init__(self, address: str, name: str) -> None:
-        self.address, self.name = address, name
-        self.channel = grpc.insecure_channel(address)
+    def __init__(self, address: str, name: str, pid: int = 0) -> None:
+        self.address, self.name, self.pid = address, name, pid
+        self.channel = grpc.insecure_channel(address, options=_OWN)
         self.stub = FederationStub(self.channel)
         self.run, self.epoch = "", 0
 
-    def join(self) -> None:
-        joined = self.stub.Join(pb.JoinRequest(client=self.name, protocol=1), timeout=_CALL_S)
+    def join(self, examples: int = 0) -> None:
+        request = pb.JoinRequest(client=self.name, protocol=1, declared_examples=examples)
+        joined = self.stub.Join(request, timeout=_CALL_S)
         self.run, self.epoch = joined.run, joined.epoch
 
     def ask(self) -> "grpc.CallFuture[pb.WorkReply]":
@@ -122,8 +136,16 @@ class Client:
         first = pb.SubmitRequest(header=header_to_wire(header, self.run, self.epoch))
         chunks = [payload[start : start + CHUNK_BYTES] for start in range(0, len(payload), CHUNK_BYTES)]
         messages = iter([first, *(pb.SubmitRequest(data=chunk) for chunk in chunks)])
-        with grpc.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        with grpc.insecure_channel(self.address, options=_OWN) as channel:
             return FederationStub(channel).Submit(messages, timeout=_CALL_S).duplicate
+
+    def leave(self) -> None:
+        self.stub.Leave(pb.LeaveRequest(run=self.run, epoch=self.epoch, client=self.name), timeout=_CALL_S)
+
+    def peak_mib(self) -> float:
+        """Most memory that the coordinator's process has held."""
+        status = Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
     def final(self) -> bytes:
         answer = self.work()
@@ -134,10 +156,16 @@ class Client:
 
 @contextmanager
 def coordinator_process(
-    state: Path, *, prefix: Sequence[str] = (), durable: bool = True, one_thread: bool = False
+    state: Path, *, prefix: Sequence[str] = (), **options: object
 ) -> "Iterator[subprocess.Popen[str]]":
-    """This file as a process; the first line it prints is its address. It is gone at the end of the block."""
-    command = [*prefix, sys.executable, __file__, str(state), str(int(durable)), str(int(one_thread))]
+    """This file as a process; the first line it prints is its address. It is gone at the end of the block.
+
+    Args:
+        state: Its state directory.
+        prefix: Command that runs it, such as strace.
+        options: durable, expect, width, one_thread and config, see the end of this file.
+    """
+    command = [*prefix, sys.executable, __file__, str(state), json.dumps(options)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -149,15 +177,13 @@ def coordinator_process(
 
 
 @contextmanager
-def served(state: Path, *names: str, durable: bool = True) -> Iterator[list[Client]]:
-    """Joined clients of a coordinator process on this state."""
-    with coordinator_process(state, durable=durable) as process:
+def served(state: Path, *names: str, **options: object) -> Iterator[list[Client]]:
+    """Clients of a coordinator process on this state; it does not synchronise its disk unless it is told to."""
+    with coordinator_process(state, **{"durable": False, **options}) as process:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
-        clients = [Client(address, name) for name in names]
+        clients = [Client(address, name, process.pid) for name in names]
         try:
-            for client in clients:
-                client.join()
             yield clients
         finally:
             for client in clients:
@@ -174,9 +200,14 @@ def _at_once(_: ThreadPoolExecutor, call: Callable[..., object], /, *args: objec
     return done
 
 
-if __name__ == "__main__":
-    if sys.argv[3] == "1":
+def _main(state: Path, options: dict[str, Any]) -> None:
+    if options.get("one_thread"):
         ThreadPoolExecutor.submit = _at_once  # type: ignore[assignment,method-assign]  # see there
-    with Store(Path(sys.argv[1]), durable=sys.argv[2] == "1") as opened:
-        made = open_coordinator(opened)
+    config = RunConfig.model_validate({**CONFIG.model_dump(mode="json"), **options.get("config", {})})
+    with Store(state, durable=options.get("durable", True)) as store:
+        made = open_coordinator(store, config, schema_of(options.get("width", 16)), options.get("expect", 0))
         asyncio.run(serve(made, "127.0.0.1:0", ready=lambda address: print(address, flush=True), linger_s=2.0))
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fedloom.proto.errors import LedgerError, PolicyError
 
@@ -38,7 +39,7 @@ def remember(folder: Path, run: str, round: int, update: str, survivors: Iterabl
     path = folder / _FOLDER / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.json"
     what = [round, update, *sorted(survivors)]
     try:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else [-1]
+        known = _read(path) if path.exists() else [-1]
         if known == what:
             return
         if known[0] < round:
@@ -52,12 +53,20 @@ def remember(folder: Path, run: str, round: int, update: str, survivors: Iterabl
     )
 
 
+def _read(path: Path) -> list[Any]:
+    text, _, digest = path.read_text(encoding="utf-8").partition("\n")
+    if hashlib.sha256(text.encode()).hexdigest() != digest:
+        raise ValueError("its digest does not fit; the file is damaged")
+    known: list[Any] = json.loads(text)
+    return known
+
+
 def _replace(path: Path, text: str) -> None:
-    """The file holds either its old or its new text, whenever the machine dies."""
+    """The file holds either its old or its new text, with its digest, whenever the machine dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}")
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)

@@ -73,6 +73,8 @@ def _guarded(
     @wraps(handler)
     async def guarded(servicer: "Servicer", request: Q, context: Context) -> R:
         try:
+            if request is None:
+                raise ProtocolError("the message cannot be read; send what federation.proto describes")
             return await handler(servicer, request, context)
         except Exception as error:
             code, text = status_of(error)
@@ -197,17 +199,29 @@ def handlers(servicer: Servicer) -> "grpc.GenericRpcHandler[Any, Any]":
     """The service's methods as protobuf would generate them, but for payloads, which `frames` reads and writes."""
     methods = {
         name: grpc.unary_unary_rpc_method_handler(
-            getattr(servicer, name), request_deserializer=ask.FromString, response_serializer=reply.SerializeToString
+            getattr(servicer, name), request_deserializer=_reader(ask), response_serializer=reply.SerializeToString
         )
         for name, (ask, reply) in _UNARY.items()
     }
     methods["Fetch"] = grpc.unary_stream_rpc_method_handler(
-        servicer.Fetch, request_deserializer=pb.FetchRequest.FromString
+        servicer.Fetch, request_deserializer=_reader(pb.FetchRequest)
     )
     methods["Submit"] = grpc.stream_unary_rpc_method_handler(
         servicer.Submit, response_serializer=pb.SubmitReply.SerializeToString
     )
     return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+
+def _reader(kind: Any) -> Callable[[bytes], Any]:
+    """A message of this kind; None for bytes that are none, of which gRPC would tell the peer in its own words."""
+
+    def read(message: bytes) -> Any:
+        try:
+            return kind.FromString(message)
+        except DecodeError:
+            return None
+
+    return read
 
 
 def _header(message: bytes) -> pb.UpdateHeader:
