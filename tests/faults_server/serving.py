@@ -179,7 +179,7 @@ def coordinator_process(
 @contextmanager
 def served(state: Path, *names: str, **options: object) -> Iterator[list[Client]]:
     """Clients of a coordinator process on this state; it does not synchronise its disk unless it is told to."""
-    with coordinator_process(state, **{"durable": False, **options}) as process:
+    with coordinator_process(state, prefix=(), **{"durable": False, **options}) as process:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
         clients = [Client(address, name, process.pid) for name in names]

@@ -11,6 +11,7 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 from typing import Any
@@ -108,7 +109,7 @@ def from_payloads() -> Iterator[Decoder]:
     zeros = SCHEMA.zeros()
     for name in ("fp32", "fp16"):
         payload = codec(name).encode(SCHEMA, zeros)
-        yield name, sized(payload), lambda content, name=name: codec(name).decode(SCHEMA, content)
+        yield name, sized(payload), partial(codec(name).decode, SCHEMA)
     fixed = fixed_module.FixedPoint(4.0, 16)
     masked = fixed.encode(SCHEMA, zeros)
     yield "masked update", sized(masked), lambda content: fixed.mean(SCHEMA, fixed_module.words(content), 3)
@@ -143,7 +144,7 @@ def from_disk(folder: Path) -> Iterator[Decoder]:
     state = State(SCHEMA, SCHEMA.zeros(), 3, 2, {"moment": np.arange(3.0)})
     stored = state_module.state_to_bytes(state)
     yield "state", _state_like(stored), lambda content: state_module.state_from_bytes(content, SCHEMA)
-    events = [
+    events: list[rounds_module.Event] = [
         rounds_module.RunCreated("4f", DIGEST, DIGEST, DIGEST),
         rounds_module.UpdateAccepted(3, "ann", DIGEST, 2.5),
         rounds_module.RoundClosed(3, ("ann", "ben"), "complete"),

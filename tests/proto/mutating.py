@@ -86,7 +86,7 @@ def twisted(message: Message, rng: random.Random) -> bytes:
     """A message with one to three fields set to something else of their type, or with its bytes changed."""
     message = type(message).FromString(message.SerializeToString())
     for _ in range(rng.randint(1, 3)):
-        owner = message
+        owner: Any = message  # the stubs do not know what a descriptor holds
         field = rng.choice(owner.DESCRIPTOR.fields)
         while field.message_type and not field.message_type.GetOptions().map_entry and rng.random() < 0.9:
             owner = getattr(owner, field.name)

@@ -238,7 +238,7 @@ class ExactlyOnce(RuleBasedStateMachine):
 @pytest.mark.prove
 @pytest.mark.timeout(3600)
 def test_every_update_counts_exactly_once() -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         ExactlyOnce,
         settings=settings(
             max_examples=1000 if PROVE else 30,
