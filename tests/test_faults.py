@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from faults import FaultProxy, fault_proxy
+
+from tests.faults import FaultProxy, fault_proxy
 
 
 class Echo(socketserver.BaseRequestHandler):

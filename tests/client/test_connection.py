@@ -10,7 +10,6 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from faults import FaultProxy, fault_proxy
 
 from fedloom.client import connection as connection_module
 from fedloom.client import participant as participant_module
@@ -30,6 +29,7 @@ from fedloom.server.serve import serving
 from fedloom.server.store import Store
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
+from tests.faults import FaultProxy, fault_proxy
 
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (8, 65_000)), TensorSpec("m.B", "m", Role.LORA_B, (65_000, 8))))
 PAYLOAD_BYTES = 4 * SCHEMA.size

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fedloom.proto.durable import make_folder, write_durably
 from fedloom.proto.errors import LedgerError, PolicyError
@@ -38,12 +39,13 @@ def remember(folder: Path, run: str, round: int, update: str, survivors: Iterabl
     path = folder / _FOLDER / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.json"
     what = [round, update, *sorted(survivors)]
     try:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else [-1]
+        known = _read(path) if path.exists() else [-1]
         if known == what:
             return
         if known[0] < round:
             make_folder(path.parent)
-            write_durably(path, json.dumps(what).encode())
+            text = json.dumps(what).encode()
+            write_durably(path, text, b"\n", hashlib.sha256(text).hexdigest().encode())
             return
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise LedgerError(f"{path} cannot be read or written: {error}; no shares are revealed without it") from error
@@ -51,3 +53,11 @@ def remember(folder: Path, run: str, round: int, update: str, survivors: Iterabl
         f"round {round + 1} cannot be unmasked: round {known[0] + 1} was, with {len(known) - 2} survivors or another "
         "update; a second sum would tell single updates apart, so this client takes no further part in the round"
     )
+
+
+def _read(path: Path) -> list[Any]:
+    text, _, digest = path.read_text(encoding="utf-8").partition("\n")
+    if hashlib.sha256(text.encode()).hexdigest() != digest:
+        raise ValueError("its digest does not fit; the file is damaged")
+    known: list[Any] = json.loads(text)
+    return known

@@ -92,6 +92,8 @@ def guarded(
     async def safe(servicer: S, request: Q, context: Context) -> R:
         try:
             with servicer.gate.admitted(handler.__name__, context) as caller:
+                if request is None:
+                    raise ProtocolError("the message cannot be read; send what federation.proto describes")
                 if (name := getattr(request, "client", None)) is not None:
                     caller.speaks_for(name)
                 return await handler(servicer, request, context)
@@ -261,17 +263,29 @@ def handlers(servicer: Servicer) -> "grpc.GenericRpcHandler[Any, Any]":
     """The service's methods as protobuf would generate them, but for payloads, which `frames` reads and writes."""
     methods = {
         name: grpc.unary_unary_rpc_method_handler(
-            getattr(servicer, name), request_deserializer=ask.FromString, response_serializer=reply.SerializeToString
+            getattr(servicer, name), request_deserializer=_reader(ask), response_serializer=reply.SerializeToString
         )
         for name, (ask, reply) in _UNARY.items()
     }
     methods["Fetch"] = grpc.unary_stream_rpc_method_handler(
-        servicer.Fetch, request_deserializer=pb.FetchRequest.FromString
+        servicer.Fetch, request_deserializer=_reader(pb.FetchRequest)
     )
     methods["Submit"] = grpc.stream_unary_rpc_method_handler(
         servicer.Submit, response_serializer=pb.SubmitReply.SerializeToString
     )
     return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+
+def _reader(kind: Any) -> Callable[[bytes], Any]:
+    """A message of this kind; None for bytes that are none, of which gRPC would tell the peer in its own words."""
+
+    def read(message: bytes) -> Any:
+        try:
+            return kind.FromString(message)
+        except DecodeError:
+            return None
+
+    return read
 
 
 def _header(message: bytes) -> pb.UpdateHeader:

@@ -18,6 +18,7 @@ import itertools
 import os
 import threading
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -71,22 +72,28 @@ class Store:
         self._numbers = itertools.count()
         self._forgotten: list[Path] = []
         with explained(folder):
+            made = [each for each in (folder, *folder.parents) if not each.exists()]
             # Closed to other users: updates lie here before any noise, and so does the secret of the noise.
             folder.mkdir(0o700, parents=True, exist_ok=True)
             self._blobs.mkdir(exist_ok=True)
+            if durable:
+                for each in made:
+                    _sync_folder(each.parent)
         self._lock = _lock(folder)
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(self._lock.close)
             with explained(folder):
                 for torn in self._blobs.glob(f"*{_TEMPORARY}"):
                     torn.unlink()
-                self._db = connect(self._path, durable)
+            with explained(self._path):
+                self._db = on_failure.enter_context(closing(connect(self._path, durable)))
                 self._marks, self._mark = self._open_logs()
+                on_failure.callback(self._mark.close)
                 self.epoch = self._next_epoch()
+            with explained(folder):
                 if durable:
                     _sync_folder(folder)
-        except StoreError:
-            self._lock.close()
-            raise
+            on_failure.pop_all()
 
     def __enter__(self) -> Self:
         """The store itself; leaving the block closes it."""
@@ -169,6 +176,8 @@ class Store:
         target = self._blobs / digest
         with explained(target):
             if target.exists():
+                if self.durable:  # whoever gave it its name may not have come to this yet
+                    _sync_folder(self._blobs)
                 return digest
             self._put(blob, target)
         return digest

@@ -110,7 +110,7 @@ def _read(path: Path) -> Spooled:
         raise _damaged(
             path,
             f"{len(payload)} bytes with digest {found[:12]}, where {update.header.payload_bytes} bytes with digest "
-            f"{update.header.digest[:12]} were written",
+            f"{str(update.header.digest)[:12]} were written",
         )
     return update
 

@@ -1,0 +1,87 @@
+"""A changed or missing byte in what a client must not forget: refused with the file's name, or without any effect.
+
+`FEDLOOM_PROVE=1` changes every byte and cuts at every length. Spooled updates have a test beside their own.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedloom.client.privacy import ledger as module
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.revealed import remember
+from fedloom.proto.accounting import Spend
+from fedloom.proto.errors import LedgerError
+
+PROVE = os.environ.get("FEDLOOM_PROVE") == "1"
+SAMPLES = 10**9 if PROVE else 70
+NAME = "ab" * 16
+
+
+def damages(content: bytes, seed: str) -> Iterator[tuple[str, bytes]]:
+    """Every byte changed and every cut, or some of both, where something is written."""
+    rng = random.Random(seed)
+    written = [at for at in range(len(content)) if PROVE or content[at]]
+    for at in sorted({*range(0, min(100, len(content)), 9), *rng.sample(written, min(SAMPLES, len(written)))}):
+        yield f"byte {at}", content[:at] + bytes([content[at] ^ 0x41]) + content[at + 1 :]
+    for at in sorted(rng.sample(range(len(content)), min(SAMPLES // 3, len(content)))):
+        yield f"cut to {at}", content[:at]
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("image", ["killed", "closed"])
+def test_a_changed_byte_in_a_ledger_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: str) -> None:
+    monkeypatch.setattr(module, "epsilon", lambda *_: 0.0)
+    home, copies = tmp_path / "home", tmp_path / "copies"
+
+    def opened() -> Ledger:
+        return Ledger(home / "ledger", NAME, anchors=home / "anchors")
+
+    with opened() as ledger:
+        for round in range(3):
+            ledger.release(ledger.reserve("run", round, Spend(0.05, 1.0, 20), budget=1.0, delta=1e-5), f"d{round}")
+        known = ledger.entries
+        shutil.copytree(home, copies / "killed")
+    shutil.copytree(home, copies / "closed")
+    sound = {
+        path.relative_to(copies / image): path.read_bytes() for path in (copies / image).rglob("*") if path.is_file()
+    }
+    refused = 0
+    for inside in sorted(sound):
+        if inside.suffix in (".lock", ".ledger-shm"):
+            continue
+        for how, content in damages(sound[inside], inside.name):
+            for stray in [path for path in home.rglob("*") if path.is_file() and path.relative_to(home) not in sound]:
+                stray.unlink()
+            for each, kept in sound.items():
+                # In place: a ledger knows the file it was written to.
+                (home / each).write_bytes(content if each == inside else kept)
+            try:
+                with opened() as ledger:
+                    found, said = ledger.entries, ""
+            except LedgerError as error:
+                found, said = (), str(error)
+            if said:
+                assert inside.name.removesuffix("-wal") in said or f"{NAME}.ledger" in said, f"{inside} {how}: {said}"
+                refused += 1
+            else:
+                assert found == known, f"{inside} {how} went unnoticed"
+    assert refused > 60
+
+
+def test_a_changed_byte_in_what_was_revealed_is_found(tmp_path: Path) -> None:
+    remember(tmp_path, "run", 3, "ab" * 32, ["ann", "ben"])
+    (path,) = (tmp_path / "revealed").iterdir()
+    content = path.read_bytes()
+    for at in range(len(content)):
+        for damaged in (content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :], content[:at]):
+            path.write_bytes(damaged)
+            with pytest.raises(LedgerError, match=path.name):
+                remember(tmp_path, "run", 4, "cd" * 32, ["ann", "ben"])
+    path.write_bytes(content)
+    remember(tmp_path, "run", 4, "cd" * 32, ["ann", "ben"])
