@@ -20,7 +20,7 @@ Float64 = npt.NDArray[np.float64]
 def bulyan(faulty: int = 1, inner: str = "ffa", train_head: bool = True) -> Robust:
     """Choose n - 2 faulty updates by repeated Krum, then blend each coordinate from the values near its median.
 
-    Section 4 of the paper over Krum. Each choice scores the updates that are left, by squared product distances as in
+    The paper's rule over Krum. Each choice scores the updates that are left, by squared product distances as in
     `krum`. Of the t chosen values of a coordinate, the t - 2 faulty closest to their median are averaged. That last
     step is by coordinates: an inner strategy that trains both factors of a pair is refused. Needs 4 faulty + 3 updates,
     counts each once whatever its weight, and keeps them all in memory.

@@ -19,7 +19,7 @@ Float64 = npt.NDArray[np.float64]
 def krum(faulty: int = 1, inner: str = "ffa", train_head: bool = True) -> Robust:
     """Take the one update with the smallest sum of squared distances to its n - faulty - 2 nearest, and no other.
 
-    Section 3 of the paper. Distances are between models, over products of the pairs and not their factors
+    Distances are between models, over products of the pairs and not their factors
     (`fedloom.strategies.distances`), so an inner strategy that trains both factors is fine: the model becomes the
     chosen client's, exactly. One client's data decide a round, which costs accuracy where clients differ. Needs
     2 faulty + 3 updates, counts each once whatever its weight, and keeps them all in memory.
@@ -38,7 +38,7 @@ def krum(faulty: int = 1, inner: str = "ffa", train_head: bool = True) -> Robust
 def multi_krum(faulty: int = 1, inner: str = "ffa", train_head: bool = True) -> Robust:
     """Average the n - faulty updates with the smallest Krum scores, and commit as `inner` does.
 
-    Section 4 of the paper with m = n - f. The choice is by products and free of gauge as with `krum`. The average is
+    The paper's m is n - faulty. The choice is by products and free of gauge as with `krum`. The average is
     the inner strategy's: exact with one factor at rest, with the cross term of `fedavg` where both move. Needs
     2 faulty + 3 updates, counts each once whatever its weight, and keeps them all in memory.
 
