@@ -3,8 +3,8 @@
 Eighteen clients judge the sentiment of real sentences. Their sentences are read once by the real base model, whose
 layers below the pooler stay frozen; what is trained is a LoRA pair on the pooler and the head, in numpy with exact
 gradients. Assignments, updates and commits go through the real coordinator in this process, so that an update is
-decoded, checked and refused as it would be over a socket. There is no privacy noise. Prints a table and writes
-benchmarks/attacks.json.
+decoded, checked and refused as it would be over a socket. There is no privacy noise. Prints the table
+of docs/robustness.md and writes benchmarks/attacks.json.
 
     python benchmarks/attacks.py
 """
@@ -12,6 +12,7 @@ benchmarks/attacks.json.
 import argparse
 import hashlib
 import json
+import logging
 import math
 import tempfile
 import time
@@ -25,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from fedloom.client.data.partition import partition
 from fedloom.client.data.rows import Rows
@@ -51,7 +51,7 @@ CLIENTS, LIARS, RING = 18, 3, 6
 """Clients; how many of them attack each by itself; and how many collude."""
 ROUNDS, STEPS, BATCH, RATE, RANK, SCALE = 20, 10, 32, 0.5, 16, 2.0
 MAX_LENGTH, SKEW, NORM_BOUND = 32, 5.0, 0.4
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 
 COMMON = (
     *("privacy.enabled=false", f"run.rounds={ROUNDS}", "rounds.min_clients=15", 'strategy.weighting="uniform"'),
@@ -306,6 +306,13 @@ def cell(runs: Sequence[dict[str, Any]], rule: str, attack: str) -> float:
     return mean(float(run["accuracy"]) for run in runs if (run["rule"], run["attack"]) == (rule, attack))
 
 
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/robustness.md, in percent."""
+    lines = [["rule", *ATTACKS], ["---"] * (1 + len(ATTACKS))]
+    lines += [[f"`{rule}`", *(f"{100 * cell(runs, rule, attack):.1f}" for attack in ATTACKS)] for rule in RULES]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def main() -> None:
     """Run the study and show its table."""
     parser = argparse.ArgumentParser(description="attacks on each rule of aggregation")
@@ -313,11 +320,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of partition, start and liars")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("fedloom").setLevel(logging.ERROR)  # every refused update is a warning
     runs = study(arguments.seeds, arguments.json)
-    table = Table("rule", *ATTACKS)
-    for rule in RULES:
-        table.add_row(rule, *(f"{cell(runs, rule, attack):.1%}" for attack in ATTACKS))
-    Console(width=140).print(table)
+    print(table(runs))
 
 
 if __name__ == "__main__":
