@@ -9,7 +9,7 @@ from fedloom.proto.errors import ConfigError
 from fedloom.strategies.fedpeft import FedPEFT
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
-from fedloom.strategies.registry import available, load
+from fedloom.strategies.registry import available, factory, load
 
 Install = Callable[[str, str, str], None]
 
@@ -69,8 +69,10 @@ def test_ours_are_listed_as_the_project_file_says() -> None:
     assert ours.keys() == registered.keys()
     for name, entry in ours.items():
         assert entry.version == project["version"]
-        assert type(load(name, {})).__name__ == registered[name].partition(":")[2]
-        assert entry.summary == (type(load(name, {})).__doc__ or "").partition("\n")[0]
+        made_by = factory(name)
+        assert f"{made_by.__module__}:{made_by.__name__}" == registered[name]
+        assert entry.summary == (made_by.__doc__ or "").partition("\n")[0]
+        assert callable(load(name, {}).commit)
 
 
 def test_options_reach_the_strategy() -> None:

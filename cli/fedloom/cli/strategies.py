@@ -33,12 +33,12 @@ def show(name: Annotated[str, typer.Argument(help="Name as in `fedloom strategie
 
     Example: fedloom strategies show fedsvd
     """
-    from fedloom.strategies.registry import load
+    from fedloom.strategies.registry import factory
 
-    strategy = load(name, {})
-    out.print(inspect.getdoc(type(strategy)) or "", markup=False)
+    made_by = factory(name)
+    out.print(inspect.getdoc(made_by) or "", markup=False)
     table = Table("option", "type", "default", box=None, pad_edge=False)
-    for option in inspect.signature(type(strategy)).parameters.values():
+    for option in inspect.signature(made_by).parameters.values():
         table.add_row(
             option.name, _kind(option.annotation), "" if option.default is option.empty else repr(option.default)
         )

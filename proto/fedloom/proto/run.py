@@ -161,6 +161,8 @@ class StrategySection(Section):
     """Name of a registered strategy; see `fedloom strategies list`."""
     weighting: Literal["uniform", "examples"] = "uniform"
     """uniform: every client counts the same. examples: by the number of examples each client declares."""
+    norm_bound: float | None = Field(default=None, gt=0, le=1e30)
+    """Longest change of one client over all trained tensors together; a longer one is scaled down. None bounds none."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Keyword arguments of the strategy."""
 

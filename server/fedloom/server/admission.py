@@ -24,8 +24,9 @@ def check_config(config: RunConfig, strategy: Strategy) -> None:
     """Refuse a run file whose rounds could never close, whose codecs are unknown, or whose secure sums make no sense.
 
     Raises:
-        ConfigError: A cohort is smaller than the updates a round needs. With secure aggregation: the strategy needs the
-            updates themselves, weights differ, or cohorts are too small or too large.
+        ConfigError: A cohort is smaller than the updates a round needs, or a round may close with fewer than the
+            strategy needs, or it ignores weights that are set. With secure aggregation: the strategy needs the updates
+            themselves, weights differ, or cohorts are too small or too large.
         CodecError: A codec is unknown.
     """
     codec(config.wire.upload)
@@ -42,6 +43,7 @@ def check_config(config: RunConfig, strategy: Strategy) -> None:
         )
     if config.rounds.mode == "buffered":
         check_buffered(config, strategy)
+    _check_counts(config, strategy)
     if config.secure_aggregation.enabled:
         _check_secure(config, strategy)
 
@@ -115,6 +117,21 @@ def admitted(members: Members, client: str, sent: tuple[str, int], here: tuple[s
     return members[client]
 
 
+def _check_counts(config: RunConfig, strategy: Strategy) -> None:
+    """Refuse rounds that could close with fewer updates than the strategy commits, and weights it does not look at."""
+    least = getattr(strategy, "least_updates", 1)
+    if config.rounds.min_clients < least:
+        raise ConfigError(
+            f"rounds.min_clients = {config.rounds.min_clients} with strategy {config.strategy.name!r}, which as "
+            f"configured needs {least} updates a round; raise it to {least} or more, or lower what the strategy bears"
+        )
+    if getattr(strategy, "unweighted", False) and config.strategy.weighting != "uniform":
+        raise ConfigError(
+            f'strategy.weighting = "{config.strategy.weighting}" with strategy {config.strategy.name!r}, which counts '
+            'every client once whatever it declares; set it to "uniform"'
+        )
+
+
 def _check_secure(config: RunConfig, strategy: Strategy) -> None:
     """Refuse secure aggregation where a sum is not enough, or would hide nobody."""
     section, rounds = config.secure_aggregation, config.rounds
@@ -124,9 +141,11 @@ def _check_secure(config: RunConfig, strategy: Strategy) -> None:
             "secure aggregation shows it their sum only; switch one of them off"
         )
     if not getattr(strategy, "linear", False):
+        bound = " with strategy.norm_bound" if config.strategy.norm_bound is not None else ""
         raise ConfigError(
-            f"strategy {config.strategy.name!r} needs every update by itself, and secure aggregation gives only their "
-            "sum; choose a linear one such as fedavg, ffa or fedsvd, or set secure_aggregation.enabled = false"
+            f"strategy {config.strategy.name!r}{bound} needs every update by itself, and secure aggregation gives "
+            "their sum alone; choose a linear one such as fedavg, ffa or fedsvd, or set secure_aggregation.enabled = "
+            "false"
         )
     if config.strategy.weighting != "uniform":
         raise ConfigError(

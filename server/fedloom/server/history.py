@@ -301,5 +301,7 @@ class History:
 
 def _agreed(config: RunConfig) -> str:
     """Digest of what a run may not change on the way: all that clients were told, and the strategy."""
-    text = config.spec.model_dump_json() + config.strategy.model_dump_json() + config.user_level.model_dump_json()
+    # Absent rather than null in [strategy], so that runs from before the norm bound keep their digest.
+    strategy = config.strategy.model_dump_json(exclude_none=True)
+    text = config.spec.model_dump_json() + strategy + config.user_level.model_dump_json()
     return hashlib.sha256(text.encode()).hexdigest()

@@ -8,6 +8,7 @@ from fedloom.proto.run import RunConfig
 from fedloom.server.user_ledger import settled
 from fedloom.strategies.api import Strategy
 from fedloom.strategies.noise import KEY_BYTES
+from fedloom.strategies.norm_bound import NormBound
 from fedloom.strategies.registry import load
 from fedloom.strategies.user_level import UserLevel
 
@@ -32,7 +33,7 @@ def calibrated(config: RunConfig) -> RunConfig:
 
 
 def build_strategy(config: RunConfig) -> Strategy:
-    """The run's strategy, told whether the head is trained, and wrapped if the run is private at user level.
+    """The run's strategy, told whether the head is trained, and wrapped for a norm bound or user-level privacy.
 
     The noise's secret is drawn here from the operating system. It matters for a new run only: one that goes on has its
     own in its stored state.
@@ -43,6 +44,8 @@ def build_strategy(config: RunConfig) -> Strategy:
     if "train_head" in config.strategy.options:
         raise ConfigError('strategy.options.train_head is not yours to set; use model.head = "train" or "frozen"')
     strategy = load(config.strategy.name, {**config.strategy.options, "train_head": config.model.head == "train"})
+    if config.strategy.norm_bound is not None:
+        strategy = NormBound(strategy, config.strategy.norm_bound)
     user = settled(config)
     if not user.enabled:
         return strategy

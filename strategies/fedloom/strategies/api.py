@@ -78,12 +78,17 @@ class Strategy(Protocol):
     `Acc` is whatever `fold` builds up; it lives only within a round and never leaves memory. Keep it
     O(adapter), not O(clients), unless the method must compare updates (Krum, median).
 
-    A strategy may declare two class attributes, both False where they are absent:
+    A strategy may declare these attributes, best on its class; they are False where they are absent:
 
     - `linear`: every client gets the same plan, and with uniform weights `commit` depends on the updates only through
       their mean. One update that is the mean then stands for all, which user-level privacy and secure aggregation
       rely on.
     - `rewrites`: `commit` changes the coordinates of trained tensors, as a refactorisation of pairs does.
+    - `keeps_updates`: `fold` keeps every update until `commit`, which must see all of them. Memory is then O(clients),
+      one float32 copy of each. They come in canonical client order as to every strategy.
+    - `unweighted`: every update counts once, whatever its weight; a run that weighs clients by examples is refused.
+    - `least_updates`: a number, 1 where it is absent. `commit` raises `ProtocolError` for fewer updates, and a run
+      whose `rounds.min_clients` is below it is refused.
     """
 
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:

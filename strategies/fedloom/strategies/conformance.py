@@ -10,7 +10,7 @@
 
 Laws compare effective weights (scale * B @ A with its correction, biases, head), not factors, because a strategy may
 rewrite factors freely. They hold for every weighted mean. A method that breaks one on purpose, as a server
-optimiser does, overrides that one test with its own closed form.
+optimiser does, overrides that one test with its own closed form. One that declares `least_updates` gets so many.
 """
 
 import copy
@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedloom.proto.errors import SchemaError, UpdateRejected
+from fedloom.proto.errors import ProtocolError, SchemaError, UpdateRejected
 from fedloom.proto.schema import LORA, Array, Role, Schema, Tensors, TensorSpec
 from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.start import starting_adapter
@@ -113,8 +113,10 @@ class StrategyConformance:
             state = run_round(strategy, state, self.updates(strategy, state))
 
     def test_one_client_becomes_the_model(self) -> None:
-        """With a single client, the next broadcast is that client's model."""
+        """With a single client, the next broadcast is that client's model; where one is too few, see the next law."""
         strategy, state = self.begin()
+        if getattr(strategy, "least_updates", 1) > 1:
+            pytest.skip("declared to need more than one update")
         for index in range(ROUNDS):
             plan = strategy.plan(state, state.round, CLIENTS[0])
             update = self.respond(state.schema, plan, CLIENTS[0], index)
@@ -124,12 +126,40 @@ class StrategyConformance:
 
             _assert_close(_broadcast_model(strategy, state), expected)
 
+    def test_fewer_updates_than_declared_are_refused(self) -> None:
+        """`least_updates` are committed, and one fewer is not."""
+        strategy, state = self.begin()
+        least = getattr(strategy, "least_updates", 1)
+        if least == 1:
+            pytest.skip("any number of updates will do")
+        updates = self.updates(strategy, state)[:least]
+
+        assert run_round(strategy, state, updates).round == 1
+        with pytest.raises(ProtocolError):
+            run_round(strategy, state, updates[1:])
+
+    def test_memory_does_not_grow_with_clients_unless_declared(self) -> None:
+        """What `fold` holds on to is as large after many updates as after one, or `keeps_updates` says otherwise."""
+        strategy, state = self.begin()
+        if getattr(strategy, "keeps_updates", False):
+            assert not getattr(strategy, "linear", False), "a linear strategy needs no more than the sum"
+            pytest.skip("declared to keep updates")
+        acc = None
+        sizes: list[int] = []
+        for client in self.clients(strategy) * 2:
+            update = self.respond(state.schema, strategy.plan(state, state.round, client), client, len(sizes))
+            acc = strategy.fold(state, acc, update)
+            sizes.append(_held_bytes(acc))
+
+        assert sizes[-1] == sizes[0], "declare keeps_updates = True if every update must be seen at commit"
+
     def test_equal_updates_become_the_model(self) -> None:
         """Clients that moved alike count as one, whatever their weights."""
         strategy, state = self.begin()
         for index in range(ROUNDS):
             plan = strategy.plan(state, state.round, CLIENTS[0])
-            updates = [self.respond(state.schema, strategy.plan(state, state.round, c), c, index) for c in CLIENTS]
+            plans = [(name, strategy.plan(state, state.round, name)) for name in self.clients(strategy)]
+            updates = [self.respond(state.schema, each, name, index) for name, each in plans]
             expected = _trained_model(state, plan, updates[0])
 
             state = run_round(strategy, state, updates)
@@ -284,11 +314,28 @@ class StrategyConformance:
 
     def updates(self, strategy: Strategy, state: State) -> list[Update]:
         """One update of every client, in client order, different in every round."""
-        plans = [strategy.plan(state, state.round, client) for client in CLIENTS]
+        clients = self.clients(strategy)
+        plans = [strategy.plan(state, state.round, client) for client in clients]
         return [
             self.respond(state.schema, plan, client, 10 * state.round + index)
-            for index, (client, plan) in enumerate(zip(CLIENTS, plans, strict=True))
+            for index, (client, plan) in enumerate(zip(clients, plans, strict=True))
         ]
+
+    def clients(self, strategy: Strategy) -> tuple[str, ...]:
+        """Names in canonical order: three, or as many as the strategy needs."""
+        more = range(getattr(strategy, "least_updates", 1) - len(CLIENTS))
+        return CLIENTS + tuple(f"dee-{index:03d}" for index in more)
+
+
+def _held_bytes(acc: object) -> int:
+    """Bytes of all arrays reachable from an accumulator."""
+    if isinstance(acc, np.ndarray):
+        return acc.nbytes
+    if isinstance(acc, Mapping):
+        return sum(_held_bytes(each) for each in acc.values())
+    if isinstance(acc, list | tuple | set | frozenset):
+        return sum(_held_bytes(each) for each in acc)
+    return sum(_held_bytes(each) for each in vars(acc).values()) if hasattr(acc, "__dict__") else 0
 
 
 def _trained_model(state: State, plan: Plan, update: Update) -> dict[str, Array]:

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from fedloom.proto.errors import ProtocolError, SchemaError, UpdateRejected
 from fedloom.proto.schema import Array, Role, Schema, Tensors
-from fedloom.strategies.api import State, Update
+from fedloom.strategies.api import Plan, State, Update
 
-__all__ = ["Sum", "begin", "check", "fold", "mean", "moved", "trained"]
+__all__ = ["Sum", "begin", "check", "fold", "mean", "moved", "trained", "uploaded"]
 
 # float32 ends at 3.4e38. A change beyond this comes from a diverged or hostile client, and refusing it leaves the
 # headroom in which no mean, no sum over rounds and no product with an orthonormal factor can overflow.
@@ -65,6 +65,12 @@ def trained(schema: Schema, roles: Iterable[Role], *, head: bool) -> Schema:
     if not chosen.tensors:
         raise SchemaError(f"nothing to train: the adapter has {have} and the head is frozen; set model.head = 'train'")
     return chosen
+
+
+def uploaded(schema: Schema, plan: Plan) -> Schema:
+    """The tensors that a client which follows `plan` sends back; `schema` is that of the global adapter."""
+    at_rank = schema if plan.rank is None else schema.with_rank(plan.rank)
+    return at_rank.select(plan.train - plan.personal)
 
 
 def check(schema: Schema, update: Update) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args, get_origin
 from fedloom.proto.errors import ConfigError
 from fedloom.strategies.api import Strategy
 
-__all__ = ["GROUP", "Entry", "available", "load"]
+__all__ = ["GROUP", "Entry", "available", "factory", "load"]
 
 GROUP = "fedloom.strategies"
 """The entry-point group a distribution registers its strategies in."""
@@ -48,19 +48,28 @@ def load(name: str, options: Mapping[str, Any]) -> Strategy:
         ConfigError: The name is unknown or taken twice, an option is unknown, missing or of the wrong type, or what
             is registered is not a strategy.
     """
-    points = _points()
-    if name not in points:
-        raise ConfigError(f"unknown strategy {name!r}; {_nearest(name, sorted(points))}")
-    factory = _imported(points[name])
-    _check_options(name, factory, options)
+    make = factory(name)
+    _check_options(name, make, options)
     try:
-        strategy = factory(**options)
+        strategy = make(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"strategy {name!r} refuses its options {dict(options)}: {error}") from error
     missing = [method for method in _METHODS if not callable(getattr(strategy, method, None))]
     if missing:
-        raise ConfigError(f"{points[name].value} is no strategy: it lacks {', '.join(missing)}; implement them")
+        raise ConfigError(f"{_points()[name].value} is no strategy: it lacks {', '.join(missing)}; implement them")
     return cast(Strategy, strategy)
+
+
+def factory(name: str) -> Callable[..., object]:
+    """What makes the strategy called `name`: its class, or a function; its docstring and parameters describe it.
+
+    Raises:
+        ConfigError: The name is unknown or taken twice, or what is registered cannot be imported.
+    """
+    points = _points()
+    if name not in points:
+        raise ConfigError(f"unknown strategy {name!r}; {_nearest(name, sorted(points))}")
+    return _imported(points[name])
 
 
 def _points() -> dict[str, EntryPoint]:

@@ -15,8 +15,9 @@ import numpy.typing as npt
 from fedloom.proto.errors import ConfigError, ProtocolError, UpdateRejected
 from fedloom.proto.schema import Array, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Strategy, Update
-from fedloom.strategies.mean import check
+from fedloom.strategies.mean import check, uploaded
 from fedloom.strategies.noise import KEY_BYTES, derive, normal
+from fedloom.strategies.norm_bound import norm
 from fedloom.strategies.tree import retired
 
 __all__ = ["Clipped", "UserLevel", "count_noise"]
@@ -135,21 +136,21 @@ class UserLevel:
             SchemaError: A tensor is missing, unexpected or of another shape.
             UpdateRejected: The change is not usable (`mean.check`), or the weight is not 1.
         """
-        check(_uploaded(state.schema, self.plan(state, state.round, _ANYONE)), update)
+        check(uploaded(state.schema, self.plan(state, state.round, _ANYONE)), update)
         if update.weight != 1.0:
             raise UpdateRejected(
                 f"client {update.client!r} has weight {update.weight:g}; user-level privacy bounds clients of weight 1 "
                 'only, set strategy.weighting = "uniform"'
             )
         clip = float(state.memory[_CLIP])
-        norm = math.sqrt(sum(float(np.square(each, dtype=np.float64).sum()) for each in update.delta.values()))
-        factor = 1.0 if norm <= clip else clip / norm
+        length = norm(update)
+        factor = 1.0 if length <= clip else clip / length
         clipped = ((name, np.multiply(each, factor, dtype=np.float64)) for name, each in update.delta.items())
         if acc is None:
-            return Clipped(1, int(norm <= clip), dict(clipped))
+            return Clipped(1, int(length <= clip), dict(clipped))
         for name, more in clipped:
             np.add(acc.total[name], more, out=acc.total[name])
-        return Clipped(acc.count + 1, acc.within + int(norm <= clip), acc.total)
+        return Clipped(acc.count + 1, acc.within + int(length <= clip), acc.total)
 
     def commit(self, state: State, acc: Clipped | None) -> State:
         """Add the round's noise, let the inner strategy commit the noised mean, and move the clip norm.
@@ -211,11 +212,6 @@ def count_noise(noise_multiplier: float, cohort: int) -> tuple[float, float]:
 def _inner(state: State) -> State:
     """The state as the inner strategy knows it."""
     return replace(state, memory={name: each for name, each in state.memory.items() if not name.startswith(_PREFIX)})
-
-
-def _uploaded(schema: Schema, plan: Plan) -> Schema:
-    at_rank = schema if plan.rank is None else schema.with_rank(plan.rank)
-    return at_rank.select(plan.train - plan.personal)
 
 
 def _key(state: State, acc: Clipped) -> bytes:
