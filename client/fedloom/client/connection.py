@@ -8,6 +8,7 @@ import grpc
 
 from fedloom.proto.address import loopback_host
 from fedloom.proto.errors import CodecError, ConfigError, ProtocolError, StoreError, Unavailable, UpdateRejected
+from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unframed
 from fedloom.proto.limits import HTTP2_FRAME_BYTES, LONG_POLL_S, MAX_MESSAGE_BYTES
 from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeader
@@ -96,6 +97,7 @@ class GrpcConnection:
         )
         self._client, self._run, self._epoch = "", "", 0
 
+    @failpoint("line.join")
     def join(self, client: str, declared_examples: int) -> Joined:
         """Learn about the run and remember its name and epoch.
 
@@ -108,11 +110,13 @@ class GrpcConnection:
         self._client, self._run, self._epoch = client, joined.run, joined.epoch
         return joined
 
+    @failpoint("line.work")
     def work(self) -> Answer:
         """Ask for work."""
         request = pb.WorkRequest(run=self._run, epoch=self._epoch, client=self._client)
         return answer_from_wire(self._call(self._stub.Work, request, LONG_POLL_S + 10))
 
+    @failpoint("line.fetch")
     def fetch(self, digest: str, size_bytes: int) -> bytes:
         """Read the payload chunk by chunk, and never more than was promised.
 
@@ -126,6 +130,7 @@ class GrpcConnection:
             for message in self._fetch(request, timeout=_TRANSFER_S):
                 parts.append(unframed(CHUNK_FIELD, message))
                 filled += len(parts[-1])
+                reach("line.fetch.chunk")
                 found.update(parts[-1])  # while the next chunk is on its way
                 if filled > size_bytes:
                     raise CodecError(f"coordinator sends more than the {size_bytes} bytes it promised for {digest}")
@@ -135,11 +140,13 @@ class GrpcConnection:
             raise CodecError(f"payload {digest} arrived with {filled} of {size_bytes} bytes or with other content")
         return b"".join(parts)
 
+    @failpoint("line.submit")
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:
         """Send the header, then the payload in chunks."""
 
         def messages() -> Iterator[bytes]:
             yield pb.SubmitRequest(header=header_to_wire(header, self._run, self._epoch)).SerializeToString()
+            reach("line.submit.header")
             yield from frames(DATA_FIELD, payload)
 
         try:
@@ -152,11 +159,13 @@ class GrpcConnection:
         request = step_to_wire(message, self._client, self._run, self._epoch)
         return result_from_wire(self._call(self._stub.Exchange, request, LONG_POLL_S + 10))
 
+    @failpoint("line.heartbeat")
     def heartbeat(self) -> None:
         """Say that this client is alive."""
         request = pb.HeartbeatRequest(run=self._run, epoch=self._epoch, client=self._client)
         self._call(self._stub.Heartbeat, request, _CALL_S)
 
+    @failpoint("line.leave")
     def leave(self, reason: str) -> None:
         """Say goodbye with one line of reason."""
         request = pb.LeaveRequest(run=self._run, epoch=self._epoch, client=self._client, reason=reason[:500])

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ConfigError, StoreError
+from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
 from fedloom.server.broadcast import Broadcasts
@@ -119,6 +120,7 @@ class History:
         if len(self._fresh) < room:
             self._fresh[update.client] = update
 
+    @failpoint("history.write")
     def write(self) -> None:
         """Make what was recorded durable.
 
@@ -136,6 +138,7 @@ class History:
             self._broken = error
             raise
 
+    @failpoint("history.commit")
     def commit(self) -> State:
         """Fold the closed round's updates in their order; record the result and make it the state.
 
@@ -147,6 +150,7 @@ class History:
             update = self._fresh[client] if client in self._fresh else self._reread(client)
             acc = self._strategy.fold(self.state, acc, update)
         self._fresh.clear()
+        reach("history.folded")
         state = self._strategy.commit(self.state, acc)
         self._schema.check(state.adapter)
         spoilt = [name for name, tensor in state.adapter.items() if not np.isfinite(tensor).all()]
@@ -156,6 +160,7 @@ class History:
                 "nothing is committed, look at the strategy's options and at who took part"
             )
             raise self._broken
+        reach("history.stepped")
         # Who took part will ask again at once: its broadcast is encoded while the disk takes the state.
         writing = self._writer.submit(self._store.put_blob, state_to_bytes(state))
         broadcasts = Broadcasts(self._config, self._schema, self._strategy, state)
@@ -164,10 +169,13 @@ class History:
                 broadcasts.prepare(self.rounds.folding)
         finally:
             digest = writing.result()
+        reach("history.stored")
         self.record(AdapterCommitted(self.rounds.round, digest))
+        reach("history.committed")
         self.state, self.broadcasts = state, broadcasts
         return state
 
+    @failpoint("history.reread")
     def _reread(self, client: str) -> Update:
         """An accepted update, or the mean of them all, from its blob."""
         accepted = self.rounds.updates[self.rounds.folding[0] if client == SUM else client]
@@ -176,14 +184,17 @@ class History:
         delta = codec(SUM_CODEC if client == SUM else order.assignment.upload_codec).decode(order.upload, payload)
         return Update(client, accepted.weight, self.broadcasts.start(order), delta)
 
+    @failpoint("history.begin")
     def _begin(self, starting: Tensors) -> str:
         self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
         digest = self._store.put_blob(state_to_bytes(self.state))
+        reach("history.born")
         created = RunCreated(uuid.uuid4().hex, _agreed(self._config), self._schema.digest, digest)
         self.record(created)
         self.write()
         return created.run
 
+    @failpoint("history.continue")
     def _continue(self, created: RunCreated) -> str:
         if (created.spec, created.schema) != (_agreed(self._config), self._schema.digest):
             raise ConfigError(

@@ -12,6 +12,7 @@ from grpc import aio
 
 from fedloom.proto.address import loopback_host
 from fedloom.proto.errors import ConfigError
+from fedloom.proto.failpoints import reach
 from fedloom.proto.limits import HTTP2_FRAME_BYTES, MAX_MESSAGE_BYTES
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.servicer import Servicer, handlers
@@ -60,11 +61,14 @@ async def serve(coordinator: Coordinator, listen: str, *, ready: Callable[[str],
     except RuntimeError as error:
         await servicer.close()
         raise ConfigError(f"cannot listen on {listen}: {error}; is another coordinator running there?") from error
+    reach("serve.bound")
     await server.start()
     try:
         with _stop_signals() as stopped:
+            reach("serve.ready")
             ready(f"{host}:{port}")
             await _until_over(coordinator, servicer, stopped, linger_s)
+            reach("serve.over")
     finally:
         stopping = asyncio.ensure_future(_stop(server, servicer))
         while not stopping.done():
@@ -142,6 +146,7 @@ async def _until_over(coordinator: Coordinator, servicer: Servicer, stopped: asy
             if stop.done():
                 _log.info("told to stop at round %d", coordinator.progress.round)
                 return
+            reach("serve.tick")
             await servicer.call(coordinator.tick)
             if coordinator.finished:
                 finished_s = loop.time() if finished_s is None else finished_s

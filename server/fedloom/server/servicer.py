@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from fedloom.proto.errors import ProtocolError, StoreError
+from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unframed
 from fedloom.proto.limits import LONG_POLL_S
 from fedloom.proto.messages import Wait
@@ -118,12 +119,14 @@ class Servicer(pb_grpc.FederationServicer):
         await asyncio.to_thread(self._threads.shutdown)
 
     @_guarded
+    @failpoint("rpc.join")
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
         """See federation.proto."""
         joined = await self.call(self._coordinator.join, request.client, request.protocol, request.declared_examples)
         return joined_to_wire(joined)
 
     @_guarded
+    @failpoint("rpc.work")
     async def Work(self, request: pb.WorkRequest, context: Context) -> pb.WorkReply:
         """See federation.proto."""
         work, asked = self._coordinator.work, (request.client, request.run, request.epoch)
@@ -137,6 +140,7 @@ class Servicer(pb_grpc.FederationServicer):
         return result_to_wire(await self._polled(call, lambda result: result is None))
 
     @_guarded
+    @failpoint("rpc.fetch")
     async def Fetch(  # type: ignore[override]  # the stubs know only generators, not `context.write`
         self, request: pb.FetchRequest, context: Context
     ) -> None:
@@ -144,9 +148,11 @@ class Servicer(pb_grpc.FederationServicer):
         client, digest, offset = request.client, request.digest, request.offset
         payload = await self.call(self._coordinator.blob, client, digest, request.run, request.epoch, offset)
         for frame in frames(CHUNK_FIELD, payload, offset):
+            reach("rpc.fetch.chunk")
             await context.write(frame)
 
     @_guarded
+    @failpoint("rpc.submit")
     async def Submit(  # type: ignore[override]  # messages come as they are on the wire, see `handlers`
         self, requests: AsyncIterator[bytes], context: Context
     ) -> pb.SubmitReply:
@@ -157,9 +163,13 @@ class Servicer(pb_grpc.FederationServicer):
         if size_bytes is None:
             return pb.SubmitReply(duplicate=True)
         payload = await _read(stream, size_bytes)
-        return pb.SubmitReply(duplicate=await self.call(self._coordinator.submit, header, payload, run, epoch))
+        reach("rpc.submit.read")
+        duplicate = await self.call(self._coordinator.submit, header, payload, run, epoch)
+        reach("rpc.submit.taken")
+        return pb.SubmitReply(duplicate=duplicate)
 
     @_guarded
+    @failpoint("rpc.heartbeat")
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatReply:
         """See federation.proto."""
         call = self._coordinator.heartbeat
@@ -167,6 +177,7 @@ class Servicer(pb_grpc.FederationServicer):
         return pb.HeartbeatReply(round=number, open=is_open)
 
     @_guarded
+    @failpoint("rpc.leave")
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveReply:
         """See federation.proto."""
         call = self._coordinator.leave

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from fedloom.proto.errors import StoreError
+from fedloom.proto.failpoints import failpoint, reach
 from fedloom.server.rounds import Event, UpdateAccepted, event_from_json, event_to_json
 
 __all__ = ["Store"]
@@ -74,6 +75,7 @@ class Store:
                 self.epoch = self._next_epoch()
                 if durable:
                     _sync_folder(folder)
+                reach("store.opened")
         except StoreError:
             self._lock.close()
             raise
@@ -92,6 +94,7 @@ class Store:
             self._db.close()
             self._lock.close()
 
+    @failpoint("store.append")
     def append(self, *events: Event) -> None:
         """Write events in one transaction: all of them or none.
 
@@ -108,7 +111,10 @@ class Store:
         with self._mutex, _explained(self.folder / "run.db"), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("INSERT INTO events (update_round, update_client, body) VALUES (?, ?, ?)", rows)
+            reach("store.append.begun")
+        reach("store.appended")
 
+    @failpoint("store.read")
     def events(self) -> list[Event]:
         """The whole log, oldest first.
 
@@ -131,6 +137,7 @@ class Store:
         event = event_from_json(row[0]) if row else None
         return event if isinstance(event, UpdateAccepted) else None
 
+    @failpoint("store.blob")
     def put_blob(self, blob: bytes, digest: str | None = None) -> str:
         """Keep `blob` and return its SHA-256, hex. Keeping it twice is keeping it once.
 
@@ -149,13 +156,17 @@ class Store:
             temporary = self._temporary(digest)
             with temporary.open("wb", buffering=0) as file:
                 file.write(blob)
+                reach("store.blob.written")
                 if self.durable:
                     os.fsync(file.fileno())
+            reach("store.blob.synced")
             temporary.rename(target)
+            reach("store.blob.renamed")
             if self.durable:
                 _sync_folder(self._blobs)
         return digest
 
+    @failpoint("store.fetch")
     def get_blob(self, digest: str) -> bytes:
         """The blob with this SHA-256, which is checked again.
 
@@ -169,6 +180,7 @@ class Store:
             raise StoreError(f"{target} does not have the bytes its name promises; restore it from a backup")
         return blob
 
+    @failpoint("store.sweep")
     def sweep(self, keep: Collection[str]) -> None:
         """Forget every blob but those in `keep`. One that another thread is writing right now stays.
 
@@ -181,7 +193,9 @@ class Store:
             for entry in self._blobs.iterdir():
                 if entry.name not in keep and entry.suffix != _TEMPORARY:
                     self._forgotten.append(entry.rename(self._temporary(entry.name)))
+                    reach("store.swept")
 
+    @failpoint("store.discard")
     def discard(self) -> None:
         """Delete what `sweep` has forgotten; freeing large files takes milliseconds, so do it off any lock.
 
@@ -200,6 +214,7 @@ class Store:
         """A name that nothing else has; what a crash leaves under one is deleted at the next opening."""
         return self._blobs / f"{name}.{next(self._numbers)}{_TEMPORARY}"
 
+    @failpoint("store.epoch")
     def _next_epoch(self) -> int:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")

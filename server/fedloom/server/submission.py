@@ -7,6 +7,7 @@ import numpy as np
 
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import CodecError, ProtocolError, SchemaError, UpdateRejected
+from fedloom.proto.failpoints import failpoint
 from fedloom.proto.messages import UpdateHeader
 from fedloom.proto.secagg.fixed import masked_bytes
 from fedloom.proto.secagg.steps import MASKED
@@ -72,6 +73,7 @@ def expected_bytes(header: UpdateHeader, order: Order) -> int:
     return size_bytes
 
 
+@failpoint("submission.check")
 def check_payload(header: UpdateHeader, payload: bytes, size_bytes: int) -> None:
     """Refuse a payload that is not the announced one.
 
@@ -84,6 +86,7 @@ def check_payload(header: UpdateHeader, payload: bytes, size_bytes: int) -> None
         raise ProtocolError("the update's bytes do not have the digest in its header; send it again")
 
 
+@failpoint("submission.decode")
 def decoded(strategy: Strategy, state: State, order: Order, payload: bytes, update: Update) -> Update:
     """The update with the payload's values, once it is sure that they may be folded.
 
