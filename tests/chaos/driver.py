@@ -23,7 +23,7 @@ from fedloom.proto import failpoints
 from fedloom.proto.accounting import epsilon
 from tests.chaos.trial import DELTA, SPEND, Trial
 
-__all__ = ["Failure", "Federation", "in_parallel", "preload"]
+__all__ = ["Failure", "Federation", "free_port", "in_parallel", "preload"]
 
 SLOW = (
     "grpc.aio",
@@ -90,7 +90,6 @@ class Federation:
         trial: What they do.
         folder: Where they keep everything; made here.
         arms: Failpoints by node name ("server" or a client), for its successive processes.
-        environment: Further variables for all of them.
     """
 
     def __init__(
@@ -98,13 +97,14 @@ class Federation:
         trial: Trial,
         folder: Path,
         arms: Mapping[str, Sequence[str]] | None = None,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True)
-        self.trial, self.folder, self.environment = trial, folder, dict(environment or {})
-        self.nodes = {name: Node(name, arms=list((arms or {}).get(name, ()))) for name in ("server", *trial.names)}
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.trial, self.folder = trial, folder
+        self.nodes = {name: Node(name, arms=list((arms or {}).get(name, ()))) for name in ("server", *trial.nodes)}
+        self.address = f"127.0.0.1:{free_port()}"
         self.restarts: Counter[str] = Counter()
+        self.environments: dict[str, Mapping[str, str]] = {}
+        """Further variables by node; a node that has some is started as a program of its own."""
         self.down_s = 0.0
         """How long a node that has ended stays away."""
 
@@ -116,7 +116,7 @@ class Federation:
     @property
     def clients(self) -> list[Node]:
         """The clients."""
-        return [self.nodes[name] for name in self.trial.names]
+        return [self.nodes[name] for name in self.trial.nodes]
 
     def start(self, node: Node) -> None:
         """Start a node's next process."""
@@ -125,7 +125,7 @@ class Federation:
         task: dict[str, object] = {"trial": self.trial.to_json(), "address": self.address, "name": name}
         log = self.folder / f"{node.name}.log"
         sys.stdout.flush()
-        node.pid = _forked(task, self.folder, log, text, self.environment)
+        node.pid = _forked(task, self.folder, log, text, self.environments.get(node.name, {}))
         node.status, node.excused, node.last = None, bool(text), text
         node.starts += 1
 
@@ -160,7 +160,7 @@ class Federation:
         try:
             for node in self.nodes.values():
                 self.start(node)
-            while not self._over():
+            while not self.over():
                 if time.monotonic() > end_s:
                     raise Failure(f"not over after {limit_s} s\n{self.tails()}")
                 each_turn()
@@ -168,7 +168,7 @@ class Federation:
         finally:
             self.end()
 
-    def _over(self) -> bool:
+    def over(self) -> bool:
         """Restart who ended; whether the coordinator and every client that could reach it are done."""
         self.reap()
         for node in self.nodes.values():
@@ -231,7 +231,8 @@ def _forked(task: dict[str, object], folder: Path, log: Path, text: str, environ
         os._exit(status)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that no process listens on, and that the system gives to no client."""
     start = int.from_bytes(os.urandom(4), "big")
     for offset in range(len(_PORTS)):
         port = _PORTS[(start + offset) % len(_PORTS)]

@@ -54,7 +54,8 @@ def checked(federation: Federation) -> Result:
     # Holds failpoints through what it imports, so it comes after the last process of this trial was forked.
     from tests.chaos import oracle
 
-    found = oracle.check(federation.trial, federation.folder)
+    deaths = {name: node.starts - (node.status == 0) for name, node in federation.nodes.items()}
+    found = oracle.check(federation.trial, federation.folder, deaths)
     return found | {"restarts": dict(federation.restarts)}
 
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import threading
 import time
 from pathlib import Path
 
+from fedloom.client import connection as connection_module
 from fedloom.client import participant as participant_module
 from fedloom.client.config import Policy
 from fedloom.client.connection import GrpcConnection
@@ -30,7 +32,7 @@ def policy_of(name: str, folder: Path) -> Policy:
         {
             "client": {"name": name, "state": str(folder), "anchors": str(folder / "anchors")},
             "data": {"source": "none", "declared_examples": 100},
-            "privacy": {"epsilon": BUDGET, "delta": DELTA},
+            "privacy": {"epsilon": BUDGET, "delta": DELTA, "allow_non_private": True},
         }
     )
 
@@ -47,7 +49,7 @@ class Recording(GrpcConnection):
 
     def join(self, client: str, declared_examples: int) -> Joined:
         joined = super().join(client, declared_examples)
-        note(self.folder / "joined.log", f"{joined.epoch} {time.time()}")
+        note(self.folder / "joined.log", f"{joined.epoch} {time.time()} {client}")
         return joined
 
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:
@@ -61,19 +63,24 @@ class Steady:
     declared_examples = 1
     schema = SCHEMA
 
-    def __init__(self, name: str, folder: Path, ledger: Ledger, pause_s: float) -> None:
+    def __init__(self, name: str, folder: Path, ledger: Ledger | None, pause_s: float) -> None:
         self.name, self.folder, self.ledger, self.pause_s = name, folder, ledger, pause_s
 
     def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
-        charge = self.ledger.reserve(run, assignment.round, SPEND, budget=BUDGET, delta=DELTA)
+        charge = None
+        if self.ledger is not None:
+            charge = self.ledger.reserve(run, assignment.round, SPEND, budget=BUDGET, delta=DELTA)
         note(self.folder / "drawn.log", f"{assignment.round} {charge}")
         time.sleep(self.pause_s)
+        if self.ledger is None:
+            return Trained(change(self.name, assignment.round, 0, broadcast), None)
         again = len(sent_digests(self.folder / "sent.log").get(assignment.round, ()))
         return Trained(change(self.name, assignment.round, again, broadcast), charge)
 
     def release(self, charge: int | None, digest: str) -> None:
-        assert charge is not None
-        self.ledger.release(charge, digest)
+        if self.ledger is not None:
+            assert charge is not None
+            self.ledger.release(charge, digest)
 
 
 def run_server(trial: Trial, folder: Path, address: str) -> int:
@@ -106,11 +113,38 @@ def run_client(trial: Trial, folder: Path, address: str, name: str) -> int:
     return 0
 
 
+def run_crowd(trial: Trial, folder: Path, address: str, name: str) -> int:
+    """Take part as many clients, each in a thread with a connection of its own."""
+    # In one process channels to one address share a connection unless they are told not to.
+    connection_module._OPTIONS = [*connection_module._OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+    folder.mkdir(exist_ok=True)
+    mine = trial.names[int(name.removeprefix("crowd")) :: trial.crowd]
+    finished: list[str] = []
+
+    def take_part(client: str) -> None:
+        connection = Recording(address)
+        connection.folder = folder
+        trainer = Steady(client, folder, None, trial.pause_s)
+        Participant(connection, policy_of(client, folder), lambda _: trainer).run(patience_s=120)
+        finished.append(client)
+
+    threads = [threading.Thread(target=take_part, args=(client,)) for client in mine]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return 0 if sorted(finished) == sorted(mine) else 4
+
+
 def main(task: dict[str, object], folder: Path) -> int:
     """One node's whole life: `task` has the trial, the address and the client's name, or "" for the coordinator."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(name)s %(message)s")
     trial, address, name = Trial(**task["trial"]), str(task["address"]), str(task["name"])  # type: ignore[arg-type]
-    status = run_client(trial, folder / name, address, name) if name else run_server(trial, folder, address)
+    if not name:
+        status = run_server(trial, folder, address)
+    else:
+        run = run_crowd if trial.crowd else run_client
+        status = run(trial, folder / name, address, name)
     for point, count in failpoints.hits.items():
         note(folder / "hits.log", f"{name or 'server'} {point} {count}")
     return status

@@ -1,15 +1,15 @@
 """What must be true when a trial is over, whatever was done to it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedloom.server.rounds import AdapterCommitted, Event, RoundClosed, RoundOpened, UpdateAccepted
+from fedloom.server.rounds import AdapterCommitted, ClientLost, Event, RoundClosed, RoundOpened, UpdateAccepted
 from fedloom.server.store import Store
 from tests.chaos import node
 from tests.chaos.driver import Failure
-from tests.chaos.trial import SPEND, Trial, begun, digest, sent_digests, stepped
+from tests.chaos.trial import SPEND, Trial, begun, digest, sent_digests, stepped, undisturbed
 
 __all__ = ["check", "log_of"]
 
@@ -20,7 +20,8 @@ def log_of(events: Sequence[Event]) -> list[dict[str, Any]]:
     for event in events:
         match event:
             case RoundOpened():
-                rounds.setdefault(event.round, {"accepted": {}})["cohort"] = list(event.cohort)
+                entry = rounds.setdefault(event.round, {"accepted": {}, "openings": 0})
+                entry |= {"cohort": list(event.cohort), "openings": entry["openings"] + 1}
             case UpdateAccepted():
                 accepted = rounds[event.round]["accepted"]
                 if event.client in accepted:
@@ -33,27 +34,40 @@ def log_of(events: Sequence[Event]) -> list[dict[str, Any]]:
     return [rounds[number] for number in sorted(rounds)]
 
 
-def check(trial: Trial, folder: Path) -> dict[str, Any]:
+def check(trial: Trial, folder: Path, deaths: Mapping[str, int]) -> dict[str, Any]:
     """The normalised log, state and ledgers, once it is sure that they are right.
+
+    Args:
+        trial: What was tried.
+        folder: Where it was.
+        deaths: How many processes of each node did not end by themselves.
 
     Raises:
         Failure: Something else came out than the same clients give without a coordinator, a client answered a round
             twice, or a ledger counts less than was done.
     """
     with Store(folder / "state") as store:
-        log, epoch = log_of(store.events()), store.epoch
+        events, epoch = store.events(), store.epoch
+    log = log_of(events)
     _expect(len(log) == trial.rounds, f"{len(log)} rounds of {trial.rounds}")
     state = begun(trial)
     for number, found in enumerate(log):
         state = stepped(state, found["folded"])
         _expect(sorted(found["accepted"]) == found["folded"], f"round {number} folds not what was accepted")
         _expect(found["state"] == digest(state), f"round {number} gives another state than its updates do")
-    for name in trial.names:
-        _check_client(trial, folder / name, name, log)
-    return {"log": log, "state": digest(state), "openings": epoch}
+    if trial.needed is None:
+        wanted = undisturbed(trial)
+        plain = [{key: value for key, value in found.items() if key != "openings"} for found in log]
+        _expect(plain == wanted, f"the log is not the undisturbed run's: {plain} in place of {wanted}")
+    for name in trial.names if trial.private else ():
+        spare = _check_client(trial, folder / name, name, log)
+        _expect(spare <= deaths[name], f"{name} died {deaths[name]} times and has {spare} charges that gave nothing")
+    lost = sum(isinstance(event, ClientLost) for event in events)
+    return {"log": log, "state": digest(state), "openings": epoch, "lost": lost}
 
 
-def _check_client(trial: Trial, folder: Path, name: str, log: list[dict[str, Any]]) -> None:
+def _check_client(trial: Trial, folder: Path, name: str, log: list[dict[str, Any]]) -> int:
+    """How many charges gave nothing that left."""
     accepted = {number: found["accepted"][name][0] for number, found in enumerate(log) if name in found["accepted"]}
     with node.account_of(node.policy_of(name, folder)) as ledger:
         charges = ledger.charges()
@@ -78,6 +92,7 @@ def _check_client(trial: Trial, folder: Path, name: str, log: list[dict[str, Any
         _expect(len(released.get(round, ())) <= 1, f"{name} released two updates for round {round}")
         _expect(left <= set(released.get(round, ())), f"{name} sent for round {round} what it had not released")
         _expect(round not in accepted or left == {accepted[round]}, f"round {round} has not what {name} sent")
+    return sum(charge.digest is None for charge in charges)
 
 
 def _expect(true: bool, otherwise: str) -> None:

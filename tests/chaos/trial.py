@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedloom.proto.accounting import Spend
+from fedloom.proto.codec import codec
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Array, Role, Schema, Tensors, TensorSpec
 from fedloom.strategies.api import State, Update
@@ -39,16 +40,26 @@ class Trial:
     rounds: int = 3
     needed: int | None = None
     """Updates that a round needs; None waits for all clients, so that no clock decides anything."""
+    selected: int | None = None
+    """Clients asked in a round; None asks all."""
     deadline_s: float = 600.0
     lease_s: float = 60.0
     pause_s: float = 0.02
     """Length of a training."""
     linger_s: float = 2.0
+    private: bool = True
+    crowd: int = 0
+    """Processes that the clients share as threads; 0 gives each its own, as everywhere but where there are many."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """The clients."""
         return tuple(f"c{number}" for number in range(self.clients))
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The processes of clients."""
+        return tuple(f"crowd{number}" for number in range(self.crowd)) or self.names
 
     @property
     def config(self) -> RunConfig:
@@ -58,9 +69,10 @@ class Trial:
                 "run": {"name": "chaos", "rounds": self.rounds, "seed": 1},
                 "model": {"base": "none", "labels": ["a", "b"]},
                 "train": {"steps": SPEND.steps, "sampling_rate": SPEND.sampling_rate, "learning_rate": 1.0},
-                "privacy": {"noise_multiplier": SPEND.noise_multiplier, "delta": DELTA},
+                "privacy": {"enabled": self.private, "noise_multiplier": SPEND.noise_multiplier, "delta": DELTA},
                 "rounds": {
                     "min_clients": self.needed or self.clients,
+                    "clients_per_round": self.selected,
                     "deadline_s": self.deadline_s,
                     "lease_s": self.lease_s,
                 },
@@ -100,6 +112,22 @@ def stepped(state: State, clients: Iterable[str]) -> State:
         delta = change(client, state.round, 0, state.adapter)
         acc = strategy.fold(state, acc, Update(client, 1.0, state.adapter, delta))
     return strategy.commit(state, acc)
+
+
+def undisturbed(trial: Trial) -> list[dict[str, object]]:
+    """The log of a run of all clients, as `oracle.log_of` gives it, computed without a coordinator."""
+    state, log = begun(trial), list[dict[str, object]]()
+    for round in range(trial.rounds):
+        accepted: dict[str, object] = {}
+        for name in trial.names:
+            payload = codec("fp32").encode(SCHEMA, change(name, round, 0, state.adapter))
+            accepted[name] = [hashlib.sha256(payload).hexdigest(), 1.0]
+        state = stepped(state, trial.names)
+        names = sorted(trial.names)
+        log.append(
+            {"cohort": names, "accepted": accepted, "folded": names, "reason": "complete", "state": digest(state)}
+        )
+    return log
 
 
 def digest(state: State) -> str:

@@ -45,6 +45,19 @@ def test_a_second_coordinator_is_refused(tmp_path: Path) -> None:
     Store(tmp_path).close()
 
 
+def test_a_coordinator_that_was_replaced_writes_nothing_more(tmp_path: Path) -> None:
+    """Found by the scenario "split brain": a lock that does not hold let two processes write one log."""
+    with Store(tmp_path) as old:
+        (tmp_path / "lock").unlink()  # as where locks do not reach across machines
+        with Store(tmp_path) as new:
+            new.append(UPDATE)
+
+            with pytest.raises(StoreError, match=r"epoch 1, and another coordinator has opened it since, as epoch 2"):
+                old.append(AdapterCommitted(3, "s4"))
+
+            assert new.events() == [UPDATE]
+
+
 def test_several_events_are_written_together_or_not_at_all(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.append(UPDATE)

@@ -110,6 +110,7 @@ class Store:
         ]
         with self._mutex, _explained(self.folder / "run.db"), self._db:
             self._db.execute("BEGIN IMMEDIATE")
+            self._check_newest()
             self._db.executemany("INSERT INTO events (update_round, update_client, body) VALUES (?, ?, ?)", rows)
             reach("store.append.begun")
         reach("store.appended")
@@ -213,6 +214,18 @@ class Store:
     def _temporary(self, name: str) -> Path:
         """A name that nothing else has; what a crash leaves under one is deleted at the next opening."""
         return self._blobs / f"{name}.{next(self._numbers)}{_TEMPORARY}"
+
+    def _check_newest(self) -> None:
+        """Refuse to write after somebody else has opened the directory: not every file system's locks hold.
+
+        The transaction that is open keeps it so until it ends.
+        """
+        newest = self._db.execute("SELECT max(epoch) FROM opened").fetchone()[0]
+        if newest != self.epoch:
+            raise StoreError(
+                f"{self.folder} was opened as epoch {self.epoch}, and another coordinator has opened it since, as "
+                f"epoch {newest}; this one must not write any more: stop it"
+            )
 
     @failpoint("store.epoch")
     def _next_epoch(self) -> int:
