@@ -146,9 +146,20 @@ class Federation:
                     node.status = os.waitstatus_to_exitcode(status)
 
     def unreached(self) -> list[str]:
-        """Failpoints whose process was never started, or ended without them."""
-        waiting = [text for node in self.nodes.values() for text in node.arms]
-        return waiting + [node.last for node in self.nodes.values() if node.last and node.status == 0]
+        """Failpoints whose process was never started, or came to its end without having been there."""
+        log = self.folder / "hits.log"
+        lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+        counted = {(name, point): int(count) for name, point, count in lines}
+        found = [text for node in self.nodes.values() for text in node.arms]
+        for node in self.nodes.values():
+            point, _, action = node.last.partition("=")
+            if (
+                node.last
+                and node.status == 0
+                and counted.get((node.name, point), 0) < int(action.partition("@")[2] or 1)
+            ):
+                found.append(node.last)
+        return found
 
     def run(self, each_turn: Callable[[], None] = lambda: None, *, limit_s: float = 90.0) -> None:
         """Start everybody and go on until the run is over, restarting whoever ends before it is.

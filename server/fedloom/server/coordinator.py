@@ -79,8 +79,8 @@ class Coordinator:
         self._history = History(config, schema, strategy, store, starting=starting)
         self._secure = Secure(config, self._history, store)
         self._opened_s = clock()
-        # Whoever the open round waits for gets one lease to come back after a restart.
-        self._members = {name: Member(self._opened_s, asked=True) for name in self._rounds.pending}
+        # Whoever took part before a restart gets one lease to come back, for more rounds or for the final adapter.
+        self._members = {name: Member(self._opened_s, asked=True) for name in self._history.expected}
         with self._lock:
             self._advance()
             self._history.write()

@@ -62,6 +62,7 @@ class History:
         rounds: Where the run stands.
         state: The strategy's state after the last commit.
         broadcasts: What clients of the current round are asked to do.
+        expected: Who took part last when the directory was opened, and will come back.
 
     Raises:
         ConfigError: The directory holds another run, or the strategy is not what [user_level] promises.
@@ -82,6 +83,8 @@ class History:
         events = store.events()
         for event in events:
             self.rounds = apply(self.rounds, event)
+        cohorts = [event.cohort for event in events if isinstance(event, RoundOpened)]
+        self.expected = frozenset(cohorts[-1] if cohorts else ()) - self.rounds.lost.keys()
         self._taken = participations(events)
         self.run = self._begin(starting) if self.rounds.created is None else self._continue(self.rounds.created)
         self.broadcasts = Broadcasts(config, schema, strategy, self.state)
