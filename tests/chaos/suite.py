@@ -44,7 +44,7 @@ class Size:
 
 
 CI = Size(1, False, 2, 1, ((5, 15, 4),), 1, 1, 60)
-FULL = Size(10, True, 20, 20, ((5, 15, 100), (10, 24, 40)), 3, 5, 1000)
+FULL = Size(5, True, 20, 20, ((5, 15, 100), (10, 24, 40)), 3, 5, 1000)
 
 
 def _grid(size: Size, seed: int, folder: Path) -> Tasks:
