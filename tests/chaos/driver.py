@@ -161,7 +161,7 @@ class Federation:
                 found.append(node.last)
         return found
 
-    def run(self, each_turn: Callable[[], None] = lambda: None, *, limit_s: float = 90.0) -> None:
+    def run(self, each_turn: Callable[[], None] = lambda: None, *, limit_s: float = 300.0) -> None:
         """Start everybody and go on until the run is over, restarting whoever ends before it is.
 
         Raises:

@@ -31,7 +31,7 @@ def after(trial: Trial) -> str:
     return digest(state)
 
 
-def _until(federation: Federation, what: Callable[[], bool], limit_s: float = 30.0) -> float:
+def _until(federation: Federation, what: Callable[[], bool], limit_s: float = 120.0) -> float:
     """Wait; how long it took."""
     start_s = time.monotonic()
     while not what():
@@ -73,7 +73,7 @@ def dropout(folder: Path, seed: int, needed: int, selected: int, rounds: int, sh
 
     federation = Federation(trial, folder, {name: [fate() for _ in range(rounds)] for name in trial.names})
     federation.down_s = 2.0
-    federation.run(limit_s=60 + 10 * rounds)
+    federation.run(limit_s=300 + 20 * rounds)
     found = checked(federation)
     cohorts = sum(len(each["cohort"]) for each in found["log"])
     folded = sum(len(each["folded"]) for each in found["log"])
@@ -148,7 +148,7 @@ def _moved(federation: Federation, *clients: Node) -> None:
 
 
 def _ended(pid: int) -> int:
-    end_s = time.monotonic() + 30
+    end_s = time.monotonic() + 120
     while time.monotonic() < end_s:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
@@ -210,7 +210,7 @@ def many(folder: Path, clients: int, processes: int) -> Result:
             killed_s.append(time.time())
             federation.kill(federation.server)
 
-    federation.run(strike, limit_s=280)
+    federation.run(strike, limit_s=900)
     found = checked(federation)
     if found["state"] != after(trial):
         raise Failure("a crowd came to something else than undisturbed")

@@ -170,7 +170,7 @@ def storm(folder: Path, seed: int, kills: int, targets: Sequence[str], expected:
             done[0] += 1
         next_s[0] = time.monotonic() + rng.uniform(0.02, 0.5)
 
-    federation.run(strike, limit_s=240)
+    federation.run(strike, limit_s=600)
     found = checked(federation)
     if found["state"] != expected:
         raise Failure(f"seed {seed}: {found['state'][:12]}, undisturbed it is {expected[:12]}")

@@ -44,6 +44,7 @@ def test_the_grid_has_every_failpoint_in_every_phase_and_way() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(900)
 def test_killed_at_every_failpoint_the_run_comes_to_the_same() -> None:
     found = report("kill grid")
 
@@ -52,6 +53,7 @@ def test_killed_at_every_failpoint_the_run_comes_to_the_same() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(900)
 def test_killed_at_random_times_the_coordinator_comes_to_the_same() -> None:
     figures = report("random kills")["figures"].values()
 
@@ -59,6 +61,7 @@ def test_killed_at_random_times_the_coordinator_comes_to_the_same() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(900)
 def test_killed_at_random_times_everybody_together_comes_to_the_same() -> None:
     figures = report("storms")["figures"].values()
 
@@ -66,6 +69,7 @@ def test_killed_at_random_times_everybody_together_comes_to_the_same() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(900)
 def test_rounds_close_without_those_who_die_in_them() -> None:
     (figures,) = report("dropout")["figures"].values()
 
@@ -75,11 +79,13 @@ def test_rounds_close_without_those_who_die_in_them() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(900)
 def test_of_two_coordinators_on_one_state_only_one_writes() -> None:
     assert report("split brain")["trials"] == 1
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(faults.COMPILER is None, reason="needs a C compiler for the library that moves the clock")
 def test_no_clock_that_jumps_decides_anything() -> None:
     (figures,) = report("clock")["figures"].values()
@@ -88,6 +94,7 @@ def test_no_clock_that_jumps_decides_anything() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(900)
 def test_many_clients_come_back_to_a_coordinator_that_was_killed() -> None:
     (figures,) = report("many clients")["figures"].values()
 
