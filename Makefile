@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export FEDLOOM_CACHE ?= $(CURDIR)/.cache
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test prove check fix proto docs bench study-small clean
+.PHONY: setup demo test prove chaos check fix proto docs bench study-small clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,10 @@ test: setup
 # Everything that is too heavy for every change, at full size.
 prove: setup
 	FEDLOOM_PROVE=1 pytest -m prove
+
+# Kills, stops and confuses every process at full size; writes benchmarks/chaos.json and docs/track-record.md.
+chaos: setup
+	PYTHONPATH=. python benchmarks/chaos.py
 
 check: setup
 	ruff format --check .

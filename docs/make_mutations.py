@@ -1,4 +1,4 @@
-"""Write the table of mutations into docs/privacy.md; `--check` exits 1 when it is not what would be written."""
+"""Write the tables of mutations into docs; `--check` exits 1 when one is not what would be written."""
 
 import sys
 import tomllib
@@ -6,25 +6,26 @@ from pathlib import Path
 
 __all__ = ["main", "page"]
 
-TARGET = Path(__file__).with_name("privacy.md")
-SOURCE = TARGET.parents[1] / "tests" / "mutations" / "mutations.toml"
+DOCS = Path(__file__).parent
+LISTS = DOCS.parent / "tests" / "mutations"
+PAGES = {DOCS / "privacy.md": LISTS / "mutations.toml", DOCS / "track-record.md": LISTS / "reliability.toml"}
 
 _START, _END = "<!-- mutations: made by docs/make_mutations.py -->\n", "<!-- end of mutations -->"
 
 
-def page() -> str:
-    """The page with the table as the list of mutations gives it."""
-    text = TARGET.read_text(encoding="utf-8")
+def page(target: Path) -> str:
+    """The page with the table as its list of mutations gives it."""
+    text = target.read_text(encoding="utf-8")
     before, start, rest = text.partition(_START)
     _, end, after = rest.partition(_END)
     if not (start and end):
-        sys.exit(f"{TARGET.name} has lost its marks {_START.strip()} and {_END}; put them back")
-    return f"{before}{_START}\n{_table()}\n{_END}{after}"
+        sys.exit(f"{target.name} has lost its marks {_START.strip()} and {_END}; put them back")
+    return f"{before}{_START}\n{_table(PAGES[target])}\n{_END}{after}"
 
 
-def _table() -> str:
+def _table(source: Path) -> str:
     lines = ["| mistake | in | caught by |", "|---|---|---|"]
-    for each in tomllib.loads(SOURCE.read_text(encoding="utf-8"))["mutation"]:
+    for each in tomllib.loads(source.read_text(encoding="utf-8"))["mutation"]:
         tests = "<br>".join(f"`{test.removeprefix('tests/')}`" for test in each["tests"])
         name = f"**{each['name']}**" if each.get("quick", False) else each["name"]
         lines.append(f"| {name}: {each['bug']} | `{Path(each['file']).name}` | {tests} |")
@@ -32,15 +33,15 @@ def _table() -> str:
 
 
 def main() -> None:
-    """Write the page, or with `--check` only compare it."""
-    text = page()
-    if sys.argv[1:] == ["--check"]:
-        if TARGET.read_text(encoding="utf-8") != text:
-            sys.exit(f"{TARGET.name} is stale; run `python docs/make_mutations.py`")
-    elif sys.argv[1:]:
+    """Write the pages, or with `--check` only compare them."""
+    if sys.argv[1:] not in ([], ["--check"]):
         sys.exit(f"unknown arguments {' '.join(sys.argv[1:])}; only --check is allowed")
-    else:
-        TARGET.write_text(text, encoding="utf-8")
+    for target in PAGES:
+        text = page(target)
+        if not sys.argv[1:]:
+            target.write_text(text, encoding="utf-8")
+        elif target.read_text(encoding="utf-8") != text:
+            sys.exit(f"{target.name} is stale; run `python docs/make_mutations.py`")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ __all__ = ["FaultProxy", "Faults", "fault_proxy"]
 T = TypeVar("T")
 
 _PIECE_BYTES = 64 << 10
-_CUT_S = 0.3
+_CUT_S = 1.0
 
 
 @dataclass
@@ -169,7 +169,8 @@ class FaultProxy:
             if faults.latency_s:
                 await asyncio.sleep(faults.latency_s)
             if way.cut is not None and way.passed > way.cut:
-                # What has passed is to arrive and be read: a reset would take it back out of the buffers.
+                # What has passed is to arrive and be read, also on a busy machine: a closed line takes it back out of the
+                # buffers.
                 await asyncio.sleep(_CUT_S)
                 way.writer.close()
                 await way.writer.wait_closed()

@@ -4,7 +4,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -147,30 +147,23 @@ def test_a_garbled_upload_is_sent_again_from_the_start(tmp_path: Path) -> None:
 
 def test_a_half_done_upload_goes_on_after_a_restart_of_the_coordinator(tmp_path: Path) -> None:
     ends: list[Finished] = []
-    with Store(tmp_path, durable=False) as store, serving(coordinator(store)) as address, fault_proxy(address) as proxy:
+    with ExitStack() as first, ExitStack() as second:
+        store = first.enter_context(Store(tmp_path, durable=False))
+        proxy = second.enter_context(fault_proxy(first.enter_context(serving(coordinator(store)))))
         proxy.faults.cuts_up.append(int(2.5 * CHUNK_BYTES))
         proxy.faults.cuts_up.extend([0] * 1000)  # no other connection gets a byte through
         thread = life(site(proxy.address), ends)
         wait_for(lambda: [path.stat().st_size for path in (tmp_path / "uploads").glob("*")] == [2 * CHUNK_BYTES])
         before = proxy.up_bytes
-        # The clean-up of this `with` stops the coordinator while the client goes on trying.
-        with serving_again(tmp_path, store) as (made, again):
-            proxy.upstream = again
-            proxy.faults.cuts_up.clear()
-            thread.join()
-            moved(made, 1.0)
-            assert proxy.up_bytes - before < PAYLOAD_BYTES - 2 * CHUNK_BYTES + SLACK_BYTES
+        first.close()  # the coordinator stops while the client goes on trying
+        made = coordinator(second.enter_context(Store(tmp_path, durable=False)))
+        proxy.upstream = second.enter_context(serving(made))
+        proxy.faults.cuts_up.clear()
+        thread.join()
+        moved(made, 1.0)
+        assert proxy.up_bytes - before < PAYLOAD_BYTES - 2 * CHUNK_BYTES + SLACK_BYTES
     assert len(ends) == 1
     assert list((tmp_path / "uploads").iterdir()) == []
-
-
-@contextmanager
-def serving_again(folder: Path, store: Store) -> Iterator[tuple[Coordinator, str]]:
-    store.close()
-    with Store(folder, durable=False) as reopened:
-        made = coordinator(reopened)
-        with serving(made) as address:
-            yield made, address
 
 
 def wait_for(happened: Callable[[], bool]) -> None:

@@ -1,6 +1,7 @@
-"""Known ways to lose privacy in silence, put into a copy of the source one at a time: a named test must fail for each.
+"""Known ways to lose privacy or updates in silence, each put into a copy of the source: a test must fail.
 
-The list is mutations.toml, and docs/privacy.md shows it. Without FEDLOOM_PROVE=1 only those marked quick run.
+The lists are mutations.toml, shown in docs/privacy.md, and reliability.toml, shown in docs/track-record.md. Without
+FEDLOOM_PROVE=1 only those marked quick run.
 """
 
 import json
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MUTATIONS: list[dict[str, Any]] = tomllib.loads(
-    (Path(__file__).with_name("mutations.toml")).read_text(encoding="utf-8")
-)["mutation"]
+MUTATIONS: list[dict[str, Any]] = [
+    mutation
+    for name in ("mutations.toml", "reliability.toml")
+    for mutation in tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))["mutation"]
+]
 FULL = bool(os.environ.get("FEDLOOM_PROVE"))
 CHOSEN = [each for each in MUTATIONS if FULL or each.get("quick", False)]
 COPIED = ("proto", "strategies", "server", "client", "simulation", "cli", "tests", "examples")

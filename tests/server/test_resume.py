@@ -133,6 +133,40 @@ def test_after_a_restart_the_cohort_has_one_lease_to_come_back(federate: Any, tm
         assert again.coordinator.progress.round == 1
 
 
+def test_after_a_restart_a_finished_run_waits_for_everybody_who_took_part(
+    federate: Any, configure: Any, tmp_path: Path
+) -> None:
+    """Found by the kill grid: the first to come back was served, and the others found nobody any more."""
+    with Store(tmp_path, durable=False) as store:
+        federation = federate(store, configure(1))
+        federation.begin("ann", "ben")
+        federation.send(*federation.update("ann"))
+        federation.send(*federation.update("ben"))
+        assert federation.coordinator.finished
+
+    with Store(tmp_path, durable=False) as store:
+        again = federate(store, configure(1))
+        again.join("ann")
+        ending = again.work("ann")
+        again.coordinator.blob("ann", ending.digest, *again.runs["ann"])
+
+        assert not again.coordinator.over
+        again.now_s = 10.1
+        assert again.coordinator.over
+
+
+def test_after_a_restart_the_next_round_asks_those_of_the_last(federate: Any, configure: Any, tmp_path: Path) -> None:
+    with Store(tmp_path, durable=False) as store:
+        federation = federate(store, configure(), expect=3)
+        federation.begin("ann", "ben", "cat")
+        for name in ("ann", "ben", "cat"):
+            federation.send(*federation.update(name))
+        federation.coordinator.leave("cat", "test", *federation.runs["cat"])
+
+    with Store(tmp_path, durable=False) as store:
+        assert federate(store, configure()).coordinator.progress.cohort == ("ann", "ben", "cat")
+
+
 def test_a_directory_of_another_run_file_is_refused(federate: Any, configure: Any, tmp_path: Path) -> None:
     with Store(tmp_path, durable=False) as store:
         federate(store)

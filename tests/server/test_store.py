@@ -5,7 +5,7 @@ import pytest
 
 from fedloom.proto.errors import StoreError
 from fedloom.server import database
-from fedloom.server.rounds import ClientLost
+from fedloom.server.rounds import AdapterCommitted, ClientLost, UpdateAccepted
 from fedloom.server.store import Store
 
 
@@ -83,3 +83,17 @@ def test_a_full_disk_is_a_store_error(tmp_path: Path, monkeypatch: pytest.Monkey
 
         with pytest.raises(StoreError, match="No space left"):
             store.put_blob(b"weights")
+
+
+def test_a_coordinator_that_was_replaced_writes_nothing_more(tmp_path: Path) -> None:
+    """Found by the scenario "split brain": a lock that does not hold let two processes write one log."""
+    update = UpdateAccepted(3, "ann", "d", 2.5)
+    with Store(tmp_path) as old:
+        (tmp_path / "lock").unlink()  # as where locks do not reach across machines
+        with Store(tmp_path) as new:
+            new.append(update)
+
+            with pytest.raises(StoreError, match=r"epoch 1, and another coordinator has opened it since, as epoch 2"):
+                old.append(AdapterCommitted(3, "s4"))
+
+            assert new.events() == [update]

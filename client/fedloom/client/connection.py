@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -22,6 +21,7 @@ from fedloom.proto.errors import (
     Unavailable,
     UpdateRejected,
 )
+from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unframed
 from fedloom.proto.limits import LONG_POLL_S, TRANSFER_S
 from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeader
@@ -125,6 +125,7 @@ class GrpcConnection:
             f"/{SERVICE}/Submit", request_serializer=None, response_deserializer=pb.SubmitReply.FromString
         )
 
+    @failpoint("line.join")
     def join(self, client: str, declared_examples: int) -> Joined:
         """Learn about the run and remember its name and epoch.
 
@@ -137,6 +138,7 @@ class GrpcConnection:
         self._client, self._run, self._epoch = client, joined.run, joined.epoch
         return joined
 
+    @failpoint("line.work")
     def work(self) -> Answer:
         """Ask for work; with a certificate that was renewed meanwhile, if it was."""
         if self._stamp != stamp(self._certs):
@@ -144,6 +146,7 @@ class GrpcConnection:
         request = pb.WorkRequest(run=self._run, epoch=self._epoch, client=self._client)
         return answer_from_wire(self._call(self._stub.Work, request, LONG_POLL_S + 10))
 
+    @failpoint("line.fetch")
     def fetch(self, digest: str, size_bytes: int) -> bytes:
         """Read the payload chunk by chunk, never more than was promised; after a broken call, only the rest.
 
@@ -159,6 +162,7 @@ class GrpcConnection:
         try:
             for message in self._fetch(request, timeout=TRANSFER_S):
                 got.take(unframed(CHUNK_FIELD, message))
+                reach("line.fetch.chunk")
                 if got.filled > size_bytes:
                     raise CodecError(f"coordinator sends more than the {size_bytes} bytes it promised for {digest}")
         except grpc.RpcError as error:
@@ -169,6 +173,7 @@ class GrpcConnection:
             raise CodecError(f"payload {digest} arrived with {got.filled} of {size_bytes} bytes or with other content")
         return b"".join(got.parts)
 
+    @failpoint("line.submit")
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:
         """Send the header, then the payload in chunks; after a broken call, only what the coordinator lacks.
 
@@ -191,9 +196,13 @@ class GrpcConnection:
         return bool(reply.duplicate)
 
     def _send(self, header: UpdateHeader, payload: bytes, offset: int) -> pb.SubmitReply:
-        first = pb.SubmitRequest(header=header_to_wire(header, self._run, self._epoch, offset)).SerializeToString()
-        messages = chain((first,), frames(DATA_FIELD, payload, offset))
-        reply: pb.SubmitReply = self._submit(messages, timeout=TRANSFER_S)
+        def messages() -> Iterator[bytes]:
+            first = header_to_wire(header, self._run, self._epoch, offset)
+            yield pb.SubmitRequest(header=first).SerializeToString()
+            reach("line.submit.header")
+            yield from frames(DATA_FIELD, payload, offset)
+
+        reply: pb.SubmitReply = self._submit(messages(), timeout=TRANSFER_S)
         return reply
 
     def exchange(self, message: StepMessage) -> StepResult | None:
@@ -201,11 +210,13 @@ class GrpcConnection:
         request = step_to_wire(message, self._client, self._run, self._epoch)
         return result_from_wire(self._call(self._stub.Exchange, request, LONG_POLL_S + 10))
 
+    @failpoint("line.heartbeat")
     def heartbeat(self) -> None:
         """Say that this client is alive."""
         request = pb.HeartbeatRequest(run=self._run, epoch=self._epoch, client=self._client)
         self._call(self._stub.Heartbeat, request, _CALL_S)
 
+    @failpoint("line.leave")
     def leave(self, reason: str) -> None:
         """Say goodbye with one line of reason."""
         request = pb.LeaveRequest(run=self._run, epoch=self._epoch, client=self._client, reason=reason[:500])

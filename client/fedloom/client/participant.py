@@ -27,6 +27,7 @@ from fedloom.proto.errors import (
     Unavailable,
     UpdateRejected,
 )
+from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, Wait, broadcast_schema, upload_schema
 
 __all__ = ["Participant"]
@@ -76,6 +77,7 @@ class Participant:
         """The client's name in the run."""
         return self.policy.client.name
 
+    @failpoint("participant.join")
     def join(self) -> Joined:
         """Learn about the run, check it against the policy and get ready to train.
 
@@ -92,6 +94,7 @@ class Participant:
                 _check_schema(trainer, first)
                 self._pending = self._left_over(trainer, first.run)
             self._trainer, self._joined = trainer, first
+            reach("participant.prepared")
         # Joining again tells the declared size, which is known once the data set is read.
         joined = self.connection.join(self.name, self._trainer.declared_examples)
         with self._leaving_on(FedloomError):
@@ -170,6 +173,7 @@ class Participant:
                 f"{error}: the update for round {update.header.round + 1} in {self.spool} is not sent. Remove it "
                 "if the ledger was replaced on purpose"
             ) from error
+        reach("participant.left_over")
         log.info("round %d: sending again what was finished before", update.header.round + 1)
         return update
 
@@ -189,6 +193,7 @@ class Participant:
             )
         return update
 
+    @failpoint("participant.train")
     def _train(self, assignment: Assignment) -> Spooled:
         trainer, joined = self._trainer, self._joined
         assert trainer is not None  # step is only called after join
@@ -208,7 +213,9 @@ class Participant:
             payload = self._insist(
                 lambda: self.connection.fetch(assignment.broadcast_digest, assignment.broadcast_bytes)
             )
+            reach("participant.fetched")
             trained = trainer.train(joined.run, assignment, incoming.decode(schema, payload))
+            reach("participant.trained")
             upload = upload_schema(joined.schema, assignment)
             body = outgoing.encode(upload, trained.delta)
             digest = hashlib.sha256(body).hexdigest()
@@ -219,11 +226,14 @@ class Participant:
             # First the bytes, then the word that they leave: what is released can always be sent again.
             if self.spool is not None:
                 keep(self.spool, update)
+            reach("participant.spooled")
             trainer.release(trained.charge, digest)
+            reach("participant.released")
         finally:
             self._busy.clear()
         return update
 
+    @failpoint("participant.deliver")
     def _deliver(self) -> None:
         """Send the pending update; it is forgotten once the coordinator has it or refuses it for good.
 
@@ -234,6 +244,7 @@ class Participant:
         try:
             if not self._insist(lambda: self._send(pending)):
                 return
+            reach("participant.delivered")
             self.rounds_trained += 1
             self._forget()
         except UpdateRejected as error:

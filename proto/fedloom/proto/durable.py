@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from fedloom.proto.failpoints import failpoint, reach
+
 __all__ = ["make_folder", "sync_folder", "write_durably"]
 
 
@@ -21,6 +23,7 @@ def make_folder(folder: Path) -> None:
         sync_folder(each.parent)
 
 
+@failpoint("durable.write")
 def write_durably(path: Path, *parts: bytes) -> None:
     """Replace `path` by the concatenation of `parts`; on disk, under its name, on return.
 
@@ -34,9 +37,12 @@ def write_durably(path: Path, *parts: bytes) -> None:
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         for part in parts:
             file.write(part)
+        reach("durable.written")
         file.flush()
         os.fsync(file.fileno())
+    reach("durable.synced")
     os.replace(temporary, path)
+    reach("durable.renamed")
     sync_folder(path.parent)
 
 

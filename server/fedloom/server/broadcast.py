@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import CodecError, ConfigError, SchemaError
+from fedloom.proto.failpoints import failpoint
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors
@@ -66,6 +67,7 @@ class Broadcasts:
             self._orders[client] = self._shared[key][1]
         return self._orders[client]
 
+    @failpoint("broadcast.prepare")
     def prepare(self, clients: Iterable[str]) -> None:
         """Encode ahead of time what these clients will ask for; what cannot be encoded fails when it is asked for."""
         with suppress(ConfigError, SchemaError, CodecError):

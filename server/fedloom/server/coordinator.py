@@ -83,7 +83,7 @@ class Coordinator:
         self.audit = Audit(store)
         self.audit.note("started", detail=f"run {self._history.run}")
         self._opened_s = clock()
-        self._members = Members(config.rounds.lease_s, self._rounds.pending, self._opened_s)
+        self._members = Members(config.rounds.lease_s, self._history.returning, self._opened_s)
         with self._lock:
             self._advance()
             self._history.write()

@@ -16,6 +16,7 @@ import numpy as np
 
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ConfigError, StoreError
+from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.messages import Assignment, Finished, UpdateHeader
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
@@ -67,6 +68,7 @@ class History:
         rounds: Where the run stands.
         state: The strategy's state after the last commit.
         broadcasts: What clients of the current round are asked to do.
+        returning: Who took part last when the directory was opened, and will come back.
 
     Raises:
         ConfigError: The directory holds another run, or the strategy is not what [user_level] promises.
@@ -91,6 +93,8 @@ class History:
         events = store.events()
         for event in events:
             self._follow(event)
+        cohorts = [event.cohort for event in events if isinstance(event, RoundOpened)]
+        self.returning = (frozenset(cohorts[-1] if cohorts else ()) | self.rounds.cohort) - self.rounds.lost.keys()
         self._taken = participations(events)
         self.run = self._begin(starting) if self.rounds.created is None else self._continue(self.rounds.created)
         self.broadcasts = Broadcasts(config, schema, strategy, self.state)
@@ -197,6 +201,7 @@ class History:
         if len(self._fresh) < room:
             self._fresh[update.client] = update
 
+    @failpoint("history.write")
     def write(self) -> None:
         """Make what was recorded durable.
 
@@ -214,6 +219,7 @@ class History:
             self._broken = error
             raise
 
+    @failpoint("history.commit")
     def commit(self) -> State:
         """Fold the closed round's updates in their order; record the result and make it the state.
 
@@ -226,6 +232,7 @@ class History:
             staleness = 0 if self.rounds.sum else self.rounds.round - self.rounds.updates[client].round
             acc = self._strategy.fold(self.state, acc, discounted(update, staleness))
         self._fresh.clear()
+        reach("history.folded")
         state = self._strategy.commit(self.state, acc)
         self._schema.check(state.adapter)
         spoilt = [name for name, tensor in state.adapter.items() if not np.isfinite(tensor).all()]
@@ -235,6 +242,7 @@ class History:
                 "nothing is committed, look at the strategy's options and at who took part"
             )
             raise self._broken
+        reach("history.stepped")
         # Who took part will ask again at once: its broadcast is encoded while the disk takes the state.
         writing = self._writer.submit(self._store.put_blob, state_to_bytes(state))
         broadcasts = Broadcasts(self._config, self._schema, self._strategy, state)
@@ -243,12 +251,15 @@ class History:
                 broadcasts.prepare(self.rounds.folding)
         finally:
             digest = writing.result()
+        reach("history.stored")
         if self.rounds.starts:
             self._older[self.rounds.round] = self.broadcasts
         self.record(AdapterCommitted(self.rounds.round, digest))
+        reach("history.committed")
         self.state, self.broadcasts = state, broadcasts
         return state
 
+    @failpoint("history.reread")
     def _reread(self, client: str) -> Update:
         """An accepted update, or the mean of them all, from its blob."""
         accepted = self.rounds.updates[self.rounds.folding[0] if client == SUM else client]
@@ -272,14 +283,17 @@ class History:
         if isinstance(event, RunCreated | AdapterCommitted):
             self._states[self.rounds.round] = event.state
 
+    @failpoint("history.begin")
     def _begin(self, starting: Tensors) -> str:
         self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
         digest = self._store.put_blob(state_to_bytes(self.state))
+        reach("history.born")
         created = RunCreated(uuid.uuid4().hex, _agreed(self._config), self._schema.digest, digest)
         self.record(created)
         self.write()
         return created.run
 
+    @failpoint("history.continue")
     def _continue(self, created: RunCreated) -> str:
         if (created.spec, created.schema) != (_agreed(self._config), self._schema.digest):
             raise ConfigError(

@@ -28,7 +28,8 @@ class Members:
 
     Args:
         lease_s: Seconds after its last sign of life at which a client counts as gone.
-        awaited: Clients that an open round waits for; each has one lease to come back after a restart.
+        awaited: Who took part before a restart; each has one lease to come back, for more rounds or for the final
+            adapter.
         now_s: The coordinator's clock.
 
     Attributes:

@@ -15,6 +15,7 @@ from grpc import aio
 
 from fedloom.proto.address import host_of, loopback_host
 from fedloom.proto.errors import ConfigError, StoreError
+from fedloom.proto.failpoints import reach
 from fedloom.proto.limits import HTTP2_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
 from fedloom.server.admission import MAX_CLIENTS
@@ -98,12 +99,15 @@ async def serve(
         except RuntimeError as error:
             await servicer.close()
             raise ConfigError(f"cannot listen on {listen}: {error}; is another coordinator running there?") from error
+        reach("serve.bound")
         await server.start()
         watching = asyncio.ensure_future(_watch(servicer))
         try:
             with _stop_signals(stopped):
+                reach("serve.ready")
                 ready(f"{listen.rpartition(':')[0]}:{port}")
                 await _until_over(coordinator, servicer, stopped, linger_s)
+                reach("serve.over")
         finally:
             watching.cancel()
             stopping = asyncio.ensure_future(_stop(server, servicer, coordinator))
@@ -220,6 +224,7 @@ async def _until_over(coordinator: Coordinator, servicer: Servicer, stopped: asy
             if stop.done():
                 _log.info("told to stop at round %d", coordinator.progress.round)
                 return
+            reach("serve.tick")
             await servicer.call(coordinator.tick)
             if coordinator.finished:
                 finished_s = loop.time() if finished_s is None else finished_s

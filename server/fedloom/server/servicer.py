@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from fedloom.proto.errors import Overloaded, ProtocolError, StoreError
+from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.frames import SERVICE
 from fedloom.proto.limits import LONG_POLL_S
 from fedloom.proto.messages import UpdateHeader, Wait
@@ -151,6 +152,7 @@ class Servicer(pb_grpc.FederationServicer):
             await asyncio.to_thread(self._uploads.clear)
 
     @guarded
+    @failpoint("rpc.join")
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
         """See federation.proto."""
         asked = request.client, request.protocol, request.declared_examples
@@ -158,6 +160,7 @@ class Servicer(pb_grpc.FederationServicer):
             return joined_to_wire(await self._calls.run(partial(self._coordinator.join, *asked)))
 
     @guarded
+    @failpoint("rpc.work")
     async def Work(self, request: pb.WorkRequest, context: Context) -> pb.WorkReply:
         """See federation.proto."""
         asked = request.client, request.run, request.epoch
@@ -174,6 +177,7 @@ class Servicer(pb_grpc.FederationServicer):
             return result_to_wire(await self._polls.poll(asked, exchange, lambda result: result is None))
 
     @guarded
+    @failpoint("rpc.fetch")
     async def Fetch(  # type: ignore[override]  # the stubs know only generators, not `context.write`
         self, request: pb.FetchRequest, context: Context
     ) -> None:
@@ -185,6 +189,7 @@ class Servicer(pb_grpc.FederationServicer):
             await self._sender.send(context.write, payload, offset)
 
     @guarded
+    @failpoint("rpc.submit")
     async def Submit(  # type: ignore[override]  # messages come as they are on the wire, see `handlers`
         self, requests: AsyncIterator[bytes], context: Context
     ) -> pb.SubmitReply:
@@ -203,9 +208,13 @@ class Servicer(pb_grpc.FederationServicer):
             if first.offset != upload.received:
                 return pb.SubmitReply(missing_bytes=missing_bytes)
             await self._receive(stream, upload, turn)
-            return await self._accept(header, run, epoch, upload, turn)
+            reach("rpc.submit.read")
+            reply = await self._accept(header, run, epoch, upload, turn)
+            reach("rpc.submit.taken")
+            return reply
 
     @guarded
+    @failpoint("rpc.heartbeat")
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatReply:
         """See federation.proto."""
         asked = request.client, request.run, request.epoch
@@ -214,6 +223,7 @@ class Servicer(pb_grpc.FederationServicer):
         return pb.HeartbeatReply(round=number, open=is_open)
 
     @guarded
+    @failpoint("rpc.leave")
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveReply:
         """See federation.proto."""
         asked = request.client, request.reason, request.run, request.epoch

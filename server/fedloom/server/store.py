@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from fedloom.proto.errors import StoreError
+from fedloom.proto.failpoints import failpoint, reach
 from fedloom.server.audit import AuditRecord, record_from_json, record_to_json
 from fedloom.server.chain import Mark, mark_to_bytes, read_mark
 from fedloom.server.database import (
@@ -93,6 +94,7 @@ class Store:
             with explained(folder):
                 if durable:
                     _sync_folder(folder)
+                reach("store.opened")
             on_failure.pop_all()
 
     def __enter__(self) -> Self:
@@ -115,6 +117,7 @@ class Store:
             self._mark.close()
             self._lock.close()
 
+    @failpoint("store.append")
     def append(self, *events: Event) -> None:
         """Write events in one transaction: all of them or none.
 
@@ -131,6 +134,7 @@ class Store:
         """
         self._append("audit", [(record_to_json(record),) for record in records])
 
+    @failpoint("store.read")
     def events(self) -> list[Event]:
         """The whole event log, oldest first.
 
@@ -162,6 +166,7 @@ class Store:
         event = event_from_json(row[0]) if row else None
         return event if isinstance(event, UpdateAccepted) else None
 
+    @failpoint("store.blob")
     def put_blob(self, blob: bytes, digest: str | None = None) -> str:
         """Keep `blob` and return its SHA-256, hex. Keeping it twice is keeping it once.
 
@@ -182,6 +187,7 @@ class Store:
             self._put(blob, target)
         return digest
 
+    @failpoint("store.fetch")
     def get_blob(self, digest: str) -> bytes:
         """The blob with this SHA-256, which is checked again.
 
@@ -195,6 +201,7 @@ class Store:
             raise StoreError(f"{target} does not have the bytes its name promises; restore it from a backup")
         return blob
 
+    @failpoint("store.sweep")
     def sweep(self, keep: Collection[str]) -> None:
         """Forget every blob but those in `keep`. One that another thread is writing right now stays.
 
@@ -207,7 +214,9 @@ class Store:
             for entry in self._blobs.iterdir():
                 if entry.name not in keep and entry.suffix != _TEMPORARY:
                     self._forgotten.append(entry.rename(self._temporary(entry.name)))
+                    reach("store.swept")
 
+    @failpoint("store.discard")
     def discard(self) -> None:
         """Delete what `sweep` has forgotten; freeing large files takes milliseconds, so do it off any lock.
 
@@ -227,9 +236,12 @@ class Store:
         temporary = self._temporary(target.name)
         with temporary.open("wb", buffering=0) as file:
             file.write(content)
+            reach("store.blob.written")
             if self.durable:
                 os.fsync(file.fileno())
+        reach("store.blob.synced")
         temporary.rename(target)
+        reach("store.blob.renamed")
         if self.durable:
             _sync_folder(target.parent)
 
@@ -240,7 +252,10 @@ class Store:
     def _append(self, log: Log, rows: Sequence[Sequence[object]]) -> None:
         with self._mutex, explained(self._path):
             with transaction(self._db):
+                self._check_newest()
                 mark = append(self._db, log, self._marks[log], rows)
+                reach("store.append.begun")
+            reach("store.appended")
             # After the commit, so that the mark is never ahead of what the disk has.
             self._marks[log] = mark
             os.pwrite(self._mark.fileno(), mark_to_bytes(self._marks), 0)
@@ -264,6 +279,19 @@ class Store:
         file = path.open("rb+", buffering=0)
         return marks, file
 
+    def _check_newest(self) -> None:
+        """Refuse to write after somebody else has opened the directory: not every file system's locks hold.
+
+        The transaction that is open keeps it so until it ends.
+        """
+        latest = read_epoch(self._db, self._path)
+        if latest != self.epoch:
+            raise StoreError(
+                f"{self.folder} was opened as epoch {self.epoch}, and another coordinator has opened it since, as "
+                f"epoch {latest}; this one must not write any more: stop it"
+            )
+
+    @failpoint("store.epoch")
     def _next_epoch(self) -> int:
         with transaction(self._db):
             self._db.execute("INSERT INTO opened DEFAULT VALUES")

@@ -8,6 +8,7 @@ import numpy as np
 
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import CodecError, ProtocolError, SchemaError, UpdateRejected
+from fedloom.proto.failpoints import failpoint
 from fedloom.proto.messages import UpdateHeader
 from fedloom.proto.schema import Tensors
 from fedloom.proto.secagg.fixed import masked_bytes
@@ -79,6 +80,7 @@ def expected_bytes(header: UpdateHeader, order: Order) -> int:
     return size_bytes
 
 
+@failpoint("submission.check")
 def check_payload(header: UpdateHeader, payload: bytes, size_bytes: int) -> None:
     """Refuse a payload that is not the announced one.
 
@@ -91,6 +93,7 @@ def check_payload(header: UpdateHeader, payload: bytes, size_bytes: int) -> None
         raise ProtocolError("the update's bytes do not have the digest in its header; send it again")
 
 
+@failpoint("submission.decode")
 def decoded(
     strategy: Strategy, state: State, order: Order, payload: bytes, update: Update, max_norm: float | None = None
 ) -> Update:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 from fedloom.proto.errors import ProtocolError, Unavailable
+from fedloom.proto.failpoints import reach
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, framed, unframed
 from fedloom.proto.limits import CHUNK_BYTES, MIN_BYTES_PER_S, MIN_CHUNK_BYTES, TRANSFER_GRACE_S, TRANSFER_S
 
@@ -96,6 +97,7 @@ class Sender:
                 large = end - start > _SMALL_CHUNK_BYTES
                 self._large += large
                 try:
+                    reach("rpc.fetch.chunk")
                     await write(framed(CHUNK_FIELD, memoryview(payload)[start:end]))
                 finally:
                     self._large -= large

@@ -21,6 +21,7 @@ from pathlib import Path
 from fedloom.client.privacy.chain import Entry, unlinked
 from fedloom.proto.durable import write_durably
 from fedloom.proto.errors import LedgerError
+from fedloom.proto.failpoints import failpoint
 
 __all__ = ["Anchor", "Place", "anchor_path", "anchors_at", "default_anchors", "place_of", "read_anchor", "troubles"]
 
@@ -62,6 +63,7 @@ class Anchor:
     head: str
     steps: Counter[tuple[float, float]]
 
+    @failpoint("anchor.write")
     def write(self, anchors: Path) -> None:
         """Put it in the place of the one before; durable on return.
 

@@ -34,6 +34,7 @@ from fedloom.client.privacy.chain import (
 from fedloom.proto.accounting import GRID, Spend, epsilon
 from fedloom.proto.durable import make_folder, sync_folder
 from fedloom.proto.errors import BudgetError, LedgerError, PolicyError
+from fedloom.proto.failpoints import failpoint, reach
 
 __all__ = ["REMEDY", "Ledger", "add", "connect", "file_name", "held", "read_entries", "stored_accounts"]
 
@@ -110,6 +111,7 @@ class Ledger:
                 f"anchor {anchor_path(self._anchors, anchor.account)} remains. {REMEDY}"
             )
 
+    @failpoint("ledger.open")
     def _load(self) -> None:
         """Read the account and make sure that it is the newest state of it, or begin one."""
         self._entries: list[Entry] = []
@@ -169,6 +171,7 @@ class Ledger:
         """Epsilon spent over the whole life of the data set: everything reserved, released or not."""
         return epsilon([charge.spend for charge in self.charges()], delta, grid)
 
+    @failpoint("ledger.reserve")
     def reserve(self, run: str, round: int, spend: Spend, *, budget: float, delta: float) -> int:
         """Charge `spend` before the work starts; durable on return.
 
@@ -194,6 +197,7 @@ class Ledger:
             )
         return self.append(CHARGED, charge_content(run, round, spend))
 
+    @failpoint("ledger.release")
     def release(self, number: int, digest: str) -> None:
         """Note what leaves the client for a charge; durable on return, and before the first byte is sent.
 
@@ -229,12 +233,14 @@ class Ledger:
         self._broken = True  # until both writes are known to have succeeded, whatever stops them
         try:
             add(self._db, [entry])
+            reach("ledger.added")
             self._note(entry)
             self._anchor()
         except (sqlite3.Error, OSError) as error:
             raise LedgerError(
                 f"{self.path} or its anchor cannot be written: {error}; free the disk and start the client anew"
             ) from error
+        reach("ledger.appended")
         self._broken = False
         return entry.number
 
@@ -334,6 +340,7 @@ def add(db: sqlite3.Connection, entries: Sequence[Entry]) -> None:
     db.executemany(
         "INSERT INTO entry VALUES (?, ?, ?, ?, ?)", [(e.number, e.written, e.kind, e.body, e.hash) for e in entries]
     )
+    reach("ledger.add.begun")
     db.execute("COMMIT")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedloom.proto.durable import make_folder, sync_folder, write_durably
 from fedloom.proto.errors import LedgerError
+from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.messages import UpdateHeader
 
 __all__ = ["Spooled", "check_spool", "drop", "keep", "kept"]
@@ -36,6 +37,7 @@ class Spooled:
     payload: bytes
 
 
+@failpoint("spool.keep")
 def keep(folder: Path, update: Spooled) -> None:
     """Write the update in the place of the client's last one in this run; durable on return.
 
@@ -67,6 +69,7 @@ def kept(folder: Path, run: str, client: str) -> Spooled | None:
     return update
 
 
+@failpoint("spool.drop")
 def drop(folder: Path, run: str, client: str) -> None:
     """Forget the update of this client in this run, if there is one; durable on return.
 
@@ -77,6 +80,7 @@ def drop(folder: Path, run: str, client: str) -> None:
     try:
         if path.exists():
             path.unlink()
+            reach("spool.dropped")
             sync_folder(folder)
     except OSError as error:
         raise LedgerError(f"{path} cannot be removed: {error}; make its folder writable") from error
