@@ -169,8 +169,8 @@ class FaultProxy:
             if faults.latency_s:
                 await asyncio.sleep(faults.latency_s)
             if way.cut is not None and way.passed > way.cut:
-                # What has passed is to arrive and be read, also on a busy machine: a closed line takes it back out of the
-                # buffers.
+                # What has passed is to arrive and be read, also on a busy machine: a line that is closed takes it back
+                # out of the buffers.
                 await asyncio.sleep(_CUT_S)
                 way.writer.close()
                 await way.writer.wait_closed()
