@@ -86,7 +86,7 @@ def test_a_full_disk_is_a_store_error(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_coordinator_that_was_replaced_writes_nothing_more(tmp_path: Path) -> None:
-    """Found by the scenario "split brain": a lock that does not hold let two processes write one log."""
+    """Found while writing the scenario "split brain": a lock that does not hold let two processes write one log."""
     update = UpdateAccepted(3, "ann", "d", 2.5)
     with Store(tmp_path) as old:
         (tmp_path / "lock").unlink()  # as where locks do not reach across machines
