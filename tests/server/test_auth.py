@@ -17,9 +17,9 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from fedloom.client.channel import MEMBER_FILE, secure_channel
-from fedloom.proto.credentials import KeyPair, new_key, signing_request
+from fedloom.proto.credentials import KeyPair, key_digest, new_key, signing_request
 from fedloom.proto.errors import ProtocolError
-from fedloom.proto.identity import Identity, MemberRole
+from fedloom.proto.identity import Identity, MemberRole, fingerprint
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, TensorSpec
 from fedloom.proto.v1 import federation_pb2 as pb
@@ -66,6 +66,10 @@ class World:
         now, day = dt.datetime.now(dt.UTC), dt.timedelta(days=1)
         self.pairs["self-signed"] = forged(None, now - day, now + day)
         self.pairs["unlisted"] = forged(self.ca, now - day, now + day)
+        self.pairs["misnamed"] = pair = forged(self.ca, now - day, now + day, "ben")
+        token = authority.invite(Identity(MemberRole.CLIENT, "listed"), 1.0)
+        holder = fingerprint(token.invite.certificate)
+        authority.identities.enrol(holder, key_digest(pair.key.public_key()), lambda member: pair.certificate)
         self.pairs["expired"] = forged(self.ca, now - 2 * day, now - day)
         self.pairs["not-yet-valid"] = forged(self.ca, now + day, now + 2 * day)
         self.pairs["coordinators-own"] = KeyPair.read(folder / "certs" / SERVER_FILE)
@@ -110,10 +114,10 @@ def request(name: str, client: str) -> Message:
     return made
 
 
-def forged(authority: KeyPair | None, start: dt.datetime, end: dt.datetime) -> KeyPair:
-    """A certificate of the client ann, as the authority makes them, that is on no list."""
+def forged(authority: KeyPair | None, start: dt.datetime, end: dt.datetime, name: str = "ann") -> KeyPair:
+    """A certificate of a client, as the authority makes them, that is on no list."""
     key = new_key()
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ann")])
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -123,7 +127,7 @@ def forged(authority: KeyPair | None, start: dt.datetime, end: dt.datetime) -> K
         .not_valid_before(start)
         .not_valid_after(end)
         .add_extension(
-            x509.SubjectAlternativeName([x509.UniformResourceIdentifier("urn:fedloom:client:ann")]), critical=False
+            x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"urn:fedloom:client:{name}")]), critical=False
         )
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=True)
         .sign(authority.key if authority else key, hashes.SHA256())
@@ -156,6 +160,7 @@ BAD = {
     "plaintext": TLS,
     "unlisted": UNKNOWN,
     "revoked": UNKNOWN,
+    "misnamed": UNKNOWN,
 }
 ROLES = {"ann": MemberRole.CLIENT, "op": MemberRole.OPERATOR, "eye": MemberRole.OBSERVER, "invite": MemberRole.INVITE}
 
