@@ -106,6 +106,7 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> list[Point]:
         # Other files are written too, so a write is named by its file, which is written once.
         when = 1 if call[1] == "write" else counts[call[1]]
         found.append(Point(call[1], when, path[0].removeprefix(str(state)), False))
+    assert sum("blobs" in point.path for point in found) > 20, (folder / "trace").read_text(errors="replace")[-3000:]
     last = max(index for index, point in enumerate(found) if "blobs" in point.path)
     return [Point(p.call, p.when, p.path, index > last) for index, p in enumerate(found)]
 
@@ -155,6 +156,7 @@ def test_a_fault_at_any_write_loses_nothing_that_was_acknowledged(
             assert re.search(rf"StoreError: {state}\S*: ", ended.text), said
             stopped += 1
         assert finish(state, ended.acknowledged) == expected, said
+    print(f"{number + 1} faults, {stopped} of them stopped the coordinator with an error")
     assert stopped > 4
 
 
