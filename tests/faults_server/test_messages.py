@@ -182,13 +182,13 @@ def test_a_bomb_is_refused_before_it_takes_memory(tmp_path: Path, expected: byte
     with opened(tmp_path) as ((ann, ben, eve), assignment):
         header = pb.SubmitRequest(header=header_to_wire(update("eve", assignment)[0], eve.run, eve.epoch))
         before_mib = eve.peak_mib()
-        bomb = iter([header, pb.SubmitRequest(data=bytes(256 << 20))])
+        bomb = iter([header, pb.SubmitRequest(data=bytes(96 << 20))])
         code, _ = refused(lambda: eve.stub.Submit(bomb, compression=grpc.Compression.Gzip, timeout=60))
         assert code is Code.RESOURCE_EXHAUSTED
         address = {"run": eve.run, "epoch": eve.epoch, "client": "eve"}
         parts = pb.ExchangeRequest(**address, step="STEP_SHARE", parts={str(k): b"" for k in range(300_000)})  # type: ignore[arg-type]  # see address
         assert refused(lambda: eve.stub.Exchange(parts, timeout=60))[0] is Code.FAILED_PRECONDITION
-        assert eve.peak_mib() < before_mib + 128
+        assert eve.peak_mib() < before_mib + 64
         eve.leave()
 
         assert over([ann, ben], assignment) == expected
