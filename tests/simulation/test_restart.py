@@ -24,7 +24,6 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.rounds import ClientLost, RoundClosed
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
-from fedloom.simulation.inprocess import LocalConnection
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
@@ -130,6 +129,9 @@ def end(process: "subprocess.Popen[str]") -> None:
 
 def undisturbed(folder: Path) -> Tensors:
     """The adapter of the same run without a socket or a restart."""
+    # Loads torch. The coordinator's process imports this file too, and is to be back before its clients give up.
+    from fedloom.simulation.inprocess import LocalConnection
+
     with Store(folder, durable=False) as store:
         coordinator = Coordinator(CONFIG, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 1))
         trained = threading.Semaphore(0)
@@ -185,7 +187,9 @@ def test_a_round_closes_without_a_client_that_is_killed_while_it_trains(tmp_path
         with serving(coordinator) as address:
             command = [sys.executable, "-c", DIE, address]
             victim = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-            threads = [threading.Thread(target=take_part, args=(address, k, trained, ends)) for k in range(2)]
+            threads = [
+                threading.Thread(target=take_part, args=(address, k, trained, ends), daemon=True) for k in range(2)
+            ]
             for thread in threads:
                 thread.start()
             try:
@@ -199,7 +203,8 @@ def test_a_round_closes_without_a_client_that_is_killed_while_it_trains(tmp_path
         events = store.events()
 
     assert [end.rounds for end in ends] == [6, 6]
-    assert [event for event in events if isinstance(event, ClientLost)] == [ClientLost(0, "c2", "lease")]
+    # On a busy machine the others may miss a lease too, and come back.
+    assert ClientLost(0, "c2", "lease") in events
     closed = [event.clients for event in events if isinstance(event, RoundClosed)]
     assert closed == [("c0", "c1")] * 6
 
