@@ -152,7 +152,7 @@ def test_a_fault_at_any_write_loses_nothing_that_was_acknowledged(
             assert ended.done, said
             assert point.closing or (point.call, point.path) == ("fdatasync", ""), said
         else:
-            assert not ended.done, said
+            assert point.closing or not ended.done, said
             assert re.search(rf"StoreError: {state}\S*: ", ended.text), said
             stopped += 1
         assert finish(state, ended.acknowledged) == expected, said
