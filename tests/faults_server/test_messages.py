@@ -186,8 +186,9 @@ def test_a_bomb_is_refused_before_it_takes_memory(tmp_path: Path, expected: byte
         code, _ = refused(lambda: eve.stub.Submit(bomb, compression=grpc.Compression.Gzip, timeout=60))
         assert code is Code.RESOURCE_EXHAUSTED
         address = {"run": eve.run, "epoch": eve.epoch, "client": "eve"}
-        parts = pb.ExchangeRequest(**address, step="STEP_SHARE", parts={str(k): b"" for k in range(300_000)})  # type: ignore[arg-type]  # see address
-        assert refused(lambda: eve.stub.Exchange(parts, timeout=60))[0] is Code.FAILED_PRECONDITION
+        for count, said in ((300_000, Code.RESOURCE_EXHAUSTED), (2_000, Code.FAILED_PRECONDITION)):
+            parts = pb.ExchangeRequest(**address, step="STEP_SHARE", parts={str(k): b"" for k in range(count)})  # type: ignore[arg-type]  # see address
+            assert refused(partial(eve.stub.Exchange, parts, timeout=60))[0] is said
         assert eve.peak_mib() < before_mib + 64
         eve.leave()
 
@@ -215,9 +216,9 @@ def test_malformed_messages_get_a_status_and_nothing_else(tmp_path: Path, expect
                 try:
                     list(call(iter([content]), timeout=60))
                 except grpc.RpcError as error:
-                    seen.add((error.code(), "" if error.code() in ALLOWED else error.details()))
+                    seen.add((error.code(), error.details()))
         assert {code for code, _ in seen} <= ALLOWED, seen
-        assert len(seen) >= 2
+        assert len(seen) >= 10, "everything is refused for the same few reasons"
         eve.join()
         eve.leave()
 
