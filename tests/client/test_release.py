@@ -158,7 +158,10 @@ PUBLIC = {
     "WorkRequest": {"run", "epoch", "client"},
     "FetchRequest": {"run", "epoch", "client", "digest", "offset"},
     "SubmitRequest": {"header", "data"},
-    "UpdateHeader": {"run", "epoch", "client", "round", "schema_digest", "codec", "payload_bytes", "digest", "attempt"},
+    # The offset says how much of the noised update has arrived before.
+    "UpdateHeader": {
+        *("run", "epoch", "client", "round", "schema_digest", "codec", "payload_bytes", "digest", "attempt", "offset"),
+    },
     # Keys, shares of keys and signatures of a secure sum: drawn at random, whatever the update is.
     "ExchangeRequest": {"run", "epoch", "client", "round", "attempt", "step", "parts"},
     "HeartbeatRequest": {"run", "epoch", "client"},

@@ -93,6 +93,25 @@ MESSAGES: dict[str, Message] = {
     "HeartbeatReply": pb.HeartbeatReply(round=7, open=True),
     "LeaveRequest": pb.LeaveRequest(reason="run over", **ADDRESS),
     "LeaveReply": pb.LeaveReply(),
+    "EnrollRequest": pb.EnrollRequest(signing_request=b"request"),
+    "EnrollReply": pb.EnrollReply(certificate=b"certificate"),
+    "StatusRequest": pb.StatusRequest(),
+    "StatusReply": pb.StatusReply(
+        run="4f",
+        epoch=3,
+        round=7,
+        rounds=9,
+        open=True,
+        elapsed_s=1.5,
+        needed=2,
+        short=True,
+        live=["ann", "ben"],
+        cohort=["ann", "ben", "eve"],
+        submitted=["ann"],
+        lost={"eve": "lease"},
+    ),
+    "StopRequest": pb.StopRequest(),
+    "StopReply": pb.StopReply(),
 }
 """One message of each kind, named by its type and what tells it from others of the type."""
 

@@ -17,6 +17,7 @@ from fedloom.client.connection import GrpcConnection
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import Forbidden, IdentityError, StoreError, Unavailable
 from fedloom.proto.identity import Identity, MemberRole
+from fedloom.proto.limits import CHUNK_BYTES
 from fedloom.proto.messages import Assignment, UpdateHeader, upload_schema
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.wire import header_to_wire
@@ -76,7 +77,7 @@ def begin(
 
         def parts() -> Iterator[Message]:
             yield pb.SubmitRequest(header=header_to_wire(header, joined.run, joined.epoch))
-            yield pb.SubmitRequest(data=bytes(1000))
+            yield pb.SubmitRequest(data=bytes(CHUNK_BYTES))
             stop.wait(2 * WAIT_S)
 
         call = start("Submit", parts())
