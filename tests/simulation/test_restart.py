@@ -22,7 +22,6 @@ from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.store import Store
-from fedloom.simulation.inprocess import LocalConnection
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
@@ -115,6 +114,9 @@ def end(process: "subprocess.Popen[str]") -> None:
 
 def undisturbed(folder: Path) -> Tensors:
     """The adapter of the same run without a socket or a restart."""
+    # Loads torch. The coordinator's process imports this file too, and is to be back before its clients give up.
+    from fedloom.simulation.inprocess import LocalConnection
+
     with Store(folder, durable=False) as store:
         coordinator = Coordinator(CONFIG, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 1))
         trained = threading.Semaphore(0)
