@@ -27,6 +27,7 @@ from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
+from fedloom.server.uploads import Upload, Uploads
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 from tests.faults import FaultProxy, fault_proxy
@@ -112,9 +113,33 @@ def behind_proxy(folder: Path) -> Iterator[tuple[Coordinator, FaultProxy]]:
             yield made, proxy
 
 
-def test_an_upload_whose_line_is_cut_goes_on_where_it_stopped(tmp_path: Path) -> None:
+@pytest.fixture
+def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for each chunk of payload that either side has taken out of its buffers."""
+    read: list[int] = []
+    add, take = Uploads.add, connection_module._Download.take
+
+    def added(uploads: Uploads, upload: Upload, turn: int, data: memoryview) -> None:
+        add(uploads, upload, turn, data)
+        read.append(len(data))
+
+    def taken(download: connection_module._Download, chunk: memoryview) -> None:
+        take(download, chunk)
+        read.append(len(chunk))
+
+    monkeypatch.setattr(Uploads, "add", added)
+    monkeypatch.setattr(connection_module._Download, "take", taken)
+    return read
+
+
+DOWN_CHUNKS = 4
+"""Chunks of the broadcast, which comes before any upload."""
+
+
+def test_an_upload_whose_line_is_cut_goes_on_where_it_stopped(tmp_path: Path, chunks: list[int]) -> None:
     ends: list[Finished] = []
     with behind_proxy(tmp_path) as (made, proxy):
+        proxy.faults.cut_when = lambda: len(chunks) >= DOWN_CHUNKS + proxy.connections
         proxy.faults.cuts_up.extend([int(1.5 * CHUNK_BYTES), int(1.5 * CHUNK_BYTES)])
         life(site(proxy.address), ends).join()
 
@@ -124,9 +149,10 @@ def test_an_upload_whose_line_is_cut_goes_on_where_it_stopped(tmp_path: Path) ->
         assert PAYLOAD_BYTES < proxy.up_bytes < PAYLOAD_BYTES + CHUNK_BYTES + SLACK_BYTES
 
 
-def test_a_download_whose_line_is_cut_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_download_whose_line_is_cut_goes_on_where_it_stopped(tmp_path: Path, chunks: list[int]) -> None:
     ends: list[Finished] = []
     with behind_proxy(tmp_path) as (made, proxy):
+        proxy.faults.cut_when = lambda: len(chunks) >= proxy.connections
         proxy.faults.cuts_down.extend([int(1.5 * CHUNK_BYTES), int(1.5 * CHUNK_BYTES)])
         life(site(proxy.address), ends).join()
 
@@ -145,12 +171,13 @@ def test_a_garbled_upload_is_sent_again_from_the_start(tmp_path: Path) -> None:
         assert proxy.up_bytes > 2 * PAYLOAD_BYTES
 
 
-def test_a_half_done_upload_goes_on_after_a_restart_of_the_coordinator(tmp_path: Path) -> None:
+def test_a_half_done_upload_goes_on_after_a_restart_of_the_coordinator(tmp_path: Path, chunks: list[int]) -> None:
     ends: list[Finished] = []
     with ExitStack() as first, ExitStack() as second:
         store = first.enter_context(Store(tmp_path, durable=False))
         proxy = second.enter_context(fault_proxy(first.enter_context(serving(coordinator(store)))))
         proxy.faults.cuts_up.append(int(2.5 * CHUNK_BYTES))
+        proxy.faults.cut_when = lambda: len(chunks) >= DOWN_CHUNKS + 2
         proxy.faults.cuts_up.extend([0] * 1000)  # no other connection gets a byte through
         thread = life(site(proxy.address), ends)
         wait_for(lambda: [path.stat().st_size for path in (tmp_path / "uploads").glob("*")] == [2 * CHUNK_BYTES])

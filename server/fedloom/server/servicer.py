@@ -142,6 +142,10 @@ class Servicer(pb_grpc.FederationServicer):
         """Run a call of the coordinator's own, which is never refused, off the loop."""
         return await self._calls.run(partial(function, *args, **kwargs), always=True)
 
+    async def _surely(self, function: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """The same, to the end: when a line breaks, gRPC may cancel a handler while it is cleaning up already."""
+        await asyncio.shield(self.call(function, *args, **kwargs))
+
     async def close(self) -> None:
         """Stop waking anybody, and wait for the calls under way. Call it once the server has stopped."""
         self._coordinator.wake = _nothing
@@ -245,7 +249,7 @@ class Servicer(pb_grpc.FederationServicer):
             async with paced() as moved:
                 await received(stream, upload.size_bytes - upload.received, keep)
         except BaseException:
-            await self.call(self._uploads.park, upload, turn)
+            await self._surely(self._uploads.park, upload, turn)
             raise
 
     async def _accept(self, header: UpdateHeader, run: str, epoch: int, upload: Upload, turn: int) -> pb.SubmitReply:
@@ -257,12 +261,12 @@ class Servicer(pb_grpc.FederationServicer):
         try:
             duplicate = await self._updates.run(submit)
         except (Overloaded, asyncio.CancelledError):
-            await self.call(self._uploads.park, upload, turn)
+            await self._surely(self._uploads.park, upload, turn)
             raise
         except BaseException:
-            await self.call(self._uploads.drop, header.client)
+            await self._surely(self._uploads.drop, header.client)
             raise
-        await self.call(self._uploads.drop, header.client)
+        await self._surely(self._uploads.drop, header.client)
         return pb.SubmitReply(duplicate=duplicate)
 
     def _wake(self) -> None:
