@@ -216,7 +216,7 @@ def event_from_json(text: str) -> Event:
         document = json.loads(text)
         kind = _EVENTS[document.pop("event")]
         values = {each.name: document.pop(each.name) for each in fields(kind)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"event log row {text[:80]!r} is not an event of this version: {error!r}") from error
     if document:
         raise StoreError(f"event log row {text[:80]!r} has unknown fields; run the version that wrote it")
