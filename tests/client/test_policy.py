@@ -175,6 +175,11 @@ def test_absolute_paths_and_packaged_names_stay(file: Path) -> None:
     assert loaded.data.source == "sentiment"
 
 
+def test_a_source_that_no_path_can_be_is_left_to_whoever_loads_it(file: Path) -> None:
+    for source in ("x" * 300, "a\\u0000b"):
+        assert len(load_policy(file, (f'data.source="{source}"',)).data.source) in (300, 3)
+
+
 def test_the_harmless_overrides_pass() -> None:
     check_local({})
     check_local(dict.fromkeys(LOCAL_NAMES, 0.5))

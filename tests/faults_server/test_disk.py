@@ -97,7 +97,7 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> list[Point]:
     found: list[Point] = []
     counts = dict.fromkeys(CALLS, 0)
     for line in (folder / "trace").read_text(errors="replace").splitlines():
-        call = re.search(r"^\d+ +(\w+)\(", line)
+        call = re.match(r"\d+ +(\w+)\(", line)
         if call is None or str(state) not in line:
             continue
         counts[call[1]] += 1

@@ -8,9 +8,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from fedloom.proto.errors import FedloomError
+from fedloom.proto.tables import read_json, read_toml
+from fedloom.server.chain import read_mark
+from fedloom.server.rounds import event_from_json
 
 PROVE = os.environ.get("FEDLOOM_PROVE") == "1"
 INPUTS = 100_000 if PROVE else 400
@@ -35,3 +41,12 @@ def test_no_input_brings_a_decoder_down(tmp_path: Path) -> None:
         assert decoder["refused"] > INPUTS // 50, decoder
     assert found["lines_reached"] >= 0.9 * found["lines"], found["missed"]
     assert found["peak_rss_mib"] < 512
+
+
+@pytest.mark.parametrize("read", [read_toml, read_json, lambda path: event_from_json(path.read_text()), read_mark])
+def test_nesting_that_exhausts_the_parser_is_refused(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    path = tmp_path / "file"
+    path.write_text(("x = " if read is read_toml else "") + "[" * 100_000)
+
+    with pytest.raises(FedloomError):
+        read(path)

@@ -1,6 +1,7 @@
 """The client's own policy file: what this site allows, whatever a coordinator asks."""
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -133,7 +134,7 @@ def load_policy(path: Path, overrides: tuple[str, ...] = ()) -> Policy:
     anchors = policy.client.anchors and home / policy.client.anchors
     client = policy.client.model_copy(update={"state": home / policy.client.state, "anchors": anchors})
     source = home / policy.data.source
-    data = policy.data.model_copy(update={"source": str(source)}) if source.exists() else policy.data
+    data = policy.data.model_copy(update={"source": str(source)}) if os.path.exists(source) else policy.data
     return policy.model_copy(update={"client": client, "data": data})
 
 

@@ -73,7 +73,7 @@ def read_mark(path: Path) -> dict[str, Mark]:
     try:
         content = path.read_bytes()
         marks = {str(log): (int(number), str(text)) for log, (number, text) in json.loads(content).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{path} is damaged: {error}; restore the state directory from a backup") from error
     if mark_to_bytes(marks) != content:
         raise StoreError(f"{path} is damaged; restore the state directory from a backup")

@@ -268,7 +268,7 @@ def event_from_json(text: str) -> Event:
         # A field with a default is one that an earlier version did not write.
         given = [each.name for each in fields(kind) if each.name in document or each.default is MISSING]
         values = {name: document.pop(name) for name in given}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"event log row {text[:80]!r} is not an event of this version: {error!r}") from error
     if document:
         raise StoreError(f"event log row {text[:80]!r} has unknown fields; run the version that wrote it")
