@@ -58,6 +58,7 @@ class Audit:
         self._notebook, self._clock = notebook, clock
         self._mutex = threading.Lock()
         self._notes: list[AuditRecord] = []
+        self._broken = False
         self._since_s, self._refused, self._omitted = clock(), 0, 0
 
     def note(self, kind: AuditKind, client: str = "", detail: str = "") -> None:
@@ -83,8 +84,12 @@ class Audit:
         with self._mutex:
             self._turn(ending=ending)
             notes, self._notes = self._notes, []
-        if notes:
-            self._notebook.note(*notes)
+        if notes and not self._broken:
+            try:
+                self._notebook.note(*notes)
+            except StoreError:
+                self._broken = True  # a disk that has failed is not written to again
+                raise
 
     def _turn(self, *, ending: bool = False) -> None:
         """Begin a new minute if this one is over, and say what the last one left out."""

@@ -304,6 +304,7 @@ class Coordinator:
         Raises:
             StoreError: The state cannot be written.
         """
+        self._history.check()  # nothing more is written to a disk that has failed
         self.audit.note("stopped", detail=f"after {self._rounds.round} rounds")
         self.audit.write(ending=True)
 
