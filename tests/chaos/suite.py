@@ -41,10 +41,13 @@ class Size:
     split_brains: int
     crowd: int
     """Clients of a coordinator that is killed."""
+    flood: int
+    """Times as many updates at once as the coordinator takes on."""
+    soak_s: float
 
 
-CI = Size(1, False, 2, 1, ((5, 15, 4),), 1, 1, 60)
-FULL = Size(5, True, 20, 20, ((5, 15, 100), (10, 24, 40)), 3, 5, 1000)
+CI = Size(1, False, 2, 1, ((5, 15, 4),), 1, 1, 60, 2, 10.0)
+FULL = Size(5, True, 20, 20, ((5, 15, 100), (10, 24, 40)), 3, 5, 1000, 5, 1800.0)
 
 
 def _grid(size: Size, seed: int, folder: Path) -> Tasks:
@@ -117,6 +120,28 @@ def _many(size: Size, seed: int, folder: Path) -> Tasks:
     return {"many": partial(faults.many, folder / "many", size.crowd, 4)}
 
 
+def _overload(size: Size, seed: int, folder: Path) -> Tasks:
+    """R12: several times as many updates at once as the coordinator takes on."""
+
+    def flood() -> Result:
+        from tests.chaos.load import overload  # it loads failpoints, which must not be before they are armed
+
+        return overload(folder / "overload", size.flood, 0.02)
+
+    return {"overload": flood}
+
+
+def _soak(size: Size, seed: int, folder: Path) -> Tasks:
+    """R15: rounds for a long time."""
+
+    def rounds() -> Result:
+        from tests.chaos.load import soak  # see there
+
+        return soak(folder / "soak", size.soak_s)
+
+    return {"soak": rounds}
+
+
 SCENARIOS: Mapping[str, Callable[[Size, int, Path], Tasks]] = {
     "kill grid": _grid,
     "random kills": _random,
@@ -125,6 +150,8 @@ SCENARIOS: Mapping[str, Callable[[Size, int, Path], Tasks]] = {
     "split brain": _split_brain,
     "clock": _clock,
     "many clients": _many,
+    "overload": _overload,
+    "soak": _soak,
 }
 
 

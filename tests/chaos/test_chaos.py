@@ -99,3 +99,20 @@ def test_many_clients_come_back_to_a_coordinator_that_was_killed() -> None:
     (figures,) = report("many clients")["figures"].values()
 
     assert figures["clients"] == 60
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_what_is_too_much_is_told_when_to_come_back_and_gets_through() -> None:
+    (figures,) = report("overload")["figures"].values()
+
+    assert figures["refusals"] > 0
+    assert figures["clients"] == 2 * figures["capacity"]
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_rounds_that_go_on_take_no_more_files_and_threads() -> None:
+    (figures,) = report("soak")["figures"].values()
+
+    assert figures["rounds"] >= 10

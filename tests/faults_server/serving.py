@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1.federation_pb2_grpc import FederationStub
 from fedloom.proto.wire import answer_from_wire, header_to_wire
 from fedloom.server.coordinator import Coordinator
+from fedloom.server.rounds import Event
 from fedloom.server.serve import serve
 from fedloom.server.store import Store
 from fedloom.strategies.fedavg import FedAvg
@@ -139,6 +141,9 @@ class Client:
         with grpc.insecure_channel(self.address, options=_OWN) as channel:
             return FederationStub(channel).Submit(messages, timeout=_CALL_S).duplicate
 
+    def beat(self) -> None:
+        self.stub.Heartbeat(pb.HeartbeatRequest(run=self.run, epoch=self.epoch, client=self.name), timeout=_CALL_S)
+
     def leave(self) -> None:
         self.stub.Leave(pb.LeaveRequest(run=self.run, epoch=self.epoch, client=self.name), timeout=_CALL_S)
 
@@ -163,7 +168,7 @@ def coordinator_process(
     Args:
         state: Its state directory.
         prefix: Command that runs it, such as strace.
-        options: durable, expect, width, one_thread and config, see the end of this file.
+        options: durable, expect, width, one_thread, slow_disk_s and config, see the end of this file.
     """
     command = [*prefix, sys.executable, __file__, str(state), json.dumps(options)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -200,11 +205,22 @@ def _at_once(_: ThreadPoolExecutor, call: Callable[..., object], /, *args: objec
     return done
 
 
+class _SlowStore(Store):
+    """A store on a disk that takes its time."""
+
+    slow_disk_s = 0.0
+
+    def append(self, *events: Event) -> None:
+        time.sleep(self.slow_disk_s)
+        super().append(*events)
+
+
 def _main(state: Path, options: dict[str, Any]) -> None:
     if options.get("one_thread"):
         ThreadPoolExecutor.submit = _at_once  # type: ignore[assignment,method-assign]  # see there
     config = RunConfig.model_validate({**CONFIG.model_dump(mode="json"), **options.get("config", {})})
-    with Store(state, durable=options.get("durable", True)) as store:
+    _SlowStore.slow_disk_s = options.get("slow_disk_s", 0.0)
+    with _SlowStore(state, durable=options.get("durable", True)) as store:
         made = open_coordinator(store, config, schema_of(options.get("width", 16)), options.get("expect", 0))
         asyncio.run(serve(made, "127.0.0.1:0", ready=lambda address: print(address, flush=True), linger_s=2.0))
 

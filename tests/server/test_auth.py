@@ -23,7 +23,7 @@ from fedloom.proto.identity import Identity, MemberRole, fingerprint
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, TensorSpec
 from fedloom.proto.v1 import federation_pb2 as pb
-from fedloom.server.auth import ALLOWED
+from fedloom.server.auth import ALLOWED, Gate
 from fedloom.server.authority import AUTHORITY_FILE, SERVER_FILE, Authority, create
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
@@ -280,9 +280,7 @@ def test_tls_before_1_3_is_refused(world: World, tmp_path: Path, caplog: pytest.
 def test_a_handler_that_forgets_the_name_is_caught(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fedloom.server.auth import Caller
-
-    monkeypatch.setattr(Caller, "speaks_for", lambda self, client: None)
+    monkeypatch.setattr(Gate, "check_name", lambda self, client: None)
 
     assert world.call("ann", "Join") is grpc.StatusCode.INTERNAL
     assert "without checking for whom it speaks" in caplog.text

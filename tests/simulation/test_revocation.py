@@ -122,7 +122,7 @@ def test_a_revoked_member_is_put_out_of_what_it_is_in(
         call = begin(kind, made, both_ask, connect(mine), channel, stop)
         authority.identities.revoke("ann")
         for _ in range(int(WAIT_S / 0.05)):
-            if "put out: " in caplog.text:
+            if "put out of a call" in caplog.text:
                 break
             time.sleep(0.05)
 

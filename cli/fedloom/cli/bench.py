@@ -80,6 +80,7 @@ def clients(
     seconds: Annotated[float, typer.Option(help="How long to measure, once all have arrived.", min=1)] = 60.0,
     heartbeat: Annotated[float, typer.Option(help="Seconds between two heartbeats of a client.", min=1)] = 30.0,
     training: Annotated[float, typer.Option(help="Longest time a client takes to answer a round, in seconds.")] = 5.0,
+    tls: Annotated[bool, typer.Option(help="Mutual TLS, each client with a certificate of its own.")] = True,
     json_line: Json = False,
 ) -> None:
     """Hold many clients on one coordinator: its memory, and how long a heartbeat takes. Linux only.
@@ -90,7 +91,7 @@ def clients(
     """
     from fedloom.simulation.bench_clients import bench_clients
 
-    figures = bench_clients(clients=n, seconds=seconds, heartbeat_s=heartbeat, training_s=training)
+    figures = bench_clients(clients=n, seconds=seconds, heartbeat_s=heartbeat, training_s=training, tls=tls)
     _report("clients", figures, json_line)
 
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import ssl
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from grpc import aio
 
 from fedloom.proto.errors import Forbidden, IdentityError
 from fedloom.proto.identity import Identity, MemberRole, fingerprint
+from fedloom.server.audit import AuditKind
 from fedloom.server.identities import Entry, Identities
 
 __all__ = ["ALLOWED", "FORBIDDEN", "OTHER_NAME", "UNPROVEN", "Caller", "Gate"]
@@ -65,16 +66,10 @@ class Caller:
     expires_s: float = float("inf")
     named: bool = False
 
-    def speaks_for(self, client: str) -> None:
-        """Check the name in a message against the certificate.
-
-        Raises:
-            Forbidden: It is another one's.
-        """
-        if self.identity is not None and self.identity.name != client:
-            _log.warning("refused: %s calls itself %.80r", self.identity.uri, client)
-            raise Forbidden(OTHER_NAME)
-        self.named = True
+    @property
+    def who(self) -> str:
+        """Role and name, for a log."""
+        return self.identity.uri if self.identity else "somebody"
 
 
 class Gate:
@@ -83,15 +78,16 @@ class Gate:
     Args:
         identities: The list of certificates. None is for loopback connections without TLS only: everybody is let in,
             and believed.
+        note: Writes into the audit log who was refused or put out: kind, name as far as known, and why.
     """
 
-    def __init__(self, identities: Identities | None) -> None:
-        self._identities = identities
+    def __init__(self, identities: Identities | None, note: Callable[[AuditKind, str, str], None]) -> None:
+        self._identities, self.note = identities, note
         self._open: dict[asyncio.Task[Any], Caller] = {}
         self._cut: set[asyncio.Task[Any]] = set()
 
     @contextmanager
-    def admitted(self, method: str, context: "aio.ServicerContext[Any, Any]") -> Iterator[Caller]:
+    def admitted(self, method: str, context: "aio.ServicerContext[Any, Any]") -> Iterator[None]:
         """Run one call inside this block, in its own task.
 
         Raises:
@@ -102,7 +98,7 @@ class Gate:
         assert task is not None  # a handler is a coroutine
         self._open[task] = caller
         try:
-            yield caller
+            yield
             if caller.identity is not None and ALLOWED[method] is _MEMBERS and not caller.named:
                 raise RuntimeError(f"{method} has served {caller.identity.uri} without checking for whom it speaks")
         except asyncio.CancelledError:
@@ -119,6 +115,18 @@ class Gate:
         task = asyncio.current_task()
         assert task is not None  # a handler is a coroutine
         return self._open[task]
+
+    def check_name(self, client: str) -> None:
+        """Check the name in a message of this task's call against the certificate.
+
+        Raises:
+            Forbidden: It is another one's.
+        """
+        caller = self.caller()
+        if caller.identity is not None and caller.identity.name != client:
+            self._refuse(caller.identity.name, f"{caller.who} calls itself {client!r:.80}")
+            raise Forbidden(OTHER_NAME)
+        caller.named = True
 
     async def watch(self) -> None:
         """Put out, within seconds, every call whose certificate is revoked or ends. Runs until it is cancelled.
@@ -140,8 +148,9 @@ class Gate:
             version = seen
             for task, caller in calls:
                 if caller.fingerprint in bad and task in self._open:
-                    who = caller.identity.uri if caller.identity else "nobody"
-                    _log.warning("put out: %s, certificate %s", who, caller.fingerprint[:16])
+                    detail = f"{caller.who} put out of a call, certificate {caller.fingerprint[:16]}"
+                    _log.warning("%s", detail)
+                    self.note("revoked", caller.identity.name if caller.identity else "", detail)
                     self._cut.add(task)
                     task.cancel()
             await asyncio.sleep(_WATCH_S)
@@ -160,14 +169,18 @@ class Gate:
         entry = self._identities.find(found)
         problem = _problem(entry) or _mismatch(entry, about)
         if entry is None or problem:
-            _log.warning(
-                "%s refused to %s: certificate %s is %s", method, context.peer(), found[:16] or "none", problem
-            )
+            name = entry.identity.name if entry else ""
+            self._refuse(name, f"{method} refused to {context.peer()}: certificate {found[:16] or 'none'} is {problem}")
             raise IdentityError(UNPROVEN)
         if entry.identity.role not in allowed:
-            _log.warning("%s refused to %s: %s may not call it", method, context.peer(), entry.identity.uri)
+            detail = f"{method} refused to {context.peer()}: {entry.identity.uri} may not call it"
+            self._refuse(entry.identity.name, detail)
             raise Forbidden(FORBIDDEN)
         return Caller(entry.identity, found, entry.expires_s)
+
+    def _refuse(self, name: str, detail: str) -> None:
+        _log.warning("%s", detail)
+        self.note("refused", name, detail)
 
 
 def _problem(entry: Entry | None) -> str:

@@ -6,8 +6,11 @@ from typing import Any, NoReturn
 from cryptography.hazmat.primitives.serialization import Encoding
 from grpc import aio
 
+from fedloom.proto.errors import IdentityError
+from fedloom.proto.identity import MemberRole, fingerprint
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as pb_grpc
+from fedloom.server.audit import AuditKind
 from fedloom.server.auth import Gate
 from fedloom.server.authority import Authority
 from fedloom.server.servicer import guarded
@@ -31,6 +34,13 @@ class Enrolment(pb_grpc.EnrolmentServicer):
     @guarded
     async def Enroll(self, request: pb.EnrollRequest, context: "aio.ServicerContext[Any, Any]") -> pb.EnrollReply:
         """See federation.proto."""
-        holder = self.gate.caller().fingerprint
-        made = await asyncio.to_thread(self._authority.enrol, holder, request.signing_request)
+        caller = self.gate.caller()
+        assert caller.identity is not None  # nobody enrols without a certificate
+        try:
+            made = await asyncio.to_thread(self._authority.enrol, caller.fingerprint, request.signing_request)
+        except IdentityError as error:  # a join token that is used again has been stolen, or was lent
+            self.gate.note("refused", caller.identity.name, str(error))
+            raise
+        kind: AuditKind = "enrolled" if caller.identity.role is MemberRole.INVITE else "renewed"
+        self.gate.note(kind, caller.identity.name, f"certificate {fingerprint(made)[:16]}")
         return pb.EnrollReply(certificate=made.public_bytes(Encoding.DER))

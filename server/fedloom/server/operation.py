@@ -57,7 +57,8 @@ class Operation(pb_grpc.OperationServicer):
     @guarded
     async def Stop(self, request: pb.StopRequest, context: "aio.ServicerContext[Any, Any]") -> pb.StopReply:
         """See federation.proto."""
-        caller = self.gate.caller().identity
-        _log.warning("told to stop by %s", caller.uri if caller else "nobody")
+        caller = self.gate.caller()
+        _log.warning("told to stop by %s", caller.who)
+        self.gate.note("stopped", caller.identity.name if caller.identity else "", f"by {caller.who}")
         self._stop()
         return pb.StopReply()

@@ -19,6 +19,7 @@ from fedloom.proto.failpoints import reach
 from fedloom.proto.limits import HTTP2_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
 from fedloom.server.admission import MAX_CLIENTS
+from fedloom.server.audit import Audit
 from fedloom.server.auth import Gate
 from fedloom.server.authority import Authority
 from fedloom.server.coordinator import Coordinator
@@ -86,8 +87,8 @@ async def serve(
     (loopback_host if certs is None else host_of)(listen)
     stopped = asyncio.Event()
     with ExitStack() as stack:
-        secure = None if certs is None else stack.enter_context(_secured(certs))
-        servicer = Servicer(coordinator, secure.gate if secure else Gate(None))
+        secure = None if certs is None else stack.enter_context(_secured(certs, coordinator.audit))
+        servicer = Servicer(coordinator, secure.gate if secure else Gate(None, coordinator.audit.note))
         server = aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers((handlers(servicer),))
         if secure is not None:
@@ -125,14 +126,14 @@ class _Secured:
 
 
 @contextmanager
-def _secured(certs: Path) -> Iterator[_Secured]:
+def _secured(certs: Path, audit: Audit) -> Iterator[_Secured]:
     """What a server with certificates is made of."""
     authority = Authority(certs)
     try:
         # A list of its own for the gate: what enrolment writes is then seen as written by another.
         listed = Identities(certs)
         try:
-            yield _Secured(authority, Gate(listed), server_credentials(certs))
+            yield _Secured(authority, Gate(listed, audit.note), server_credentials(certs))
         finally:
             listed.close()
     finally:

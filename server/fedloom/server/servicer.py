@@ -92,11 +92,11 @@ def guarded(
     @wraps(handler)
     async def safe(servicer: S, request: Q, context: Context) -> R:
         try:
-            with servicer.gate.admitted(handler.__name__, context) as caller:
+            with servicer.gate.admitted(handler.__name__, context):
                 if request is None:
                     raise ProtocolError("the message cannot be read; send what federation.proto describes")
                 if (name := getattr(request, "client", None)) is not None:
-                    caller.speaks_for(name)
+                    servicer.gate.check_name(name)
                 return await handler(servicer, request, context)
         except Exception as error:
             code, text = status_of(error)
@@ -202,7 +202,7 @@ class Servicer(pb_grpc.FederationServicer):
         async with paced():
             first = _header(await anext(stream, b""))
         header, run, epoch = header_from_wire(first)
-        self.gate.caller().speaks_for(header.client)
+        self.gate.check_name(header.client)
         with self._clients.call(header.client):
             size_bytes = await self._calls.run(partial(self._coordinator.check_header, header, run, epoch))
             if size_bytes is None:

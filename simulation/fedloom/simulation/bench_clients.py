@@ -1,6 +1,7 @@
 """How many clients one coordinator holds: memory, and how long a heartbeat takes while rounds go on beside it."""
 
 import asyncio
+import functools
 import hashlib
 import os
 import random
@@ -10,15 +11,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+from cryptography.hazmat.primitives.serialization import Encoding
 from grpc import aio
 
+from fedloom.client.channel import member_pair
+from fedloom.proto.credentials import read_ca
 from fedloom.proto.errors import ConfigError, FedloomError
 from fedloom.proto.frames import DATA_FIELD, SERVICE, frames
 from fedloom.proto.limits import LONG_POLL_S
@@ -31,6 +35,7 @@ from fedloom.proto.wire import answer_from_wire, header_to_wire, joined_from_wir
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serve
 from fedloom.server.store import Store
+from fedloom.simulation.credentials import certificates
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
@@ -40,9 +45,7 @@ _COHORT = 16
 _CALL_S = 30.0
 _ARRIVING = 64
 _SPARE_FILES = 200
-_SERVE = (
-    "import sys; from fedloom.simulation.bench_clients import coordinate; coordinate(sys.argv[1], int(sys.argv[2]))"
-)
+_SERVE = "import sys; from fedloom.simulation.bench_clients import coordinate; coordinate(*sys.argv[1:])"
 
 
 @dataclass
@@ -56,8 +59,9 @@ class _Tally:
     errors: list[str] = field(default_factory=list)
 
 
-def coordinate(folder: str, clients: int) -> None:
+def coordinate(folder: str, expected: str, certs: str = "") -> None:
     """The coordinator's process: prints its address, then serves rounds of a small cohort until it is told to stop."""
+    clients = int(expected)
     config = RunConfig.model_validate(
         {
             "run": {"name": "bench-clients", "rounds": 100_000},
@@ -69,17 +73,19 @@ def coordinate(folder: str, clients: int) -> None:
     )
     schema = Schema((TensorSpec("m.A", "m", Role.LORA_A, (8, 1024)), TensorSpec("m.B", "m", Role.LORA_B, (1024, 8))))
     _allow_files(clients)
-    with Store(Path(folder)) as store:
+    with Store(Path(folder) / "state") as store:
         starting = starting_adapter(schema, 0)
         coordinator = Coordinator(config, schema, FedAvg(), store, starting=starting, expect=clients)
-        asyncio.run(serve(coordinator, "127.0.0.1:0", ready=lambda address: print(address, flush=True)))
+        ready = functools.partial(print, flush=True)
+        asyncio.run(serve(coordinator, "127.0.0.1:0", ready=ready, certs=Path(certs) if certs else None))
 
 
-def bench_clients(*, clients: int, seconds: float, heartbeat_s: float, training_s: float) -> dict[str, Any]:
+def bench_clients(*, clients: int, seconds: float, heartbeat_s: float, training_s: float, tls: bool) -> dict[str, Any]:
     """Hold `clients` clients, each with a connection, a waiting poll and a heartbeat of its own, for `seconds`.
 
     Meanwhile rounds of 16 clients go on, which take `training_s` to answer; each round that opens wakes every poll.
-    The coordinator is a process of its own and syncs to disk; all clients live in this one.
+    The coordinator is a process of its own and syncs to disk; all clients live in this one. With `tls` each of them has
+    a certificate of its own, and every call is checked against the authority's list.
 
     Returns:
         rss_mib: the coordinator's peak. heartbeat_p50_ms and heartbeat_p99_ms as the clients see them. errors: calls
@@ -88,28 +94,40 @@ def bench_clients(*, clients: int, seconds: float, heartbeat_s: float, training_
     """
     _allow_files(clients)
     with tempfile.TemporaryDirectory(prefix="fedloom-bench-") as folder:
-        command = [sys.executable, "-c", _SERVE, folder, str(clients)]
+        names = [f"client-{number}" for number in range(clients)]
+        certs = certificates(Path(folder), names) if tls else {}
+        command = [sys.executable, "-c", _SERVE, folder, str(clients), *([f"{folder}/authority"] if tls else [])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None  # it was opened as a pipe
             try:
                 address = process.stdout.readline().strip()
                 if not address:
                     raise FedloomError("the benchmark's coordinator failed; its own error is above")
-                held = _hold(address, process.pid, clients, seconds, heartbeat_s, training_s)
-                figures = asyncio.run(held)
+                channels = {name: _channel(address, certs.get(name)) for name in names}
+                figures = asyncio.run(_hold(channels, process.pid, seconds, heartbeat_s, training_s))
             finally:
                 process.send_signal(signal.SIGTERM)
-    return {**figures, "clients": clients, "seconds": seconds, "heartbeat_s": heartbeat_s, "tls": False}
+    return {**figures, "clients": clients, "seconds": seconds, "heartbeat_s": heartbeat_s, "tls": tls}
+
+
+def _channel(address: str, certs: Path | None) -> Callable[[], aio.Channel]:
+    """Opens a connection in the running loop."""
+    # Channels to one address would share a connection.
+    own: list[tuple[str, int]] = [("grpc.use_local_subchannel_pool", 1)]
+    if certs is None:
+        return lambda: aio.insecure_channel(address, options=own)
+    pair = member_pair(certs)
+    roots = read_ca(certs).public_bytes(Encoding.PEM)
+    credentials = grpc.ssl_channel_credentials(roots, pair.key_pem, pair.certificate_pem)
+    return lambda: aio.secure_channel(address, credentials, options=own)
 
 
 async def _hold(
-    address: str, pid: int, clients: int, seconds: float, heartbeat_s: float, training_s: float
+    opening: Mapping[str, Callable[[], aio.Channel]], pid: int, seconds: float, heartbeat_s: float, training_s: float
 ) -> dict[str, Any]:
-    tally, began_s = _Tally(), time.monotonic()
-    # Channels to one address would share a connection.
-    own: list[tuple[str, int]] = [("grpc.use_local_subchannel_pool", 1)]
-    channels = [aio.insecure_channel(address, options=own) for _ in range(clients)]
-    sites = [_Site(channel, f"client-{number}", tally) for number, channel in enumerate(channels)]
+    tally, began_s, clients = _Tally(), time.monotonic(), len(opening)
+    channels = [opened() for opened in opening.values()]
+    sites = [_Site(channel, name, tally) for channel, name in zip(channels, opening, strict=True)]
     gate = asyncio.Semaphore(_ARRIVING)
 
     async def arrive(site: "_Site") -> None:

@@ -15,16 +15,14 @@ from fedloom.client.connection import GrpcConnection
 from fedloom.client.participant import Participant
 from fedloom.client.training import Trained
 from fedloom.proto.errors import FedloomError
-from fedloom.proto.identity import Identity, MemberRole
 from fedloom.proto.memory import keep_freed_memory
 from fedloom.proto.messages import Assignment, Joined, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
-from fedloom.server.authority import Authority, create
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
-from fedloom.simulation.credentials import enrolled
+from fedloom.simulation.credentials import certificates
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
@@ -75,17 +73,6 @@ def idle_client(address: str, name: str, certs: str = "") -> None:
     Participant(GrpcConnection(address, Path(certs) if certs else None), policy, prepare).run()
 
 
-def _certificates(folder: Path, clients: int) -> dict[str, Path]:
-    """An authority, and each client's folder of certificates by its name."""
-    create(folder / "authority", [])
-    authority = Authority(folder / "authority")
-    try:
-        members = [Identity(MemberRole.CLIENT, f"client-{k}") for k in range(clients)]
-        return {each.name: enrolled(authority, each, folder / each.name) for each in members}
-    finally:
-        authority.close()
-
-
 def bench_round(*, rounds: int, clients: int, durable: bool, tls: bool) -> dict[str, Any]:
     """Run `rounds` empty rounds after a warm-up and time each from commit to commit.
 
@@ -106,13 +93,13 @@ def bench_round(*, rounds: int, clients: int, durable: bool, tls: bool) -> dict[
     with tempfile.TemporaryDirectory(prefix="fedloom-bench-") as name, ExitStack() as stack:
         folder = Path(name)
         store = stack.enter_context(Store(folder / "state", durable=durable))
-        certs = _certificates(folder, clients) if tls else {}
+        names = [f"client-{k}" for k in range(clients)]
+        certs = certificates(folder, names) if tls else {}
         starting = starting_adapter(schema, 0)
         coordinator = Coordinator(config, schema, FedAvg(), store, starting=starting, expect=clients)
         coordinator.on_commit = lambda _rounds, _state: commits.append(time.perf_counter())
         with serving(coordinator, certs=folder / "authority" if tls else None) as address:
             code = "import sys; from fedloom.simulation.bench_round import idle_client; idle_client(*sys.argv[1:])"
-            names = [f"client-{k}" for k in range(clients)]
             running = [
                 subprocess.Popen([sys.executable, "-c", code, address, each, str(certs.get(each, ""))])
                 for each in names

@@ -1,5 +1,6 @@
 """Members of a federation on one machine, enrolled without a coordinator to ask."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -7,10 +8,20 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from fedloom.client.channel import MEMBER_FILE
 from fedloom.proto.credentials import CA_FILE, KeyPair, new_key, signing_request
 from fedloom.proto.durable import write_durably
-from fedloom.proto.identity import Identity, fingerprint
-from fedloom.server.authority import Authority
+from fedloom.proto.identity import Identity, MemberRole, fingerprint
+from fedloom.server.authority import Authority, create
 
-__all__ = ["enrolled"]
+__all__ = ["certificates", "enrolled"]
+
+
+def certificates(folder: Path, clients: Iterable[str]) -> dict[str, Path]:
+    """Make an authority in `folder/authority`; each client's folder of certificates by its name."""
+    create(folder / "authority", [])
+    authority = Authority(folder / "authority")
+    try:
+        return {name: enrolled(authority, Identity(MemberRole.CLIENT, name), folder / name) for name in clients}
+    finally:
+        authority.close()
 
 
 def enrolled(authority: Authority, identity: Identity, folder: Path) -> Path:
