@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedloom.client import channel
 from fedloom.client.connection import GrpcConnection
 from fedloom.proto.errors import FedloomError, Overloaded
 from fedloom.proto.messages import Assignment, Finished
@@ -117,8 +118,11 @@ def _wave(state: Path, clients: int, slow_disk_s: float) -> _Wave:
 
 @contextmanager
 def _lines(to: Client) -> "Iterator[Callable[[], GrpcConnection]]":
-    """Makes connections, and closes them at the end of the block."""
+    """Makes connections, each with a socket of its own as on a machine of its own; closes them at the end."""
     made: list[GrpcConnection] = []
+    own = ("grpc.use_local_subchannel_pool", 1)
+    if own not in channel._OPTIONS:
+        channel._OPTIONS.append(own)
 
     def line() -> GrpcConnection:
         made.append(GrpcConnection(to.address))
@@ -142,7 +146,7 @@ def soak(folder: Path, seconds: float, clients: int = 8, pause_s: float = 0.1) -
     Raises:
         Failure: Memory, open files or threads of the coordinator grow with time, see goal R15.
     """
-    config = {"run": {"name": "soak", "rounds": 10**6}, "rounds": {"min_clients": clients, "lease_s": 30.0}}
+    config = {"run": {"name": "soak", "rounds": 100_000}, "rounds": {"min_clients": clients, "lease_s": 30.0}}
     end_s, samples = time.monotonic() + seconds, list[tuple[float, float, int, int]]()
 
     def live(name: str, to: Client, lines: Callable[[], GrpcConnection]) -> int:
