@@ -121,7 +121,10 @@ class Participant:
             return None
         with self._leaving_on(PolicyError):
             self._pending = self._answered(answer.round) or self._train(answer)
-            self._deliver()
+            if self._pending is None:
+                time.sleep(random.uniform(0, _BACKOFF_S[0]))
+            else:
+                self._deliver()
         return None
 
     def run(self, *, patience_s: float = 300.0) -> Finished:
@@ -194,7 +197,8 @@ class Participant:
         return update
 
     @failpoint("participant.train")
-    def _train(self, assignment: Assignment) -> Spooled:
+    def _train(self, assignment: Assignment) -> Spooled | None:
+        """The update for an assignment; None if its round has closed before the broadcast was here."""
         trainer, joined = self._trainer, self._joined
         assert trainer is not None  # step is only called after join
         assert joined is not None
@@ -210,9 +214,13 @@ class Participant:
             )
         self._busy.set()
         try:
-            payload = self._insist(
-                lambda: self.connection.fetch(assignment.broadcast_digest, assignment.broadcast_bytes)
-            )
+            try:
+                payload = self._insist(
+                    lambda: self.connection.fetch(assignment.broadcast_digest, assignment.broadcast_bytes)
+                )
+            except ProtocolError as error:
+                log.warning("round %d: nothing to train from: %s", assignment.round + 1, error)
+                return None
             reach("participant.fetched")
             trained = trainer.train(joined.run, assignment, incoming.decode(schema, payload))
             reach("participant.trained")
