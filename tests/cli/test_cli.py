@@ -1,6 +1,7 @@
 """The `fedloom` command as a user meets it: real processes, their output and their exit status."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from fedloom.cli.main import app
 from fedloom.cli.simulate import _line
 from fedloom.client.assets import ASSETS
 from fedloom.proto.run import load_run
@@ -38,6 +41,19 @@ def refused(*arguments: str | Path) -> str:
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     return lines[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(("words", "level"), [((), "NONE"), (("--verbose",), "ERROR")])
+def test_grpc_has_no_lines_of_its_own_unless_asked(
+    words: tuple[str, ...], level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+
+    assert CliRunner().invoke(app, [*words, "strategies", "list"]).exit_code == 0
+
+    assert os.environ["GRPC_VERBOSITY"] == level
+    script = "import sys, fedloom.cli.main; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0, "it is set too late"
 
 
 @pytest.fixture
