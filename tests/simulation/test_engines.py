@@ -201,6 +201,16 @@ def test_buffered_rounds_run_on_either_engine(config: RunConfig, tmp_path: Path,
         assert stated.epsilon <= reported[name] + 0.01, name
 
 
+def test_a_strategy_that_cannot_be_buffered_is_refused_before_anything_is_written(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    rounds = config.rounds.model_copy(update={"mode": "buffered", "clients_per_round": 3})
+
+    with pytest.raises(ConfigError, match="FedSVD cannot use changes made from an older state"):
+        simulate(config.model_copy(update={"rounds": rounds}), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_private_simulation_leaves_a_complete_run_folder(config: RunConfig, tmp_path: Path) -> None:
     result = simulate(private(config), tmp_path / "runs")
 
