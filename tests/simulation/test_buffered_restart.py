@@ -54,7 +54,7 @@ def reopened(store: Store) -> Coordinator:
     return Coordinator(CONFIG, SCHEMA, FedAvg(), store, starting=starting, expect=len(EXAMPLES))
 
 
-def change(client: str, round: int) -> Tensors:
+def change(client: str, round: int) -> dict[str, np.ndarray]:
     """What a client makes of the state at the start of a round."""
     rng = np.random.default_rng([round, *client.encode()])
     return {spec.name: rng.normal(size=spec.shape).astype(np.float32) for spec in SCHEMA.tensors}
