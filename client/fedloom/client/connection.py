@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 
-from fedloom.client.channel import open_channel, stamp
+from fedloom.client.channel import distrusted, open_channel, stamp
 from fedloom.proto.errors import (
     CodecError,
     ConfigError,
@@ -131,6 +131,7 @@ class GrpcConnection:
 
         Raises:
             Unavailable: The coordinator cannot be reached.
+            IdentityError: It does not prove itself, or does not accept this site's certificate.
             ProtocolError: It refuses this client.
         """
         request = pb.JoinRequest(client=client, protocol=PROTOCOL_VERSION, declared_examples=declared_examples)
@@ -246,6 +247,8 @@ def _translate(error: grpc.RpcError, address: str) -> NoReturn:
     for each in error.trailing_metadata() or ():
         if each.key == RETRY_AFTER:
             raise overloaded(f"coordinator {address} is busy: {details}", str(each.value)) from error
+    if status == "UNAVAILABLE" and (unproven := distrusted(address, details)):
+        raise unproven from error
     if status in _RETRIED:
         raise Unavailable(f"coordinator {address} cannot serve this client now ({status}: {details})") from error
     raise _ERRORS.get(status, ProtocolError)(f"coordinator {address} answers {status}: {details}") from error
