@@ -10,7 +10,7 @@ import numpy as np
 from fedloom.proto.run import RoundsSection, RunConfig
 from fedloom.server.rounds import ClientAsked, RoundClosed, RoundOpened, Rounds
 
-__all__ = ["asking", "closing", "cohort_size", "decision", "draw_cohort", "oldest", "opening", "reopening"]
+__all__ = ["asking", "closing", "cohort_size", "decision", "draw_cohort", "opening", "reopening"]
 
 _COHORT_STREAM = 0x636F686F7274
 """Top word of the Philox counter of cohort draws, so that they never share numbers with a strategy's draws."""
@@ -134,22 +134,6 @@ def decision(
     if rounds.starts:
         needed = 0  # clients are at work for it already
     return opening(rounds, live, config.rounds, seed=config.run.seed, needed=needed)
-
-
-def oldest(rounds: Rounds, config: RunConfig) -> int:
-    """The oldest round whose updates are taken, now or in the round that comes next.
-
-    Within one epoch it never falls: whoever trains for an earlier round trains for nothing.
-
-    Args:
-        rounds: Where the run stands.
-        config: The run file. It rules the next round; the one that is open has its own rule.
-    """
-    if rounds.round >= config.run.rounds:
-        return rounds.round
-    next_takes = config.rounds.max_staleness if config.rounds.mode == "buffered" else 0
-    takes = (rounds.max_staleness or 0) if rounds.phase == "open" else next_takes
-    return max(0, rounds.round - takes)
 
 
 def draw_cohort(

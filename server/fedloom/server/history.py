@@ -22,7 +22,7 @@ from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
 from fedloom.server.broadcast import Broadcasts, Order, final
 from fedloom.server.buffered import discounted
-from fedloom.server.decisions import asking, decision, oldest
+from fedloom.server.decisions import asking, decision
 from fedloom.server.rounds import (
     AdapterCommitted,
     ClientLost,
@@ -110,7 +110,7 @@ class History:
     @property
     def standing(self) -> Standing:
         """What a client that trains is told."""
-        return Standing(self.rounds.round, self.rounds.phase == "open", oldest(self.rounds, self._config))
+        return Standing(self.rounds.round, self.rounds.phase == "open", self.rounds.oldest)
 
     def check(self) -> None:
         """Refuse to go on after a failure of the disk: memory may then be ahead of it.
