@@ -29,7 +29,7 @@ from fedloom.proto.errors import (
     Unavailable,
     UpdateRejected,
 )
-from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, Wait, upload_schema
+from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader, Wait, upload_schema
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role, Schema
 from fedloom.proto.secagg.steps import StepMessage, StepResult
@@ -81,8 +81,9 @@ class Script:
     def exchange(self, message: StepMessage) -> StepResult | None:
         raise AssertionError("no secure sum here")
 
-    def heartbeat(self) -> None:
+    def heartbeat(self) -> Standing:
         self.calls.append("heartbeat")
+        return Standing(0, True, 0)
 
     def leave(self, reason: str) -> None:
         self.calls.append("leave")

@@ -28,7 +28,7 @@ from fedloom.proto.errors import (
     UpdateRejected,
 )
 from fedloom.proto.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES
-from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, Wait
+from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader, Wait
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role, Schema
 from fedloom.proto.secagg.keys import ADVERT_BYTES
@@ -48,6 +48,8 @@ __all__ = [
     "overloaded",
     "result_from_wire",
     "result_to_wire",
+    "standing_from_wire",
+    "standing_to_wire",
     "step_from_wire",
     "step_to_wire",
 ]
@@ -185,6 +187,22 @@ def header_from_wire(message: pb.UpdateHeader) -> tuple[UpdateHeader, str, int]:
         attempt=message.attempt,
     )
     return header, message.run, message.epoch
+
+
+def standing_to_wire(standing: Standing) -> pb.HeartbeatReply:
+    """The answer to Heartbeat as protobuf."""
+    return pb.HeartbeatReply(round=standing.round, open=standing.open, oldest=standing.oldest)
+
+
+def standing_from_wire(reply: pb.HeartbeatReply) -> Standing:
+    """The answer to Heartbeat.
+
+    Raises:
+        ProtocolError: The oldest round that is taken comes after the one that is open.
+    """
+    if reply.oldest > reply.round:
+        raise ProtocolError(f"updates are taken from round {reply.oldest} on, but round {reply.round} is open or next")
+    return Standing(reply.round, reply.open, reply.oldest)
 
 
 def overloaded(text: str, retry_after_ms: str) -> Overloaded:
