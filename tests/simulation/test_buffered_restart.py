@@ -15,7 +15,7 @@ import pytest
 from fedloom.client.config import Policy
 from fedloom.client.connection import GrpcConnection
 from fedloom.client.participant import Participant
-from fedloom.client.training import Trained
+from fedloom.client.training import Proceed, Trained
 from fedloom.proto.messages import Assignment, Finished, Joined, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
@@ -69,7 +69,7 @@ class Held:
         self.client, self.round, self.declared_examples = client, round, EXAMPLES[client]
         self.started, self.told, self.later = threading.Event(), threading.Event(), threading.Event()
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
         if assignment.round == self.round:
             self.started.set()
             assert self.told.wait(120)
