@@ -1,6 +1,6 @@
 """A changed or missing byte in what a client must not forget: refused with the file's name, or without any effect.
 
-`FEDLOOM_PROVE=1` changes every byte that is written and cuts at thousands of lengths. Spooled updates have a test beside their own.
+`FEDLOOM_PROVE=1` changes every byte that is written, and cuts at many lengths. Spooled updates are tested elsewhere.
 """
 
 import os
