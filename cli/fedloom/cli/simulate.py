@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from fedloom.cli.observing import ReportTo, reports
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fedloom.cli.console import megabytes, out, terms
+from fedloom.cli.observing import ReportTo, reports
 from fedloom.proto.run import RunConfig, load_run
 
 if TYPE_CHECKING:

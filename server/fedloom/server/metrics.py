@@ -3,13 +3,16 @@
 docs/observability.md lists them all.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from fedloom.proto.errors import ConfigError
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.participation import Asked
 from fedloom.server.recording import spent_after
@@ -135,7 +138,9 @@ class _Standing(Collector):
         yield GaugeMetricFamily("fedloom_rounds_done", "Rounds committed in the whole run.", now.round)
         yield GaugeMetricFamily("fedloom_rounds_planned", "Rounds of the whole run.", now.rounds)
         if config.privacy.enabled:
-            most = spent_after(config, self._asked.most).epsilon
+            most = math.inf
+            with suppress(ConfigError):
+                most = spent_after(config, self._asked.most).epsilon
             yield GaugeMetricFamily("fedloom_epsilon_most", "Epsilon of the client that has spent most.", most)
         if config.user_level.enabled:
             spent = user_spent(config.user_level, now.round)

@@ -5,11 +5,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Self
 
 from fedloom.proto.accounting import GRID, Spend, Statement, statement
+from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
 from fedloom.server.participation import Asked
 from fedloom.server.records import Recorder, RoundRecord
@@ -81,7 +83,8 @@ class Recording:
                 if isinstance(event, RoundOpened) and self._began_s is None:
                     self._began_s = now_s - self._age_s
                 if isinstance(event, AdapterCommitted):
-                    self._write(self._record(event, now_s))
+                    with suppress(ConfigError):  # there is no finite epsilon, so nothing true to write
+                        self._write(self._record(event, now_s))
         for recorder in self._recorders:
             self._try(recorder, recorder.close)
 
