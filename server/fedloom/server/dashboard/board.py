@@ -127,7 +127,9 @@ class Board:
         if not ours and shown["phase"] == "stopped" and _held(folder):
             shown["phase"] = "elsewhere"
         peft = (run_folder / "adapter" / "fedloom.json").is_file()
-        adapter = "peft" if peft and (not ours or shown["phase"] == "over") else "state" if ours else None
+        adapter = "peft" if peft and (not ours or shown["phase"] == "over") else None
+        if adapter is None and ours and journal.rounds.round:
+            adapter = "state"
         return {**about, **shown, "adapter": adapter, "stoppable": ours and self.observation.stop is not None}
 
     def _line(self, folder: Path) -> dict[str, Any]:
