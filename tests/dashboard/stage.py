@@ -65,11 +65,12 @@ class Client:
 
     def ask(self) -> None:
         """Wait for work."""
-        while True:
+        for _ in range(10):
             answer = self.line.work()
             if isinstance(answer, Assignment | Finished):
                 self.assignment = answer
                 return
+        raise AssertionError(f"{self.name} gets no work: the round that is open was opened without it")
 
     def send(self, value: float = 0.01) -> None:
         """Fetch the broadcast and send a change with this value everywhere."""

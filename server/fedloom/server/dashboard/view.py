@@ -75,7 +75,7 @@ def document(
     """
     past = _thinned(journal.past, _SPENT_POINTS)
     counts = journal.asked.counts
-    wanted = [journal.asked.most, *sorted(set(counts.values()), reverse=True), *(each.most_asked for each in past)]
+    wanted = [0, journal.asked.most, *sorted(set(counts.values()), reverse=True), *(each.most_asked for each in past)]
     epsilon: dict[int, float | None] = spent.of(list(dict.fromkeys(wanted))) if spent else {}
     traffic = _traffic(records, progress)
     clients = _clients(journal, progress, epsilon)
