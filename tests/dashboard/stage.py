@@ -20,6 +20,7 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.dashboard.access import Tokens
 from fedloom.server.dashboard.board import Board
 from fedloom.server.dashboard.hosting import hosting
+from fedloom.server.launch import build_strategy
 from fedloom.server.observation import Observation, observing
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
@@ -131,15 +132,23 @@ class Stage:
 
 
 @contextmanager
-def stage(runs: Path, run: RunConfig | None = None, *, listen: str = "127.0.0.1:0", expect: int = 0) -> Iterator[Stage]:
-    """A coordinator that serves a run in `runs`, its dashboard, and no clients yet."""
+def stage(
+    runs: Path,
+    run: RunConfig | None = None,
+    *,
+    listen: str = "127.0.0.1:0",
+    expect: int = 0,
+    strategy: bool = False,
+) -> Iterator[Stage]:
+    """A coordinator that serves a run in `runs`, its dashboard, and no clients yet; with its own strategy or FedAvg."""
     chosen = run or config()
     folder = runs / chosen.run.name
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         store = stack.enter_context(Store(folder / "state", durable=False))
         starting = starting_adapter(SCHEMA, chosen.run.seed)
-        coordinator = Coordinator(chosen, SCHEMA, FedAvg(), store, starting=starting, expect=expect)
+        rule = build_strategy(chosen) if strategy else FedAvg()
+        coordinator = Coordinator(chosen, SCHEMA, rule, store, starting=starting, expect=expect)
         observation = stack.enter_context(observing(coordinator, store, folder))
         board = Board(coordinator, observation, runs)
         hosted = stack.enter_context(hosting(board, listen, TOKENS))

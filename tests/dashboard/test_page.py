@@ -38,8 +38,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def _no_complaints(page: Browser) -> Iterator[None]:
     page.complaints.clear()
     yield
-    page.run("1")  # takes up what is still on its way
-    assert not page.complaints
+    page.go("about:blank")
+    # Coordinators end with their tests, while the page still asks.
+    assert not [each for each in page.complaints if "ERR_CONNECTION_REFUSED" not in each]
 
 
 @pytest.fixture
@@ -231,5 +232,3 @@ def test_a_coordinator_that_ends_is_said_to_have(page: Browser, tmp_path: Path) 
 
     page.wait("!document.getElementById('banner').hidden")
     assert "No answer from the coordinator" in page.run("document.getElementById('banner').innerText")
-    page.complaints[:] = [each for each in page.complaints if "ERR_CONNECTION_REFUSED" not in each]
-    page.go("about:blank")
