@@ -53,7 +53,7 @@ def test_what_happens_is_counted(tmp_path: Path) -> None:
 
 
 def test_every_metric_is_documented_and_no_other(tmp_path: Path) -> None:
-    user = {"enabled": True, "cohort": 2, "noise_multiplier": 20.0}
+    user: dict[str, object] = {"enabled": True, "cohort": 2, "noise_multiplier": 20.0}
     names: set[str] = set()
     for number, run in enumerate((config(), config(user_level=user))):
         with stage(tmp_path / str(number), run, strategy=run.user_level.enabled) as live:
