@@ -141,7 +141,7 @@ def test_a_log_that_was_tampered_with_is_said_to_be(tmp_path: Path) -> None:
 
     finished_run(tmp_path / "runs", "sentiment", [0.4, 0.5], [0.7, 0.6])
     with closing(sqlite3.connect(tmp_path / "runs/sentiment/state/run.db")) as db, db:
-        db.execute("UPDATE events SET body = replace(body, 'film', 'folm') WHERE seq = 2")
+        db.execute("UPDATE events SET body = replace(body, '600.0', '601.0') WHERE seq = 2")
     with stage(tmp_path / "runs") as live:
         assert "fedloom runs verify" in seen(live, "sentiment")["error"]
         assert seen(live)["error"] is None
