@@ -19,7 +19,7 @@ from fedloom.cli.simulate import _line
 from fedloom.client.assets import ASSETS
 from fedloom.proto.run import load_run
 from fedloom.proto.schema import Schema
-from fedloom.simulation.record import RoundRecord
+from fedloom.server.records import RoundRecord
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.toml"
 COMMAND = [sys.executable, "-m", "fedloom.cli.main"]

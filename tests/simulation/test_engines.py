@@ -25,12 +25,12 @@ from fedloom.proto.run import RunConfig, SecureAggregationSection
 from fedloom.proto.schema import Tensors
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy
+from fedloom.server.records import read_metrics
 from fedloom.server.rounds import RoundClosed, UpdateAccepted
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess
-from fedloom.simulation.record import read_metrics
 from fedloom.simulation.simulate import simulate
 from fedloom.strategies.start import starting_adapter
 

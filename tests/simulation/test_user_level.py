@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 from fedloom.client.data.rows import Rows
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
+from fedloom.server.records import read_metrics
 from fedloom.server.user_ledger import spent
 from fedloom.simulation.federation import completed
-from fedloom.simulation.record import read_metrics
 from fedloom.simulation.simulate import simulate
 
 

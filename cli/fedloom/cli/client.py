@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedloom.cli.console import INSECURE, out
+from fedloom.cli.logs import LogFormat, LogLevel, write_logs
 from fedloom.proto.errors import IdentityError
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def client(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a policy key, such as client.device=cuda.")
     ] = None,
+    log_format: LogFormat = "text",
+    log_level: LogLevel = None,
 ) -> None:
     """Train on this site's data, within this site's policy, until the run is over.
 
@@ -38,6 +41,7 @@ def client(
     """
     from fedloom.client.config import load_policy
 
+    write_logs(log_format, log_level)
     site = load_policy(policy, tuple(overrides or ()))
     folder = None if insecure else _checked(certs or site.client.state / "certs", site.client.name)
     if insecure:

@@ -1,6 +1,5 @@
 """The one console command and its subcommands."""
 
-import logging
 import os
 import sys
 from typing import Annotated
@@ -23,6 +22,7 @@ from fedloom.cli import (
     strategies,
 )
 from fedloom.cli.console import failed, version
+from fedloom.cli.logs import write_logs
 from fedloom.proto.errors import FedloomError
 from fedloom.proto.memory import keep_freed_memory
 
@@ -45,8 +45,7 @@ def options(
     ] = False,
 ) -> None:
     """Options that come before the command's name."""
-    level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    write_logs(level="info" if verbose else "warning")
     # Before gRPC loads: it has lines of its own for what becomes an error here, and for every stranger who calls.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if verbose else "NONE")
 

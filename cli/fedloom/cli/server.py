@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,6 +13,8 @@ import typer
 
 from fedloom.cli.certs import SERVER_CERTS
 from fedloom.cli.console import INSECURE, out
+from fedloom.cli.logs import LogFormat, LogLevel, write_logs
+from fedloom.cli.observing import Dashboard, DashboardTls, ReportTo, Stay, reports, showing
 from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.run import RunConfig, load_run
 from fedloom.proto.schema import Schema
@@ -18,6 +22,7 @@ from fedloom.proto.tables import read_json
 
 if TYPE_CHECKING:
     from fedloom.server.coordinator import Coordinator
+    from fedloom.server.observation import Observation
     from fedloom.server.store import Store
 
 __all__ = ["export", "prepare", "server"]
@@ -46,15 +51,29 @@ def server(
     insecure: Annotated[
         bool, typer.Option("--insecure-loopback", help="No encryption and no certificates; loopback addresses only.")
     ] = False,
+    dashboard: Dashboard = None,
+    dashboard_tls: DashboardTls = None,
+    stay: Stay = False,
+    report_to: ReportTo = None,
+    log_format: LogFormat = "text",
+    log_level: LogLevel = None,
     overrides: Overrides = None,
 ) -> None:
     """Coordinate a run: wait for clients, run the rounds, keep the adapter. Started again, it goes on.
 
-    Only members whom `fedloom certs invite` has invited are let in.
+    Only members whom `fedloom certs invite` has invited are let in. Every round leaves a line in metrics.jsonl beside
+    the state directory.
 
-    Example: fedloom server examples/sentiment.toml --listen 0.0.0.0:8470
+    Example: fedloom server examples/sentiment.toml --listen 0.0.0.0:8470 --dashboard 127.0.0.1:8480
     """
+    from fedloom.server.observation import observing
+    from fedloom.server.records import write_config
     from fedloom.server.serve import serve
+
+    write_logs(log_format, log_level)
+    programs = reports(report_to)
+    if stay and dashboard is None:
+        raise ConfigError("--stay keeps the dashboard open after the run; give --dashboard HOST:PORT too")
 
     folder, opened = _opened(run, overrides, state)
     if not insecure and not certs.is_dir():
@@ -64,23 +83,43 @@ def server(
         )
     if insecure:
         out.print(INSECURE)
-    with opened as (coordinator, store):
+    with opened as (coordinator, store), observing(coordinator, store, folder.parent, programs) as observation:
         rounds = coordinator.config.run.rounds
         coordinator.on_commit = lambda number, _: out.print(f"round {number}/{rounds} committed")
+        if state is None:  # runs/NAME is ours; elsewhere a run.toml may be somebody's own
+            write_config(folder.parent, coordinator.config)
 
         def ready(address: str) -> None:
             out.print(f"listening on {address}; state in {folder}", markup=False)
 
-        asyncio.run(serve(coordinator, listen, ready=ready, certs=None if insecure else certs))
-        if not coordinator.finished:
-            out.print("stopped; start again with the same state directory to go on")
-            return
-        try:
-            out.print(f"run over; adapter in {_save(coordinator, store, folder.parent / 'adapter')}", markup=False)
-        except ModuleNotFoundError:
-            out.print(
-                f"run over; `fedloom export {run} --state {folder}` writes the adapter where torch is", markup=False
+        others = None if state else folder.parent.parent
+        with showing(coordinator, observation, dashboard, folder if insecure else certs, others, dashboard_tls):
+            serving = serve(
+                coordinator, listen, ready=ready, certs=None if insecure else certs, observation=observation
             )
+            asyncio.run(serving)
+            if not coordinator.finished:
+                out.print("stopped; start again with the same state directory to go on")
+                return
+            try:
+                saved = _save(coordinator, store, folder.parent / "adapter")
+                out.print(f"run over; adapter in {saved}", markup=False)
+            except ModuleNotFoundError:
+                out.print(
+                    f"run over; `fedloom export {run} --state {folder}` writes the adapter where torch is", markup=False
+                )
+            if stay:
+                out.print("the dashboard stays until it is stopped")
+                _until_told(observation)
+
+
+def _until_told(observation: "Observation") -> None:
+    """Wait for SIGTERM, SIGINT or an operator."""
+    told = threading.Event()
+    observation.stop = told.set
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: told.set())
+    told.wait()
 
 
 def export(

@@ -9,12 +9,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from fedloom.cli.console import megabytes, out, terms
+from fedloom.cli.observing import ReportTo, reports
 from fedloom.proto.run import RunConfig, load_run
 
 if TYPE_CHECKING:
     from fedloom.server.progress import Progress as Standing
+    from fedloom.server.records import RoundRecord
     from fedloom.simulation.federation import Federation
-    from fedloom.simulation.record import RoundRecord
     from fedloom.simulation.simulate import Result
 
 __all__ = ["simulate"]
@@ -33,6 +34,7 @@ def simulate(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key, such as train.learning_rate=0.5.")
     ] = None,
+    report_to: ReportTo = None,
 ) -> None:
     """Run a federation on this machine and leave a PEFT adapter in runs/NAME/adapter.
 
@@ -60,7 +62,7 @@ def simulate(
             bar.update(task, description=label, total=total, completed=done)
 
         watcher = Watcher(ready=_introduce, moved=moved, recorded=lambda record: _line(config, record))
-        result = run_simulation(config, out_folder, watcher)
+        result = run_simulation(config, out_folder, watcher, report_to=reports(report_to))
     _summary(config, result)
 
 

@@ -52,6 +52,9 @@ class Audit:
     Args:
         notebook: Keeps the records.
         clock: Seconds, never going back; for the limit on refusals.
+
+    Attributes:
+        refusals: How often something was refused, those included that are not written.
     """
 
     def __init__(self, notebook: Notebook, clock: Callable[[], float] = time.monotonic) -> None:
@@ -59,6 +62,7 @@ class Audit:
         self._mutex = threading.Lock()
         self._notes: list[AuditRecord] = []
         self._broken = False
+        self.refusals = 0
         self._since_s, self._refused, self._omitted = clock(), 0, 0
 
     def note(self, kind: AuditKind, client: str = "", detail: str = "") -> None:
@@ -66,6 +70,7 @@ class Audit:
         with self._mutex:
             if kind == "refused":
                 self._turn()
+                self.refusals += 1
                 self._refused += 1
                 if self._refused > _MOST_REFUSED:
                     self._omitted += 1

@@ -79,10 +79,16 @@ class Gate:
         identities: The list of certificates. None is for loopback connections without TLS only: everybody is let in,
             and believed.
         note: Writes into the audit log who was refused or put out: kind, name as far as known, and why.
+        answered: Told of every call that is over: method, gRPC status, class of the error or "", and seconds.
     """
 
-    def __init__(self, identities: Identities | None, note: Callable[[AuditKind, str, str], None]) -> None:
-        self._identities, self.note = identities, note
+    def __init__(
+        self,
+        identities: Identities | None,
+        note: Callable[[AuditKind, str, str], None],
+        answered: Callable[[str, str, str, float], None] = lambda method, status, error, seconds: None,
+    ) -> None:
+        self._identities, self.note, self.answered = identities, note, answered
         self._open: dict[asyncio.Task[Any], Caller] = {}
         self._cut: set[asyncio.Task[Any]] = set()
 

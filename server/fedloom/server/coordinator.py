@@ -109,8 +109,8 @@ class Coordinator:
         """What a display may show."""
         with self._lock:
             now_s = self._clock()
-            live, elapsed_s = self._members.live(now_s), now_s - self._opened_s
-            return Progress.of(self._rounds, self.config, live, self._traffic, elapsed_s)
+            live, seen, elapsed_s = self._members.live(now_s), self._members.seen_ago(now_s), now_s - self._opened_s
+            return Progress.of(self._rounds, self.config, live, seen, self._traffic, elapsed_s)
 
     @property
     def over(self) -> bool:

@@ -98,8 +98,12 @@ def upgrade(db: sqlite3.Connection, path: Path) -> bool:
     return True
 
 
-def connect_readonly(path: Path) -> sqlite3.Connection:
+def connect_readonly(path: Path, *, sound: bool = False) -> sqlite3.Connection:
     """The database to look at, also while a coordinator writes to it.
+
+    Args:
+        path: The database.
+        sound: It was read before; a check of the whole file is left out.
 
     Raises:
         StoreError: There is none, or it is damaged or of another format.
@@ -109,7 +113,8 @@ def connect_readonly(path: Path) -> sqlite3.Connection:
         raise StoreError(f"{path} does not exist; give the state directory of a run")
     db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
     try:
-        _check_sound(db, path)
+        if not sound:
+            _check_sound(db, path)
         version = _version(db)
         if version != FORMAT:
             raise StoreError(

@@ -21,6 +21,8 @@ class Member:
     declared_examples: int = 0
     served: bool = False
     """It needs nothing more: it has fetched the final adapter, or left."""
+    seen_s: float = 0.0
+    """Its last sign of life, by the coordinator's clock."""
 
 
 class Members:
@@ -79,6 +81,10 @@ class Members:
             self._set_live(name, False)
         return self._live
 
+    def seen_ago(self, now_s: float) -> dict[str, float]:
+        """Seconds since each known client's last sign of life."""
+        return {name: now_s - member.seen_s for name, member in self._known.items()}
+
     def join(self, name: str, declared_examples: int, now_s: float) -> bool:
         """Make a client known and note what it declares; whether it had not joined in this epoch before."""
         member = self._known.setdefault(name, Member())
@@ -89,7 +95,7 @@ class Members:
 
     def seen(self, name: str, now_s: float) -> None:
         """A sign of life: the lease of a known client begins anew."""
-        self._seen_s[name] = now_s
+        self._known[name].seen_s = self._seen_s[name] = now_s
         self._seen_s.move_to_end(name)
         self._set_live(name, self._known[name].asked)
 

@@ -5,25 +5,51 @@ from collections.abc import Iterable
 
 from fedloom.server.rounds import ClientAsked, Event, RoundOpened, UpdateAccepted
 
-__all__ = ["rounds_asked"]
+__all__ = ["Asked", "rounds_asked"]
 
 
-def rounds_asked(events: Iterable[Event]) -> Counter[str]:
+class Asked:
     """How often each client was asked to train: at least as often as its ledger was charged.
 
     A round that is opened again asks anew, since a client may have trained before it was lost; only a client whose
     update was already accepted is not asked twice. What a client really did, its own ledger knows.
 
+    Attributes:
+        counts: Times asked, by client.
+        most: The largest of them.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.most = 0
+        self._answered: set[str] = set()
+        self._round = -1
+
+    def add(self, event: Event) -> None:
+        """Count one more event; give them oldest first."""
+        if isinstance(event, UpdateAccepted):
+            self._answered.add(event.client)
+        elif isinstance(event, ClientAsked):
+            self._ask(event.client)
+        elif isinstance(event, RoundOpened) and event.max_staleness is None:
+            if event.round != self._round:
+                self._round, self._answered = event.round, set()
+            for client in event.cohort:
+                if client not in self._answered:
+                    self._ask(client)
+
+    def _ask(self, client: str) -> None:
+        self.counts[client] += 1
+        self.most = max(self.most, self.counts[client])
+
+
+def rounds_asked(events: Iterable[Event]) -> Counter[str]:
+    """How often each client was asked to train, see `Asked`.
+
     Args:
         events: The log or its beginning, oldest first.
     """
-    asked: Counter[str] = Counter()
-    answered: set[tuple[int, str]] = set()
+    asked = Asked()
     for event in events:
-        if isinstance(event, UpdateAccepted):
-            answered.add((event.round, event.client))
-        elif isinstance(event, ClientAsked):
-            asked[event.client] += 1
-        elif isinstance(event, RoundOpened) and event.max_staleness is None:
-            asked.update(client for client in event.cohort if (event.round, client) not in answered)
-    return asked
+        asked.add(event)
+    return asked.counts

@@ -61,10 +61,18 @@ class Progress:
     bytes_by_round: Mapping[int, tuple[int, int]]
     bytes_by_client: Mapping[str, tuple[int, int]]
     """(down, up) payload bytes since this process started."""
+    seen_ago: Mapping[str, float]
+    """Seconds since the last sign of life of each client that this process knows."""
 
     @classmethod
     def of(
-        cls, rounds: Rounds, config: RunConfig, live: Iterable[str], traffic: Traffic, elapsed_s: float
+        cls,
+        rounds: Rounds,
+        config: RunConfig,
+        live: Iterable[str],
+        seen_ago: Mapping[str, float],
+        traffic: Traffic,
+        elapsed_s: float,
     ) -> "Progress":
         """The picture of what the arguments say."""
         is_open = rounds.phase == "open"
@@ -83,6 +91,7 @@ class Progress:
             lost=dict(rounds.lost),
             bytes_by_round=dict(traffic.rounds),
             bytes_by_client=dict(traffic.clients),
+            seen_ago=seen_ago,
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -25,6 +26,7 @@ from fedloom.server.authority import Authority
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.enrolment import Enrolment
 from fedloom.server.identities import Identities
+from fedloom.server.observation import Observation
 from fedloom.server.operation import Operation
 from fedloom.server.servicer import Servicer, handlers
 from fedloom.server.tls import server_credentials
@@ -65,6 +67,7 @@ async def serve(
     ready: Callable[[str], None],
     certs: Path | None = None,
     linger_s: float = 10.0,
+    observation: Observation | None = None,
 ) -> None:
     """Serve until the run is over, somebody says stop, or the task is cancelled; then stop cleanly.
 
@@ -78,6 +81,7 @@ async def serve(
             None serves whoever can connect, without encryption, and therefore on the loopback interface only; nobody
             can enrol or operate there.
         linger_s: Longest wait, once the run is over, for clients to fetch the final adapter or to leave.
+        observation: Told of every call, and given the means to stop the server.
 
     Raises:
         ConfigError: There are no certificates and the address is not a loopback address, or it cannot be bound.
@@ -89,6 +93,10 @@ async def serve(
     with ExitStack() as stack:
         secure = None if certs is None else stack.enter_context(_secured(certs, coordinator.audit))
         servicer = Servicer(coordinator, secure.gate if secure else Gate(None, coordinator.audit.note))
+        if observation is not None:
+            servicer.gate.answered = observation.answered
+            observation.stop = partial(_stop_soon, asyncio.get_running_loop(), stopped)
+            stack.callback(setattr, observation, "stop", None)
         server = aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers((handlers(servicer),))
         if secure is not None:
@@ -116,6 +124,11 @@ async def serve(
                 with suppress(asyncio.CancelledError):  # it ends soon by itself, and must not be left half done
                     await asyncio.shield(stopping)
             stopping.result()
+
+
+def _stop_soon(loop: asyncio.AbstractEventLoop, stopped: asyncio.Event) -> None:
+    with suppress(RuntimeError):  # the loop has closed, so the server has stopped
+        loop.call_soon_threadsafe(stopped.set)
 
 
 @dataclass(frozen=True)
@@ -159,7 +172,12 @@ async def _stop(server: aio.Server, servicer: Servicer, coordinator: Coordinator
 
 @contextmanager
 def serving(
-    coordinator: Coordinator, listen: str = "127.0.0.1:0", *, certs: Path | None = None, linger_s: float = 10.0
+    coordinator: Coordinator,
+    listen: str = "127.0.0.1:0",
+    *,
+    certs: Path | None = None,
+    linger_s: float = 10.0,
+    observation: Observation | None = None,
 ) -> Iterator[str]:
     """Serve from a background thread for the length of a `with` block, whose value is the address bound.
 
@@ -172,7 +190,7 @@ def serving(
     ended: Future[None] = Future()
 
     def make(ready: Callable[[str], None]) -> Coroutine[None, None, None]:
-        return serve(coordinator, listen, ready=ready, certs=certs, linger_s=linger_s)
+        return serve(coordinator, listen, ready=ready, certs=certs, linger_s=linger_s, observation=observation)
 
     thread = threading.Thread(target=_run, args=(make, bound, ended), name="fedloom-serve")
     thread.start()

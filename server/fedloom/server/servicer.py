@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial, wraps
 from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
@@ -92,15 +93,18 @@ def guarded(
 
     @wraps(handler)
     async def safe(servicer: S, request: Q, context: Context) -> R:
+        began_s, code, kind = time.perf_counter(), grpc.StatusCode.CANCELLED, ""
         try:
             with servicer.gate.admitted(handler.__name__, context):
                 if request is None:
                     raise ProtocolError("the message cannot be read; send what federation.proto describes")
                 if (name := getattr(request, "client", None)) is not None:
                     servicer.gate.check_name(name)
-                return await handler(servicer, request, context)
+                reply = await handler(servicer, request, context)
+            code = grpc.StatusCode.OK
+            return reply
         except Exception as error:
-            code, text = status_of(error)
+            (code, text), kind = status_of(error), type(error).__name__
             if isinstance(error, StoreError) and not servicer.failed.done():
                 servicer.failed.set_exception(error)
             if code is grpc.StatusCode.INTERNAL:
@@ -109,6 +113,8 @@ def guarded(
                 _log.info("%s refused: %s", handler.__name__, error)
             retry_s = error.retry_after_s if isinstance(error, Overloaded) else None
             await context.abort(code, text, () if retry_s is None else ((RETRY_AFTER, str(round(1e3 * retry_s))),))
+        finally:
+            servicer.gate.answered(handler.__name__, code.name, kind, time.perf_counter() - began_s)
 
     return safe
 

@@ -17,7 +17,8 @@ import hashlib
 import itertools
 import os
 import threading
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
@@ -60,6 +61,8 @@ class Store:
 
     Attributes:
         epoch: How many times this directory has been opened, this time included; 1 at first.
+        appended: Called with the events of each transaction once they are durable, none for the audit log's, and with
+            the seconds that took. It delays whoever writes.
 
     Raises:
         StoreError: Another process has it open, or the disk or the database refuses.
@@ -68,6 +71,7 @@ class Store:
     def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self.folder = folder
         self.durable = durable
+        self.appended: Callable[[Sequence[Event], float], None] = lambda events, seconds: None
         self._blobs, self._path = folder / "blobs", folder / "run.db"
         self._mutex = threading.Lock()
         self._numbers = itertools.count()
@@ -124,7 +128,9 @@ class Store:
         Raises:
             StoreError: The database refuses, or an update for this round and client is already there.
         """
+        began_s = time.perf_counter()
         self._append("events", event_rows(events))
+        self.appended(events, time.perf_counter() - began_s)
 
     def note(self, *records: AuditRecord) -> None:
         """Write audit records in one transaction: all of them or none.
@@ -132,7 +138,9 @@ class Store:
         Raises:
             StoreError: The database refuses.
         """
+        began_s = time.perf_counter()
         self._append("audit", [(record_to_json(record),) for record in records])
+        self.appended((), time.perf_counter() - began_s)
 
     @failpoint("store.read")
     def events(self) -> list[Event]:

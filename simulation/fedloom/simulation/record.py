@@ -1,38 +1,14 @@
-"""The run folder: the config as it ran, metrics as JSONL, a plot, and the adapter."""
+"""The run folder: its name, a plot, and what is written as JSON."""
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from fedloom.proto.errors import ConfigError
-from fedloom.proto.run import RunConfig
+from fedloom.server.records import RoundRecord
 
-__all__ = ["RoundRecord", "new_folder", "plot", "read_metrics", "write_config", "write_json", "write_record"]
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """One line of metrics.jsonl; round 0 is the starting adapter."""
-
-    round: int
-    clients: int
-    accuracy: float | None
-    """Held-out accuracy, on the rounds that are evaluated."""
-    loss: float | None
-    epsilon: dict[str, float] | None
-    """Epsilon by client so far; None without privacy."""
-    privacy: dict[str, Any] | None
-    """Statement of the client that has spent most so far: the terms of `epsilon`; None without privacy."""
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    """Since the start of the first round."""
-    user_epsilon: float | None = None
-    """Epsilon of a whole client so far, by the coordinator's noise; None without user-level privacy."""
+__all__ = ["new_folder", "plot", "write_json"]
 
 
 def new_folder(parent: Path, name: str) -> Path:
@@ -58,24 +34,6 @@ def new_folder(parent: Path, name: str) -> Path:
     except OSError as error:
         raise ConfigError(f"run folder {parent / name} cannot be made: {error}; choose another with --out") from error
     raise ConfigError(f"{parent} holds 10,000 runs called {name!r}; choose another run.name")
-
-
-def write_config(folder: Path, config: RunConfig) -> None:
-    """Write the effective run file, which runs again as it is."""
-    tables = config.model_dump(mode="json", exclude_none=True)
-    (folder / "run.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
-
-
-def write_record(folder: Path, record: RoundRecord) -> None:
-    """Append one line to metrics.jsonl."""
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(record)) + "\n")
-
-
-def read_metrics(folder: Path) -> list[RoundRecord]:
-    """Every line of metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [RoundRecord(**json.loads(line)) for line in lines]
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

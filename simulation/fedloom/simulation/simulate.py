@@ -5,6 +5,7 @@ import queue
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy
 from fedloom.server.participation import rounds_asked
 from fedloom.server.progress import Progress
+from fedloom.server.records import Recorder, ReportTo, RoundRecord, open_recorders, write_config
 from fedloom.server.rounds import ClientAsked, RoundOpened, RunCreated
 from fedloom.server.store import Store
 from fedloom.server.user_ledger import spent as user_spent
@@ -31,7 +33,7 @@ from fedloom.server.user_ledger import statement as user_statement
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess, standing_clock
 from fedloom.simulation.processes import run_processes
-from fedloom.simulation.record import RoundRecord, new_folder, plot, write_config, write_json, write_record
+from fedloom.simulation.record import new_folder, plot, write_json
 from fedloom.strategies.api import State
 from fedloom.strategies.start import starting_adapter
 
@@ -70,19 +72,23 @@ class Result:
 
 @dataclass
 class _Tape:
-    """Commits waiting to be evaluated, and what has been recorded."""
+    """Commits waiting to be evaluated, what has been recorded, and where."""
 
+    recorders: list[Recorder]
     commits: "queue.SimpleQueue[tuple[int, State]]" = field(default_factory=queue.SimpleQueue)
     records: list[RoundRecord] = field(default_factory=list)
 
 
-def simulate(config: RunConfig, out: Path, watcher: Watcher | None = None) -> Result:
+def simulate(
+    config: RunConfig, out: Path, watcher: Watcher | None = None, *, report_to: tuple[ReportTo, ...] = ()
+) -> Result:
     """Run a federation on this machine.
 
     Args:
         config: A run file with a [data] section.
         out: Parent of the run folder.
         watcher: Callbacks for a display.
+        report_to: Programs that get every record too.
 
     Raises:
         FedloomError: Anything that stops the run; nothing is left that looks like a finished run.
@@ -104,8 +110,11 @@ def simulate(config: RunConfig, out: Path, watcher: Watcher | None = None) -> Re
     watcher.ready(federation, folder)
     federation.model.load(starting)
     start = evaluate(federation.model, federation.held_out)
-    tape = _Tape()
-    with Store(folder / "state", durable=False) as store:
+    with ExitStack() as stack:
+        tape = _Tape(open_recorders(folder, config, report_to))
+        for recorder in tape.recorders:
+            stack.callback(recorder.close)
+        store = stack.enter_context(Store(folder / "state", durable=False))
         coordinator = Coordinator(
             config,
             schema,
@@ -117,7 +126,7 @@ def simulate(config: RunConfig, out: Path, watcher: Watcher | None = None) -> Re
         )
         coordinator.on_commit = lambda rounds, state: tape.commits.put((rounds, state))
         began = time.monotonic()
-        _record(folder, tape, watcher, RoundRecord(0, 0, start.accuracy, start.loss, None, None, 0, 0, 0.0))
+        _record(tape, watcher, RoundRecord(0, 0, start.accuracy, start.loss, None, None, 0, 0, 0.0))
         for _ in _engine(federation, coordinator, folder):
             watcher.moved(coordinator.progress)
             _drain(federation, coordinator, store, tape, watcher, began)
@@ -172,7 +181,7 @@ def _drain(
             round(time.monotonic() - began, 3),
             user_spent(config.user_level, rounds) if config.user_level.enabled else None,
         )
-        _record(store.folder.parent, tape, watcher, record)
+        _record(tape, watcher, record)
 
 
 def _spent(federation: Federation, asked: Mapping[str, int]) -> dict[str, Statement]:
@@ -189,9 +198,10 @@ def _worst(stated: Mapping[str, Statement]) -> Statement:
     return max(stated.values(), key=lambda each: each.epsilon)
 
 
-def _record(folder: Path, tape: _Tape, watcher: Watcher, record: RoundRecord) -> None:
+def _record(tape: _Tape, watcher: Watcher, record: RoundRecord) -> None:
     tape.records.append(record)
-    write_record(folder, record)
+    for recorder in tape.recorders:
+        recorder.record(record)
     watcher.recorded(record)
 
 

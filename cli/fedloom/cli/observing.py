@@ -1,0 +1,96 @@
+"""The options by which a run is watched: the dashboard, and what records are sent to."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedloom.cli.console import out
+from fedloom.proto.address import host_of
+from fedloom.proto.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedloom.server.coordinator import Coordinator
+    from fedloom.server.observation import Observation
+    from fedloom.server.records import ReportTo as Program
+
+__all__ = ["Dashboard", "DashboardTls", "ReportTo", "Stay", "reports", "showing"]
+
+_PROGRAMS = ("tensorboard", "mlflow")
+
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option("--report-to", help="Also write every round's record for tensorboard or mlflow."),
+]
+Dashboard = Annotated[
+    str | None,
+    typer.Option(
+        "--dashboard",
+        help="Serve a page, JSON, /metrics and /healthz at HOST:PORT. On a loopback address everybody may look; "
+        "elsewhere it takes a token.",
+    ),
+]
+DashboardTls = Annotated[
+    Path | None,
+    typer.Option("--dashboard-tls", help="PEM file with a key and its certificates; the dashboard is then HTTPS."),
+]
+Stay = Annotated[bool, typer.Option("--stay", help="Go on serving the dashboard after the run is over, until stopped.")]
+
+
+def reports(asked: list[str] | None) -> "tuple[Program, ...]":
+    """The programs that get records.
+
+    Raises:
+        ConfigError: One is not known.
+    """
+    chosen: list[Program] = []
+    for name in asked or ():
+        if name not in _PROGRAMS:
+            raise ConfigError(f"--report-to {name}; {' and '.join(_PROGRAMS)} are known")
+        chosen.append("tensorboard" if name == "tensorboard" else "mlflow")
+    return tuple(chosen)
+
+
+@contextmanager
+def showing(
+    coordinator: "Coordinator",
+    observation: "Observation",
+    listen: str | None,
+    tokens: Path,
+    runs: Path | None,
+    tls: Path | None,
+) -> Iterator[None]:
+    """Serve the dashboard for the length of a `with` block, if it was asked for.
+
+    Args:
+        coordinator: Its run.
+        observation: Its metrics, and what stops it.
+        listen: HOST:PORT; None serves none.
+        tokens: Folder where the dashboard's tokens are kept.
+        runs: Folder with other runs to show; None for none.
+        tls: Key and certificates in one file.
+
+    Raises:
+        ConfigError: See `hosting` and `load_tokens`.
+    """
+    if listen is None:
+        yield
+        return
+    from fedloom.server.dashboard.access import TOKENS_FILE, load_tokens
+    from fedloom.server.dashboard.board import Board
+    from fedloom.server.dashboard.hosting import hosting
+
+    host_of(listen)
+    shown, new = load_tokens(tokens)
+    with hosting(Board(coordinator, observation, runs), listen, shown, pem=tls) as hosted:
+        out.print(f"dashboard at {hosted.url}", markup=False)
+        if new:
+            if not hosted.open_to_observers:
+                out.print(f"  to look:  {hosted.url}#token={shown.observer}", markup=False)
+            out.print(f"  to stop:  {hosted.url}#token={shown.operator}", markup=False)
+        out.print(f"  tokens in {tokens / TOKENS_FILE}", markup=False)
+        if not (hosted.open_to_observers or hosted.encrypted):
+            out.print("  not encrypted: put a proxy with TLS in front of it, or give --dashboard-tls")
+        yield

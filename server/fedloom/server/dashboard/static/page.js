@@ -1,0 +1,359 @@
+// The page: asks for the figures of one run once a second, and shows what has changed.
+
+import { Chart } from "./chart.js";
+import { ago, bytes, clock, count, duration, el, figure, percent, plural, small } from "./shape.js";
+
+const $ = (id) => document.getElementById(id);
+const PAUSE_MS = 1000;
+const PATIENCE_MS = 15000;
+const ACTION = { "x-fedloom-action": "1" };
+const PHASES = {
+  over: ["Finished", "good"],
+  open: ["Running", "busy"],
+  waiting: ["Waiting for clients", "warn"],
+  stopped: ["Stopped", ""],
+  elsewhere: ["Run by another coordinator", "busy"],
+};
+const STATES = {
+  training: ["training", "busy"],
+  sent: ["update sent", "good"],
+  waiting: ["waiting", ""],
+  lost: ["lost", "bad"],
+  gone: ["not here", "warn"],
+};
+const LOST = { left: "left", lease: "no sign of life", rejected: "update rejected" };
+const charts = {};
+let role = "nobody";
+let own = "";
+let chosen = new URLSearchParams(location.search).get("run");
+let answeredAt = null;
+let failures = 0;
+let timer = 0;
+
+// One part of the page, made anew only when what it shows has changed.
+const shown = new Map();
+function part(id, content, make) {
+  const text = JSON.stringify(content);
+  if (shown.get(id) === text) return;
+  shown.set(id, text);
+  $(id).replaceChildren(...[make(content)].flat().filter(Boolean));
+}
+
+async function ask(path, options = {}) {
+  const answer = await fetch(path, { ...options, credentials: "same-origin", signal: AbortSignal.timeout(PATIENCE_MS) });
+  if (answer.status === 401) {
+    role = "nobody";
+    gate();
+  }
+  return answer;
+}
+
+async function signIn(token) {
+  const answer = await ask("/api/session", {
+    method: "POST",
+    headers: { ...ACTION, "content-type": "application/json" },
+    body: JSON.stringify({ token }),
+  });
+  if (!answer.ok) return (await answer.json()).error;
+  await session();
+  return "";
+}
+
+async function session() {
+  const now = await (await ask("/api/session")).json();
+  role = now.role;
+  $("role").textContent = role === "nobody" ? "" : role === "operator" ? "Operator" : "Observer, read only";
+  $("session").hidden = role === "nobody";
+  $("session").textContent = role === "operator" || !now.open ? "Sign out" : "Sign in";
+  gate();
+}
+
+function gate() {
+  const closed = role === "nobody";
+  if (closed && $("gate").hidden) setTimeout(() => $("gate-token").focus());
+  $("gate").hidden = !closed;
+  if (closed) $("run").hidden = true;
+}
+
+function banner(text) {
+  $("banner").hidden = !text;
+  if ($("banner").textContent !== text) $("banner").textContent = text;
+}
+
+async function refresh() {
+  clearTimeout(timer);
+  try {
+    if (role !== "nobody") await look();
+    failures = 0;
+  } catch (error) {
+    failures += 1;
+    if (failures > 1) {
+      const since = answeredAt ? ` What you see is from ${clock(answeredAt)}.` : "";
+      banner(`No answer from the coordinator: it has ended, or cannot be reached.${since}`);
+    }
+  }
+  timer = setTimeout(refresh, document.hidden ? 10 * PAUSE_MS : Math.min(10, 1 + failures) * PAUSE_MS);
+}
+
+async function look() {
+  const listing = await ask("/api/runs");
+  if (!listing.ok) return;
+  const all = await listing.json();
+  own = all.own;
+  if (!all.runs.some((each) => each.name === chosen)) chosen = own;
+  part("runs", [chosen, all.runs], () => all.runs.map((each) => {
+    const total = each.rounds === null ? "" : `/${each.rounds}`;
+    const option = el("option", { value: each.name }, `${each.name} · ${each.round}${total} · ${each.phase}`);
+    option.selected = each.name === chosen;
+    return option;
+  }));
+  $("runs-label").hidden = all.runs.length < 2;
+  const answer = await ask(`/api/runs/${encodeURIComponent(chosen)}`);
+  if (!answer.ok) return;
+  const run = await answer.json();
+  answeredAt = new Date(1000 * run.at).toISOString();
+  banner(run.error ? `The log of this run is in trouble: ${run.error}` : "");
+  show(run);
+}
+
+function show(run) {
+  $("run").hidden = false;
+  document.title = `${run.name} · fedloom`;
+  head(run);
+  tiles(run);
+  curves(run);
+  clients(run);
+  past(run);
+  trouble(run);
+  config(run);
+  $("foot").textContent = `Run ${run.run ?? "not begun"} · coordinator started ${plural(run.starts, "time")} · figures of ${clock(answeredAt)}`;
+}
+
+function head(run) {
+  const file = run.config;
+  $("name").textContent = run.name;
+  $("eyebrow").textContent = file ? `${file.strategy.name} on ${file.model.base.split("/").pop()} · ${file.model.task.replaceAll("-", " ")}` : "No run file is kept for this run";
+  const [label, look] = PHASES[run.phase];
+  $("phase").textContent = label;
+  $("phase").className = `pill ${look}`;
+  $("standing").textContent = standing(run);
+  const total = run.rounds ?? Math.max(1, run.round);
+  const open = run.open;
+  const part = open?.asked && run.phase === "open" ? open.accepted / open.asked : 0;
+  $("done").style.width = `${(100 * run.round) / total}%`;
+  $("now").style.width = `${(100 * part) / total}%`;
+  $("track").setAttribute("aria-valuemax", total);
+  $("track").setAttribute("aria-valuenow", run.round);
+  $("rounds").textContent = run.rounds === null ? `${plural(run.round, "round")} committed` : `${count(run.round)} of ${plural(run.rounds, "round")} committed`;
+  $("eta").textContent = eta(run);
+  const adapter = $("adapter");
+  adapter.hidden = run.adapter === null;
+  adapter.textContent = run.adapter === "peft" ? "Download adapter" : "Download adapter so far";
+  adapter.className = run.adapter === "peft" ? "button primary" : "button";
+  adapter.title = run.adapter === "peft" ? "A PEFT folder, zipped" : "Tensors and run file, zipped";
+  adapter.setAttribute("href", `/api/runs/${encodeURIComponent(run.name)}/adapter`);
+  $("stop").hidden = !(role === "operator" && run.stoppable);
+}
+
+function standing(run) {
+  const open = run.open;
+  if (run.phase === "over") return run.adapter === "peft" ? "The adapter is ready." : "Every round is committed.";
+  if (run.phase === "stopped") return "No coordinator works on it.";
+  if (!open) return "";
+  if (run.phase === "waiting") return `${count(run.totals.live)} of ${count(open.needed)} needed to open round ${open.round + 1}`;
+  const again = open.attempt ? `, opened ${plural(open.attempt + 1, "time")}` : "";
+  const lost = open.lost ? `, ${count(open.lost)} lost` : "";
+  const short = open.short ? " It cannot reach the updates it needs until another client comes." : "";
+  return `Round ${count(open.round + 1)} has ${count(open.accepted)} of ${plural(open.asked, "update")}${lost}${again}; open for ${duration(open.elapsed_s)}.${short}`;
+}
+
+function eta(run) {
+  const timed = run.past.filter((each) => each.at_s !== null);
+  if (run.phase === "over" || run.rounds === null || timed.length < 2) return run.phase === "over" && timed.length ? `took ${duration(timed[0].at_s)}` : "";
+  if (run.phase !== "open") return "";
+  const first = timed[timed.length - 1];
+  const each = (timed[0].at_s - first.at_s) / (timed[0].round - first.round);
+  return `about ${duration(Math.max(1, each * (run.rounds - run.round)))} left`;
+}
+
+function tiles(run) {
+  const { totals, privacy } = run;
+  const accuracy = run.curves.accuracy.at(-1);
+  const found = [];
+  if (accuracy) {
+    const first = run.curves.accuracy[0];
+    found.push({ label: "Held-out accuracy", value: percent(accuracy[1]), more: first === accuracy ? `after round ${accuracy[0]}` : `from ${percent(first[1])} at round ${first[0]}` });
+  }
+  if (privacy?.enabled) {
+    found.push({ label: "Privacy spent (ε)", value: figure(privacy.most), unit: ` of ${privacy.epsilon}`, meter: privacy.most === null ? 0 : privacy.most / privacy.epsilon, more: `worst client, δ\u00a0=\u00a0${small(privacy.delta)}` });
+  } else if (privacy) {
+    found.push({ label: "Privacy", value: "None", more: "updates leave clients without noise" });
+  }
+  if (privacy?.user_level) {
+    found.push({ label: "User-level ε", value: figure(privacy.user_level.spent), unit: ` of ${privacy.user_level.epsilon}`, meter: privacy.user_level.spent / privacy.user_level.epsilon, more: `whole client, δ\u00a0=\u00a0${small(privacy.user_level.delta)}` });
+  }
+  found.push(
+    totals.live === null
+      ? { label: "Clients", value: count(run.clients_total), more: "took part" }
+      : { label: "Clients live", value: count(totals.live), unit: run.clients_total ? ` of ${count(run.clients_total)}` : "", more: `${count(run.states.training ?? 0)} training, ${count(run.states.waiting ?? 0)} waiting` },
+  );
+  const lost = Object.values(totals.lost).reduce((sum, each) => sum + each, 0);
+  found.push({ label: "Updates", value: count(totals.accepted), more: lost ? `${plural(lost, "time")} a client was lost` : "none lost" });
+  found.push({ label: "Traffic", value: bytes(totals.up + totals.down), more: `${bytes(totals.up)} up, ${bytes(totals.down)} down` });
+  part("tiles", found, () => found.map((each) => {
+    const meter = each.meter === undefined ? null : el("div", { class: "meter", "aria-hidden": "true" }, el("div"));
+    if (meter) meter.firstChild.style.width = `${Math.min(100, 100 * each.meter)}%`;
+    return el("div", { class: "tile" }, el("p", { class: "label" }, each.label), el("p", { class: "value" }, each.value, each.unit ? el("small", {}, each.unit) : null), meter, el("p", { class: "more" }, each.more));
+  }));
+}
+
+function chart(name, spec, wanted = true) {
+  charts[name] ??= new Chart($("charts"));
+  charts[name].figure.hidden = !wanted;
+  charts[name].show({ name, ...spec });
+}
+
+function curves(run) {
+  const { curves: all, privacy, rounds } = run;
+  const scored = all.accuracy.length + all.loss.length > 0;
+  chart("accuracy", { title: "Held-out accuracy", kind: "line", unit: "%", points: all.accuracy, until: rounds, empty: "Not scored yet." }, scored);
+  chart("loss", { title: "Held-out loss", kind: "line", points: all.loss, until: rounds, empty: "Not scored yet." }, scored);
+  $("unscored").hidden = scored;
+  const priv = privacy?.enabled;
+  chart("epsilon", { title: "Privacy spent (ε)", kind: "step", zero: true, points: priv ? all.epsilon : [], until: rounds, limit: priv ? privacy.epsilon : null, limitText: "most that the run may spend", empty: priv ? "Nothing is spent before the first round is committed." : "This run has no example-level privacy." });
+  chart("traffic", { title: "Bytes by round", kind: "bars", unit: "B", points: all.traffic, empty: "Nothing has been sent yet." });
+}
+
+function table(heads, rows, cards) {
+  const head = el("tr", {}, ...heads.map(([label, look]) => el("th", { scope: "col", class: look }, label)));
+  const body = rows.map((cells) => el("tr", {}, ...cells.map(([content, look], index) => el("td", { class: [look, heads[index][1] === "num" ? "num" : ""].join(" ").trim() || null, "data-label": heads[index][0] }, content))));
+  return el("div", { class: cards ? "cards" : null }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...body)));
+}
+
+function pill([label, look], more = "") {
+  return el("span", { class: `pill ${look}` }, more ? `${label}: ${more}` : label);
+}
+
+function clients(run) {
+  const kept = run.clients;
+  const priv = run.privacy?.enabled;
+  const more = run.clients_total > kept.length ? `${count(kept.length)} of ${count(run.clients_total)} are listed. ` : "";
+  $("clients-note").textContent = kept.length ? `${more}${priv ? "ε is what a client has spent if it trained whenever it was asked." : ""}` : "";
+  const ours = run.totals.live !== null;
+  // Whole steps, so that the table is not made anew every second.
+  const rows = kept.map((each) => ({ ...each, seen_s: null, seen: each.seen_s === null ? (each.joined ? clock(each.joined) : "–") : ago(each.seen_s < 15 ? 0 : each.seen_s - (each.seen_s % 5)) }));
+  part("clients", [rows, priv, ours], () => {
+    if (!rows.length) return el("p", { class: "quietly" }, "No client has joined yet. They need the address of this coordinator and an invite: fedloom certs invite NAME.");
+    const heads = [["Client", "who"], ...(ours ? [["State", "plain"]] : []), [ours ? "Last seen" : "Joined", ""], ["Rounds asked", "num"], ["Accepted", "num"], ...(priv ? [["ε so far", "num"]] : []), ...(ours ? [["Up", "num"], ["Down", "num"]] : [])];
+    return table(heads, rows.map((each) => [
+      [el("span", { title: each.name }, each.name), "who"],
+      ...(ours ? [[pill(STATES[each.state], LOST[each.why] ?? ""), "plain"]] : []),
+      [each.seen, "faint"],
+      [count(each.asked), ""],
+      [count(each.accepted), ""],
+      ...(priv ? [[figure(each.epsilon), ""]] : []),
+      ...(ours ? [[bytes(each.up), ""], [bytes(each.down), ""]] : []),
+    ]), true);
+  });
+}
+
+function past(run) {
+  part("past", run.past, () => {
+    if (!run.past.length) return el("p", { class: "quietly" }, "No round is committed yet.");
+    const heads = [["Round", ""], ["Closed by", "wide-only"], ["Updates", "num"], ["Lost", "num"], ["Traffic", "num"], ["Done after", "num"]];
+    return el("div", { class: "list", tabindex: "0", role: "group", "aria-label": "Recent rounds" }, table(heads, run.past.map((each) => [
+      [count(each.round), ""],
+      [each.reason === "complete" ? "all answered" : "deadline", "faint wide-only"],
+      [count(each.clients), ""],
+      [count(each.lost), each.lost ? "" : "faint"],
+      [each.up === null ? "–" : bytes(each.up + each.down), ""],
+      [each.at_s === null ? "–" : each.at_s < 1 ? "1 s" : duration(each.at_s), "faint"],
+    ]), false));
+  });
+}
+
+function trouble(run) {
+  const { noted } = run.totals;
+  const total = (noted.refused ?? 0) + (noted.rejected ?? 0) + (noted.revoked ?? 0);
+  $("trouble-note").textContent = total ? `${count(total)} in all` : "";
+  part("trouble", run.trouble, () => {
+    if (!run.trouble.length) return el("p", { class: "quietly" }, "Nothing was refused.");
+    return el("ul", { class: "list", tabindex: "0", "aria-label": "Refused and rejected, newest first" }, ...run.trouble.map((each) => el("li", {},
+      el("div", { class: "top" }, pill([each.kind, each.kind === "omitted" ? "" : "bad"]), el("span", { class: "who", title: each.client }, each.client || "somebody"), el("time", { datetime: each.at }, clock(each.at))),
+      el("p", { class: "what" }, each.detail))));
+  });
+}
+
+function config(run) {
+  $("config-note").textContent = run.config ? "as this run was started" : "";
+  part("config", run.config, () => {
+    if (!run.config) return el("p", { class: "note" }, "No run.toml lies in this run's folder.");
+    return Object.entries(run.config).filter(([, keys]) => Object.keys(keys).length).map(([name, keys]) => el("div", {}, el("h3", {}, `[${name}]`), el("dl", {}, ...Object.entries(keys).flatMap(([key, value]) => [el("dt", {}, key), el("dd", {}, setting(value))]))));
+  });
+}
+
+function setting(value) {
+  if (Array.isArray(value)) return value.length > 8 ? `${value.slice(0, 8).join(", ")}, … (${value.length})` : value.join(", ") || "none";
+  if (value !== null && typeof value === "object") return Object.entries(value).map(([key, each]) => `${key} = ${each}`).join(", ") || "none";
+  const text = typeof value === "number" ? small(value) : String(value);
+  return text.startsWith("sha256:") ? `${text.slice(0, 19)}…` : text;
+}
+
+function listen() {
+  $("config-fold").open = window.matchMedia("(min-width: 900px)").matches;
+  $("runs").addEventListener("change", (event) => {
+    chosen = event.target.value;
+    history.replaceState(null, "", chosen === own ? location.pathname : `?run=${encodeURIComponent(chosen)}`);
+    refresh();
+  });
+  $("gate-form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    $("gate-wrong").textContent = await signIn($("gate-token").value.trim());
+    $("gate-token").value = "";
+    refresh();
+  });
+  $("session").addEventListener("click", async () => {
+    if ($("session").textContent === "Sign in") {
+      $("ask-wrong").textContent = "";
+      $("ask-token").showModal();
+      return;
+    }
+    await ask("/api/session", { method: "DELETE", headers: ACTION });
+    await session();
+    refresh();
+  });
+  $("ask-cancel").addEventListener("click", () => $("ask-token").close());
+  $("ask-form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const wrong = await signIn($("ask-value").value.trim());
+    $("ask-value").value = "";
+    $("ask-wrong").textContent = wrong;
+    if (!wrong) $("ask-token").close();
+    refresh();
+  });
+  $("stop").addEventListener("click", () => {
+    $("stop-wrong").textContent = "";
+    $("ask-stop").showModal();
+  });
+  $("stop-cancel").addEventListener("click", () => $("ask-stop").close());
+  $("stop-sure").addEventListener("click", async () => {
+    const answer = await ask("/api/stop", { method: "POST", headers: ACTION });
+    if (answer.ok) $("ask-stop").close();
+    else $("stop-wrong").textContent = (await answer.json()).error;
+    refresh();
+  });
+  document.addEventListener("visibilitychange", () => document.hidden || refresh());
+}
+
+async function begin() {
+  listen();
+  const shownToken = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (shownToken) {
+    history.replaceState(null, "", location.pathname + location.search); // out of the address bar and the history
+    $("gate-wrong").textContent = await signIn(shownToken).catch(() => "");
+  }
+  await session().catch(() => banner("No answer from the coordinator."));
+  refresh();
+}
+
+begin();

@@ -1,0 +1,233 @@
+"""What the page shows of one run, as plain JSON values: from the log, the run file, the records and the coordinator.
+
+Nothing of it is about what one client's data say: losses, example counts and clipping rates never leave a client.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.run import RunConfig
+from fedloom.server.journal import Journal
+from fedloom.server.progress import Progress
+from fedloom.server.recording import spent_after
+from fedloom.server.records import RoundRecord
+from fedloom.server.user_ledger import spent as user_spent
+
+__all__ = ["CLIENTS", "Spent", "document"]
+
+CLIENTS = 200
+"""Most clients that are listed; those with something to see come first."""
+
+T = TypeVar("T")
+
+_POINTS = 300
+_SPENT_POINTS = 40
+_ROUNDS = 20
+_TROUBLE = 50
+_ORDER = ("lost", "training", "sent", "waiting", "gone", "unknown")
+
+
+class Spent:
+    """Epsilon by the number of rounds a client was asked for. Accounting takes time, so each call does a little of it.
+
+    Args:
+        config: A calibrated run file.
+        share_s: Seconds of accounting in one call of `of`; what is left is None until a later call.
+        clock: Seconds, never going back.
+    """
+
+    def __init__(self, config: RunConfig, share_s: float = 0.3, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._config, self._share_s, self._clock = config, share_s, clock
+        self._known: dict[int, float] = {0: 0.0}
+
+    def of(self, counts: Sequence[int]) -> dict[int, float | None]:
+        """Epsilon for each count, the first ones first."""
+        if not self._config.privacy.enabled or self._config.privacy.noise_multiplier is None:
+            return dict.fromkeys(counts)
+        end_s = self._clock() + self._share_s
+        for count in counts:
+            if count not in self._known and self._clock() < end_s:
+                with suppress(ConfigError):  # there is no finite epsilon
+                    self._known[count] = spent_after(self._config, count).epsilon
+        return {count: self._known.get(count) for count in counts}
+
+
+def document(
+    journal: Journal,
+    config: RunConfig | None,
+    records: Sequence[RoundRecord],
+    progress: Progress | None,
+    spent: Spent | None,
+) -> dict[str, Any]:
+    """Everything the page shows of a run but its name.
+
+    Args:
+        journal: Its logs, just refreshed.
+        config: Its run file; None if that is not known.
+        records: What metrics.jsonl has.
+        progress: Where it stands in this process; None if no coordinator of this process runs it.
+        spent: Epsilon of it; None if the run file is not known.
+    """
+    past = _thinned(journal.past, _SPENT_POINTS)
+    counts = journal.asked.counts
+    wanted = [0, journal.asked.most, *sorted(set(counts.values()), reverse=True), *(each.most_asked for each in past)]
+    epsilon: dict[int, float | None] = spent.of(list(dict.fromkeys(wanted))) if spent else {}
+    traffic = _traffic(records, progress)
+    clients = _clients(journal, progress, epsilon)
+    return {
+        "run": journal.rounds.created.run if journal.rounds.created else None,
+        "starts": journal.epoch,
+        "round": journal.rounds.round,
+        "rounds": config.run.rounds if config else None,
+        "phase": _phase(journal, config, progress),
+        "open": _open_round(journal, config, progress),
+        "totals": {
+            "up": sum(up for _, up, _ in traffic),
+            "down": sum(down for _, _, down in traffic),
+            "accepted": journal.accepted.total(),
+            "lost": dict(journal.lost),
+            "noted": dict(journal.noted),
+            "live": len(progress.live) if progress else None,
+        },
+        "clients": clients[:CLIENTS],
+        "clients_total": len(clients),
+        "states": Counter(each["state"] for each in clients),
+        "curves": {
+            "accuracy": _curve([(each.round, each.accuracy) for each in records]),
+            "loss": _curve([(each.round, each.loss) for each in records]),
+            "epsilon": _curve([(each.round + 1, epsilon.get(each.most_asked)) for each in past]),
+            "traffic": _thinned(traffic, _POINTS),
+        },
+        "past": _past(journal, records, traffic),
+        "privacy": _privacy(config, epsilon.get(journal.asked.most), journal.rounds.round),
+        "trouble": [
+            {"at": each.at, "kind": each.kind, "client": each.client, "detail": each.detail}
+            for each in list(journal.trouble)[: -_TROUBLE - 1 : -1]
+        ],
+        "config": config.model_dump(mode="json", exclude_none=True) if config else None,
+    }
+
+
+def _phase(journal: Journal, config: RunConfig | None, progress: Progress | None) -> str:
+    if config is not None and journal.rounds.round >= config.run.rounds:
+        return "over"
+    if progress is None:
+        return "stopped"
+    return "open" if progress.open else "waiting"
+
+
+def _open_round(journal: Journal, config: RunConfig | None, progress: Progress | None) -> dict[str, Any] | None:
+    """The round that is open, or what the next one waits for; None where no coordinator is at work."""
+    if progress is None or config is None or progress.round >= progress.rounds:
+        return None
+    return {
+        "round": progress.round,
+        "attempt": journal.rounds.attempt,
+        "elapsed_s": progress.elapsed_s,
+        "deadline_s": config.rounds.deadline_s,
+        "asked": len(progress.cohort),
+        "accepted": len(progress.submitted),
+        "lost": len(progress.lost),
+        "needed": progress.needed,
+        "short": progress.short,
+    }
+
+
+def _clients(journal: Journal, progress: Progress | None, epsilon: dict[int, float | None]) -> list[dict[str, Any]]:
+    names = journal.asked.counts.keys() | journal.joined.keys() | (progress.seen_ago.keys() if progress else set())
+    live, sent = (set(progress.live), set(progress.submitted)) if progress else (set(), set())
+    asked = set(progress.cohort) if progress and progress.open else set()
+    found = []
+    for name in names:
+        lost = progress.lost.get(name, "") if progress and progress.open else ""
+        down, up = progress.bytes_by_client.get(name, (0, 0)) if progress else (None, None)
+        count = journal.asked.counts[name]
+        found.append(
+            {
+                "name": name,
+                "state": _state(name, lost, live, asked, sent) if progress else "unknown",
+                "why": lost,
+                "seen_s": progress.seen_ago.get(name) if progress else None,
+                "joined": journal.joined.get(name),
+                "asked": count,
+                "accepted": journal.accepted[name],
+                "epsilon": epsilon.get(count),
+                "up": up,
+                "down": down,
+            }
+        )
+    return sorted(found, key=lambda each: (_ORDER.index(each["state"]), each["name"]))
+
+
+def _state(name: str, lost: str, live: set[str], asked: set[str], sent: set[str]) -> str:
+    if lost:
+        return "lost"
+    if name in sent:
+        return "sent"
+    if name not in live:
+        return "gone"
+    return "training" if name in asked else "waiting"
+
+
+def _privacy(config: RunConfig | None, most: float | None, rounds: int) -> dict[str, Any] | None:
+    """The promise and how much of it is spent, by the client that was asked most often."""
+    if config is None:
+        return None
+    private, user = config.privacy, config.user_level
+    return {
+        "enabled": private.enabled,
+        "epsilon": private.epsilon,
+        "delta": private.delta,
+        "noise_multiplier": private.noise_multiplier,
+        "most": most,
+        "user_level": {"epsilon": user.epsilon, "delta": user.delta, "spent": user_spent(user, rounds)}
+        if user.enabled
+        else None,
+    }
+
+
+def _traffic(records: Sequence[RoundRecord], progress: Progress | None) -> list[tuple[int, int, int]]:
+    """(round from 1, bytes up, bytes down), as recorded, and by this process where it counted more."""
+    found = {each.round: (each.bytes_up, each.bytes_down) for each in records if each.round}
+    for number, (down, up) in (progress.bytes_by_round if progress else {}).items():
+        before = found.get(number + 1, (0, 0))
+        found[number + 1] = max(before[0], up), max(before[1], down)
+    return [(number, *found[number]) for number in sorted(found)]
+
+
+def _past(
+    journal: Journal, records: Sequence[RoundRecord], traffic: Sequence[tuple[int, int, int]]
+) -> list[dict[str, Any]]:
+    """The newest committed rounds, newest first."""
+    at_s = {each.round: each.seconds for each in records}
+    sent = {number: (up, down) for number, up, down in traffic}
+    return [
+        {
+            "round": each.round + 1,
+            "clients": each.clients,
+            "lost": each.lost,
+            "reason": each.reason,
+            "at_s": at_s.get(each.round + 1),
+            "up": sent.get(each.round + 1, (None, None))[0],
+            "down": sent.get(each.round + 1, (None, None))[1],
+        }
+        for each in journal.past[: -_ROUNDS - 1 : -1]
+    ]
+
+
+def _curve(points: Sequence[tuple[int, float | None]]) -> list[tuple[int, float]]:
+    return _thinned(
+        [(number, value) for number, value in points if value is not None and math.isfinite(value)], _POINTS
+    )
+
+
+def _thinned(points: "Sequence[T]", most: int) -> "list[T]":
+    """At most about `most` of the points, the first and the last among them."""
+    step = max(1, len(points) // most)
+    kept = list(points[::step])
+    return kept if not points or kept[-1] is points[-1] else [*kept, points[-1]]

@@ -1,0 +1,96 @@
+"""What a running coordinator tells those who watch it, and what they may tell it: stop."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fedloom.server.coordinator import Coordinator
+from fedloom.server.metrics import Metrics
+from fedloom.server.recording import Recording
+from fedloom.server.records import ReportTo, open_recorders, read_metrics
+from fedloom.server.rounds import Event
+from fedloom.server.store import Store
+from fedloom.server.tracing import Spans, exporting
+
+__all__ = ["Observation", "observing"]
+
+_log = logging.getLogger(__name__)
+
+
+class Observation:
+    """Hands on what the coordinator's hooks say. A watcher that fails is logged, and the run goes on.
+
+    Args:
+        metrics: Counts.
+        recording: Writes records.
+        spans: Traces, if there is somewhere to send them.
+
+    Attributes:
+        metrics: Counts.
+        stop: Stops the server as SIGTERM does, from any thread; None while none serves.
+    """
+
+    def __init__(self, metrics: Metrics, recording: Recording, spans: Spans | None = None) -> None:
+        self.metrics = metrics
+        self.stop: Callable[[], None] | None = None
+        self._recording = recording
+        self._watchers: list[Metrics | Spans] = [metrics] if spans is None else [metrics, spans]
+
+    def answered(self, method: str, status: str, error: str, seconds: float) -> None:
+        """A call is over, see `Gate`."""
+        for watcher in self._watchers:
+            with _going_on():
+                watcher.answered(method, status, error, seconds)
+
+    def appended(self, events: Sequence[Event], seconds: float) -> None:
+        """Events have become durable, see `Store`."""
+        self._recording.put(events)
+        for watcher in self._watchers:
+            with _going_on():
+                watcher.appended(events, seconds)
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """A run does not stop because somebody who watches it fails."""
+    try:
+        yield
+    except Exception:
+        _log.exception("what happens in the run could not be counted or traced")
+
+
+@contextmanager
+def observing(
+    coordinator: Coordinator, store: Store, folder: Path, report_to: tuple[ReportTo, ...] = ()
+) -> Iterator[Observation]:
+    """Watch a coordinator for the length of a `with` block: metrics, records in the run folder, traces.
+
+    Args:
+        coordinator: Not served yet.
+        store: Its state; the hook `appended` is taken over.
+        folder: The run folder, for metrics.jsonl and others.
+        report_to: Programs that get every record too.
+
+    Raises:
+        ConfigError: A package is missing.
+        StoreError: The log cannot be read.
+    """
+    before = store.events()
+    seconds = 0.0
+    with suppress(OSError, IndexError):
+        seconds = read_metrics(folder)[-1].seconds
+    spans = exporting(coordinator.config.run.name)
+    recorders = open_recorders(folder, coordinator.config, report_to)
+    recording = Recording(
+        coordinator.config, recorders, lambda: dict(coordinator.progress.bytes_by_round), before, seconds
+    )
+    observation = Observation(Metrics(coordinator, before), recording, spans)
+    try:
+        with recording:
+            store.appended = observation.appended
+            yield observation
+            store.appended = lambda events, seconds: None
+    finally:
+        if spans is not None:
+            spans.close()

@@ -1,0 +1,133 @@
+"""The records of a run that a coordinator serves, written beside its work: nobody waits for them."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+from fedloom.proto.accounting import GRID, Spend, Statement, statement
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.run import RunConfig
+from fedloom.server.participation import Asked
+from fedloom.server.records import Recorder, RoundRecord
+from fedloom.server.rounds import AdapterCommitted, ClientAsked, Event, RoundOpened, RunCreated
+from fedloom.server.user_ledger import spent as user_spent
+
+__all__ = ["Recording", "spent_after"]
+
+_log = logging.getLogger(__name__)
+
+
+def spent_after(config: RunConfig, rounds: int) -> Statement:
+    """What a client has spent in a private run if it trained in so many rounds: never below what its ledger says.
+
+    On the grid of the ledgers: a report's finer one would cost seconds a round.
+    """
+    privacy, train = config.privacy, config.train
+    assert privacy.noise_multiplier is not None  # a calibrated private run has one
+    return statement([Spend(train.sampling_rate, privacy.noise_multiplier, train.steps)] * rounds, privacy.delta, GRID)
+
+
+class Recording:
+    """Turns events into one record a round, in a thread of its own.
+
+    Args:
+        config: The run file, calibrated.
+        recorders: Where records go. One that fails is left out from then on, with a line in the log.
+        traffic: Payload bytes (down, up) by round, from 0.
+        before: What the log holds already.
+        seconds: Age of the run when it was stopped last, by its last record.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        recorders: Iterable[Recorder],
+        traffic: Callable[[], dict[int, tuple[int, int]]],
+        before: Iterable[Event] = (),
+        seconds: float = 0.0,
+    ) -> None:
+        self._config, self._recorders, self._traffic = config, list(recorders), traffic
+        self._asked, self._cohort = Asked(), set[str]()
+        self._began_s: float | None = None
+        self._age_s = seconds
+        for event in before:
+            self._follow(event)
+        self._queue: queue.SimpleQueue[tuple[Sequence[Event], float] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="fedloom-records", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Begin; leaving the block writes what is left and closes the recorders."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Write what is left."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def put(self, events: Sequence[Event]) -> None:
+        """Take events that have just become durable. Any thread may call it; it never waits."""
+        self._queue.put((events, time.monotonic()))
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            events, now_s = item
+            for event in events:
+                self._follow(event)
+                if isinstance(event, RoundOpened) and self._began_s is None:
+                    self._began_s = now_s - self._age_s
+                if isinstance(event, AdapterCommitted):
+                    with suppress(ConfigError):  # there is no finite epsilon, so nothing true to write
+                        self._write(self._record(event, now_s))
+        for recorder in self._recorders:
+            self._try(recorder, recorder.close)
+
+    def _write(self, record: RoundRecord) -> None:
+        for recorder in tuple(self._recorders):
+            if not self._try(recorder, partial(recorder.record, record)):
+                self._recorders.remove(recorder)
+
+    def _try(self, recorder: Recorder, do: Callable[[], None]) -> bool:
+        try:
+            do()
+        except Exception as error:  # whatever another program's package raises
+            _log.error("%s fails and is left out from now on: %s", type(recorder).__name__, error)
+            return False
+        return True
+
+    def _follow(self, event: Event) -> None:
+        self._asked.add(event)
+        if isinstance(event, RoundOpened):
+            self._cohort = set(event.cohort)
+        elif isinstance(event, ClientAsked):
+            self._cohort.add(event.client)
+        elif isinstance(event, RunCreated):
+            self._cohort = set()
+
+    def _record(self, event: AdapterCommitted, now_s: float) -> RoundRecord:
+        config, number = self._config, event.round + 1
+        epsilon, privacy = None, None
+        if config.privacy.enabled:
+            counts = self._asked.counts
+            spent = {count: spent_after(config, count) for count in sorted(set(counts.values()))}
+            epsilon = {client: spent[count].epsilon for client, count in sorted(counts.items())}
+            privacy = spent[self._asked.most].document() if spent else None
+        down, up = self._traffic().get(event.round, (0, 0))
+        return RoundRecord(
+            number,
+            len(self._cohort),
+            None,
+            None,
+            epsilon,
+            privacy,
+            up,
+            down,
+            round(now_s - (now_s if self._began_s is None else self._began_s), 3),
+            user_spent(config.user_level, number) if config.user_level.enabled else None,
+        )
