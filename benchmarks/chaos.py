@@ -52,7 +52,8 @@ ROWS: dict[str, tuple[str, Callable[[Report], str]]] = {
     "dropout": (
         "R4: 30 % of those asked die in the round",
         lambda r: (
-            f"{_total(r, 'rounds')} rounds, {_total(r, 'kills')} kills, {_total(r, 'opened_again')} rounds opened again"
+            f"{_total(r, 'rounds')} rounds, {_total(r, 'kills')} kills; with as many asked as the rule says "
+            f"{_total(r, 'full_cohorts')}, of which {_total(r, 'full_opened_again')} had to be opened again"
         ),
     ),
     "split brain": (

@@ -20,7 +20,8 @@ def log_of(events: Sequence[Event]) -> list[dict[str, Any]]:
     for event in events:
         match event:
             case RoundOpened():
-                entry = rounds.setdefault(event.round, {"accepted": {}, "openings": 0})
+                first = {"accepted": {}, "openings": 0, "first_asked": len(event.cohort)}
+                entry = rounds.setdefault(event.round, first)
                 entry |= {"cohort": list(event.cohort), "openings": entry["openings"] + 1}
             case UpdateAccepted():
                 accepted = rounds[event.round]["accepted"]
@@ -57,7 +58,9 @@ def check(trial: Trial, folder: Path, deaths: Mapping[str, int]) -> dict[str, An
         _expect(found["state"] == digest(state), f"round {number} gives another state than its updates do")
     if trial.needed is None:
         wanted = undisturbed(trial)
-        plain = [{key: value for key, value in found.items() if key != "openings"} for found in log]
+        plain = [
+            {key: value for key, value in found.items() if key not in ("openings", "first_asked")} for found in log
+        ]
         _expect(plain == wanted, f"the log is not the undisturbed run's: {plain} in place of {wanted}")
     for name in trial.names if trial.private else ():
         spare = _check_client(trial, folder / name, name, log)
