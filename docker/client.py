@@ -68,11 +68,14 @@ def _seat(home: Path, names: list[str]) -> str:
 
 def _enrol(token: Path, server: str, certs: Path, name: str) -> None:
     """Have a key of its own certified, unless that was done before; waits for the coordinator."""
+    told = False
     while not (certs / MEMBER_FILE).exists():
         try:
             enrol(Token.from_text(token.read_text(encoding="ascii")), server, certs)
         except Unavailable as error:
-            print(f"{name}: {error}", flush=True)
+            if not told:
+                print(f"{name}: waiting for the coordinator; {error}", flush=True)
+                told = True
             time.sleep(_PAUSE_S)
     token.unlink(missing_ok=True)  # used, and good for nothing more
 

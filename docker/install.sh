@@ -16,10 +16,7 @@ packages)
         install --index-url "$2" --no-deps torch
     fi
     # Without fedloom itself, so that a change of its code does not install all of this again.
-    python3 -c '
-import sys, tomllib
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-print(*project["dependencies"], *project["optional-dependencies"][sys.argv[1]], sep="\n")' "$1" >packages.txt
+    python3 requirements.py "$1" >packages.txt
     install -r packages.txt
     # Tests of their own, a good part of the two.
     for package in numpy scipy; do
