@@ -15,7 +15,8 @@ from fedloom.proto.credentials import Token
 from fedloom.proto.durable import write_durably
 from fedloom.proto.errors import FedloomError, Unavailable
 from fedloom.proto.run import load_run
-from fedloom.simulation.containers import furnish, take_seat
+from fedloom.simulation.containers import furnish
+from fedloom.simulation.seats import take_seat
 
 __all__ = ["main"]
 

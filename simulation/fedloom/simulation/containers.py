@@ -1,70 +1,19 @@
-"""A simulated client in a container of its own, where all containers are started alike.
+"""What a simulated client needs in a container of its own: its share of the data, and its policy."""
 
-The coordinator's side offers seats: names, each with a join token. A container takes a seat by locking the seat's
-folder for as long as it runs, so no two ever have one name, one partition or one ledger. Key, data, ledger and spool
-lie in that folder: whoever has the seat is that client, be it the same container, started again, or one that was
-made anew.
-"""
-
-import fcntl
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from fedloom.client.config import Policy
-from fedloom.proto.accounting import Spend, statement
-from fedloom.proto.durable import make_folder, write_durably
+from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
 from fedloom.simulation.federation import completed, shares, simulated_policy
 from fedloom.simulation.processes import write_client
 
-__all__ = ["SPARE_ROUNDS", "furnish", "take_seat"]
+__all__ = ["SPARE_ROUNDS", "furnish"]
 
 SPARE_ROUNDS = 3
 """Rounds that a client can pay for beyond the run's. One that is killed while it trains pays for that round twice."""
-
-_LOCK, _HOLDER = "lock", "holder"
-
-
-def take_seat(folder: Path, names: Sequence[str], holder: str) -> str | None:
-    """Lock one of the seats for the life of this process and of those it becomes by `exec`.
-
-    A container comes back to the seat it had; otherwise it gets one that nobody has had, and only then one that
-    another has left.
-
-    Args:
-        folder: Where the seats' folders lie, on a file system of this machine.
-        names: The seats.
-        holder: Who asks: the container's own name, which it keeps when it is started again.
-
-    Returns:
-        The seat's name; None when all are taken.
-
-    Raises:
-        ConfigError: The folder cannot be written.
-    """
-
-    def order(name: str) -> int:
-        path = folder / name / _HOLDER
-        had = path.read_text(encoding="utf-8") if path.exists() else ""
-        return 0 if had == holder else 2 if had else 1
-
-    try:
-        for name in sorted(names, key=order):
-            make_folder(folder / name)
-            handle = os.open(folder / name / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(handle)
-                continue
-            os.set_inheritable(handle, True)
-            write_durably(folder / name / _HOLDER, holder.encode())
-            return name
-    except OSError as error:
-        raise ConfigError(f"cannot take a seat in {folder}: {error}; let this user write there") from error
-    return None
 
 
 def furnish(config: RunConfig, name: str, folder: Path, device: str = "cpu") -> Path:
@@ -103,6 +52,6 @@ def _with_spare(policy: Policy, config: RunConfig) -> Policy:
     if not config.privacy.enabled or noise is None:
         return policy
     each = Spend(config.train.sampling_rate, noise, config.train.steps)
-    budget = statement([each] * (config.run.rounds + SPARE_ROUNDS), config.privacy.delta).epsilon
+    budget = epsilon([each] * (config.run.rounds + SPARE_ROUNDS), config.privacy.delta)  # as the ledger counts
     privacy = policy.privacy.model_copy(update={"epsilon": max(policy.privacy.epsilon, budget)})
     return policy.model_copy(update={"privacy": privacy})
