@@ -5,7 +5,13 @@ BIN := $(VENV)/bin
 export FEDLOOM_CACHE ?= $(CURDIR)/.cache
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test prove chaos check fix proto docs bench study-small clean
+# For the containers: which compose, how many clients, and whose the adapter in ./out will be (never root's).
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+CLIENTS ?= 4
+IDS := $(shell id -u):$(shell id -g)
+export FEDLOOM_USER ?= $(if $(filter 0:%,$(IDS)),10001:10001,$(IDS))
+
+.PHONY: setup demo test prove chaos check fix proto docs bench study-small compose compose-test wheels clean
 
 setup: $(VENV)/.ready
 
@@ -60,6 +66,20 @@ bench: setup
 
 study-small: setup
 	python benchmarks/study_small.py
+
+# A coordinator and CLIENTS clients in containers of their own; ends when the run does, with the adapter in out/adapter.
+compose:
+	mkdir -p out
+	[ "$$(id -u)" -ne 0 ] || chown $(FEDLOOM_USER) out
+	$(COMPOSE) -f docker/compose.yaml up --build --scale client=$(CLIENTS)
+
+# Builds the images, runs a federation and kills its containers. Takes a Docker engine, and says so if there is none.
+compose-test: setup
+	FEDLOOM_COMPOSE="$(COMPOSE)" pytest -rs tests/compose
+
+# What the images install, for builds without a network.
+wheels: setup
+	python -m docker.wheels
 
 clean:
 	rm -rf $(VENV) .cache

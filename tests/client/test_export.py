@@ -13,10 +13,11 @@ from safetensors.numpy import load_file
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
-from fedloom.client.export import load_exported, predict, save_adapter
+from fedloom.client.export import load_exported, predict, save_adapter, save_final
 from fedloom.client.model import AdapterModel, load_model
+from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.errors import ConfigError, ModelError
-from fedloom.proto.run import AdapterSection, ModelSection
+from fedloom.proto.run import AdapterSection, ModelSection, Spec
 from fedloom.proto.schema import Role
 
 Build = Callable[[AdapterSection], AdapterModel]
@@ -254,3 +255,55 @@ def test_a_link_to_a_folder_stays_a_link(tiny_model: AdapterModel, tmp_path: Pat
 
     assert (tmp_path / "adapter").is_symlink()
     assert saved(tmp_path / "there") is not None
+
+
+def test_clients_that_share_a_folder_leave_one_whole_adapter(
+    tiny_model: AdapterModel, spec: Spec, tmp_path: Path
+) -> None:
+    """In the place of what was there before, with the guarantee of a client that missed no round."""
+    folder = tmp_path / "out" / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "stale.txt").write_text("of another run")
+    values = [{name: value + step for name, value in tiny_model.read(tiny_model.schema).items()} for step in (1, 2)]
+
+    for each in values:
+        save_final(tiny_model, spec, each, folder)
+
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert all(np.array_equal(saved[name], values[1][name]) for name in values[1])
+    assert not (folder / "stale.txt").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+    known = json.loads((folder / "fedloom.json").read_text())
+    assert known["strategy"] is None
+    spent = epsilon([Spend(0.3, 1.0, spec.train.steps)] * spec.run.rounds, spec.privacy.delta)
+    assert known["privacy"]["epsilon"] == pytest.approx(spent)
+
+
+def test_a_folder_that_is_moved_away_meanwhile_is_no_obstacle(
+    tiny_model: AdapterModel, spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = tmp_path / "adapter", Path.rename
+    folder.mkdir()
+    (folder / "of-another").write_text("")
+    tried: list[Path] = []
+
+    def rename(source: Path, target: Path) -> Path:
+        if source == folder and not tried:
+            tried.append(source)
+            real(folder, tmp_path / "elsewhere")  # another client was first
+        return real(source, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    save_final(tiny_model, spec, tiny_model.read(tiny_model.schema), folder)
+
+    assert tried
+    assert (folder / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_that_cannot_be_written_is_one_clear_error(
+    tiny_model: AdapterModel, spec: Spec, tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("a file")
+
+    with pytest.raises(ConfigError, match=r"out/adapter: .*let this user write there"):
+        save_final(tiny_model, spec, tiny_model.read(tiny_model.schema), tmp_path / "out" / "adapter")

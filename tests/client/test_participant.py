@@ -31,7 +31,7 @@ from fedloom.proto.errors import (
 )
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader, Wait, upload_schema
 from fedloom.proto.run import Spec
-from fedloom.proto.schema import Role, Schema
+from fedloom.proto.schema import Role, Schema, Tensors
 from fedloom.proto.secagg.steps import StepMessage, StepResult
 
 FINISHED = Finished(rounds=2, codec="fp32", digest="0" * 64, bytes=0)
@@ -150,6 +150,30 @@ def test_a_client_joins_trains_and_submits_until_the_end(
     assert [(c.run, c.round, c.digest) for c in ledger.charges()] == [
         ("tiny-1", number, header.digest) for number, (header, _) in enumerate(script.sent)
     ]
+
+
+def test_the_final_adapter_is_handed_over_before_the_client_leaves(
+    script: Script, policy: Policy, trainer: Trainer
+) -> None:
+    digest = hashlib.sha256(script.payload).hexdigest()
+    script.answers = [Finished(2, "fp32", digest, len(script.payload))]
+
+    def ended(tensors: Tensors) -> None:
+        script.calls.append("ended")
+        assert codec("fp32").encode(script.joined.schema, tensors) == script.payload
+
+    Participant(script, policy, giving(trainer)).run(ended=ended)
+
+    assert script.calls[-3:] == ["fetch", "ended", "leave"]
+
+
+def test_a_final_adapter_of_another_size_is_not_fetched(script: Script, policy: Policy, trainer: Trainer) -> None:
+    script.answers = [FINISHED]
+
+    with pytest.raises(ProtocolError, match="a final adapter of 0 bytes; fp32 under the schema needs"):
+        Participant(script, policy, giving(trainer)).run(ended=lambda _: pytest.fail("there is none"))
+
+    assert "fetch" not in script.calls
 
 
 def test_the_digest_is_in_the_ledger_before_the_first_byte_leaves(

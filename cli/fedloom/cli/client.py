@@ -13,6 +13,7 @@ from fedloom.proto.errors import IdentityError
 if TYPE_CHECKING:
     from fedloom.client.training import Training
     from fedloom.proto.messages import Joined
+    from fedloom.proto.schema import Tensors
 
 __all__ = ["client"]
 
@@ -27,6 +28,10 @@ def client(
     insecure: Annotated[
         bool, typer.Option("--insecure-loopback", help="No encryption and no certificates; loopback addresses only.")
     ] = False,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the run's final adapter, in PEFT's format; replaced if it is there."),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a policy key, such as client.device=cuda.")
     ] = None,
@@ -51,10 +56,12 @@ def client(
 
     from fedloom.client.connection import GrpcConnection
     from fedloom.client.enrolment import renewing
+    from fedloom.client.export import save_final
     from fedloom.client.participant import Participant
     from fedloom.client.prepare import prepare
     from fedloom.client.privacy.account import spool_folder
     from fedloom.client.privacy.spool import kept
+    from fedloom.client.trainer import Trainer
 
     if site.client.threads:
         torch.set_num_threads(site.client.threads)
@@ -64,13 +71,21 @@ def client(
     def tell(line: str) -> None:
         out.print(f"{name}: {line}", markup=False)
 
+    made: list[Trainer] = []
+
     def ready(joined: "Joined") -> "Training":
-        return prepare(site, joined.spec, announce=tell, owing=kept(spool, joined.run, name) is not None)
+        made.append(prepare(site, joined.spec, announce=tell, owing=kept(spool, joined.run, name) is not None))
+        return made[-1]
+
+    def save(tensors: "Tensors") -> None:
+        assert adapter is not None  # otherwise nobody asks
+        save_final(made[-1].model, made[-1].spec, tensors, adapter)
+        tell(f"the run's adapter is in {adapter}")
 
     participant = Participant(connection, site, ready, spool=spool)
     out.print(f"{participant.name}: joining {server}", markup=False)
     with closing(connection), renewing(server, folder) if folder else nullcontext():
-        finished = participant.run()
+        finished = participant.run(ended=save if adapter is not None else None)
     out.print(f"{participant.name}: run over after {finished.rounds} rounds; trained {participant.rounds_trained}")
 
 

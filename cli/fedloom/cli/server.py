@@ -15,6 +15,7 @@ from fedloom.cli.certs import SERVER_CERTS
 from fedloom.cli.console import INSECURE, out
 from fedloom.cli.logs import LogFormat, LogLevel, write_logs
 from fedloom.cli.observing import Dashboard, DashboardTls, ReportTo, Stay, reports, showing
+from fedloom.proto.durable import write_durably
 from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.run import RunConfig, load_run
 from fedloom.proto.schema import Schema
@@ -39,7 +40,12 @@ def prepare(run: RunFile, overrides: Overrides = None) -> None:
     Example: fedloom prepare examples/sentiment.toml
     """
     path = _prepared_path(run)
-    path.write_text(json.dumps(_derive(load_run(run, tuple(overrides or ()))), indent=1) + "\n", encoding="utf-8")
+    document = json.dumps(_derive(load_run(run, tuple(overrides or ()))), indent=1)
+    try:
+        write_durably(path, document.encode(), b"\n")  # whole or not at all: a coordinator may be waiting for it
+        path.chmod(0o644)  # nothing in it is secret, and the coordinator may be another user
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
     out.print(f"wrote {path}", markup=False)
 
 

@@ -1,7 +1,10 @@
 """The result as an ordinary Hugging Face PEFT adapter."""
 
+import errno
 import json
+import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,13 @@ from peft import PeftModel
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
 from fedloom.client.losses import positions
 from fedloom.client.model import MODELS, AdapterModel, load_base
-from fedloom.proto.accounting import Statement
+from fedloom.proto.accounting import Spend, Statement, statement
 from fedloom.proto.durable import replacing_folder
 from fedloom.proto.errors import ConfigError, ModelError
-from fedloom.proto.run import RunConfig, Task
-from fedloom.proto.schema import Role
+from fedloom.proto.run import RunConfig, Spec, Task
+from fedloom.proto.schema import Role, Tensors
 
-__all__ = ["facts", "load_exported", "predict", "save_adapter"]
+__all__ = ["facts", "load_exported", "predict", "save_adapter", "save_final"]
 
 _CARD = """# {name}
 
@@ -81,28 +84,60 @@ def _names(folder: Path) -> set[str]:
     return {each.name for each in folder.iterdir()} if folder.is_dir() else set()
 
 
-def facts(config: RunConfig, privacy: Statement | None) -> dict[str, Any]:
+def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path) -> None:
+    """Write the adapter that a run ended with, as a client has it; what was at `folder` before is replaced whole.
+
+    Clients that share the folder may all do so at once: it holds one of their adapters, which are the same. Its
+    guarantee is that of a client that took part in every round: a client knows of no other's rounds.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    noise, privacy = spec.privacy.noise_multiplier, None
+    if spec.privacy.enabled and noise is not None:
+        each = Spend(spec.train.sampling_rate, noise, spec.train.steps)
+        privacy = statement([each] * spec.run.rounds, spec.privacy.delta)
+    model.load(tensors)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            made = Path(scratch) / "made"
+            save_adapter(model, made, facts(spec, privacy))
+            while True:
+                try:
+                    made.rename(folder)
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise
+                with suppress(FileNotFoundError):  # another client has moved it away
+                    folder.rename(Path(tempfile.mkdtemp(dir=scratch)) / folder.name)
+    except OSError as error:
+        raise ConfigError(f"the adapter cannot be written to {folder}: {error}; let this user write there") from error
+
+
+def facts(spec: Spec, privacy: Statement | None) -> dict[str, Any]:
     """What an adapter's user should know: base model, labels, and the privacy guarantee with its terms.
 
     Args:
-        config: A completed run file.
+        spec: A completed run file, or what a client has seen of it, which does not name the strategy.
         privacy: Statement of the client that has spent most; None in a run without privacy.
     """
     known: dict[str, Any] = {
-        "run": config.run.name,
-        "base": config.model.base,
-        "base_digest": config.model.digest,
-        "task": config.model.task,
-        "labels": list(config.model.labels),
-        "strategy": config.strategy.name,
-        "rounds": config.run.rounds,
+        "run": spec.run.name,
+        "base": spec.model.base,
+        "base_digest": spec.model.digest,
+        "task": spec.model.task,
+        "labels": list(spec.model.labels),
+        "strategy": spec.strategy.name if isinstance(spec, RunConfig) else None,
+        "rounds": spec.run.rounds,
         "privacy": None,
     }
     if privacy is not None:
         known["privacy"] = {
             **privacy.document(),
             "mechanism": "DP-SGD on every client: Poisson sampling, per-example clipping, Gaussian noise",
-            "clip_norm": config.privacy.clip_norm,
+            "clip_norm": spec.privacy.clip_norm,
         }
     return known
 

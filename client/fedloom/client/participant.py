@@ -38,6 +38,7 @@ from fedloom.proto.messages import (
     broadcast_schema,
     upload_schema,
 )
+from fedloom.proto.schema import Tensors
 
 __all__ = ["Participant"]
 
@@ -157,11 +158,12 @@ class Participant:
             self._deliver()
         return None
 
-    def run(self, *, patience_s: float = 300.0) -> Finished:
+    def run(self, *, patience_s: float = 300.0, ended: Callable[[Tensors], None] | None = None) -> Finished:
         """Join and work until the run is over, through coordinator restarts and network loss.
 
         Args:
             patience_s: Give up when the coordinator cannot be reached for so long.
+            ended: Gets the final adapter, before the coordinator is told that this client leaves.
 
         Raises:
             Unavailable: Patience ran out.
@@ -178,6 +180,8 @@ class Participant:
                     finished = self.step()
                     last_contact, attempt = time.monotonic(), 0
                     if finished is not None:
+                        if ended is not None:
+                            ended(self._final(finished))
                         with suppress(Unavailable, ProtocolError, IdentityError):
                             self.connection.leave("run over")
                         return finished
@@ -193,6 +197,19 @@ class Participant:
                     pause = random.uniform(0, min(_BACKOFF_S[1], _BACKOFF_S[0] * 2**attempt))  # full jitter
                     log.warning("%s; trying again in %.1f s", error, pause)
                     time.sleep(pause)
+
+    def _final(self, finished: Finished) -> Tensors:
+        """Fetch the adapter that the run ends with."""
+        joined = self._joined
+        assert joined is not None  # there is an answer
+        incoming = codec(finished.codec)
+        if incoming.encoded_size(joined.schema) != finished.bytes:
+            raise ProtocolError(
+                f"a final adapter of {finished.bytes} bytes; {incoming.name} under the schema needs "
+                f"{incoming.encoded_size(joined.schema)}"
+            )
+        payload = self._insist(lambda: self.connection.fetch(finished.digest, finished.bytes))
+        return incoming.decode(joined.schema, payload)
 
     def _left_over(self, trainer: Training, run: str) -> Spooled | None:
         """What an earlier process of this client finished and may not have sent to the end."""

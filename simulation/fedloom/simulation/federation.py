@@ -13,12 +13,12 @@ from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.identity import load_identity, public_text
 from fedloom.client.model import AdapterModel, base_digest, load_model, resolve_base
 from fedloom.proto.errors import ConfigError, FedloomError
-from fedloom.proto.run import RunConfig, Spec
+from fedloom.proto.run import DataSection, RunConfig, Spec
 from fedloom.server.launch import calibrated
 from fedloom.server.progress import Progress
 from fedloom.server.user_ledger import check_supply
 
-__all__ = ["Federation", "build", "check_alive", "completed", "declared_size"]
+__all__ = ["Federation", "build", "check_alive", "completed", "declared_size", "shares", "simulated_policy"]
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,37 @@ def build(config: RunConfig, folder: Path) -> Federation:
             "no round could ever open; raise the first or lower the second"
         )
     check_supply(config, config.data.clients)
-    names, task = config.model.labels, config.model.task
-    rows = load_rows(config.data.source, names, "train", task)
     rng = np.random.default_rng([config.run.seed, 1])
-    if config.data.max_examples is not None and config.data.max_examples < len(rows):
-        rows = rows.take(np.sort(rng.permutation(len(rows))[: config.data.max_examples]))
-    held_out = load_rows(config.data.source, names, "test", task)
+    clients = shares(config, config.data, rng)
+    held_out = load_rows(config.data.source, config.model.labels, "test", config.model.task)
     held_out = held_out.take(np.sort(rng.permutation(len(held_out))[: config.evaluation.max_examples]))
-    parts = partition(rows, config.data.clients, config.data.partition, config.data.dirichlet_alpha, config.run.seed)
-    width = len(str(len(parts) - 1))
-    clients = {f"client-{index:0{width}d}": rows.take(part) for index, part in enumerate(parts)}
-    policies = {name: _simulated_policy(name, len(own), config, folder) for name, own in clients.items()}
+    policies = {name: simulated_policy(name, len(own), config, folder) for name, own in clients.items()}
     if config.secure_aggregation.enabled:
         policies = _acquainted(policies)
     model = load_model(config.model, config.adapter)
     encoded = encode(held_out, model.tokenizer, config.model.max_length)
     return Federation(config, model, clients, policies, encoded)
+
+
+def shares(config: RunConfig, data: DataSection, rng: np.random.Generator | None = None) -> dict[str, Rows]:
+    """Each simulated client's rows by its name: the same on every machine, and no row in two shares.
+
+    Args:
+        config: The run file.
+        data: Its [data] section.
+        rng: Draws the examples that data.max_examples leaves; the run's own by default.
+
+    Raises:
+        ConfigError: There are more clients than rows.
+        DataError: The data cannot be loaded.
+    """
+    rows = load_rows(data.source, config.model.labels, "train", config.model.task)
+    if data.max_examples is not None and data.max_examples < len(rows):
+        rng = rng or np.random.default_rng([config.run.seed, 1])
+        rows = rows.take(np.sort(rng.permutation(len(rows))[: data.max_examples]))
+    parts = partition(rows, data.clients, data.partition, data.dirichlet_alpha, config.run.seed)
+    width = len(str(len(parts) - 1))
+    return {f"client-{index:0{width}d}": rows.take(part) for index, part in enumerate(parts)}
 
 
 def check_alive(federation: Federation, progress: Progress) -> None:
@@ -116,7 +131,7 @@ def _acquainted(policies: dict[str, Policy]) -> dict[str, Policy]:
     return {name: policy.model_copy(update={"secure_aggregation": sums}) for name, policy in policies.items()}
 
 
-def _simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
+def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
     """A policy that allows exactly what the run asks, as an agreeing site would write it."""
     return Policy.model_validate(
         {

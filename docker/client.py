@@ -1,0 +1,85 @@
+"""A client's container of a simulated federation: take a seat, enrol, and `fedloom client` until the run is over."""
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from fedloom.cli.main import main as fedloom
+from fedloom.cli.server import prepare
+from fedloom.client.channel import MEMBER_FILE
+from fedloom.client.enrolment import enrol
+from fedloom.proto.credentials import Token
+from fedloom.proto.durable import write_durably
+from fedloom.proto.errors import FedloomError, Unavailable
+from fedloom.proto.run import load_run
+from fedloom.simulation.containers import furnish
+from fedloom.simulation.seats import take_seat
+
+__all__ = ["main"]
+
+_PAUSE_S = 1.0
+_DONE = "done"
+
+
+def main() -> None:
+    """Run the container."""
+    shared, home = Path(os.environ["FEDLOOM_SHARED"]), Path(os.environ["FEDLOOM_HOME"])
+    server = os.environ["FEDLOOM_SERVER"]
+    while not (shared / "seats.json").exists():
+        time.sleep(_PAUSE_S)
+    names = json.loads((shared / "seats.json").read_bytes())
+    try:
+        name = _seat(home, names)
+        folder = home / name
+        if (folder / _DONE).exists():
+            print(f"{name}: this run is over; remove the volumes to begin another", flush=True)
+            return
+        run = shared / "run.toml"
+        # The coordinator has no torch; whoever has the first seat makes what it needs of the model.
+        if name == names[0] and not run.with_suffix(".schema.json").exists():
+            prepare(run)
+        policy = furnish(load_run(run), name, folder, os.environ.get("FEDLOOM_DEVICE") or "cpu")
+        _enrol(shared / f"{name}.token", server, folder / "certs", name)
+    except FedloomError as error:
+        sys.exit(f"error: {error}")
+    sys.argv = ["fedloom", "client", "--server", server, "--policy", str(policy)]
+    sys.argv += ["--adapter", os.environ["FEDLOOM_ADAPTER"]]
+    try:
+        fedloom()
+    except SystemExit as end:
+        if not end.code:
+            write_durably(folder / _DONE)
+        raise
+
+
+def _seat(home: Path, names: list[str]) -> str:
+    """Wait for a seat."""
+    told = False
+    while (name := take_seat(home, names, socket.gethostname())) is None:
+        if not told:
+            print(f"all {len(names)} seats are taken; waiting for one that falls free", flush=True)
+            told = True
+        time.sleep(_PAUSE_S)
+    print(f"{name}: taken by container {socket.gethostname()}", flush=True)
+    return name
+
+
+def _enrol(token: Path, server: str, certs: Path, name: str) -> None:
+    """Have a key of its own certified, unless that was done before; waits for the coordinator."""
+    told = False
+    while not (certs / MEMBER_FILE).exists():
+        try:
+            enrol(Token.from_text(token.read_text(encoding="ascii")), server, certs)
+        except Unavailable as error:
+            if not told:
+                print(f"{name}: waiting for the coordinator; {error}", flush=True)
+                told = True
+            time.sleep(_PAUSE_S)
+    token.unlink(missing_ok=True)  # used, and good for nothing more
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What a simulated client needs in a container of its own: its share of the data, and its policy."""
+
+import os
+from pathlib import Path
+
+from fedloom.client.config import Policy
+from fedloom.proto.accounting import Spend, epsilon
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.run import RunConfig
+from fedloom.simulation.federation import completed, shares, simulated_policy
+from fedloom.simulation.processes import write_client
+
+__all__ = ["SPARE_ROUNDS", "furnish"]
+
+SPARE_ROUNDS = 3
+"""Rounds that a client can pay for beyond the run's. One that is killed while it trains pays for that round twice."""
+
+
+def furnish(config: RunConfig, name: str, folder: Path, device: str = "cpu") -> Path:
+    """Write a seat's data and policy, as `fedloom simulate` gives them to the client of this name.
+
+    Args:
+        config: The run file, with the number of clients in data.clients.
+        name: The client's name.
+        folder: The seat's folder.
+        device: Torch device.
+
+    Returns:
+        Path of the policy file.
+
+    Raises:
+        ConfigError: The run has no [data] section or no client of this name.
+        DataError: The data cannot be loaded.
+        ModelError: The base model is missing.
+    """
+    if config.data is None:
+        raise ConfigError("a simulated client needs a [data] section with source and clients in the run file")
+    clients = config.data.clients
+    shared = shares(config, config.data)
+    if name not in shared:
+        raise ConfigError(f"no client {name!r} among {clients}; they are {', '.join(list(shared)[:3])} ...")
+    config = completed(config)
+    policy = simulated_policy(name, len(shared[name]), config, folder)
+    threads = config.engine.threads or max(1, (os.cpu_count() or 1) // clients)
+    client = policy.client.model_copy(update={"device": device, "threads": threads})
+    return write_client(_with_spare(policy.model_copy(update={"client": client}), config), shared[name], folder)
+
+
+def _with_spare(policy: Policy, config: RunConfig) -> Policy:
+    """The policy with a budget that pays for a few rounds more than the run has."""
+    noise = config.privacy.noise_multiplier
+    if not config.privacy.enabled or noise is None:
+        return policy
+    each = Spend(config.train.sampling_rate, noise, config.train.steps)
+    budget = epsilon([each] * (config.run.rounds + SPARE_ROUNDS), config.privacy.delta)  # as the ledger counts
+    privacy = policy.privacy.model_copy(update={"epsilon": max(policy.privacy.epsilon, budget)})
+    return policy.model_copy(update={"privacy": privacy})

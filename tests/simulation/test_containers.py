@@ -1,0 +1,220 @@
+"""Seats of a federation of containers: never two of one, and everybody comes back to their own."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from docker.coordinator import SEATS, offer, settled
+from fedloom.client.config import load_policy
+from fedloom.proto.accounting import Spend, epsilon
+from fedloom.proto.credentials import Token
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.run import RunConfig, load_run
+from fedloom.server.authority import Authority
+from fedloom.simulation.containers import SPARE_ROUNDS, furnish
+from fedloom.simulation.federation import build, completed
+from fedloom.simulation.seats import take_seat
+
+NAMES = ("client-0", "client-1", "client-2")
+WORDS = ("good", "bad", "fine", "awful", "great", "poor", "happy", "sad")
+
+TAKE = """
+import sys
+from pathlib import Path
+from fedloom.simulation.seats import take_seat
+print(take_seat(Path(sys.argv[1]), sys.argv[3:], sys.argv[2]), flush=True)
+sys.stdin.read()
+"""
+
+
+class Container:
+    """A process that takes a seat and keeps it until it is killed."""
+
+    def __init__(self, folder: Path, holder: str) -> None:
+        command = [sys.executable, "-c", TAKE, str(folder), holder, *NAMES]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    @property
+    def seat(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_each_container_has_a_seat_of_its_own_and_comes_back_to_it(tmp_path: Path) -> None:
+    containers = {holder: Container(tmp_path, holder) for holder in "abcd"}  # at once, and one too many
+    seats = {holder: container.seat for holder, container in containers.items()}
+    try:
+        assert sorted(seats.values()) == sorted(("None", *NAMES))
+
+        (left_out,) = (holder for holder, seat in seats.items() if seat == "None")
+        sitting = [holder for holder in seats if holder != left_out]
+        for holder in sitting:
+            containers[holder].kill()
+        for holder in reversed(sitting):
+            containers[holder] = Container(tmp_path, holder)
+            assert containers[holder].seat == seats[holder]
+    finally:
+        for container in containers.values():
+            container.kill()
+
+
+def test_a_new_container_takes_a_seat_nobody_had_before_one_that_was_left(tmp_path: Path) -> None:
+    for index, holder in enumerate("ab"):
+        (tmp_path / NAMES[index]).mkdir()
+        (tmp_path / NAMES[index] / "holder").write_text(holder)
+
+    assert take_seat(tmp_path, NAMES, "new") == "client-2"
+    assert take_seat(tmp_path, NAMES, "newer") == "client-0"
+
+
+def test_a_seat_is_kept_by_what_the_process_becomes(tmp_path: Path) -> None:
+    assert take_seat(tmp_path, NAMES[:1], "a") == "client-0"
+    with pytest.raises(BlockingIOError), (tmp_path / "client-0" / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    (held,) = (
+        int(handle) for handle in os.listdir("/proc/self/fd") if _points_to(handle, tmp_path / "client-0" / "lock")
+    )
+    assert os.get_inheritable(held)
+
+
+def _points_to(handle: str, path: Path) -> bool:
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{handle}")) == path
+    except OSError:  # the one that lists the folder is closed by now
+        return False
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_base: Path) -> Path:
+    """A run file of a private run with a folder of data."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, count in (("train", 60), ("test", 8)):
+        rows = [{"text": f"{WORDS[i % 8]} film {i}", "label": ("no", "yes")[i % 2]} for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f"""
+        run = {{ name = "tiny", rounds = 3, seed = 4 }}
+        model = {{ base = "{tiny_base}", labels = ["no", "yes"] }}
+        adapter = {{ rank = 4, alpha = 8 }}
+        train = {{ steps = 2, sampling_rate = 0.2, learning_rate = 0.1 }}
+        privacy = {{ epsilon = 8.0, delta = 1e-4 }}
+        rounds = {{ min_clients = 4 }}
+        data = {{ source = "{folder}", clients = 4, partition = "dirichlet", max_examples = 50 }}
+        """
+    )
+    return path
+
+
+def test_a_seat_has_what_a_simulation_gives_the_client(run: Path, tmp_path: Path) -> None:
+    config = load_run(run)
+    federation = build(completed(config), tmp_path / "simulated")
+
+    texts: list[str] = []
+    for name, rows in federation.clients.items():
+        policy = load_policy(furnish(config, name, tmp_path / name, device="cuda"))
+
+        lines = Path(policy.data.source).read_text().splitlines()
+        assert tuple(json.loads(line)["text"] for line in lines) == rows.texts
+        texts += rows.texts
+        assert (policy.client.name, policy.client.state, policy.client.device) == (name, tmp_path / name, "cuda")
+        assert policy.client.anchors == tmp_path / name / "ledger"
+        theirs = federation.policies[name]
+        assert policy.model == theirs.model
+        assert policy.limits == theirs.limits
+        assert policy.data.declared_examples == theirs.data.declared_examples
+    assert len(set(texts)) == len(texts) == 50
+
+
+def test_a_seat_pays_for_a_few_rounds_that_are_lost(run: Path, tmp_path: Path) -> None:
+    config = load_run(run)
+
+    policy = load_policy(furnish(config, "client-0", tmp_path / "client-0"))
+
+    each = Spend(0.2, policy.privacy.min_noise_multiplier, 2)
+    costs = [epsilon([each] * rounds, 1e-4) for rounds in (3, 3 + SPARE_ROUNDS, 4 + SPARE_ROUNDS)]
+    assert costs[0] <= 8.0 < costs[1] <= policy.privacy.epsilon < costs[2]
+
+
+def test_a_name_that_is_no_seat_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no client 'client-9' among 4; they are client-0, client-1, client-2"):
+        furnish(load_run(run), "client-9", tmp_path / "client-9")
+
+
+def _offer(run: Path, folder: Path, clients: int, *overrides: str) -> RunConfig:
+    offer(run, overrides, folder / "shared", folder / "certs", lambda: clients)
+    return load_run(folder / "shared" / "run.toml")
+
+
+def test_as_many_seats_are_offered_as_there_are_clients(run: Path, tmp_path: Path) -> None:
+    config = _offer(run, tmp_path, 11, "run.rounds=7")
+
+    names = json.loads((tmp_path / "shared" / SEATS).read_bytes())
+    assert names == [f"client-{index:02d}" for index in range(11)]
+    for name in names:
+        token = Token.from_text((tmp_path / "shared" / f"{name}.token").read_text())
+        assert token.invite.certificate.subject.rfc4514_string() == f"CN={name}"
+        furnish(config, name, tmp_path / name)
+    assert config.data is not None
+    assert (config.run.rounds, config.data.clients, config.rounds.min_clients) == (7, 11, 4)
+    assert not {path.name for path in (tmp_path / "shared").iterdir()} & {"authority.pem", "server.pem"}
+
+
+def test_rounds_do_not_wait_for_more_clients_than_there_are(run: Path, tmp_path: Path) -> None:
+    assert _offer(run, tmp_path, 2).rounds.min_clients == 2
+
+
+def test_what_was_offered_stays(run: Path, tmp_path: Path) -> None:
+    _offer(run, tmp_path, 3)
+    (tmp_path / "shared" / "client-1.token").unlink()  # used
+    before = {path.name: path.read_bytes() for path in (tmp_path / "shared").iterdir()}
+
+    _offer(run, tmp_path, 5, "run.rounds=9")
+
+    assert {path.name: path.read_bytes() for path in (tmp_path / "shared").iterdir()} == before
+
+
+def test_an_offer_that_was_cut_off_is_made_again_by_the_same_authority(run: Path, tmp_path: Path) -> None:
+    _offer(run, tmp_path, 3)
+    (tmp_path / "shared" / SEATS).unlink()
+
+    _offer(run, tmp_path, 3)
+
+    authority = Authority(tmp_path / "certs")
+    try:
+        token = Token.from_text((tmp_path / "shared" / "client-1.token").read_text())
+        token.invite.certificate.verify_directly_issued_by(token.ca)
+        assert {entry.identity.name for entry in authority.identities.entries()} == set(NAMES)
+    finally:
+        authority.close()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("secure_aggregation.enabled=true", "pinned each other's keys"), ("run.rounds=0", "rounds")],
+)
+def test_a_run_that_containers_cannot_do_is_refused_before_anything_is_made(
+    run: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _offer(run, tmp_path, 3, override)
+
+    assert not (tmp_path / "shared").exists()
+    assert not (tmp_path / "certs").exists()
+
+
+def test_clients_are_counted_once_no_more_come() -> None:
+    seen = iter([*[0] * 12, 1, 2, 4, *[3] * 9, *[4] * 10, 9])
+
+    assert settled(lambda: next(seen), lambda: None) == 4
+    assert next(seen) == 9
