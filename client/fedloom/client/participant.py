@@ -14,7 +14,7 @@ from fedloom.client.config import Policy, check_spec
 from fedloom.client.connection import Connection
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
 from fedloom.client.secagg import Delivery, check_assignment, membership
-from fedloom.client.training import RoundOver, Training
+from fedloom.client.training import RoundOver, Training, Underway
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import (
     FedloomError,
@@ -52,24 +52,6 @@ _MOST_REFUSALS = 3
 """How often one update may be refused for its round and asked for again: a round may close while it is on its way."""
 
 
-class _Task:
-    """One round's training, and what the heartbeats hear about it."""
-
-    def __init__(self, round: int) -> None:
-        self.round = round
-        self._over: Standing | None = None
-
-    def hear(self, standing: Standing) -> None:
-        """Called from the heartbeat thread. A round that is opened again keeps its number and is not over."""
-        if standing.oldest > self.round:
-            self._over = standing
-
-    def proceed(self) -> None:
-        """Go on, or raise RoundOver."""
-        if self._over is not None:
-            raise RoundOver(f"updates are taken from round {self._over.oldest + 1} on")
-
-
 class Participant:
     """One client in one run.
 
@@ -99,7 +81,7 @@ class Participant:
         self._refused: Spooled | None = None
         self._refusals = 0
         self._busy = threading.Event()
-        self._task: _Task | None = None
+        self._task: Underway | None = None
 
     @property
     def name(self) -> str:
@@ -259,7 +241,7 @@ class Participant:
                 f"broadcast of {assignment.broadcast_bytes} bytes; {incoming.name} under the schema needs "
                 f"{incoming.encoded_size(schema)}"
             )
-        self._task = task = _Task(assignment.round)
+        self._task = task = Underway(assignment.round)
         self._busy.set()
         try:
             try:

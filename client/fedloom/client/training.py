@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedloom.proto.messages import Assignment
+from fedloom.proto.messages import Assignment, Standing
 from fedloom.proto.schema import Array, Schema, Tensors
 
-__all__ = ["Proceed", "RoundOver", "Trained", "Training"]
+__all__ = ["Proceed", "RoundOver", "Trained", "Training", "Underway"]
 
 Proceed = Callable[[], None]
 """Called between two steps of a training; raises RoundOver when it is to stop."""
@@ -15,6 +15,24 @@ Proceed = Callable[[], None]
 
 class RoundOver(Exception):
     """Nobody will take the update that is being trained: it is dropped, and no error of ours is to hide that."""
+
+
+class Underway:
+    """One round's training, and what the heartbeats hear about it."""
+
+    def __init__(self, round: int) -> None:
+        self.round = round
+        self._over: Standing | None = None
+
+    def hear(self, standing: Standing) -> None:
+        """Called from the heartbeat thread. A round that is opened again keeps its number and is not over."""
+        if standing.oldest > self.round:
+            self._over = standing
+
+    def proceed(self) -> None:
+        """Go on, or raise RoundOver."""
+        if self._over is not None:
+            raise RoundOver(f"updates are taken from round {self._over.oldest + 1} on")
 
 
 @dataclass(frozen=True)
