@@ -36,7 +36,7 @@ def prepare(policy: Policy, spec: Spec, *, announce: Callable[[str], None] = log
         ModelError: The base model cannot be loaded.
         LedgerError: The ledger is in use or cannot be trusted, or the data belongs to another account.
     """
-    rows = load_rows(policy.data.source, spec.model.labels, "train", spec.model.task)
+    rows = load_rows(policy.data.source, spec.model.labels, "train", spec.model.task, policy.data.columns)
     base = policy.model.folder or spec.model.base
     found = base_digest(resolve_base(base))
     if policy.model.digests and found not in policy.model.digests:

@@ -76,11 +76,11 @@ def build(config: RunConfig, folder: Path) -> Federation:
         )
     check_supply(config, config.data.clients)
     names, task = config.model.labels, config.model.task
-    rows = load_rows(config.data.source, names, "train", task)
+    rows = load_rows(config.data.source, names, "train", task, config.data.columns)
     rng = np.random.default_rng([config.run.seed, 1])
     if config.data.max_examples is not None and config.data.max_examples < len(rows):
         rows = rows.take(np.sort(rng.permutation(len(rows))[: config.data.max_examples]))
-    held_out = load_rows(config.data.source, names, "test", task)
+    held_out = load_rows(config.data.source, names, "test", task, config.data.columns)
     held_out = held_out.take(np.sort(rng.permutation(len(held_out))[: config.evaluation.max_examples]))
     parts = partition(rows, config.data.clients, config.data.partition, config.data.dirichlet_alpha, config.run.seed)
     width = len(str(len(parts) - 1))
