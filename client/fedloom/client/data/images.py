@@ -16,7 +16,16 @@ from PIL import Image, ImageOps
 from fedloom.client.data.files import Row
 from fedloom.proto.errors import DataError, ModelError
 
-__all__ = ["SUFFIXES", "Pictures", "decode", "fingerprint", "folder_rows", "picture_settings"]
+__all__ = [
+    "SUFFIXES",
+    "Pictures",
+    "Pixels",
+    "decode",
+    "fingerprint",
+    "folder_rows",
+    "noise_picture",
+    "picture_settings",
+]
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Ends of the names of picture files."""
@@ -77,6 +86,13 @@ def fingerprint(data: bytes, where: str) -> str:
     return f"picture {picture.width}x{picture.height} {hashlib.sha256(picture.tobytes()).hexdigest()}"
 
 
+def noise_picture(seed: int) -> bytes:
+    """A file of 32 by 32 random pixels, for checks that must not touch real data."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(256, size=(32, 32, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
 @dataclass(frozen=True)
 class Pictures:
     """How a model's pictures are prepared.
@@ -94,6 +110,9 @@ class Pictures:
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     resample: int
+
+    pad_token_id = 0
+    """Pictures of one model have one size, so nothing is padded; collating asks all the same."""
 
     def pixels(self, data: bytes, where: str) -> Pixels:
         """The picture's pixels, uint8, shape (3, side, side)."""

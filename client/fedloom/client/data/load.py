@@ -12,7 +12,7 @@ from fedloom.client.data.sources import source_rows
 from fedloom.proto.errors import DataError
 from fedloom.proto.run import Column, Task
 
-__all__ = ["Split", "class_index", "load_rows", "records"]
+__all__ = ["Split", "assembled", "class_index", "load_rows", "records"]
 
 Skip = Callable[[str, DataError], None]
 """Gets the place and the fault of a row that is passed over."""
@@ -38,7 +38,7 @@ def load_rows(
         DataError: The source is missing, cannot be fetched, is empty, or has a malformed row; the message
             says which line, what was found and what to do.
     """
-    return _rows(records(source, split, Layout(task, columns or {})), labels, task, source)
+    return assembled(records(source, split, Layout(task, columns or {})), labels, task, source)
 
 
 def records(source: str, split: Split, layout: Layout, skip: Skip | None = None) -> Iterator[Record]:
@@ -68,7 +68,12 @@ def records(source: str, split: Split, layout: Layout, skip: Skip | None = None)
             yield record
 
 
-def _rows(found: Iterable[Record], labels: tuple[str, ...], task: Task, source: str) -> Rows:
+def assembled(found: Iterable[Record], labels: tuple[str, ...], task: Task, source: str) -> Rows:
+    """Records of one task as rows, their labels looked up.
+
+    Raises:
+        DataError: There are none, or a label is none of `labels`.
+    """
     kept = list(found)
     if not kept:
         raise DataError(f"{source} has no rows; at least one is needed")

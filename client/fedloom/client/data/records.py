@@ -10,7 +10,7 @@ from typing import NamedTuple, get_args
 from fedloom.proto.errors import DataError
 from fedloom.proto.run import Column, Task
 
-__all__ = ["LAYOUTS", "Layout", "Record", "Turns", "likely_task"]
+__all__ = ["LAYOUTS", "Layout", "Record", "Turns"]
 
 Turns = tuple[tuple[str, str], ...]
 """Role and content of each turn of a conversation."""
@@ -44,22 +44,6 @@ LAYOUTS: dict[Task, str] = {
     "image-classification": "image and label",
 }
 """The columns of each task, in words."""
-
-_FIRST: dict[Column, Task] = {
-    "messages": "instruct",
-    "image": "image-classification",
-    "tokens": "token-classification",
-    "prompt": "causal-lm",
-}
-
-
-def likely_task(present: Collection[str], names: Mapping[Column, str]) -> Task:
-    """The task that a file with these columns is for, if nobody has said."""
-    seen = Layout("text-classification", names).visible(present)
-    for column, task in _FIRST.items():
-        if column in seen:
-            return task
-    return "text-classification" if "label" in seen else "causal-lm"
 
 
 @dataclass(frozen=True)
