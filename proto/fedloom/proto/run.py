@@ -1,7 +1,7 @@
 """The run file: one TOML that simulate, server and every engine read; its `spec` part is what clients see."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -248,10 +248,17 @@ class DataSection(Section):
     """The files' names of columns: body for text is `text = "body"`. One left out has its own name."""
     clients: int = Field(default=4, ge=1, le=10_000)
     """Number of simulated clients."""
-    partition: Literal["iid", "dirichlet", "group"] = "iid"
-    """iid: at random. dirichlet: label skew. group: by the group column, each group split by Dirichlet."""
+    partition: Literal["iid", "dirichlet", "group", "pathological", "size"] = "iid"
+    """iid: at random. dirichlet: label skew. group: by the group column, each group split by Dirichlet. pathological:
+    few labels for each client. size: at random, in unequal shares."""
     dirichlet_alpha: float = Field(default=0.5, gt=0)
     """Concentration of the Dirichlet label skew; small is more skewed."""
+    classes_per_client: int = Field(default=2, ge=1)
+    """pathological: labels of each client."""
+    size_exponent: float = Field(default=1.0, ge=0, le=10)
+    """size: client k gets rows in proportion to k to the power of minus this; 0 is equal."""
+    shares: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(), max_length=10_000)
+    """size: one number for each client, to which its rows are in proportion, in place of size_exponent."""
     max_examples: int | None = Field(default=None, ge=1)
     """Use at most this many training examples in all."""
 

@@ -82,7 +82,17 @@ def build(config: RunConfig, folder: Path) -> Federation:
         rows = rows.take(np.sort(rng.permutation(len(rows))[: config.data.max_examples]))
     held_out = load_rows(config.data.source, names, "test", task, config.data.columns)
     held_out = held_out.take(np.sort(rng.permutation(len(held_out))[: config.evaluation.max_examples]))
-    parts = partition(rows, config.data.clients, config.data.partition, config.data.dirichlet_alpha, config.run.seed)
+    asked = config.data
+    parts = partition(
+        rows,
+        asked.clients,
+        asked.partition,
+        asked.dirichlet_alpha,
+        config.run.seed,
+        classes=asked.classes_per_client,
+        shares=asked.shares,
+        exponent=asked.size_exponent,
+    )
     width = len(str(len(parts) - 1))
     clients = {f"client-{index:0{width}d}": rows.take(part) for index, part in enumerate(parts)}
     policies = {name: _simulated_policy(name, len(own), config, folder) for name, own in clients.items()}
