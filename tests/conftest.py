@@ -17,12 +17,16 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    Dinov2Config,
+    Dinov2Model,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTModel,
 )
 
 from fedloom.client.assets import fetch
@@ -106,6 +110,20 @@ def small_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             warnings.simplefilter("ignore")
             small_model(architecture, len(tokenizer)).save_pretrained(folders[architecture])
             tokenizer.save_pretrained(folders[architecture])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def vision_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny random models of pictures of 28 by 28 pixels, by architecture."""
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
+    size |= {"image_size": 28, "patch_size": 14}
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("vit", "dinov2")}
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ViTModel(ViTConfig(intermediate_size=48, **size)).save_pretrained(folders["vit"])
+        Dinov2Model(Dinov2Config(mlp_ratio=2, **size)).save_pretrained(folders["dinov2"])
     return folders
 
 

@@ -94,10 +94,18 @@ def test_documents_are_read_back_as_the_same_rows(task: Task, tmp_path: Path) ->
         ("token-classification", {"tokens": ["a"], "tags": ["O", "O"]}, "line 2 has 1 tokens and 2 tags"),
         ("token-classification", {"tokens": [], "tags": []}, "line 2: tokens must be a list of words"),
         ("token-classification", {"tokens": ["a", " "], "tags": ["O", "O"]}, "none of them empty"),
-        ("token-classification", {"tokens": "a", "tags": ["O"]}, "tokens must be a list of words.*found 'a'"),
+        ("token-classification", {"tokens": "a", "tags": ["O"]}, "tokens must be a list of words.*found a string"),
         ("token-classification", {"tokens": ["a"], "tags": "O"}, "tags must be a list with one label for each"),
-        ("token-classification", {"tokens": ["a"], "tags": [True]}, "label True must be a label name"),
-        ("token-classification", {"tokens": ["a"], "tags": ["LOC"]}, "line 2: label 'LOC' is not allowed; use 'O', 'P"),
+        (
+            "token-classification",
+            {"tokens": ["a"], "tags": [True]},
+            "a label must be a label's name or its index; found true or false",
+        ),
+        (
+            "token-classification",
+            {"tokens": ["a"], "tags": ["LOC"]},
+            "line 2: a label is none of the run's; use 'O', 'P",
+        ),
         ("token-classification", {"tokens": ["\ud800"], "tags": ["O"]}, "half of a surrogate pair"),
         ("token-classification", {"tokens": ["a"], "tags": ["O"], "text": "a"}, "both text and tokens; keep one"),
         (
@@ -110,7 +118,7 @@ def test_documents_are_read_back_as_the_same_rows(task: Task, tmp_path: Path) ->
         ("causal-lm", {"prompt": "a"}, "line 2 has no 'completion'"),
         ("causal-lm", {"completion": "a"}, "line 2 has no 'prompt'"),
         ("causal-lm", {"prompt": "a", "completion": " "}, "line 2: the completion is empty"),
-        ("causal-lm", {"prompt": 1, "completion": "a"}, "prompt must be a string; found 1"),
+        ("causal-lm", {"prompt": 1, "completion": "a"}, "prompt must be a string; found a number"),
         ("causal-lm", {"text": ""}, "line 2: the text is empty"),
     ],
 )
@@ -128,7 +136,7 @@ def test_a_bad_row_is_refused_with_its_line(task: Task, row: Any, message: str, 
 def test_tags_in_a_csv_and_packaged_sources_for_other_tasks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("tokens,tags\na,O\n")
 
-    with pytest.raises(DataError, match=r"lists, which a CSV file has no place for; write a \.jsonl file"):
+    with pytest.raises(DataError, match=r"lists, which a CSV file has no place for; write a \.jsonl or"):
         load_rows(str(tmp_path / "a.csv"), LABELS, "train", "token-classification")
     with pytest.raises(DataError, match="'sentiment' is for text-classification, not causal-lm"):
         load_rows("sentiment", (), "train", "causal-lm")

@@ -12,6 +12,7 @@ from fedloom.cli import (
     bench,
     certs,
     client,
+    data,
     identity,
     ledger,
     operation,
@@ -59,6 +60,7 @@ app.command("identity")(identity.identity)
 app.command("audit")(audit.audit)
 app.command("assets")(assets.assets)
 app.add_typer(strategies.app, name="strategies")
+app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(privacy.app, name="privacy")
 app.add_typer(runs.app, name="runs")

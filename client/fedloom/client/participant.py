@@ -32,7 +32,6 @@ from fedloom.proto.messages import (
     Assignment,
     Finished,
     Joined,
-    Standing,
     UpdateHeader,
     Wait,
     broadcast_schema,

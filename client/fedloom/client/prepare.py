@@ -6,11 +6,10 @@ from contextlib import ExitStack
 
 from fedloom.client.config import Policy
 from fedloom.client.data.load import load_rows
-from fedloom.client.model import base_digest, load_model, resolve_base
+from fedloom.client.model import allowed_base, load_model
 from fedloom.client.privacy.account import open_account
 from fedloom.client.privacy.budget import check_affordable, outlook
 from fedloom.client.trainer import Trainer
-from fedloom.proto.errors import PolicyError
 from fedloom.proto.run import Spec
 
 __all__ = ["prepare"]
@@ -36,14 +35,8 @@ def prepare(policy: Policy, spec: Spec, *, announce: Callable[[str], None] = log
         ModelError: The base model cannot be loaded.
         LedgerError: The ledger is in use or cannot be trusted, or the data belongs to another account.
     """
-    rows = load_rows(policy.data.source, spec.model.labels, "train", spec.model.task)
-    base = policy.model.folder or spec.model.base
-    found = base_digest(resolve_base(base))
-    if policy.model.digests and found not in policy.model.digests:
-        raise PolicyError(
-            f"base model {base!r} has digest {found}; this site allows {', '.join(policy.model.digests)} "
-            "(model.digests in the policy)"
-        )
+    rows = load_rows(policy.data.source, spec.model.labels, "train", spec.model.task, policy.data.columns)
+    base = str(allowed_base(policy, spec))
     with ExitStack() as on_failure:
         ledger = None
         if spec.privacy.enabled:

@@ -1,7 +1,7 @@
 """The run file: one TOML that simulate, server and every engine read; its `spec` part is what clients see."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -11,7 +11,9 @@ from fedloom.proto.secagg.fixed import FixedPoint
 from fedloom.proto.tables import Section, explain, parse, read_toml
 
 __all__ = [
+    "LANGUAGE",
     "AdapterSection",
+    "Column",
     "DataSection",
     "EngineSection",
     "EvaluationSection",
@@ -31,8 +33,14 @@ __all__ = [
 ]
 
 
-Task = Literal["text-classification", "token-classification", "causal-lm"]
+Task = Literal["text-classification", "token-classification", "causal-lm", "instruct", "image-classification"]
 """What a model is trained for."""
+
+LANGUAGE: frozenset[Task] = frozenset({"causal-lm", "instruct"})
+"""Tasks that predict the next token: they have no labels and no head of their own."""
+
+Column = Literal["text", "label", "group", "tokens", "tags", "prompt", "completion", "messages", "image"]
+"""What a task reads of a row."""
 
 
 class RunSection(Section):
@@ -55,24 +63,29 @@ class ModelSection(Section):
     """Pin of the base model's files; a client whose folder differs refuses. None accepts what is found."""
     task: Task = "text-classification"
     """text-classification: one label for each text. token-classification: one for each word. causal-lm: the next
-    token of each text, or of each completion alone where the rows have prompts."""
+    token of each text, or of each completion alone where the rows have prompts. instruct: the assistant's turns of a
+    conversation in the base model's chat template. image-classification: one label for each picture."""
     labels: tuple[str, ...] = Field(default=(), max_length=10_000)
-    """Label names, at least 2; a label in the data is one of these, or its index. causal-lm has none."""
+    """Label names, at least 2; a label in the data is one of these, or its index. causal-lm and instruct have none."""
     max_length: int = Field(default=64, ge=8, le=8192)
     """Tokens kept of each text; its end is cut off."""
+    image_size: int | None = Field(default=None, ge=8, le=1024)
+    """Side in pixels to which pictures are brought. None is the base model's own; many can read no other."""
     head: Literal["train", "frozen"] = "train"
-    """Whether the classification head is trained (inside the clipped set) or stays at its start value. causal-lm adds
-    no head and needs "frozen"."""
+    """Whether the classification head is trained (inside the clipped set) or stays at its start value. causal-lm and
+    instruct add no head and need "frozen"."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSection":
-        if self.task == "causal-lm":
+        if self.image_size is not None and self.task != "image-classification":
+            raise ValueError(f"model.image_size is for image-classification, not {self.task}; remove it")
+        if self.task in LANGUAGE:
             if self.labels:
                 raise ValueError(
-                    f"model.labels has {len(self.labels)} names but causal-lm predicts tokens; remove model.labels"
+                    f"model.labels has {len(self.labels)} names but {self.task} predicts tokens; remove model.labels"
                 )
             if self.head == "train":
-                raise ValueError('causal-lm adds no head that could be trained; set model.head = "frozen"')
+                raise ValueError(f'{self.task} adds no head that could be trained; set model.head = "frozen"')
         elif len(self.labels) < 2:
             raise ValueError(f"model.labels has {len(self.labels)} names; {self.task} needs at least 2: name them")
         return self
@@ -231,13 +244,22 @@ class DataSection(Section):
     """[data]: the simulated federation's data; a real client's data is named in its own policy."""
 
     source: str
-    """Name of a packaged data set (sentiment, newsgroups) or a folder or file of CSV or JSONL."""
+    """Name of a packaged data set (sentiment, newsgroups, fashion-mnist), or a folder; see data.md for its layouts."""
+    columns: dict[Column, str] = Field(default_factory=dict)
+    """The files' names of columns: body for text is `text = "body"`. One left out has its own name."""
     clients: int = Field(default=4, ge=1, le=10_000)
     """Number of simulated clients."""
-    partition: Literal["iid", "dirichlet", "group"] = "iid"
-    """iid: at random. dirichlet: label skew. group: by the group column, each group split by Dirichlet."""
+    partition: Literal["iid", "dirichlet", "group", "pathological", "size"] = "iid"
+    """iid: at random. dirichlet: label skew. group: by the group column, each group split by Dirichlet. pathological:
+    few labels for each client. size: at random, in unequal shares."""
     dirichlet_alpha: float = Field(default=0.5, gt=0)
     """Concentration of the Dirichlet label skew; small is more skewed."""
+    classes_per_client: int = Field(default=2, ge=1)
+    """pathological: labels of each client."""
+    size_exponent: float = Field(default=1.0, ge=0, le=10)
+    """size: client k gets rows in proportion to k to the power of minus this; 0 is equal."""
+    shares: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(), max_length=10_000)
+    """size: one number for each client, to which its rows are in proportion, in place of size_exponent."""
     max_examples: int | None = Field(default=None, ge=1)
     """Use at most this many training examples in all."""
 

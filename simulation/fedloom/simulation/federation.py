@@ -77,7 +77,7 @@ def build(config: RunConfig, folder: Path) -> Federation:
     check_supply(config, config.data.clients)
     rng = np.random.default_rng([config.run.seed, 1])
     clients = shares(config, config.data, rng)
-    held_out = load_rows(config.data.source, config.model.labels, "test", config.model.task)
+    held_out = load_rows(config.data.source, config.model.labels, "test", config.model.task, config.data.columns)
     held_out = held_out.take(np.sort(rng.permutation(len(held_out))[: config.evaluation.max_examples]))
     policies = {name: simulated_policy(name, len(own), config, folder) for name, own in clients.items()}
     if config.secure_aggregation.enabled:
@@ -99,11 +99,20 @@ def shares(config: RunConfig, data: DataSection, rng: np.random.Generator | None
         ConfigError: There are more clients than rows.
         DataError: The data cannot be loaded.
     """
-    rows = load_rows(data.source, config.model.labels, "train", config.model.task)
+    rows = load_rows(data.source, config.model.labels, "train", config.model.task, data.columns)
     if data.max_examples is not None and data.max_examples < len(rows):
         rng = rng or np.random.default_rng([config.run.seed, 1])
         rows = rows.take(np.sort(rng.permutation(len(rows))[: data.max_examples]))
-    parts = partition(rows, data.clients, data.partition, data.dirichlet_alpha, config.run.seed)
+    parts = partition(
+        rows,
+        data.clients,
+        data.partition,
+        data.dirichlet_alpha,
+        config.run.seed,
+        classes=data.classes_per_client,
+        shares=data.shares,
+        exponent=data.size_exponent,
+    )
     width = len(str(len(parts) - 1))
     return {f"client-{index:0{width}d}": rows.take(part) for index, part in enumerate(parts)}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import tomli_w
 
 from fedloom.client.config import Policy
-from fedloom.client.data.rows import Rows, documents
+from fedloom.client.data.rows import Rows, documents, picture
 from fedloom.proto.errors import FedloomError, Unavailable
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
@@ -28,6 +28,10 @@ def write_client(policy: Policy, rows: Rows, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(document) + "\n" for document in documents(rows))
+    for number, image in enumerate(rows.images):
+        path = folder / picture(number)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(image)
     tables = policy.model_dump(mode="json", exclude_none=True)
     tables["client"] |= {"state": ".", "anchors": "ledger"}
     path = folder / "policy.toml"

@@ -216,8 +216,8 @@ def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, sta
     save_adapter(model, folder / "adapter", {**known, "user_privacy": user, "held_out_accuracy": final.accuracy})
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, federation.held_out, pad, str(model.device))
-    base, names, task = resolve_base(config.model.base), config.model.labels, config.model.task
-    reloaded = load_exported(base, folder / "adapter", len(names), task)
+    base, section = resolve_base(config.model.base), config.model
+    reloaded = load_exported(base, folder / "adapter", len(section.labels), section.task, section.image_size)
     agreement = float(np.mean(ours == predict(reloaded, federation.held_out, pad)))
     plot(folder, f"{folder.name}: {config.strategy.name}, {len(federation.clients)} clients", tape.records)
     result = Result(folder, tape.records, start, final, spent, user["epsilon"] if user else None, agreement)

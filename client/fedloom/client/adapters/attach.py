@@ -12,12 +12,15 @@ from fedloom.proto.run import AdapterSection, Task
 
 __all__ = ["attach"]
 
-TASK_TYPES: dict[Task, str] = {
+TASK_TYPES: dict[Task, str | None] = {
     "text-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
     "causal-lm": "CAUSAL_LM",
+    "instruct": "CAUSAL_LM",
+    "image-classification": None,
 }
-"""PEFT's name of each task; for the first two it saves the classification head with the adapter."""
+"""PEFT's name of each task; for the first two it saves the classification head with the adapter. It has none for
+pictures, and its names for texts would hand the model arguments that it does not take."""
 
 
 def attach(base: PreTrainedModel, section: AdapterSection, task: Task) -> tuple[PeftModel, list[Slot]]:

@@ -15,7 +15,7 @@ from fedloom.proto.schema import Role, TensorSpec
 __all__ = ["attach", "slots"]
 
 
-def attach(base: PreTrainedModel, section: AdapterSection, task_type: str) -> PeftModel:
+def attach(base: PreTrainedModel, section: AdapterSection, task_type: str | None) -> PeftModel:
     """A PeftModel that saves all biases.
 
     Raises:

@@ -19,8 +19,10 @@ from fedloom.proto.schema import Role, TensorSpec
 __all__ = ["attach", "linear_targets", "slots"]
 
 
-def attach(base: PreTrainedModel, section: AdapterSection, task_type: str, bias: str = "none") -> PeftModel:
+def attach(base: PreTrainedModel, section: AdapterSection, task_type: str | None, bias: str = "none") -> PeftModel:
     """A PeftModel with one pair on every target layer; `bias` says which biases PEFT saves with it, none or all.
+
+    Without a task type the module called classifier is saved with it.
 
     Raises:
         ModelError: No layer has one of the target names, or a target is not a linear layer.
@@ -34,6 +36,7 @@ def attach(base: PreTrainedModel, section: AdapterSection, task_type: str, bias:
         lora_dropout=0.0,
         bias=bias,
         task_type=task_type,
+        modules_to_save=None if task_type else ["classifier"],
         fan_in_fan_out=transposed,
     )
     with warnings.catch_warnings():

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fedloom.client.data.records import Turns
 from fedloom.proto.errors import DataError
 from fedloom.proto.run import Task
 
-__all__ = ["Indices", "Rows", "digest", "documents"]
+__all__ = ["Indices", "Rows", "digest", "documents", "picture"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -24,15 +25,18 @@ class Rows:
 
     Args:
         texts: n texts, each the whole content of its row: of token-classification the words joined by spaces, of
-            causal-lm the prompt and what follows it.
-        labels: int64, shape (n,): position of each row's label in `label_names`; of other tasks than
-            text-classification all zeros.
+            causal-lm the prompt and what follows it, of instruct all turns one after the other; of a picture its
+            fingerprint.
+        labels: int64, shape (n,): position of each row's label in `label_names`; all zeros of tasks whose rows have
+            no label of their own.
         groups: n names of the silo a row belongs to; "" when it has none.
-        label_names: The classes, in the order of the model's outputs; none for causal-lm.
+        label_names: The classes, in the order of the model's outputs; none for language models.
         task: What the rows are for.
         words: For token-classification, n tuples of words.
         tags: For token-classification, n int64 arrays: position of each word's label in `label_names`.
         prompts: For causal-lm, n beginnings of the texts that are read but not learned; "" learns the whole text.
+        turns: For instruct, n conversations: role and content of each turn.
+        images: For image-classification, n pictures as the bytes of their files.
 
     Raises:
         DataError: The lengths differ or a label is out of range.
@@ -46,6 +50,8 @@ class Rows:
     words: tuple[tuple[str, ...], ...] = ()
     tags: tuple[Indices, ...] = ()
     prompts: tuple[str, ...] = ()
+    turns: tuple[Turns, ...] = ()
+    images: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse columns that do not belong together."""
@@ -60,7 +66,12 @@ class Rows:
         elif self.task == "causal-lm":
             if len(self.prompts) != count or not all(map(str.startswith, self.texts, self.prompts)):
                 raise DataError(f"{len(self.prompts)} prompts for {count} texts; every text must begin with its prompt")
+        elif self.task == "instruct":
+            if len(self.turns) != count:
+                raise DataError(f"{len(self.turns)} conversations for {count} texts; every text needs its turns")
         else:
+            if self.task == "image-classification" and len(self.images) != count:
+                raise DataError(f"{len(self.images)} pictures for {count} rows; every row needs one")
             _check_range(self.labels, self.label_names)
 
     def _check_tags(self, count: int) -> None:
@@ -88,6 +99,8 @@ class Rows:
             _taken(self.words, indices),
             _taken(self.tags, indices),
             _taken(self.prompts, indices),
+            _taken(self.turns, indices),
+            _taken(self.images, indices),
         )
 
 
@@ -121,13 +134,29 @@ def digest(rows: Rows) -> str:
 
 
 def documents(rows: Rows) -> Iterator[dict[str, Any]]:
-    """The rows as the JSON objects of a .jsonl file, which `load_rows` reads back; groups are left out."""
+    """The rows as the JSON objects of a .jsonl file, which `load_rows` reads back; groups are left out.
+
+    A picture is named by the path `picture(i)`, to which the caller writes its bytes.
+    """
     for i, text in enumerate(rows.texts):
         if rows.task == "text-classification":
             yield {"text": text, "label": rows.label_names[rows.labels[i]]}
+        elif rows.task == "image-classification":
+            yield {"image": picture(i), "label": rows.label_names[rows.labels[i]]}
         elif rows.task == "token-classification":
             yield {"tokens": list(rows.words[i]), "tags": [rows.label_names[tag] for tag in rows.tags[i]]}
+        elif rows.task == "instruct":
+            yield {"messages": [{"role": role, "content": content} for role, content in rows.turns[i]]}
         elif rows.prompts[i]:
             yield {"prompt": rows.prompts[i], "completion": text[len(rows.prompts[i]) :]}
         else:
             yield {"text": text}
+
+
+def picture(number: int) -> str:
+    """Path of a picture beside the file that `documents` is written to.
+
+    >>> picture(7)
+    'pictures/000007'
+    """
+    return f"pictures/{number:06d}"

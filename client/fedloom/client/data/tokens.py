@@ -1,4 +1,4 @@
-"""Rows as token ids, and the padded tensors a model reads."""
+"""Rows as token ids or pixels, and the padded tensors a model reads."""
 
 import logging
 from collections.abc import Iterator
@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fedloom.client.data.chat import learned_spans
+from fedloom.client.data.images import Pictures, Pixels
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.proto.errors import ConfigError, DataError
 
@@ -31,19 +33,23 @@ class Encoded:
     """Tokenized rows.
 
     Args:
-        input_ids: One int32 array per row, with special tokens, truncated but not padded.
+        input_ids: One int32 array per row, with special tokens, truncated but not padded; none of pictures.
         labels: int64, shape (n,): class of each row; not read when there are targets.
         targets: For tasks with a label at each token, one int32 array per row, as long as its input_ids: the class
-            that the scores at that token must predict, or `IGNORED`. Empty for text-classification.
+            that the scores at that token must predict, or `IGNORED`. Empty for other tasks.
+        pixels: For pictures, one uint8 array of shape (3, side, side) per row.
+        pictures: For pictures, how pixels become what the model reads.
     """
 
     input_ids: tuple[Ids, ...]
     labels: Indices
     targets: tuple[Ids, ...] = ()
+    pixels: tuple[Pixels, ...] = ()
+    pictures: Pictures | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(self.input_ids)
+        return len(self.labels)
 
     @property
     def evaluation_batch(self) -> int:
@@ -51,15 +57,20 @@ class Encoded:
         return 8 if self.targets else 64
 
 
-def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase | Pictures, max_length: int) -> Encoded:
     """Tokenize every row once, keeping at most `max_length` tokens of each, special tokens included.
 
     token-classification: the first token of each word has its tag. causal-lm: each token has the next one's id, if
-    that is not of the prompt; the tokenizer's end token is learned too, so that what is generated ends.
+    that is not of the prompt; the tokenizer's end token is learned too, so that what is generated ends. instruct:
+    likewise, in the tokenizer's chat template, if the next token is of an assistant's turn. Pictures are brought to
+    their size.
 
     Raises:
-        DataError: A row gives no token.
+        DataError: A row gives no token, is no picture, or does not fit the chat template.
     """
+    if isinstance(tokenizer, Pictures):
+        prepared = tuple(tokenizer.pixels(data, f"picture {number}") for number, data in enumerate(rows.images, 1))
+        return Encoded((), rows.labels, pixels=prepared, pictures=tokenizer)
     pairs: list[tuple[Ids, Ids]] = []
     for start in range(0, len(rows), _CHUNK):
         chunk = rows.take(np.arange(start, min(start + _CHUNK, len(rows))))
@@ -115,7 +126,31 @@ def _next(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> It
         yield ids, targets
 
 
-_ENCODERS = {"text-classification": _whole, "token-classification": _tagged, "causal-lm": _next}
+def _answers(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[Ids, Ids]]:
+    """The next token's id at each token before one that an assistant's turn begins or goes on with."""
+    texts, spans = zip(*(learned_spans(turns, tokenizer) for turns in rows.turns), strict=True)
+    # The template has written the special tokens already.
+    output = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    for whole, places, parts in zip(output["input_ids"], output["offset_mapping"], spans, strict=True):
+        ids = np.asarray(whole[:max_length], np.int32)
+        learned = [any(begin < stop and start < end for begin, end in parts) for start, stop in places[: len(ids)]]
+        targets = np.full(len(ids), IGNORED, np.int32)
+        targets[:-1] = np.where(learned[1:], ids[1:], IGNORED)
+        yield ids, targets
+
+
+_ENCODERS = {
+    "text-classification": _whole,
+    "token-classification": _tagged,
+    "causal-lm": _next,
+    "instruct": _answers,
+}
 
 
 def collate(encoded: Encoded, indices: Indices, pad_id: int) -> dict[str, torch.Tensor]:
@@ -127,8 +162,13 @@ def collate(encoded: Encoded, indices: Indices, pad_id: int) -> dict[str, torch.
     Returns:
         input_ids and attention_mask, int64, shape (len(indices), longest), and labels, int64, of the same shape
         with `IGNORED` on padding, or of shape (len(indices),) when rows have one label each. The mask is 1 on
-        tokens and 0 on padding.
+        tokens and 0 on padding. Of pictures pixel_values, float32, shape (len(indices), 3, side, side), and labels.
     """
+    if encoded.pictures is not None:
+        side = encoded.pictures.side
+        chosen = np.array([encoded.pixels[i] for i in indices], np.uint8).reshape(-1, 3, side, side)
+        labels = torch.from_numpy(encoded.labels[indices].astype(np.int64))
+        return {"pixel_values": torch.from_numpy(encoded.pictures.normalised(chosen)), "labels": labels}
     texts = [encoded.input_ids[i] for i in indices]
     mask = _padded([np.ones(len(ids), np.int32) for ids in texts], 0)
     if encoded.targets:
@@ -156,7 +196,7 @@ def microbatches(indices: Indices, encoded: Encoded, size: int) -> Iterator[Indi
         raise ConfigError(f"microbatch size {size} must be at least 1; raise train.microbatch")
     # Sorting keeps padding small and is safe for DP-SGD: the step is the sum of separately clipped per-example
     # gradients plus one noise draw, and a sum does not depend on the order or grouping of its terms.
-    lengths = np.array([len(encoded.input_ids[i]) for i in indices], np.int64)
+    lengths = np.array([len(encoded.input_ids[i]) if encoded.input_ids else 0 for i in indices], np.int64)
     ordered = indices[np.argsort(lengths, kind="stable")]
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from fedloom.client.config import Policy
+from fedloom.client.data.images import noise_picture
 from fedloom.client.data.rows import Rows
 from fedloom.client.model import AdapterModel
 from fedloom.client.privacy.entropy import Entropy, System, poisson
@@ -265,7 +266,7 @@ _TEXTS = ("the ward was quiet", "a long walk by the river in spring", "ten past 
 
 
 def _made_up(spec: Spec) -> Rows:
-    """`_TEXTS` as examples of the run's task; the labels go round."""
+    """`_TEXTS`, or as many pictures of noise, as examples of the run's task; the labels go round."""
     task, names = spec.model.task, spec.model.labels
     count, none = len(_TEXTS), ("",) * len(_TEXTS)
     labels = np.zeros(count, np.int64)
@@ -275,7 +276,13 @@ def _made_up(spec: Spec) -> Rows:
         return Rows(_TEXTS, labels, none, names, task, words=words, tags=tags)
     if task == "causal-lm":
         return Rows(_TEXTS, labels, none, (), task, prompts=none)
-    return Rows(_TEXTS, np.arange(count, dtype=np.int64) % len(names), none, names)
+    if task == "instruct":
+        turns = tuple((("user", "What happened?"), ("assistant", text)) for text in _TEXTS)
+        return Rows(_TEXTS, labels, none, (), task, turns=turns)
+    classes = np.arange(count, dtype=np.int64) % len(names)
+    if task == "image-classification":
+        return Rows(_TEXTS, classes, none, names, task, images=tuple(noise_picture(each) for each in range(count)))
+    return Rows(_TEXTS, classes, none, names)
 
 
 def _through_the_model(model: AdapterModel, spec: Spec, entropy: Entropy, delta: float, confidence: float) -> Check:

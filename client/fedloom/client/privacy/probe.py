@@ -24,7 +24,7 @@ from fedloom.client.privacy.entropy import Seeded
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import recording
 from fedloom.proto.errors import ModelError
-from fedloom.proto.run import Task
+from fedloom.proto.run import LANGUAGE, Task
 
 __all__ = ["BatchLoss", "made_up", "probe"]
 
@@ -104,13 +104,19 @@ def probe(model: AdapterModel, loss: BatchLoss, task: Task, max_length: int) -> 
 def made_up(model: AdapterModel, task: Task, longest: int) -> Encoded:
     """Seven examples of random tokens and labels: four lengths, one of equal length, a long one and a short one.
 
-    The long one has `longest` tokens, at least 2; all are at most as long. Some tokens are without a label.
+    The long one has `longest` tokens, at least 2; all are at most as long. Some tokens are without a label. Pictures
+    have one size, and random pixels.
     """
     rng = np.random.default_rng(0)
+    if task == "image-classification":
+        side, count = model.tokenizer.side, len(_LENGTHS) + 3
+        pixels = tuple(rng.integers(256, size=(count, 3, side, side), dtype=np.uint8))
+        labels = rng.integers(model.model.config.num_labels, size=count)
+        return Encoded((), labels, pixels=pixels, pictures=model.tokenizer)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     # A padding token within a text would be taken for the text's end by models that look for it.
     usable = np.setdiff1d(np.arange(vocabulary), model.tokenizer.all_special_ids)
-    classes = vocabulary if task == "causal-lm" else model.model.config.num_labels
+    classes = vocabulary if task in LANGUAGE else model.model.config.num_labels
     lengths = [min(length, longest) for length in (*_LENGTHS, _LENGTHS[-1], longest, 2)]
     input_ids = tuple(rng.choice(usable, length).astype(np.int32) for length in lengths)
     labels = rng.integers(classes, size=len(lengths))
@@ -144,6 +150,8 @@ def _random_adapter(model: AdapterModel) -> Iterator[list[nn.Parameter]]:
 
 
 def _read_longest(model: AdapterModel, loss: BatchLoss, task: Task, max_length: int) -> None:
+    if task == "image-classification":
+        return  # pictures have one size, which loading the model has tried
     longest = made_up(model, task, max_length)
     number = max(range(len(longest)), key=lambda each: len(longest.input_ids[each]))
     try:
@@ -164,6 +172,10 @@ class _Bench:
 
     def batch(self, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
         return collate(self.examples, np.array(chosen, np.int64), self.model.tokenizer.pad_token_id)
+
+    def shape(self, chosen: Sequence[int]) -> list[torch.Size]:
+        """Of all that the model reads of a batch."""
+        return [tensor.shape for tensor in self.batch(chosen).values()]
 
     def alone(self, number: int) -> torch.Tensor:
         """The gradient of one example in a batch of its own, by plain autograd; shape (P,)."""
@@ -223,7 +235,7 @@ def _compare(bench: _Bench) -> None:
     for name, chosen in _NEIGHBOURS.items():
         gradients, total = bench.recorded(chosen, bound)
         kept = [place for place, number in enumerate(_TOGETHER) if chosen[place] == number]
-        same_shape = bench.batch(chosen)["input_ids"].shape == bench.batch(_TOGETHER)["input_ids"].shape
+        same_shape = bench.shape(chosen) == bench.shape(_TOGETHER)
         found = _difference(gradients[kept], together[kept], norms[kept])
         most = tolerance.neighbour if same_shape else tolerance.padding
         _refuse_above(most, found, f"{name}, the gradient of another one changes")

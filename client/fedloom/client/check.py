@@ -1,0 +1,179 @@
+"""What a data owner wants to know before joining a run: will my data be taken, what is lost, what does it cost?"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from fedloom.client.config import Policy, check_spec
+from fedloom.client.data.records import Layout
+from fedloom.client.data.survey import Lengths, Survey, guess_task, lengths, survey
+from fedloom.client.model import allowed_base, load_tokenizer
+from fedloom.client.privacy.account import existing_account
+from fedloom.client.privacy.budget import round_spend
+from fedloom.proto.accounting import epsilon, rounds_left
+from fedloom.proto.errors import DataError, FedloomError, ModelError, PolicyError
+from fedloom.proto.run import Spec
+
+__all__ = ["Cost", "Finding", "Report", "check"]
+
+_SHOWN = 20
+
+
+class Finding(NamedTuple):
+    """One thing the owner should know."""
+
+    level: Literal["error", "warning"]
+    """error: the run would be refused here, or would stop. warning: it would go on."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The privacy account under a run."""
+
+    before: float
+    """Epsilon spent so far, at the policy's delta."""
+    after: float
+    """The same with every round of the run on top."""
+    budget: float
+    delta: float
+    rounds: int
+    affordable: int
+    """Rounds of the run that the rest of the budget pays for."""
+
+
+@dataclass
+class Report:
+    """All that was found. It is exact, and stays on this machine."""
+
+    survey: Survey
+    lengths: Lengths | None = None
+    cost: Cost | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether training would take the data."""
+        return all(finding.level != "error" for finding in self.findings)
+
+    def document(self) -> dict[str, Any]:
+        """Everything as JSON."""
+        found = self.survey
+        return {
+            "sound": self.sound,
+            "task": found.task,
+            "rows": found.rows,
+            "usable": len(found.usable),
+            "groups": found.groups,
+            "labels": dict(found.labels),
+            "unknown_labels": dict(found.unknown),
+            "tokens": asdict(self.lengths) if self.lengths else None,
+            "privacy": asdict(self.cost) if self.cost else None,
+            "findings": [finding._asdict() for finding in self.findings],
+        }
+
+
+def check(policy: Policy, spec: Spec | None) -> Report:
+    """Look at a site's data as a run would, without training, charging or sending anything.
+
+    Args:
+        policy: The site's policy.
+        spec: The run with its noise multiplier; None looks at the data alone.
+
+    Raises:
+        DataError: The data cannot be read at all.
+    """
+    names, source = policy.data.columns, policy.data.source
+    task = spec.model.task if spec else guess_task(source, names)
+    labels = spec.model.labels if spec else ()
+    report = Report(survey(source, labels, Layout(task, names)))
+    _judge_rows(report, labels)
+    if spec is None:
+        return report
+    try:
+        check_spec(policy, spec)
+    except PolicyError as error:
+        report.findings.append(Finding("error", str(error)))
+    if report.survey.usable:
+        _judge_lengths(report, policy, spec)
+    if spec.privacy.enabled:
+        _judge_size(report, policy, spec)
+        _judge_cost(report, policy, spec)
+    return report
+
+
+def _judge_rows(report: Report, labels: tuple[str, ...]) -> None:
+    found, add = report.survey, report.findings.append
+    if not found.rows:
+        add(Finding("error", "there is no row"))
+    for what, fault in found.unreadable.items():
+        add(Finding("error", f"{_rows(fault.rows)}, the first at {fault.first}: {what}"))
+    if found.unknown:
+        add(
+            Finding(
+                "error",
+                f"{found.unknown.total()} labels are none of the run's ({_some([repr(each) for each in labels])}): "
+                f"{_some([repr(each) for each in sorted(found.unknown)])}; correct them in the data",
+            )
+        )
+    for what, fault in found.doubtful.items():
+        add(Finding("warning", f"{_rows(fault.rows)}, the first at {fault.first}: {what}"))
+    absent = [name for name in labels if name not in found.labels]
+    if absent and found.rows:
+        add(Finding("warning", f"no row has the label {_some([repr(each) for each in absent])}"))
+
+
+def _judge_lengths(report: Report, policy: Policy, spec: Spec) -> None:
+    add, most = report.findings.append, spec.model.max_length
+    try:
+        folder = allowed_base(policy, spec)
+        if spec.model.task == "image-classification":
+            return
+        found = report.lengths = lengths(report.survey, spec.model.labels, load_tokenizer(folder), most)
+    except (DataError, ModelError, PolicyError) as error:
+        add(Finding("error", str(error)))
+        return
+    if found.cut:
+        share = found.cut / len(report.survey.usable)
+        add(Finding("warning", f"{_rows(found.cut)} ({share:.1%}) lose their end at model.max_length = {most}"))
+    if found.idle:
+        add(Finding("warning", f"{_rows(found.idle)} have nothing to learn within model.max_length = {most}"))
+
+
+def _judge_size(report: Report, policy: Policy, spec: Spec) -> None:
+    declared, usable = policy.data.declared_examples, len(report.survey.usable)
+    if declared is None or not usable:
+        return  # check_spec and _judge_rows have said so
+    if not 0.8 <= declared / usable <= 1.25:
+        what = "steps are shorter than they could be" if declared > usable else "noise weighs less than it should"
+        add = f"data.declared_examples = {declared:,} and there are {usable:,} rows: {what}; declare a rounded number"
+        report.findings.append(Finding("warning", add))
+    if (expected := spec.train.sampling_rate * usable) < 5:
+        text = f"a step takes {expected:.1f} of these rows on average, which noise will drown; ask for a higher rate"
+        report.findings.append(Finding("warning", text))
+
+
+def _judge_cost(report: Report, policy: Policy, spec: Spec) -> None:
+    mine, rounds, add = policy.privacy, spec.run.rounds, report.findings.append
+    try:
+        each = round_spend(spec)
+        with existing_account(policy) as ledger:
+            prior = [charge.spend for charge in ledger.charges()] if ledger is not None else []
+    except FedloomError as error:
+        add(Finding("error", str(error)))
+        return
+    before, after = (epsilon([*prior, *[each] * count], mine.delta) for count in (0, rounds))
+    affordable = rounds_left(prior, each, mine.epsilon, mine.delta, most=rounds)
+    report.cost = Cost(before, after, mine.epsilon, mine.delta, rounds, affordable)
+    if affordable < rounds:
+        text = f"the budget of epsilon {mine.epsilon:g} pays for {affordable} of {rounds} rounds"
+        add(Finding("warning" if affordable else "error", text))
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count > 1)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} ... ({len(names)} in all)"

@@ -1,0 +1,50 @@
+"""Conversations in a tokenizer's chat template, and which characters of them are the assistant's."""
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from fedloom.client.data.records import Turns
+from fedloom.proto.errors import DataError
+
+__all__ = ["learned_spans"]
+
+
+def learned_spans(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as the model reads it, and the begin and end of what the assistant said in it.
+
+    What is learned of a turn runs from where the template has the model begin to the mark that ends its turn. It is
+    found by writing the conversation up to each turn, so that it needs no marks in the template itself.
+
+    Args:
+        turns: At least one is the assistant's.
+        tokenizer: It has a chat template.
+
+    Raises:
+        DataError: The template refuses the conversation, or writes an earlier turn otherwise once another follows.
+    """
+    whole = _written(turns, tokenizer)
+    spans: list[tuple[int, int]] = []
+    for place, (role, _) in enumerate(turns):
+        if role != "assistant":
+            continue
+        before = _written(turns[:place], tokenizer, prompt=True) if place else ""
+        after = _written(turns[: place + 1], tokenizer)
+        if not after.startswith(before) or not whole.startswith(after):
+            raise DataError(
+                "the base model's chat template writes a turn otherwise when another follows, so that it cannot be "
+                "told which tokens are the assistant's; give each row one assistant's turn, the last"
+            )
+        # The line break after the end mark begins the next turn; nothing is asked of the model there.
+        spans.append((len(before), max(len(before), len(after.rstrip()))))
+    return whole, spans
+
+
+def _written(turns: Turns, tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except (TemplateError, ValueError, TypeError) as error:
+        raise DataError(
+            f"the base model's chat template refuses a conversation ({type(error).__name__}); most want turns of user "
+            "and assistant in turn, after at most one of system"
+        ) from error
