@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fedloom.client.config import Policy, check_spec
-from fedloom.client.connection import Connection
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
 from fedloom.client.secagg import Delivery, check_assignment, membership
 from fedloom.client.training import Training
@@ -29,6 +28,9 @@ from fedloom.proto.errors import (
 )
 from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, Wait, broadcast_schema, upload_schema
+
+if TYPE_CHECKING:
+    from fedloom.client.connection import Connection  # without gRPC, another framework may be the line
 
 __all__ = ["Participant"]
 
@@ -55,7 +57,7 @@ class Participant:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: "Connection",
         policy: Policy,
         prepare: Callable[[Joined], Training],
         *,
