@@ -1,0 +1,110 @@
+"""Real flower-superlink, flower-supernode and flwr processes on the loopback interface, for a test or a benchmark."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+"""The working tree, which holds the environment that `make setup` gives Flower: its pins and ours exclude each other."""
+
+FLOWER = Path(os.environ.get("FEDLOOM_FLOWER_BIN", ROOT / ".venv-flower" / "bin"))
+FEDLOOM = f"{sys.executable} -m fedloom.cli.main"
+WAIT_S = 200.0
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """A SuperLink and its SuperNodes, all up."""
+
+    folder: Path
+    logs: list[Path]
+
+    def run(self, app: Path, out: Path) -> str:
+        """`flwr run` to the end; everything that the ServerApp said."""
+        command = [str(FLOWER / "flwr"), "run", str(app), "here", "--stream", "--run-config", f'out="{out}"']
+        done = subprocess.run(
+            command, env=environment(self.folder), capture_output=True, text=True, timeout=WAIT_S, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def said(self) -> str:
+        """What all processes wrote, for whoever has to find out why a run failed."""
+        return "\n".join(f"== {log}\n{log.read_text(errors='replace')[-4000:]}" for log in self.logs)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """No telemetry, no look for a newer version, and nothing in the user's home."""
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": str(folder / "flwr")}
+    search = os.pathsep.join([str(FLOWER), os.environ.get("PATH", "")])
+    return {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | quiet | {"PATH": search}
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def superlink(folder: Path, policies: Mapping[str, Path]) -> Iterator[SuperLink]:
+    """A SuperLink, and a SuperNode for each policy; all are gone afterwards."""
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    home = folder / "flwr"
+    home.mkdir(parents=True)
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
+    )
+    with ExitStack() as stack:
+        link = SuperLink(folder, [])
+        options = ["--insecure", "--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
+        _start(stack, link, "superlink", ["flower-superlink", *options])
+        _wait_for(f"http://{address}/health", link)
+        for name, policy in policies.items():
+            config = f'policy="{policy}" fedloom="{FEDLOOM}"'
+            node = ["flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port())]
+            _start(stack, link, name, [*node, "--host", "127.0.0.1", "--node-config", config])
+        yield link
+
+
+def _start(stack: ExitStack, link: SuperLink, name: str, command: list[str]) -> None:
+    path = link.folder / f"{name}.log"
+    log = stack.enter_context(path.open("wb"))
+    link.logs.append(path)
+    process = subprocess.Popen(
+        [str(FLOWER / command[0]), *command[1:]],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment(link.folder),
+        cwd=link.folder,
+    )
+    stack.callback(_stop, process)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _wait_for(url: str, link: SuperLink) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            assert time.monotonic() < deadline, link.said()
+            time.sleep(0.2)
