@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export FEDLOOM_CACHE ?= $(CURDIR)/.cache
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test prove chaos check fix proto docs bench study-small clean
+.PHONY: setup flower demo test prove chaos check fix proto docs bench study-small clean
 
 setup: $(VENV)/.ready
 
@@ -16,10 +16,21 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m fedloom.client.assets minilm-l6 sentiment
 	touch $@
 
+# Flower wants protobuf below 7 and typer below 0.21, our pins are above: its commands get an environment of their own.
+FLOWER := .venv-flower
+
+flower: $(FLOWER)/.ready
+
+$(FLOWER)/.ready: pyproject.toml flower/constraints.txt
+	$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet --upgrade pip
+	$(FLOWER)/bin/python -m pip install --quiet -c flower/constraints.txt -e '.[server,flower]'
+	touch $@
+
 demo: setup
 	fedloom simulate examples/sentiment.toml
 
-test: setup
+test: setup flower
 	pytest
 
 # Everything that is too heavy for every change, at full size.
@@ -62,4 +73,4 @@ study-small: setup
 	python benchmarks/study_small.py
 
 clean:
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) $(FLOWER) .cache

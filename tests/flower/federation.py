@@ -1,6 +1,8 @@
 """Real flower-superlink, flower-supernode and flwr processes on the loopback interface, for a test or a benchmark."""
 
+import csv
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -11,8 +13,10 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import tomli_w
+
 ROOT = Path(__file__).parents[2]
-"""The working tree, which holds the environment that `make setup` gives Flower: its pins and ours exclude each other."""
+"""The working tree. `make setup` gives Flower an environment of its own in it: its pins and ours exclude each other."""
 
 FLOWER = Path(os.environ.get("FEDLOOM_FLOWER_BIN", ROOT / ".venv-flower" / "bin"))
 FEDLOOM = f"{sys.executable} -m fedloom.cli.main"
@@ -38,6 +42,36 @@ class SuperLink:
     def said(self) -> str:
         """What all processes wrote, for whoever has to find out why a run failed."""
         return "\n".join(f"== {log}\n{log.read_text(errors='replace')[-4000:]}" for log in self.logs)
+
+
+def write_run(folder: Path, base: Path, *, clients: int, rounds: int = 2) -> Path:
+    """A run file on a base model, and rated sentences beside it for so many clients; not private, so that it can be
+    repeated."""
+    data = folder / "data"
+    data.mkdir()
+    rng = random.Random(0)
+    for name, count in (("train", 15 * clients), ("test", 10)):
+        with (data / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            for _ in range(count):
+                label = rng.choice(("negative", "positive"))
+                words = [rng.choice(("film", "plot", "actor", "very")) for _ in range(rng.randint(1, 9))]
+                writer.writerow([" ".join([{"negative": "awful", "positive": "great"}[label], *words]), label])
+    run = folder / "run.toml"
+    tables = {
+        "run": {"name": "tiny", "rounds": rounds, "seed": 5},
+        "model": {"base": str(base), "labels": ["negative", "positive"], "max_length": 16},
+        "adapter": {"rank": 4, "alpha": 8},
+        "train": {"steps": 3, "sampling_rate": 0.5, "learning_rate": 0.3},
+        "privacy": {"enabled": False, "epsilon": 20.0, "delta": 1e-2},
+        "strategy": {"name": "fedsvd", "weighting": "examples"},
+        "rounds": {"min_clients": clients},
+        "data": {"source": str(data), "clients": clients},
+        "engine": {"kind": "grpc", "threads": 1},
+    }
+    run.write_text(tomli_w.dumps(tables))
+    return run
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -66,7 +100,14 @@ def superlink(folder: Path, policies: Mapping[str, Path]) -> Iterator[SuperLink]
     )
     with ExitStack() as stack:
         link = SuperLink(folder, [])
-        options = ["--insecure", "--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
+        options = [
+            "--insecure",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--disable-runtime-dependency-installation",
+        ]
         _start(stack, link, "superlink", ["flower-superlink", *options])
         _wait_for(f"http://{address}/health", link)
         for name, policy in policies.items():

@@ -11,7 +11,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedloom.client.config import load_policy
-from fedloom.flower.line import ask, ensure, socket_path
+from fedloom.flower.line import ask, socket_path
 from fedloom.flower.messages import Reply, reply_to_json
 from fedloom.flower.records import packed, unpacked
 from fedloom.proto.errors import ConfigError
@@ -37,8 +37,7 @@ def _asked(message: Message, context: Context) -> tuple[bytes, bytes]:
     path = socket_path(load_policy(policy))
     # Flower's executor is this process's parent, and ends with the SuperNode: so does the trainer.
     command = [*_fedloom(context.node_config), "flower", "node", "--policy", str(policy), "--parent", str(os.getppid())]
-    ensure(path, command)
-    return ask(path, head, payload)
+    return ask(path, command, head, payload)
 
 
 def _policy_path(node: Mapping[str, object], run: Mapping[str, object]) -> Path:

@@ -17,7 +17,7 @@ from fedloom.flower.messages import MAX_HEAD_BYTES
 from fedloom.proto.errors import ConfigError, ProtocolError, Unavailable
 from fedloom.proto.limits import MAX_PAYLOAD_BYTES
 
-__all__ = ["ask", "ensure", "listening", "receive", "send", "socket_path"]
+__all__ = ["ask", "listening", "receive", "send", "socket_path"]
 
 _PREFIX = struct.Struct(">8sIQ")
 _MAGIC = b"fedloom1"
@@ -63,7 +63,8 @@ def listening(path: Path) -> socket.socket:
 def send(line: socket.socket, head: bytes, payload: bytes) -> None:
     """Send one message."""
     line.sendall(_PREFIX.pack(_MAGIC, len(head), len(payload)) + head)
-    line.sendall(payload)
+    if payload:  # whoever has read a head without one may be gone already
+        line.sendall(payload)
 
 
 def receive(line: socket.socket) -> tuple[bytes, bytes]:
@@ -82,31 +83,31 @@ def receive(line: socket.socket) -> tuple[bytes, bytes]:
     return _exactly(line, head), _exactly(line, payload)
 
 
-def ask(path: Path, head: bytes, payload: bytes) -> tuple[bytes, bytes]:
+def ask(path: Path, command: Sequence[str], head: bytes, payload: bytes) -> tuple[bytes, bytes]:
     """Ask the resident trainer at `path`; waits for as long as it works.
 
+    Args:
+        path: Its socket.
+        command: Started if nobody listens there. The process outlives this one; what it says goes to node.log.
+        head: Of the message.
+        payload: Of the message.
+
     Raises:
-        Unavailable: Nobody listens there, or it ended before it answered.
+        Unavailable: It does not start, or it ended before it answered.
         ProtocolError: What came back is not a message.
     """
-    with closing(_connected(path)) as line:
+    with closing(_connected(path) or _started(path, command)) as line:
         try:
             send(line, head, payload)
             return receive(line)
         except OSError as error:
-            raise Unavailable(f"the resident trainer at {path} is gone: {error}; its log is beside it") from error
+            raise Unavailable(
+                f"the resident trainer at {path} is gone: {error}; node.log beside it says why"
+            ) from error
 
 
-def ensure(path: Path, command: Sequence[str]) -> None:
-    """See to it that somebody listens at `path`: start `command` if nobody does, and wait for it.
-
-    The process outlives this one, and its output goes to node.log beside the socket.
-
-    Raises:
-        Unavailable: It does not start.
-    """
-    if _answers(path):
-        return
+def _started(path: Path, command: Sequence[str]) -> socket.socket:
+    """A line to a resident trainer that was not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     log = path.with_name("node.log")
     with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
@@ -119,29 +120,22 @@ def ensure(path: Path, command: Sequence[str]) -> None:
                 f"{command[0]} cannot be started: {error}; name fedloom's command in node-config"
             ) from error
     deadline = time.monotonic() + _START_S
-    while not _answers(path):
+    while (line := _connected(path)) is None:
         # Status 0: another one was faster, and is about to listen.
         if process.poll() not in (None, 0) or time.monotonic() > deadline:
             raise Unavailable(f"the resident trainer does not listen at {path}; {log} says why")
         time.sleep(_PAUSE_S)
-
-
-def _connected(path: Path) -> socket.socket:
-    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        line.connect(str(path))
-    except OSError as error:
-        line.close()
-        raise Unavailable(f"nobody listens at {path}: {error}; start `fedloom flower node` there") from error
     return line
 
 
-def _answers(path: Path) -> bool:
+def _connected(path: Path) -> socket.socket | None:
+    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        _connected(path).close()
-    except Unavailable:
-        return False
-    return True
+        line.connect(str(path))
+    except OSError:
+        line.close()
+        return None
+    return line
 
 
 def _exactly(line: socket.socket, size_bytes: int) -> bytes:
