@@ -104,7 +104,12 @@ def coordinated(sites: Sites, config: RunConfig, schema: Schema, store: Store) -
     (created,) = [event for event in store.events() if isinstance(event, RunCreated)]
     joined = Joined(created.run, coordinator.epoch, config.spec, schema)
     looks = iter(range(200))
-    coordinate(coordinator, joined, sites, pause=lambda: next(looks, None) is None and pytest.fail("no end"))
+
+    def pause() -> None:
+        if next(looks, None) is None:
+            pytest.fail("no end")
+
+    coordinate(coordinator, joined, sites, pause=pause)
     return coordinator.state.adapter
 
 

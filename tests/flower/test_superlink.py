@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedloom.proto.run import load_run
+from fedloom.proto.schema import Tensors
 from fedloom.simulation.simulate import simulate
 from tests.flower.federation import FLOWER, superlink, write_run
 
@@ -41,8 +42,9 @@ def fedloom(*arguments: object) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def adapter(folder: Path) -> dict[str, np.ndarray]:
-    return load_file(folder / "adapter_model.safetensors")
+def adapter(folder: Path) -> Tensors:
+    tensors: Tensors = load_file(folder / "adapter_model.safetensors")
+    return tensors
 
 
 def test_two_nodes_give_the_adapter_of_the_grpc_engine(folder: Path, tiny_base: Path) -> None:
