@@ -46,17 +46,20 @@ def _lines(path: Path) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def dropout(folder: Path, seed: int, needed: int, selected: int, rounds: int, share: float) -> Result:
+def dropout(folder: Path, seed: int, needed: int, asked: int, rounds: int, share: float) -> Result:
     """Every client dies in each of its trainings with this chance, and is away until its lease has lapsed.
+
+    The coordinator knows the chance and asks as many as its rule says, which must be `asked`.
 
     Raises:
         Failure: The log is not what the survivors alone give; see `oracle.check`.
     """
     rng = random.Random(seed)
-    spare = round(selected * share) + 3  # those who are away must not make the next cohort small
+    spare = round(asked * share) + 3  # those who are away must not make the next cohort small
     trial = Trial(
-        clients=selected + spare,
-        selected=selected,
+        clients=asked + spare,
+        selected=needed,
+        dropout_rate=share,
         rounds=rounds,
         needed=needed,
         deadline_s=30.0,
@@ -75,13 +78,15 @@ def dropout(folder: Path, seed: int, needed: int, selected: int, rounds: int, sh
     federation.down_s = 2.0
     federation.run(limit_s=300 + 20 * rounds)
     found = checked(federation)
-    cohorts = sum(len(each["cohort"]) for each in found["log"])
+    sizes = {len(each["cohort"]) for each in found["log"]}
+    if sizes != {asked}:
+        raise Failure(f"{sizes} clients were asked for {needed} updates, not {asked}")
     folded = sum(len(each["folded"]) for each in found["log"])
     return {
         "seed": seed,
         "rounds": rounds,
         "needed": needed,
-        "asked": cohorts,
+        "asked": asked * rounds,
         "answered": folded,
         "kills": sum(federation.restarts.values()),
         "opened_again": sum(each["openings"] - 1 for each in found["log"]),

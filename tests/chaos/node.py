@@ -13,7 +13,7 @@ from fedloom.client.connection import GrpcConnection
 from fedloom.client.participant import Participant
 from fedloom.client.privacy.account import anchors_folder, ledger_folder, spool_folder
 from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.training import Trained
+from fedloom.client.training import Proceed, Trained
 from fedloom.proto import failpoints
 from fedloom.proto.messages import Assignment, Joined, UpdateHeader
 from fedloom.proto.schema import Tensors
@@ -66,11 +66,12 @@ class Steady:
     def __init__(self, name: str, folder: Path, ledger: Ledger | None, pause_s: float) -> None:
         self.name, self.folder, self.ledger, self.pause_s = name, folder, ledger, pause_s
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
         charge = None
         if self.ledger is not None:
             charge = self.ledger.reserve(run, assignment.round, SPEND, budget=BUDGET, delta=DELTA)
         note(self.folder / "drawn.log", f"{assignment.round} {charge}")
+        proceed()
         time.sleep(self.pause_s)
         if self.ledger is None:
             return Trained(change(self.name, assignment.round, 0, broadcast), None)

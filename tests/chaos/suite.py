@@ -36,7 +36,7 @@ class Size:
     storms: int
     """Trials with 10 to 30 kills of anybody at random times."""
     dropout: tuple[tuple[int, int, int], ...]
-    """(updates needed, clients asked, rounds)."""
+    """(updates wanted, clients that the rule asks for them, rounds)."""
     clocks: int
     split_brains: int
     crowd: int
@@ -94,8 +94,8 @@ def _storms(size: Size, seed: int, folder: Path) -> Tasks:
 def _dropout(size: Size, seed: int, folder: Path) -> Tasks:
     """R4: three in ten of those who are asked die in the middle of the round."""
     return {
-        f"dropout-{needed}": partial(faults.dropout, folder / f"dropout-{needed}", seed, needed, selected, rounds, 0.3)
-        for needed, selected, rounds in size.dropout
+        f"dropout-{needed}": partial(faults.dropout, folder / f"dropout-{needed}", seed, needed, asked, rounds, 0.3)
+        for needed, asked, rounds in size.dropout
     }
 
 

@@ -41,7 +41,9 @@ class Trial:
     needed: int | None = None
     """Updates that a round needs; None waits for all clients, so that no clock decides anything."""
     selected: int | None = None
-    """Clients asked in a round; None asks all."""
+    """Updates wanted in a round; None asks all."""
+    dropout_rate: float = 0.0
+    """Share of those asked of whom the coordinator expects no answer."""
     deadline_s: float = 600.0
     lease_s: float = 60.0
     pause_s: float = 0.02
@@ -73,6 +75,7 @@ class Trial:
                 "rounds": {
                     "min_clients": self.needed or self.clients,
                     "clients_per_round": self.selected,
+                    "dropout_rate": self.dropout_rate,
                     "deadline_s": self.deadline_s,
                     "lease_s": self.lease_s,
                 },

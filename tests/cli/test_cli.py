@@ -1,6 +1,7 @@
 """The `fedloom` command as a user meets it: real processes, their output and their exit status."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from fedloom.cli.main import app
 from fedloom.cli.simulate import _line
 from fedloom.client.assets import ASSETS
 from fedloom.proto.run import load_run
@@ -38,6 +41,19 @@ def refused(*arguments: str | Path) -> str:
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     return lines[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(("words", "level"), [((), "NONE"), (("--verbose",), "ERROR")])
+def test_grpc_has_no_lines_of_its_own_unless_asked(
+    words: tuple[str, ...], level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+
+    assert CliRunner().invoke(app, [*words, "strategies", "list"]).exit_code == 0
+
+    assert os.environ["GRPC_VERBOSITY"] == level
+    script = "import sys, fedloom.cli.main; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0, "it is set too late"
 
 
 @pytest.fixture
@@ -190,6 +206,13 @@ def test_without_certificates_nothing_is_served_unless_asked_for(prepared: Path,
 )
 def test_a_stale_schema_file_is_refused(prepared: Path, tmp_path: Path, override: str, words: str) -> None:
     assert words in refused("server", prepared, LOOPBACK, "--set", override, "--state", tmp_path / "state")
+
+
+def test_a_coordinator_refuses_rounds_that_make_no_sense_before_it_has_a_state(prepared: Path, tmp_path: Path) -> None:
+    line = refused("server", prepared, *OPEN, LOOPBACK, "--set", "rounds.mode=buffered", "--state", tmp_path / "state")
+
+    assert line.startswith('rounds.mode = "buffered" needs rounds.clients_per_round')
+    assert not (tmp_path / "state").exists()
 
 
 def test_an_incomplete_schema_file_is_refused(run_file: Path, tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
 import json
+import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.numpy import load_file
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
 from fedloom.client.export import load_exported, predict, save_adapter
 from fedloom.client.model import AdapterModel, load_model
-from fedloom.proto.errors import ModelError
+from fedloom.proto.errors import ConfigError, ModelError
 from fedloom.proto.run import AdapterSection, ModelSection
 from fedloom.proto.schema import Role
 
@@ -77,3 +82,175 @@ def test_an_adapter_that_corrects_the_base_is_not_exported(tiny_model: AdapterMo
     with pytest.raises(ModelError, match="export it as a merged model"):
         save_adapter(tiny_model, tmp_path / "out", {})
     assert not (tmp_path / "out").exists()
+
+
+class Killed(BaseException):
+    """The process is gone: nothing that tidies up may run."""
+
+
+STEPS: list[tuple[object, str]] = [
+    (PeftModel, "save_pretrained"),
+    (Path, "mkdir"),
+    (Path, "write_text"),
+    (os, "fsync"),
+    (os, "rename"),
+    (shutil, "rmtree"),
+]
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, at: int, *, after: bool) -> Callable[[], int]:
+    """Kill at the n-th of the calls that change the disk, before or after it; returns how many there were."""
+    made = 0
+
+    def mark(call: Callable[..., object]) -> Callable[..., object]:
+        def marked(*args: object, **kwargs: object) -> object:
+            nonlocal made
+            made += 1
+            due = made == at
+            if due and not after:
+                raise Killed
+            result = call(*args, **kwargs)
+            if due:
+                raise Killed
+            return result
+
+        return marked
+
+    for owner, name in STEPS:
+        monkeypatch.setattr(owner, name, mark(getattr(owner, name)))
+    return lambda: made
+
+
+def saved(folder: Path) -> tuple[str, float] | None:
+    """The run's name in a whole adapter and a value that tells whose weights they are; None if there is no folder."""
+    if not folder.exists():
+        return None
+    assert {each.name for each in folder.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "fedloom.json",
+    }
+    run = json.loads((folder / "fedloom.json").read_text())["run"]
+    assert (folder / "README.md").read_text().startswith(f"# {run}\n")
+    json.loads((folder / "adapter_config.json").read_text())
+    weights = load_file(folder / "adapter_model.safetensors")
+    return run, float(max(np.abs(each).max() for each in weights.values()))
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_wherever_a_save_is_killed_there_is_a_whole_adapter_or_the_next_save_repairs(
+    after: bool, tiny_model: AdapterModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ones(factor: float) -> None:
+        tiny_model.load({s.name: np.full(s.shape, factor, np.float32) for s in tiny_model.schema.tensors})
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("the disk is full")
+
+    ones(1.0)
+    save_adapter(tiny_model, tmp_path / "first", {"run": "first"})
+    found: set[tuple[str, float] | None] = set()
+    for at in range(1, 100):
+        folder = tmp_path / str(at) / "adapter"
+        shutil.copytree(tmp_path / "first", folder)
+        ones(2.0)
+        with monkeypatch.context() as patch:
+            calls = dying(patch, at, after=after)
+            with suppress(Killed):
+                save_adapter(tiny_model, folder, {"run": "second"})
+        if calls() < at:
+            break
+        state = saved(folder)
+        if state is None:
+            assert saved(folder.with_name(".adapter.fedloom-old")) == ("first", 1.0)
+            with monkeypatch.context() as patch:
+                patch.setattr(PeftModel, "save_pretrained", fail)
+                with pytest.raises(ConfigError, match="full"):
+                    save_adapter(tiny_model, folder, {"run": "second"})
+            assert saved(folder) == ("first", 1.0), "it is back before the next one begins"
+        found.add(state)
+
+        ones(3.0)
+        save_adapter(tiny_model, folder, {"run": "third"})
+        assert saved(folder) == ("third", 3.0)
+        assert [each.name for each in folder.parent.iterdir()] == ["adapter"]
+
+    assert 10 < at < 99
+    assert found == {("first", 1.0), ("second", 2.0), None}
+
+
+def test_all_of_an_adapter_is_on_disk_before_it_has_its_name(
+    tiny_model: AdapterModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(handle: int) -> None:
+        fsync(handle)
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+
+    def renamed(old: Path, new: Path) -> None:
+        rename(old, new)
+        done.append(f"renamed to {new.name}")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+
+    save_adapter(tiny_model, tmp_path / "adapter", {})
+
+    named = done.index("renamed to adapter")
+    files = {each.name for each in (tmp_path / "adapter").iterdir()}
+    assert len(files) == 4
+    assert files | {".adapter.fedloom-new"} <= set(done[:named])
+    assert done[named + 1 :] == [tmp_path.name]
+
+
+def test_a_folder_that_holds_other_things_is_left_alone(
+    tiny_model: AdapterModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter-1.tex").write_text("years of work")
+
+    with pytest.raises(ConfigError, match="is no folder"):
+        save_adapter(tiny_model, folder / "chapter-1.tex", {})
+    with pytest.raises(ConfigError, match=r"thesis holds chapter-1\.tex, which is no part of an adapter"):
+        save_adapter(tiny_model, folder, {})
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match="is where this runs"):
+        save_adapter(tiny_model, Path(), {})
+
+    assert [each.name for each in tmp_path.iterdir()] == ["thesis"]
+    assert [(each.name, each.read_text()) for each in folder.iterdir()] == [("chapter-1.tex", "years of work")]
+
+
+def test_a_disk_that_refuses_leaves_the_adapter_that_was_there(
+    tiny_model: AdapterModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "adapter", os.rename
+    save_adapter(tiny_model, folder, {"run": "first"})
+
+    def refuse(old: Path, new: Path) -> None:
+        if old.name.endswith("-new"):
+            raise OSError(28, "No space left on device")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(ConfigError, match=r"cannot write an adapter to .*No space left"):
+        save_adapter(tiny_model, folder, {"run": "second"})
+
+    state = saved(folder)
+    assert state is not None
+    assert state[0] == "first"
+    assert [each.name for each in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tiny_model: AdapterModel, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "adapter").symlink_to("there")
+
+    save_adapter(tiny_model, tmp_path / "adapter", {"run": "demo"})
+
+    assert (tmp_path / "adapter").is_symlink()
+    assert saved(tmp_path / "there") is not None

@@ -29,11 +29,11 @@ from fedloom.client.config import Policy
 from fedloom.client.participant import Participant
 from fedloom.client.privacy import ledger as module
 from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.training import Trained
+from fedloom.client.training import Proceed, Trained
 from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import BudgetError, LedgerError, PolicyError, ProtocolError, Unavailable, UpdateRejected
-from fedloom.proto.messages import Assignment, Joined, UpdateHeader, Wait
+from fedloom.proto.messages import Assignment, Joined, Standing, UpdateHeader, Wait
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.proto.secagg.steps import StepMessage, StepResult
@@ -169,7 +169,8 @@ class World:
     def exchange(self, message: StepMessage) -> StepResult | None:
         raise AssertionError("no secure sum here")
 
-    def heartbeat(self) -> None: ...
+    def heartbeat(self) -> Standing:
+        return Standing(0, True, 0)
 
     def leave(self, reason: str) -> None:
         self.move_on()
@@ -184,7 +185,7 @@ class Toy:
     def __init__(self, world: World, ledger: Ledger, disk: Disk) -> None:
         self.world, self.ledger, self.disk = world, ledger, disk
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
         spend = self.world.rng.choice(SPENDS)
         number = self.ledger.reserve(run, assignment.round, spend, budget=30.0, delta=DELTA)
         self.world.note("noised", SPENDS.index(spend))

@@ -29,7 +29,7 @@ from fedloom.proto.errors import (
     Unavailable,
     UpdateRejected,
 )
-from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, Wait, upload_schema
+from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader, Wait, upload_schema
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role, Schema
 from fedloom.proto.secagg.steps import StepMessage, StepResult
@@ -46,6 +46,8 @@ class Script:
     payload: bytes
     answers: list[Answer]
     failures: list[FedloomError | None] = field(default_factory=list)
+    closed: int = 0
+    """Broadcasts that are refused because their round has closed."""
     leave_fails: bool = False
     calls: list[str] = field(default_factory=list)
     declared: list[int] = field(default_factory=list)
@@ -64,6 +66,9 @@ class Script:
     def fetch(self, digest: str, size_bytes: int) -> bytes:
         self.calls.append("fetch")
         assert (digest, size_bytes) == (hashlib.sha256(self.payload).hexdigest(), len(self.payload))
+        if self.closed:
+            self.closed -= 1
+            raise ProtocolError("client 'a' may not fetch now; ask for work first")
         return self.payload
 
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:
@@ -76,8 +81,9 @@ class Script:
     def exchange(self, message: StepMessage) -> StepResult | None:
         raise AssertionError("no secure sum here")
 
-    def heartbeat(self) -> None:
+    def heartbeat(self) -> Standing:
         self.calls.append("heartbeat")
+        return Standing(0, True, 0)
 
     def leave(self, reason: str) -> None:
         self.calls.append("leave")
@@ -226,6 +232,17 @@ def test_an_update_the_coordinator_does_not_want_is_dropped(
     assert script.sent[0] == script.sent[1]
     assert participant.rounds_trained == 1
     assert len(ledger.charges()) == 2
+
+
+def test_a_client_whose_round_closes_before_it_has_the_broadcast_takes_part_in_the_next(
+    script: Script, policy: Policy, trainer: Trainer, ledger: Ledger
+) -> None:
+    script.closed = 2  # once, and once more after it has joined again
+
+    Participant(script, policy, lambda _: trainer).run()
+
+    assert [header.round for header, _ in script.sent] == [1]
+    assert [charge.round for charge in ledger.charges()] == [1]
 
 
 def test_a_refused_update_is_not_sent_again(script: Script, policy: Policy, trainer: Trainer, ledger: Ledger) -> None:

@@ -20,7 +20,7 @@ from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.trainer import Trainer
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ModelError
-from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader
+from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role
 from fedloom.proto.secagg.steps import StepMessage, StepResult
@@ -62,8 +62,9 @@ class Recorder:
     def exchange(self, message: StepMessage) -> StepResult | None:
         raise AssertionError("no secure sum here")
 
-    def heartbeat(self) -> None:
+    def heartbeat(self) -> Standing:
         """Has no field."""
+        return Standing(0, True, 0)
 
     def leave(self, reason: str) -> None:
         self.messages.append(("leave", reason))

@@ -13,11 +13,11 @@ from fedloom.client import participant as module
 from fedloom.client.config import Policy
 from fedloom.client.participant import Participant
 from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.training import Trained
+from fedloom.client.training import Proceed, Trained
 from fedloom.proto.accounting import Spend
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import FedloomError, LedgerError, PolicyError, ProtocolError, Unavailable, UpdateRejected
-from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, upload_schema
+from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader, upload_schema
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.proto.secagg.steps import StepMessage, StepResult
@@ -65,7 +65,8 @@ class Line:
     def exchange(self, message: StepMessage) -> StepResult | None:
         raise AssertionError("no secure sum here")
 
-    def heartbeat(self) -> None: ...
+    def heartbeat(self) -> Standing:
+        return Standing(0, True, 0)
 
     def leave(self, reason: str) -> None:
         self.reasons.append(reason)
@@ -81,7 +82,7 @@ class Noisy:
         self.ledger = ledger
         self.trained = 0
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
         charge = None
         if self.ledger is not None:
             charge = self.ledger.reserve(run, assignment.round, Spend(0.1, 1.0, 1), budget=50, delta=1e-5)

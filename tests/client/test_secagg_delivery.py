@@ -10,7 +10,7 @@ import pytest
 
 from fedloom.client.secagg import Delivery
 from fedloom.proto.errors import FedloomError, ProtocolError, Unavailable
-from fedloom.proto.messages import Answer, Joined, UpdateHeader
+from fedloom.proto.messages import Answer, Joined, Standing, UpdateHeader
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Schema
 from fedloom.proto.secagg.keys import Place
@@ -39,7 +39,7 @@ class Line:
     def fetch(self, digest: str, size_bytes: int) -> bytes:
         raise AssertionError
 
-    def heartbeat(self) -> None:
+    def heartbeat(self) -> Standing:
         raise AssertionError
 
     def leave(self, reason: str) -> None:

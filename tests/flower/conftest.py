@@ -11,7 +11,7 @@ import pytest
 
 from fedloom.client.config import Policy
 from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.training import Trained
+from fedloom.client.training import Proceed, Trained
 from fedloom.flower.messages import Request
 from fedloom.flower.resident import Resident
 from fedloom.proto.accounting import Spend
@@ -35,7 +35,7 @@ class Dice:
     declared_examples: int = 40
     failure: BaseException | None = None
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
         self.calls.append(f"train {assignment.round}")
         if self.failure is not None:
             raise self.failure

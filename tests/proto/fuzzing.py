@@ -29,7 +29,7 @@ from fedloom.proto import wire as wire_module
 from fedloom.proto.codec import codec
 from fedloom.proto.codec import dense as dense_module
 from fedloom.proto.errors import FedloomError
-from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, Wait
+from fedloom.proto.messages import Assignment, Finished, Joined, Standing, UpdateHeader, Wait
 from fedloom.proto.schema import Role, Schema, TensorSpec
 from fedloom.proto.secagg import fixed as fixed_module
 from fedloom.proto.secagg import keys as keys_module
@@ -89,6 +89,8 @@ def from_peers() -> Iterator[Decoder]:
     yield "step", of_messages(step), parsed(pb.ExchangeRequest, wire_module.step_from_wire)
     result = wire_module.result_to_wire(StepResult(2, {"ann": b"abc"}))
     yield "step result", of_messages(result), parsed(pb.ExchangeReply, wire_module.result_from_wire)
+    standing = wire_module.standing_to_wire(Standing(7, True, 3))
+    yield "heartbeat reply", of_messages(standing), parsed(pb.HeartbeatReply, wire_module.standing_from_wire)
     framed = [frames_module.framed(2, bytes(size)) for size in (0, 1, 200, 20_000)]
     yield "frame", of_bytes(*framed), lambda content: frames_module.unframed(2, content)
 

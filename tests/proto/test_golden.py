@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 
 from fedloom.proto.errors import ProtocolError
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, framed, unframed
-from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, Wait
+from fedloom.proto.messages import Assignment, Finished, Joined, Standing, UpdateHeader, Wait
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role, Schema, TensorSpec
 from fedloom.proto.secagg.steps import MASKED, Step, StepMessage, StepResult
@@ -29,6 +29,8 @@ from fedloom.proto.wire import (
     joined_to_wire,
     result_from_wire,
     result_to_wire,
+    standing_from_wire,
+    standing_to_wire,
     step_from_wire,
     step_to_wire,
 )
@@ -91,6 +93,7 @@ MESSAGES: dict[str, Message] = {
     "ExchangeReply waiting": result_to_wire(None),
     "HeartbeatRequest": pb.HeartbeatRequest(**ADDRESS),
     "HeartbeatReply": pb.HeartbeatReply(round=7, open=True),
+    "HeartbeatReply oldest": standing_to_wire(Standing(7, True, 3)),
     "LeaveRequest": pb.LeaveRequest(reason="run over", **ADDRESS),
     "LeaveReply": pb.LeaveReply(),
     "EnrollRequest": pb.EnrollRequest(signing_request=b"request"),
@@ -127,6 +130,8 @@ READ: dict[str, tuple[Callable[[Any], object], object]] = {
     "ExchangeRequest": (step_from_wire, STEP),
     "ExchangeReply": (result_from_wire, STEP_RESULT),
     "ExchangeReply waiting": (result_from_wire, None),
+    "HeartbeatReply": (standing_from_wire, Standing(7, True, 0)),
+    "HeartbeatReply oldest": (standing_from_wire, Standing(7, True, 3)),
 }
 """What this build makes of the bytes, where it makes more of them than protobuf does."""
 

@@ -5,7 +5,7 @@ import pytest
 
 from fedloom.proto import errors
 from fedloom.proto.errors import CodecError, FedloomError, ProtocolError, SchemaError
-from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, Wait
+from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader, Wait
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role, Schema, TensorSpec
 from fedloom.proto.secagg.steps import MASKED, Step, StepMessage, StepResult
@@ -20,6 +20,8 @@ from fedloom.proto.wire import (
     joined_to_wire,
     result_from_wire,
     result_to_wire,
+    standing_from_wire,
+    standing_to_wire,
     step_from_wire,
     step_to_wire,
 )
@@ -149,6 +151,13 @@ def test_an_answer_no_honest_coordinator_sends_is_refused(
 ) -> None:
     with pytest.raises(error, match=text):
         answer_from_wire(message)
+
+
+def test_how_the_run_stands_survives_and_must_make_sense() -> None:
+    for standing in (Standing(7, True, 3), Standing(7, False, 7), Standing(0, True, 0)):
+        assert standing_from_wire(standing_to_wire(standing)) == standing
+    with pytest.raises(ProtocolError, match="taken from round 8 on, but round 7 is open or next"):
+        standing_from_wire(pb.HeartbeatReply(round=7, open=True, oldest=8))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from fedloom.client import participant as participant_module
 from fedloom.client.config import Policy
 from fedloom.client.connection import GrpcConnection
 from fedloom.client.participant import Participant
-from fedloom.client.training import Trained
+from fedloom.client.training import Proceed, Trained
 from fedloom.proto.errors import Overloaded
 from fedloom.proto.limits import CHUNK_BYTES
 from fedloom.proto.messages import Assignment, Joined, UpdateHeader, upload_schema
@@ -223,7 +223,7 @@ class Steady:
     declared_examples = 1
     schema = SCHEMA
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
         return Trained({s.name: np.ones(s.shape, np.float32) for s in upload_schema(SCHEMA, assignment).tensors}, None)
 
     def release(self, charge: int | None, digest: str) -> None:

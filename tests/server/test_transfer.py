@@ -1,7 +1,10 @@
 """Slow, silent and crumbling payloads, and memory that does not grow with those who send or read them."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,9 @@ from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, framed, unframed
 from fedloom.proto.limits import CHUNK_BYTES, MIN_BYTES_PER_S, MIN_CHUNK_BYTES, TRANSFER_GRACE_S, TRANSFER_S
 from fedloom.proto.messages import UpdateHeader
 from fedloom.server import transfer
+from fedloom.server import uploads as uploads_module
 from fedloom.server.transfer import Pace, Sender, paced, received
-from fedloom.server.uploads import Uploads
+from fedloom.server.uploads import Upload, Uploads
 
 
 @pytest.mark.parametrize(
@@ -154,6 +158,36 @@ def test_a_call_that_another_has_taken_over_adds_nothing(tmp_path: Path) -> None
     uploads.park(old, turn)
     uploads.add(new, later, memoryview(b"b" * 40))
     assert uploads.payload(new, later) == b"a" * 60 + b"b" * 40
+
+
+def test_a_client_has_one_upload_however_many_calls_begin_one_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2, timeout=0.2)
+
+    class Met(Upload):
+        def __init__(self, path: Path, size_bytes: int) -> None:
+            with suppress(threading.BrokenBarrierError):
+                both.wait()  # both at once are here only if nothing keeps them from it
+            super().__init__(path, size_bytes)
+
+    monkeypatch.setattr(uploads_module, "Upload", Met)
+    for digests in (("ab" * 32, "ab" * 32), ("cd" * 32, "ef" * 32)):
+        uploads = Uploads(tmp_path, memory_bytes=100)
+        with ThreadPoolExecutor(2) as pool:
+            begun = [pool.submit(uploads.take, header(digest=digest), 100, 0) for digest in digests]
+            taken = [each.result() for each in begun]
+
+        refused = 0
+        for upload, turn in taken:
+            try:
+                uploads.add(upload, turn, memoryview(b"a" * 50))
+            except ProtocolError:
+                refused += 1
+        assert refused == 1
+        uploads.drop("ann")
+        assert uploads.fits(uploads.take(header("ben"), 100, 0)[0], 100), "no room is lost"
+        both.reset()
 
 
 def test_more_than_was_announced_is_refused_and_a_new_beginning_forgets(tmp_path: Path) -> None:

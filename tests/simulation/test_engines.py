@@ -25,7 +25,7 @@ from fedloom.proto.run import RunConfig, SecureAggregationSection
 from fedloom.proto.schema import Tensors
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy
-from fedloom.server.rounds import RoundClosed
+from fedloom.server.rounds import RoundClosed, UpdateAccepted
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
 from fedloom.simulation.federation import Federation, build, completed
@@ -174,6 +174,41 @@ def test_processes_give_the_adapter_that_one_process_gives(config: RunConfig, tm
     logs = sorted((two.folder / "clients").glob("*/client.log"))
     assert len(logs) == 3
     assert all("run over after 2 rounds; trained 2" in log.read_text() for log in logs)
+
+
+@pytest.mark.parametrize("engine", ["inprocess", pytest.param("grpc", marks=pytest.mark.e2e)])
+def test_buffered_rounds_run_on_either_engine(config: RunConfig, tmp_path: Path, engine: str) -> None:
+    rounds = config.rounds.model_copy(update={"mode": "buffered", "clients_per_round": 2, "min_clients": 2})
+    sections = {"strategy": config.strategy.model_copy(update={"name": "fedavg"}), "rounds": rounds}
+    sections["engine"] = config.engine.model_copy(update={"kind": engine})
+    sections["run"] = config.run.model_copy(update={"rounds": 4})
+
+    result = simulate(private(config).model_copy(update=sections), tmp_path / "runs")
+
+    assert [record.round for record in result.records] == [0, 1, 2, 3, 4]
+    assert result.agreement == 1.0
+    assert result.final != result.start
+    with Store(result.folder / "state") as store:
+        events = store.events()
+    assert [len(event.clients) for event in events if isinstance(event, RoundClosed)] == [2, 2, 2, 2]
+    counted = Counter(event.client for event in events if isinstance(event, UpdateAccepted))
+    assert len(counted) == 3 or engine == "grpc", "in one process clients take turns, and all of them count"
+    for name, stated in result.privacy.items():
+        # Somebody may have been at work when the run was over, and has spent for it.
+        assert counted[name] <= stated.rounds <= counted[name] + 1
+        reported = result.records[-1].epsilon
+        assert reported is not None
+        assert stated.epsilon <= reported[name] + 0.01, name
+
+
+def test_a_strategy_that_cannot_be_buffered_is_refused_before_anything_is_written(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    rounds = config.rounds.model_copy(update={"mode": "buffered", "clients_per_round": 3})
+
+    with pytest.raises(ConfigError, match="FedSVD cannot use changes made from an older state"):
+        simulate(config.model_copy(update={"rounds": rounds}), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_private_simulation_leaves_a_complete_run_folder(config: RunConfig, tmp_path: Path) -> None:

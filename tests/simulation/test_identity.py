@@ -2,12 +2,18 @@
 
 import datetime as dt
 import hashlib
+import os
+import re
 import shutil
 import socket
 import sqlite3
 import ssl
+import subprocess
+import sys
+import time
+from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +21,7 @@ import pytest
 from fedloom.client.channel import MEMBER_FILE
 from fedloom.client.connection import GrpcConnection
 from fedloom.client.enrolment import due, enrol, renew, renewing
+from fedloom.client.operator import status
 from fedloom.proto.credentials import CA_FILE, KeyPair, Token, key_pem
 from fedloom.proto.errors import ConfigError, IdentityError, Unavailable
 from fedloom.proto.identity import Identity, MemberRole, fingerprint
@@ -24,11 +31,13 @@ from fedloom.server.authority import SERVER_FILE, Authority, create
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
 from fedloom.simulation.credentials import enrolled
+from tests.faults import fault_proxy
 
 ANN = Identity(MemberRole.CLIENT, "ann")
 Connect = Callable[[Path], GrpcConnection]
 BothAsk = Callable[[GrpcConnection], Assignment]
 ShortLived = Callable[[Path, float], Path]
+Impose = Callable[[str], AbstractContextManager[str]]
 
 
 def test_a_token_lets_in_once_and_the_key_stays_here(
@@ -147,29 +156,122 @@ def test_a_new_server_certificate_is_taken_up_while_serving(
     assert "new certificates are not taken up" in caplog.text
 
 
-@pytest.mark.parametrize("rogue", ["another authority", "a member's certificate", "another name"])
-def test_a_coordinator_that_is_not_proven_is_not_talked_to(
-    rogue: str, authority: Authority, made: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mine, folder = enrolled(authority, ANN, tmp_path / "ann"), tmp_path / "rogue"
-    if rogue == "another authority":
-        create(folder, [])
-    else:
-        shutil.copytree(authority.folder, folder)
-    if rogue == "a member's certificate":
-        shutil.copy(mine / MEMBER_FILE, folder / SERVER_FILE)
-    if rogue == "another name":
-        monkeypatch.setattr(authority_module, "_LOOPBACK", ())
-        there = Authority(folder)
-        there.renew_server(["fl.example.org"])
-        there.close()
+UNTRUSTED = {
+    "another authority": r"is not from the authority in ca\.pem .* enrol into another folder with a token from this",
+    "a member's certificate": "is a member's and not a coordinator's",
+    "another name": r"does not name '127\.0\.0\.1'; .* `fedloom certs renew --host 127\.0\.0\.1` beside it",
+    "ended": "has ended; run `fedloom certs renew` beside it",
+    "not begun": "has not begun; set the clocks",
+}
 
-    with (
-        serving(made, certs=folder, linger_s=0.0) as address,
-        pytest.raises(Unavailable),
-        closing(GrpcConnection(address, mine)) as connection,
-    ):
-        connection.join("ann", 0)
+
+@pytest.fixture
+def impose(authority: Authority, made: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Impose:
+    """Serve with a certificate that members of the authority must not trust."""
+
+    def serve(rogue: str) -> AbstractContextManager[str]:
+        folder = tmp_path / "rogue"
+        if rogue == "another authority":
+            create(folder, [])
+        else:
+            shutil.copytree(authority.folder, folder)
+        if rogue == "a member's certificate":
+            member = enrolled(authority, Identity(MemberRole.CLIENT, "eve"), tmp_path / "eve")
+            shutil.copy(member / MEMBER_FILE, folder / SERVER_FILE)
+        with monkeypatch.context() as patch, closing(Authority(folder)) as there:
+            if rogue == "another name":
+                patch.setattr(authority_module, "_LOOPBACK", ())
+                there.renew_server(["fl.example.org"])
+            if rogue in ("ended", "not begun"):
+                days = -200 if rogue == "ended" else 200
+                patch.setattr(authority_module, "_now", lambda: dt.datetime.now(dt.UTC) + dt.timedelta(days=days))
+                there.renew_server()
+        return serving(made, certs=folder, linger_s=0.0)
+
+    return serve
+
+
+@pytest.mark.parametrize("rogue", UNTRUSTED)
+def test_a_coordinator_that_is_not_proven_is_not_talked_to(
+    rogue: str, authority: Authority, impose: Impose, tmp_path: Path
+) -> None:
+    mine = enrolled(authority, ANN, tmp_path / "ann")
+    text = f"^the certificate of coordinator {{}} {UNTRUSTED[rogue]}"
+
+    with impose(rogue) as address, closing(GrpcConnection(address, mine)) as connection:
+        with pytest.raises(IdentityError, match=text.format(address)):
+            connection.join("ann", 0)
+        with pytest.raises(IdentityError, match=text.format(address)):
+            status(address, mine)
+        with pytest.raises(IdentityError, match=text.format(address)):
+            renew(address, mine)
+        token = authority.invite(Identity(MemberRole.CLIENT, "ben"), 1.0)
+        with pytest.raises(IdentityError, match=text.format(address)):
+            enrol(token, address, tmp_path / "ben")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("rogue", ["another authority", "another name"])
+def test_a_client_ends_at_once_with_one_line_on_what_to_do(
+    rogue: str, authority: Authority, impose: Impose, tmp_path: Path
+) -> None:
+    enrolled(authority, ANN, tmp_path / "state" / "certs")
+    policy = tmp_path / "policy.toml"
+    policy.write_text(f'client = {{ name = "ann", state = "{tmp_path}/state" }}\ndata = {{ source = "none.csv" }}\n')
+    environment = {key: value for key, value in os.environ.items() if key != "GRPC_VERBOSITY"}
+
+    with impose(rogue) as address:
+        command = [sys.executable, "-m", "fedloom.cli.main", "client", "--server", address, "--policy", str(policy)]
+        # Its patience is longer than this.
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=environment)
+
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.match(f"error: the certificate of coordinator {address} {UNTRUSTED[rogue]}", line)
+
+
+LASTING = ["reset", "gone", "no TLS", "own certificate refused"]
+
+
+@pytest.mark.parametrize("fault", LASTING)
+def test_what_may_pass_by_itself_is_no_matter_of_trust(
+    fault: str, authority: Authority, made: Coordinator, tmp_path: Path
+) -> None:
+    mine = enrolled(authority, ANN, tmp_path / "ann")
+    if fault == "own certificate refused":
+        create(tmp_path / "other", [])
+        with closing(Authority(tmp_path / "other")) as other:
+            theirs = enrolled(other, ANN, tmp_path / "theirs")
+        shutil.copy(theirs / MEMBER_FILE, mine / MEMBER_FILE)
+    certs = None if fault == "no TLS" else authority.folder
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        gone = "127.0.0.1:{1}".format(*closed.getsockname())
+
+    with serving(made, certs=certs, linger_s=0.0) as address, fault_proxy(address) as proxy:
+        proxy.faults.refuse = fault == "reset"
+        with closing(GrpcConnection(gone if fault == "gone" else proxy.address, mine)) as connection:
+            for _ in range(2):
+                with pytest.raises(Unavailable):
+                    connection.join("ann", 0)
+
+
+def test_a_proxy_that_cuts_in_the_handshake_is_called_again(authority: Authority, address: str, tmp_path: Path) -> None:
+    mine, refused = enrolled(authority, ANN, tmp_path / "ann"), 0
+    with fault_proxy(address) as proxy:
+        proxy.faults.slice_bytes = 50
+        proxy.faults.cuts_down = deque([1, 100, 300, 600, 900])
+        with closing(GrpcConnection(proxy.address, mine)) as connection:
+            while True:
+                try:
+                    joined = connection.join("ann", 0)
+                    break
+                except Unavailable:
+                    refused += 1
+                    time.sleep(0.05)
+
+        assert joined.spec.run.name == "trial"
+        assert refused
+        assert proxy.connections == 6
 
 
 def test_a_server_without_whole_certificates_does_not_start(authority: Authority, made: Coordinator) -> None:

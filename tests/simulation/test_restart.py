@@ -15,7 +15,7 @@ import pytest
 from fedloom.client.config import Policy
 from fedloom.client.connection import Connection, GrpcConnection
 from fedloom.client.participant import Participant
-from fedloom.client.training import Trained
+from fedloom.client.training import Proceed, Trained
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.messages import Assignment, Finished, Joined, upload_schema
 from fedloom.proto.run import RunConfig
@@ -62,7 +62,7 @@ import sys, threading
 from test_restart import Steady, participant
 from fedloom.client.connection import GrpcConnection
 class Stuck(Steady):
-    def train(self, run, assignment, broadcast):
+    def train(self, run, assignment, broadcast, proceed):
         print("training", flush=True)
         threading.Event().wait()
 participant(GrpcConnection(sys.argv[1]), 2, threading.Semaphore(0), Stuck).run()
@@ -78,7 +78,7 @@ class Steady:
     def __init__(self, client: int, trained: threading.Semaphore) -> None:
         self.client, self.trained = client, trained
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
         rng = np.random.default_rng([self.client, assignment.round])
         schema = upload_schema(SCHEMA, assignment)
         self.trained.release()

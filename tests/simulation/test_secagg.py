@@ -13,7 +13,7 @@ from fedloom.client.config import Policy
 from fedloom.client.connection import GrpcConnection
 from fedloom.client.identity import load_identity, public_text
 from fedloom.client.participant import Participant
-from fedloom.client.training import Trained
+from fedloom.client.training import Proceed, Trained
 from fedloom.proto.codec import dense
 from fedloom.proto.errors import ConfigError, PolicyError, ProtocolError, StoreError
 from fedloom.proto.messages import Assignment, Wait
@@ -68,7 +68,7 @@ class Trainer:
     declared_examples: int = 1
     rounds: list[int] = field(default_factory=list)
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
         self.rounds.append(assignment.round)
         return Trained(change(self.name, assignment.round), None)
 

@@ -48,6 +48,8 @@ def options(
     """Options that come before the command's name."""
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Before gRPC loads: it has lines of its own for what becomes an error here, and for every stranger who calls.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if verbose else "NONE")
 
 
 app.command("simulate")(simulate.simulate)
@@ -71,8 +73,6 @@ app.add_typer(flower.app, name="flower")
 def main() -> None:
     """Run the command; an error of ours is one line and exit status 2, never a traceback."""
     keep_freed_memory()
-    # Before gRPC loads: otherwise it writes a line for every stranger whose TLS handshake fails.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         app()
     except FedloomError as error:

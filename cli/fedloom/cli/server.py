@@ -111,6 +111,7 @@ def _opened(
     run: Path, overrides: list[str] | None, state: Path | None
 ) -> "tuple[Path, AbstractContextManager[tuple[Coordinator, Store]]]":
     """The state directory of a run, and its coordinator and store to be opened there."""
+    from fedloom.server.admission import check_config
     from fedloom.server.coordinator import Coordinator
     from fedloom.server.launch import build_strategy, calibrated
     from fedloom.server.store import Store
@@ -119,6 +120,7 @@ def _opened(
     config, schema = _with_base(load_run(run, tuple(overrides or ())), run)
     config = calibrated(config)  # takes seconds, so it comes after what may be refused at once
     strategy = build_strategy(config)
+    check_config(config, strategy)  # as the coordinator will, but before there is a state directory
     folder = state or Path("runs") / config.run.name / "state"
 
     @contextmanager

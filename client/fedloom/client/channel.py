@@ -1,6 +1,7 @@
 """The client's side of TLS: a channel to a coordinator that proves itself, by a certificate that proves this site."""
 
 import datetime as dt
+import re
 from pathlib import Path
 
 import grpc
@@ -8,12 +9,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedloom.proto.address import host_of, loopback_host
-from fedloom.proto.credentials import KeyPair, read_ca
+from fedloom.proto.credentials import CA_FILE, KeyPair, read_ca
 from fedloom.proto.errors import IdentityError
 from fedloom.proto.identity import Identity, identity_of
 from fedloom.proto.limits import HTTP2_FRAME_BYTES, MAX_MESSAGE_BYTES
 
-__all__ = ["MEMBER_FILE", "member", "member_pair", "open_channel", "secure_channel", "stamp"]
+__all__ = ["MEMBER_FILE", "distrusted", "member", "member_pair", "open_channel", "secure_channel", "stamp"]
 
 MEMBER_FILE = "member.pem"
 """This site's private key and certificate, in its folder of certificates."""
@@ -30,6 +31,17 @@ _OPTIONS = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
+
+# What gRPC says of a connection that could not be made (1.85), when it is the certificate that was refused. Lines that
+# break, alerts and answers that are no TLS read otherwise: they may pass by themselves.
+_UNVERIFIED = re.compile(
+    r"CERTIFICATE_VERIFY_FAILED: (?P<why>[^:]*)|Custom verification check failed .*(?P<name>Hostname Verification)"
+)
+_BAD_TIME = {
+    "certificate has expired": "has ended; run `fedloom certs renew` beside it, which a running one takes up by "
+    "itself, and look whether the clock here is right",
+    "certificate is not yet valid": "has not begun; set the clocks here and there",
+}
 
 
 def open_channel(address: str, certs: Path | None) -> grpc.Channel:
@@ -95,3 +107,35 @@ def member(certs: Path) -> Identity:
         IdentityError: See `member_pair`; or it names nobody.
     """
     return identity_of(member_pair(certs).certificate)
+
+
+def distrusted(address: str, details: str) -> IdentityError | None:
+    """What to do about a coordinator whose certificate this site has refused.
+
+    Args:
+        address: HOST:PORT that was called.
+        details: What gRPC says of the call that has failed with UNAVAILABLE.
+
+    Returns:
+        None if it failed for another reason, and may succeed when it is made again. A certificate that the coordinator
+        refuses is such a one: TLS 1.3 tells the client only that the connection is gone.
+    """
+    found = _UNVERIFIED.search(details)
+    if found is None:
+        return None
+    host, why = host_of(address), found["why"]
+    if found["name"]:
+        problem = (
+            f"does not name {host!r}; call it by a name it has, or run `fedloom certs renew --host {host}` beside it, "
+            "with every other name it needs"
+        )
+    elif why in _BAD_TIME:
+        problem = _BAD_TIME[why]
+    elif why == "unsupported certificate purpose":
+        problem = "is a member's and not a coordinator's; see who answers at that address, and trust nothing it says"
+    else:
+        problem = (
+            f"is not from the authority in {CA_FILE} or the join token, which alone is trusted ({why}); check the "
+            "address, or enrol into another folder with a token from this coordinator"
+        )
+    return IdentityError(f"the certificate of coordinator {address} {problem}")

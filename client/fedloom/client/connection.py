@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 
-from fedloom.client.channel import open_channel, stamp
+from fedloom.client.channel import distrusted, open_channel, stamp
 from fedloom.proto.errors import (
     CodecError,
     ConfigError,
@@ -24,7 +24,7 @@ from fedloom.proto.errors import (
 from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unframed
 from fedloom.proto.limits import LONG_POLL_S, TRANSFER_S
-from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeader
+from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, Standing, UpdateHeader
 from fedloom.proto.secagg.steps import StepMessage, StepResult
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
@@ -36,6 +36,7 @@ from fedloom.proto.wire import (
     joined_from_wire,
     overloaded,
     result_from_wire,
+    standing_from_wire,
     step_to_wire,
 )
 
@@ -69,8 +70,8 @@ class Connection(Protocol):
     def exchange(self, message: StepMessage) -> StepResult | None:
         """Send a step of a secure sum and get its result; may block for as long as a long poll, then None."""
 
-    def heartbeat(self) -> None:
-        """Say that this client is alive."""
+    def heartbeat(self) -> Standing:
+        """Say that this client is alive, and learn how the run stands."""
 
     def leave(self, reason: str) -> None:
         """Say that this client is not to be waited for."""
@@ -131,6 +132,7 @@ class GrpcConnection:
 
         Raises:
             Unavailable: The coordinator cannot be reached.
+            IdentityError: It does not prove itself, or does not accept this site's certificate.
             ProtocolError: It refuses this client.
         """
         request = pb.JoinRequest(client=client, protocol=PROTOCOL_VERSION, declared_examples=declared_examples)
@@ -211,10 +213,10 @@ class GrpcConnection:
         return result_from_wire(self._call(self._stub.Exchange, request, LONG_POLL_S + 10))
 
     @failpoint("line.heartbeat")
-    def heartbeat(self) -> None:
-        """Say that this client is alive."""
+    def heartbeat(self) -> Standing:
+        """Say that this client is alive, and learn how the run stands."""
         request = pb.HeartbeatRequest(run=self._run, epoch=self._epoch, client=self._client)
-        self._call(self._stub.Heartbeat, request, _CALL_S)
+        return standing_from_wire(self._call(self._stub.Heartbeat, request, _CALL_S))
 
     @failpoint("line.leave")
     def leave(self, reason: str) -> None:
@@ -246,6 +248,8 @@ def _translate(error: grpc.RpcError, address: str) -> NoReturn:
     for each in error.trailing_metadata() or ():
         if each.key == RETRY_AFTER:
             raise overloaded(f"coordinator {address} is busy: {details}", str(each.value)) from error
+    if status == "UNAVAILABLE" and (unproven := distrusted(address, details)):
+        raise unproven from error
     if status in _RETRIED:
         raise Unavailable(f"coordinator {address} cannot serve this client now ({status}: {details})") from error
     raise _ERRORS.get(status, ProtocolError)(f"coordinator {address} answers {status}: {details}") from error

@@ -44,8 +44,8 @@ def enrol(token: Token, address: str, certs: Path) -> Identity:
 
     Raises:
         ConfigError: The folder has a certificate already or cannot be written.
-        IdentityError: The coordinator refuses, or answers with something else than was asked for.
-        Unavailable: It cannot be reached, or does not prove itself.
+        IdentityError: The coordinator refuses, does not prove itself, or answers with another certificate.
+        Unavailable: It cannot be reached.
     """
     if (certs / MEMBER_FILE).exists():
         raise ConfigError(
@@ -63,7 +63,7 @@ def renew(address: str, certs: Path) -> Identity:
     """Have a new key certified by the certificate in use, and replace both.
 
     Raises:
-        IdentityError: The certificate cannot be read or has ended, or the coordinator refuses.
+        IdentityError: The certificate cannot be read or has ended, or the coordinator refuses or does not prove itself.
         Unavailable: The coordinator cannot be reached.
     """
     return _certified(read_ca(certs), member_pair(certs), address, certs)

@@ -13,7 +13,8 @@ from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
 from fedloom.client.losses import positions
 from fedloom.client.model import MODELS, AdapterModel, load_base
 from fedloom.proto.accounting import Statement
-from fedloom.proto.errors import ModelError
+from fedloom.proto.durable import replacing_folder
+from fedloom.proto.errors import ConfigError, ModelError
 from fedloom.proto.run import RunConfig, Task
 from fedloom.proto.schema import Role
 
@@ -38,12 +39,33 @@ model = PeftModel.from_pretrained(base, "THIS FOLDER")
 def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
     """Write the adapter the model holds now: PEFT's files, a card, and `facts` as fedloom.json.
 
+    An adapter that is in the folder is replaced by a whole one or not at all, see `durable.replacing_folder`.
+
     Raises:
         ModelError: The adapter changes the frozen weights too, which a PEFT adapter cannot carry.
+        ConfigError: The folder holds other files, is the one this process runs in, or cannot be written.
     """
     if any(spec.role in (Role.BASE_A, Role.BASE_B) for spec in model.schema.tensors) or model.corrected:
         raise ModelError("this adapter corrects the frozen weights; export it as a merged model instead")
-    folder.mkdir(parents=True, exist_ok=True)
+    target = folder.resolve()
+    if Path.cwd().is_relative_to(target):
+        raise ConfigError(f"{target} is where this runs, and an adapter's folder is replaced whole; give one inside it")
+    try:
+        with replacing_folder(target) as draft:
+            _write(model, draft, facts)
+            if others := _names(target) - _names(draft):
+                raise ConfigError(
+                    f"{target} holds {', '.join(sorted(others)[:3])}, which is no part of an adapter, and would be "
+                    "replaced whole; give another folder, or move that away"
+                )
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write an adapter to {target}: {error}; free the disk or give another folder"
+        ) from error
+
+
+def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+    """All of an adapter's files."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft cannot find a model card for a base model in a local folder
         model.model.save_pretrained(str(folder), safe_serialization=True)
@@ -52,6 +74,11 @@ def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
     arguments = f", num_labels={len(labels)}" if labels else ""
     (folder / "README.md").write_text(_CARD.format(name=facts.get("run", "adapter"), kind=kind, arguments=arguments))
     (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _names(folder: Path) -> set[str]:
+    """Of what is in a folder, if there is one."""
+    return {each.name for each in folder.iterdir()} if folder.is_dir() else set()
 
 
 def facts(config: RunConfig, privacy: Statement | None) -> dict[str, Any]:

@@ -23,8 +23,9 @@ def status(address: str, certs: Path) -> pb.StatusReply:
 
     Raises:
         ConfigError: The address is not HOST:PORT.
-        IdentityError: The certificate cannot be read, or is not accepted; `Forbidden` if its role does not allow this.
-        Unavailable: The coordinator cannot be reached, or does not prove itself.
+        IdentityError: The certificate cannot be read or is not accepted, or the coordinator does not prove itself;
+            `Forbidden` if the role does not allow this.
+        Unavailable: The coordinator cannot be reached.
     """
     with _stub(address, certs) as stub:
         return stub.Status(pb.StatusRequest(), timeout=_CALL_S)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
 from fedloom.client.secagg import Delivery, check_assignment, membership
-from fedloom.client.training import Training
+from fedloom.client.training import RoundOver, Training
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import (
     FedloomError,
@@ -27,7 +27,16 @@ from fedloom.proto.errors import (
     UpdateRejected,
 )
 from fedloom.proto.failpoints import failpoint, reach
-from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, Wait, broadcast_schema, upload_schema
+from fedloom.proto.messages import (
+    Assignment,
+    Finished,
+    Joined,
+    Standing,
+    UpdateHeader,
+    Wait,
+    broadcast_schema,
+    upload_schema,
+)
 
 if TYPE_CHECKING:
     from fedloom.client.connection import Connection  # without gRPC, another framework may be the line
@@ -42,6 +51,24 @@ _HEARTBEAT_S = 5.0
 _BACKOFF_S = (0.25, 5.0)
 _MOST_REFUSALS = 3
 """How often one update may be refused for its round and asked for again: a round may close while it is on its way."""
+
+
+class _Task:
+    """One round's training, and what the heartbeats hear about it."""
+
+    def __init__(self, round: int) -> None:
+        self.round = round
+        self._over: Standing | None = None
+
+    def hear(self, standing: Standing) -> None:
+        """Called from the heartbeat thread. A round that is opened again keeps its number and is not over."""
+        if standing.oldest > self.round:
+            self._over = standing
+
+    def proceed(self) -> None:
+        """Go on, or raise RoundOver."""
+        if self._over is not None:
+            raise RoundOver(f"updates are taken from round {self._over.oldest + 1} on")
 
 
 class Participant:
@@ -73,6 +100,7 @@ class Participant:
         self._refused: Spooled | None = None
         self._refusals = 0
         self._busy = threading.Event()
+        self._task: _Task | None = None
 
     @property
     def name(self) -> str:
@@ -122,7 +150,12 @@ class Participant:
             time.sleep(answer.retry_after_s)
             return None
         with self._leaving_on(PolicyError):
-            self._pending = self._answered(answer.round) or self._train(answer)
+            try:
+                self._pending = self._answered(answer.round) or self._train(answer)
+            except RoundOver as word:
+                log.info("round %d: it was closed without this client; %s", answer.round + 1, word)
+                time.sleep(random.uniform(0, _BACKOFF_S[0]))
+                return None
             self._deliver()
         return None
 
@@ -197,6 +230,7 @@ class Participant:
 
     @failpoint("participant.train")
     def _train(self, assignment: Assignment) -> Spooled:
+        """The update for an assignment, or RoundOver."""
         trainer, joined = self._trainer, self._joined
         assert trainer is not None  # step is only called after join
         assert joined is not None
@@ -210,13 +244,19 @@ class Participant:
                 f"broadcast of {assignment.broadcast_bytes} bytes; {incoming.name} under the schema needs "
                 f"{incoming.encoded_size(schema)}"
             )
+        self._task = task = _Task(assignment.round)
         self._busy.set()
         try:
-            payload = self._insist(
-                lambda: self.connection.fetch(assignment.broadcast_digest, assignment.broadcast_bytes)
-            )
+            try:
+                payload = self._insist(
+                    lambda: self.connection.fetch(assignment.broadcast_digest, assignment.broadcast_bytes)
+                )
+            except ProtocolError as error:
+                raise RoundOver(f"nothing to train from: {error}") from error
             reach("participant.fetched")
-            trained = trainer.train(joined.run, assignment, incoming.decode(schema, payload))
+            task.proceed()  # a round that closed meanwhile is not even charged
+            trained = trainer.train(joined.run, assignment, incoming.decode(schema, payload), task.proceed)
+            task.proceed()  # nothing is kept, noted or sent, whatever the training made of being told
             reach("participant.trained")
             upload = upload_schema(joined.schema, assignment)
             body = outgoing.encode(upload, trained.delta)
@@ -233,6 +273,7 @@ class Participant:
             reach("participant.released")
         finally:
             self._busy.clear()
+            self._task = None
         return update
 
     @failpoint("participant.deliver")
@@ -306,15 +347,18 @@ class Participant:
 
     @contextmanager
     def _heartbeats(self) -> Iterator[None]:
-        """Keep the lease alive from a thread of its own whenever work holds this one."""
+        """Keep the lease alive from a thread of its own whenever work holds this one, and hear if it is for nothing."""
         stop = threading.Event()
 
         def beat() -> None:
             while not stop.wait(_HEARTBEAT_S):
                 if not self._busy.is_set():
                     continue
+                task = self._task  # before the call: what it answers is not about a later one
                 try:
-                    self.connection.heartbeat()
+                    standing = self.connection.heartbeat()
+                    if task is not None:
+                        task.hear(standing)
                 except FedloomError as error:
                     log.info("heartbeat: %s", error)
 

@@ -19,7 +19,7 @@ from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import Tape, recording
 from fedloom.client.privacy.probe import probe
-from fedloom.client.training import Trained
+from fedloom.client.training import Proceed, Trained
 from fedloom.proto.errors import DataError, PolicyError, ProtocolError
 from fedloom.proto.messages import Assignment, upload_schema
 from fedloom.proto.run import Spec
@@ -102,10 +102,17 @@ class Trainer:
         name = int.from_bytes(hashlib.sha256(self.policy.client.name.encode()).digest()[:8], "big")
         return Seeded(self.spec.run.seed, round, name)
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed = lambda: None) -> Trained:
         """Do one round's steps from `broadcast`.
 
         In a private run the round is charged to the ledger, durably, before the first step.
+
+        Args:
+            run: The run's name.
+            assignment: What to train.
+            broadcast: Where to start.
+            proceed: Called before every step; what it raises ends the training. Its charge stays, and nothing of
+                it reaches the next one.
 
         Raises:
             PolicyError: The assignment overrides more than it may.
@@ -125,9 +132,9 @@ class Trainer:
         optimizer = self._optimizer(parameters, assignment)
         prox = assignment.local.get("proximal_mu", self.spec.train.proximal_mu)
         if self.spec.privacy.enabled:
-            self._private_steps(optimizer, parameters, entropy, prox)
+            self._private_steps(optimizer, parameters, entropy, prox, proceed)
         else:
-            self._plain_steps(optimizer, parameters, entropy, prox)
+            self._plain_steps(optimizer, parameters, entropy, prox, proceed)
         if assignment.personal:
             self._personal = self.model.read(self.model.schema.select(assignment.personal))
         after = self.model.read(schema)
@@ -190,7 +197,12 @@ class Trainer:
         return per_example(self.model.logits(batch), batch["labels"].to(self.model.device)).sum()
 
     def _private_steps(
-        self, base: torch.optim.Optimizer, parameters: list[nn.Parameter], entropy: Entropy, prox: float
+        self,
+        base: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        entropy: Entropy,
+        prox: float,
+        proceed: Proceed,
     ) -> None:
         privacy, train = self.spec.privacy, self.spec.train
         declared = self.policy.data.declared_examples
@@ -209,6 +221,7 @@ class Trainer:
             )
             optimizer.masks = self.model.rank_masks(parameters)
             for _ in range(train.steps):
+                proceed()
                 self._accumulate(optimizer, tape, entropy)
                 optimizer.release(_pull(parameters, start, prox))
 
@@ -219,10 +232,16 @@ class Trainer:
             optimizer.accumulate()
 
     def _plain_steps(
-        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], entropy: Entropy, prox: float
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        entropy: Entropy,
+        prox: float,
+        proceed: Proceed,
     ) -> None:
         start = [parameter.detach().clone() for parameter in parameters]
         for _ in range(self.spec.train.steps):
+            proceed()
             sample = self._sample(entropy)
             if len(sample) == 0:
                 continue

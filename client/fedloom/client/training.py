@@ -1,12 +1,20 @@
 """What a participant needs of whoever trains: the seam between the protocol and torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from fedloom.proto.messages import Assignment
 from fedloom.proto.schema import Array, Schema, Tensors
 
-__all__ = ["Trained", "Training"]
+__all__ = ["Proceed", "RoundOver", "Trained", "Training"]
+
+Proceed = Callable[[], None]
+"""Called between two steps of a training; raises RoundOver when it is to stop."""
+
+
+class RoundOver(Exception):
+    """Nobody will take the update that is being trained: it is dropped, and no error of ours is to hide that."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,12 @@ class Training(Protocol):
     def declared_examples(self) -> int:
         """Number of examples the coordinator is told; 0 declares nothing."""
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
-        """Do one round's work from `broadcast`."""
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
+        """Do one round's work from `broadcast`, calling `proceed` before every step.
+
+        Raises:
+            RoundOver: `proceed` says so. What was charged stays charged.
+        """
 
     def release(self, charge: int | None, digest: str) -> None:
         """Note, durably, that the payload with this SHA-256 is about to leave for `Trained.charge`."""

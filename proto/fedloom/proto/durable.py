@@ -1,11 +1,14 @@
 """Files that survive a crash whole: either the old content is there or the new, never a part."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedloom.proto.failpoints import failpoint, reach
 
-__all__ = ["make_folder", "sync_folder", "write_durably"]
+__all__ = ["make_folder", "replacing_folder", "sync_folder", "write_durably"]
 
 
 def make_folder(folder: Path) -> None:
@@ -53,3 +56,44 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, which takes the place of `folder`, on disk, when the block ends without an error.
+
+    Two folders cannot be swapped in one step. A process that dies between the two renames leaves no `folder`, but the
+    old one beside it as .NAME.fedloom-old; the next call puts that back before it begins, and removes what else a dead
+    one has left.
+
+    Args:
+        folder: An absolute path that is no link; need not exist.
+
+    Raises:
+        OSError: The disk refuses, or `folder` is a file, or where a file system is mounted.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder.name} is no folder")
+    make_folder(folder.parent)
+    draft, old = (folder.with_name(f".{folder.name}.fedloom-{kind}") for kind in ("new", "old"))
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    for left in (draft, old):
+        if left.exists():
+            shutil.rmtree(left)
+    draft.mkdir()
+    try:
+        yield draft
+        for each in (*draft.rglob("*"), draft):
+            sync_folder(each)  # files as well: what counts is that it is open
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(draft, folder)
+    except Exception:
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+    if old.exists():
+        shutil.rmtree(old)

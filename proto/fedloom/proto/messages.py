@@ -12,6 +12,7 @@ __all__ = [
     "Assignment",
     "Finished",
     "Joined",
+    "Standing",
     "UpdateHeader",
     "Wait",
     "broadcast_schema",
@@ -55,6 +56,7 @@ class Wait:
     """Nothing to do now."""
 
     retry_after_s: float
+    """Seconds to stay away: 0 after a long poll, more in place of one."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,17 @@ class Finished:
 
 
 Answer = Assignment | Wait | Finished
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How the run stands, for a client that trains."""
+
+    round: int
+    """The round that is open or comes next."""
+    open: bool
+    oldest: int
+    """The oldest round whose updates are still taken; `round` itself, but for buffered rounds."""
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,8 @@ class RoundsSection(Section):
     completion_probability: float = Field(default=0.999, gt=0, lt=1)
     """Probability with which enough of them answer, if they fail independently."""
     deadline_s: float = Field(default=600.0, gt=0)
-    """Seconds after which a round closes with the updates it has, if they are at least min_clients."""
+    """Seconds after which a round closes with the updates it has, if they are at least min_clients. A client that still
+    trains for it stops."""
     lease_s: float = Field(default=30.0, gt=0)
     """Seconds without a sign of life after which a client counts as gone."""
     max_update_norm: float | None = Field(default=None, gt=0)

@@ -23,7 +23,7 @@ from fedloom.proto.errors import (
     UpdateRejected,
 )
 from fedloom.proto.limits import MAX_NAME_LENGTH
-from fedloom.proto.messages import Answer, Assignment, Finished, Joined, UpdateHeader, Wait
+from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader, Wait
 from fedloom.proto.secagg.keys import ADVERT_BYTES
 from fedloom.proto.secagg.steps import Step, StepMessage, StepResult
 from fedloom.proto.v1 import federation_pb2 as pb
@@ -40,6 +40,8 @@ __all__ = [
     "overloaded",
     "result_from_wire",
     "result_to_wire",
+    "standing_from_wire",
+    "standing_to_wire",
     "step_from_wire",
     "step_to_wire",
 ]
@@ -159,6 +161,22 @@ def header_from_wire(message: pb.UpdateHeader) -> tuple[UpdateHeader, str, int]:
     if message.offset > message.payload_bytes:
         raise ProtocolError(f"offset {message.offset} lies beyond the payload of {message.payload_bytes} bytes")
     return checked_header(message), message.run, message.epoch
+
+
+def standing_to_wire(standing: Standing) -> pb.HeartbeatReply:
+    """The answer to Heartbeat as protobuf."""
+    return pb.HeartbeatReply(round=standing.round, open=standing.open, oldest=standing.oldest)
+
+
+def standing_from_wire(reply: pb.HeartbeatReply) -> Standing:
+    """The answer to Heartbeat.
+
+    Raises:
+        ProtocolError: The oldest round that is taken comes after the one that is open.
+    """
+    if reply.oldest > reply.round:
+        raise ProtocolError(f"updates are taken from round {reply.oldest} on, but round {reply.round} is open or next")
+    return Standing(reply.round, reply.open, reply.oldest)
 
 
 def overloaded(text: str, retry_after_ms: str) -> Overloaded:

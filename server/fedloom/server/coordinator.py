@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from fedloom.proto.errors import ConfigError, ProtocolError, UpdateRejected
-from fedloom.proto.messages import Answer, Joined, UpdateHeader, Wait
+from fedloom.proto.messages import Answer, Joined, Standing, UpdateHeader, Wait
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
 from fedloom.proto.secagg.steps import StepMessage, StepResult
@@ -262,15 +262,15 @@ class Coordinator:
         with self._lock:
             return self._secure.take(client, message)
 
-    def heartbeat(self, client: str, run: str, epoch: int) -> tuple[int, bool]:
-        """Keep the client's lease; the round that is open or comes next, and whether it is open.
+    def heartbeat(self, client: str, run: str, epoch: int) -> Standing:
+        """Keep the client's lease; how the run stands, so that it need not train for a round that is over.
 
         Raises:
             ProtocolError: The run, the epoch or the client is not known here.
         """
         with self._lock:
             self._admit(client, run, epoch)
-            return self._rounds.round, self._rounds.phase == "open"
+            return self._history.standing
 
     def leave(self, client: str, reason: str, run: str, epoch: int) -> None:
         """Do not wait for this client. It may come back by asking for work.

@@ -17,7 +17,7 @@ import numpy as np
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.failpoints import failpoint, reach
-from fedloom.proto.messages import Assignment, Finished, UpdateHeader
+from fedloom.proto.messages import Assignment, Finished, Standing, UpdateHeader
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
 from fedloom.server.broadcast import Broadcasts, Order, final
@@ -106,6 +106,11 @@ class History:
         if self._ending is None:
             self._ending = final(self._schema, self.state)
         return self._ending
+
+    @property
+    def standing(self) -> Standing:
+        """What a client that trains is told."""
+        return Standing(self.rounds.round, self.rounds.phase == "open", self.rounds.oldest)
 
     def check(self) -> None:
         """Refuse to go on after a failure of the disk: memory may then be ahead of it.

@@ -1,6 +1,6 @@
 """A client's line to a coordinator in the same process; whoever has clients on another carrier makes one for each."""
 
-from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, UpdateHeader, Wait
+from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, Standing, UpdateHeader
 from fedloom.proto.secagg.steps import StepMessage, StepResult
 from fedloom.server.coordinator import Coordinator
 
@@ -22,8 +22,7 @@ class LocalConnection:
 
     def work(self) -> Answer:
         """Ask for work; never waits, since the others can only move when this call returns."""
-        answer = self._coordinator.work(self._client, self._run, self._epoch)
-        return Wait(0.0) if isinstance(answer, Wait) else answer
+        return self._coordinator.work(self._client, self._run, self._epoch)
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:
         """The payload."""
@@ -38,9 +37,9 @@ class LocalConnection:
         """Send a step of a secure sum; never waits."""
         return self._coordinator.exchange(message, self._client, self._run, self._epoch)
 
-    def heartbeat(self) -> None:
-        """Say that this client is alive."""
-        self._coordinator.heartbeat(self._client, self._run, self._epoch)
+    def heartbeat(self) -> Standing:
+        """Say that this client is alive, and learn how the run stands."""
+        return self._coordinator.heartbeat(self._client, self._run, self._epoch)
 
     def leave(self, reason: str) -> None:
         """Say that this client is not to be waited for."""

@@ -1,7 +1,8 @@
 """Long polls that wait: kept alive together, and asked again together when something has happened.
 
 Thousands may wait while a round that opens concerns a few. So a poll that still has to wait costs one call of the
-coordinator in a batch of many, and its own task does not even wake.
+coordinator in a batch of many, and its own task does not even wake. For so many that even this is too much, those who
+ask for work are told when to come back: within their lease, so that they are drawn like those who wait.
 """
 
 import asyncio
@@ -24,6 +25,9 @@ Asked = tuple[str, str, int]
 _BATCH = 50
 """Polls asked again in one go. Other calls come in between."""
 
+_MOST_WAITING = 4096
+"""Polls that wait at the same time: twice as many clients as `fedloom bench clients` holds."""
+
 T = TypeVar("T")
 
 
@@ -43,17 +47,31 @@ class Polls:
     Args:
         lane: Where the coordinator is called.
         renew: Keeps a client's lease; may raise ProtocolError.
-        every_s: How often, in seconds.
+        every_s: How often, in seconds; also the longest time that anybody is told to stay away.
     """
 
     def __init__(self, lane: Lane, renew: Callable[[str, str, int], object], every_s: float) -> None:
-        self._lane, self._renew = lane, renew
+        self._lane, self._renew, self._every_s = lane, renew, every_s
         self._waiting: set[_Poll] = set()
         self._stirs, self._stirred = 0, asyncio.Event()
         self._tasks = [asyncio.create_task(work) for work in (self._ask_again(), self._keep_alive(every_s))]
 
-    async def poll(self, asked: Asked, call: Callable[[], T], waits: Callable[[T], bool]) -> T:
-        """The first answer with which the caller need not wait, or whatever there is at the end of a long poll."""
+    async def poll(
+        self,
+        asked: Asked,
+        call: Callable[[], T],
+        waits: Callable[[T], bool],
+        later: Callable[[float], T] | None = None,
+    ) -> T:
+        """The first answer with which the caller need not wait, or whatever there is at the end of a long poll.
+
+        Args:
+            asked: Who asks.
+            call: Asks the coordinator.
+            waits: Whether an answer is one to wait with.
+            later: Makes the answer "come back after so many seconds", given at once when too many are waiting. None
+                lets the poll wait all the same.
+        """
         again = False
         while True:
             stirs = self._stirs  # noted before asking: after the answer it may already be out of date
@@ -61,6 +79,9 @@ class Polls:
             if not waits(answer):
                 return answer
             if stirs == self._stirs:
+                if later is not None and len(self._waiting) >= _MOST_WAITING:
+                    # Jittered, so that a crowd that is sent away together does not come back together.
+                    return later(random.uniform(0.5, 1.0) * self._every_s)
                 return await self._wait(_Poll(asked, call, waits, asyncio.get_running_loop().create_future()), answer)
             again = True
 

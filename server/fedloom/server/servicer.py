@@ -24,6 +24,7 @@ from fedloom.proto.wire import (
     header_from_wire,
     joined_to_wire,
     result_to_wire,
+    standing_to_wire,
     step_from_wire,
 )
 from fedloom.server.auth import Gate
@@ -170,7 +171,7 @@ class Servicer(pb_grpc.FederationServicer):
         asked = request.client, request.run, request.epoch
         work = partial(self._coordinator.work, *asked)
         with self._clients.call(request.client):
-            return answer_to_wire(await self._polls.poll(asked, work, lambda answer: isinstance(answer, Wait)))
+            return answer_to_wire(await self._polls.poll(asked, work, lambda answer: isinstance(answer, Wait), Wait))
 
     @guarded
     async def Exchange(self, request: pb.ExchangeRequest, context: Context) -> pb.ExchangeReply:
@@ -223,8 +224,7 @@ class Servicer(pb_grpc.FederationServicer):
         """See federation.proto."""
         asked = request.client, request.run, request.epoch
         with self._clients.call(request.client):
-            number, is_open = await self._calls.run(partial(self._coordinator.heartbeat, *asked))
-        return pb.HeartbeatReply(round=number, open=is_open)
+            return standing_to_wire(await self._calls.run(partial(self._coordinator.heartbeat, *asked)))
 
     @guarded
     @failpoint("rpc.leave")

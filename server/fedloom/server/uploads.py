@@ -66,21 +66,25 @@ class Uploads:
         path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}{_SUFFIX}"
         try:
             self._sweep()
-            with self._mutex:
-                upload = self._held.get(header.client)
-            if upload is not None and upload.path != path:
-                self.drop(header.client)
-                upload = None
-            upload = upload or Upload(path, size_bytes)
-            with upload.lock:
-                upload.turn += 1
-                if offset == 0 or (upload.on_disk and not path.is_file()):
-                    self._empty(upload)
-            with self._mutex:
-                self._held[header.client] = upload
+            while True:
+                # Looked up and made in one step: of two calls that come at once, both must get the same one.
+                with self._mutex:
+                    upload = self._held.get(header.client) or Upload(path, size_bytes)
+                    self._held[header.client] = upload
+                if upload.path != path:
+                    self.drop(header.client)
+                    continue
+                with upload.lock:
+                    with self._mutex:
+                        if self._held.get(header.client) is not upload:
+                            continue  # dropped meanwhile
+                    upload.turn += 1
+                    turn = upload.turn
+                    if offset == 0 or (upload.on_disk and not path.is_file()):
+                        self._empty(upload)
+                    return upload, turn
         except OSError as error:
             raise _failed(path, error) from error
-        return upload, upload.turn
 
     def fits(self, upload: Upload, size_bytes: int) -> bool:
         """Whether `add` would take so many bytes without touching the disk."""

@@ -26,6 +26,7 @@ from fedloom.proto.credentials import read_ca
 from fedloom.proto.errors import ConfigError, FedloomError
 from fedloom.proto.frames import DATA_FIELD, SERVICE, frames
 from fedloom.proto.limits import LONG_POLL_S
+from fedloom.proto.memory import keep_freed_memory
 from fedloom.proto.messages import PROTOCOL_VERSION, Assignment, Finished, UpdateHeader, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, TensorSpec
@@ -61,6 +62,7 @@ class _Tally:
 
 def coordinate(folder: str, expected: str, certs: str = "") -> None:
     """The coordinator's process: prints its address, then serves rounds of a small cohort until it is told to stop."""
+    keep_freed_memory()  # as `fedloom server` does
     clients = int(expected)
     config = RunConfig.model_validate(
         {

@@ -13,7 +13,7 @@ import numpy as np
 from fedloom.client.config import Policy
 from fedloom.client.connection import GrpcConnection
 from fedloom.client.participant import Participant
-from fedloom.client.training import Trained
+from fedloom.client.training import Proceed, Trained
 from fedloom.proto.errors import FedloomError
 from fedloom.proto.memory import keep_freed_memory
 from fedloom.proto.messages import Assignment, Joined, upload_schema
@@ -40,7 +40,7 @@ class _Idle:
         self.schema = schema
         self._unmoved = schema.zeros()
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
         """A change of zero."""
         asked = upload_schema(self.schema, assignment).tensors
         return Trained({spec.name: self._unmoved[spec.name] for spec in asked}, None)

@@ -17,7 +17,7 @@ from fedloom.client.config import Policy
 from fedloom.client.connection import GrpcConnection
 from fedloom.client.identity import load_identity, public_text
 from fedloom.client.participant import Participant
-from fedloom.client.training import Trained
+from fedloom.client.training import Proceed, Trained
 from fedloom.proto.errors import FedloomError
 from fedloom.proto.memory import keep_freed_memory
 from fedloom.proto.messages import Assignment, Joined
@@ -46,7 +46,7 @@ class _Drawn:
         rng = np.random.default_rng()
         self._delta = {each.name: rng.normal(0, 0.01, each.shape).astype(np.float32) for each in schema.tensors}
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
         """The change drawn at the start."""
         return Trained(self._delta, None)
 

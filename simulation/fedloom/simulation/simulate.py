@@ -19,6 +19,7 @@ from fedloom.client.trainer import Score, evaluate
 from fedloom.proto.accounting import GRID, Spend, Statement, statement
 from fedloom.proto.errors import FedloomError
 from fedloom.proto.run import RunConfig
+from fedloom.server.admission import check_config
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy
 from fedloom.server.participation import rounds_asked
@@ -89,6 +90,7 @@ def simulate(config: RunConfig, out: Path, watcher: Watcher | None = None) -> Re
     watcher = watcher or Watcher()
     config = completed(config)
     strategy = build_strategy(config)
+    check_config(config, strategy)  # as the coordinator will, but before anything is loaded or written
     folder = new_folder(out, config.run.name)
     write_config(folder, config)
     _set_threads(config.engine.threads)

@@ -230,12 +230,14 @@ class HeartbeatRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
-    __slots__ = ("round", "open")
+    __slots__ = ("round", "open", "oldest")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
     round: int
     open: bool
-    def __init__(self, round: _Optional[int] = ..., open: _Optional[bool] = ...) -> None: ...
+    oldest: int
+    def __init__(self, round: _Optional[int] = ..., open: _Optional[bool] = ..., oldest: _Optional[int] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("run", "epoch", "client", "reason")

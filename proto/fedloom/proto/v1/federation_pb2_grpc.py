@@ -116,7 +116,7 @@ class FederationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Heartbeat(self, request, context):
-        """"I am alive and training."
+        """"I am alive and training. Am I still waited for?"
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

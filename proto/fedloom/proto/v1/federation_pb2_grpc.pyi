@@ -50,7 +50,7 @@ class FederationStub:
     45 s; sent again unchanged it goes on waiting.
     """
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_federation_pb2.HeartbeatRequest, _federation_pb2.HeartbeatReply]
-    """"I am alive and training." """
+    """"I am alive and training. Am I still waited for?" """
     Leave: _grpc.UnaryUnaryMultiCallable[_federation_pb2.LeaveRequest, _federation_pb2.LeaveReply]
     """"Do not wait for me." """
 
@@ -76,7 +76,7 @@ class FederationAsyncStub(FederationStub):
     45 s; sent again unchanged it goes on waiting.
     """
     Heartbeat: _aio.UnaryUnaryMultiCallable[_federation_pb2.HeartbeatRequest, _federation_pb2.HeartbeatReply]  # type: ignore[assignment]
-    """"I am alive and training." """
+    """"I am alive and training. Am I still waited for?" """
     Leave: _aio.UnaryUnaryMultiCallable[_federation_pb2.LeaveRequest, _federation_pb2.LeaveReply]  # type: ignore[assignment]
     """"Do not wait for me." """
 
@@ -135,7 +135,7 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_pb2.HeartbeatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.HeartbeatReply, _abc.Awaitable[_federation_pb2.HeartbeatReply]]:
-        """"I am alive and training." """
+        """"I am alive and training. Am I still waited for?" """
 
     @_abc_1.abstractmethod
     def Leave(
