@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 FLOWER = Path(os.environ.get("FEDLOOM_FLOWER_BIN", ROOT / ".venv-flower" / "bin"))
 FEDLOOM = f"{sys.executable} -m fedloom.cli.main"
-WAIT_S = 200.0
+WAIT_S = 400.0
 
 
 @dataclass(frozen=True)

@@ -146,15 +146,16 @@ def test_a_trainer_ends_with_its_parent_or_when_idle_and_leaves_no_socket(policy
 
     assert run(here, 600.0, child)
     assert run(here, 0.01, os.getpid())
-    assert not (short / "node.sock").exists()
+    assert not (short / "flower" / "node.sock").exists()
 
 
 def test_a_second_trainer_of_a_site_is_not_needed(policy: Policy, short: Path) -> None:
     import fcntl
 
     here = policy.model_copy(update={"client": policy.client.model_copy(update={"state": short})})
-    with (short / "node.lock").open("wb") as lock:
+    (short / "flower").mkdir()
+    with (short / "flower" / "node.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
         assert not run(here, 0.01, None)
-    assert not (short / "node.sock").exists()
+    assert not (short / "flower" / "node.sock").exists()

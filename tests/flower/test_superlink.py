@@ -14,10 +14,11 @@ from safetensors.numpy import load_file
 from fedloom.proto.run import load_run
 from fedloom.proto.schema import Tensors
 from fedloom.simulation.simulate import simulate
-from tests.flower.federation import FLOWER, superlink, write_run
+from tests.flower.federation import FLOWER, WAIT_S, superlink, write_run
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.timeout(900),  # under a minute alone, and many processes to start on a busy machine
     pytest.mark.skipif(
         not (FLOWER / "flower-superlink").exists(),
         reason="Flower is not installed; `make flower` makes its environment, whose pins exclude ours",
@@ -38,7 +39,7 @@ def folder() -> Iterator[Path]:
 
 def fedloom(*arguments: object) -> None:
     command = [sys.executable, "-m", "fedloom.cli.main", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -65,5 +66,5 @@ def test_two_nodes_give_the_adapter_of_the_grpc_engine(folder: Path, tiny_base: 
     assert max(float(np.abs(value).max()) for value in expected.values()) > 1e-2
     assert not list((folder / "c").rglob("*.update")), "every site has heard that the run is over"
     for name in policies:
-        log = (folder / "c" / name / "node.log").read_text()
+        log = (folder / "c" / name / "flower" / "node.log").read_text()
         assert log.count("listening") == 1, "one trainer for all messages"

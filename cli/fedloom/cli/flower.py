@@ -41,8 +41,7 @@ def export(
     export_app(folder, config, document)
     out.print(f"wrote the app {folder}; `flwr run {folder}` runs it", markup=False)
     if clients is not None:
-        from fedloom.simulation.federation import build
-        from fedloom.simulation.processes import write_client
+        from fedloom.simulation.federation import build, write_client
 
         federation = build(config, clients)
         for name, rows in federation.clients.items():
@@ -61,8 +60,8 @@ def node(
 ) -> None:
     """Keep a site's model loaded for Flower, which starts a new process for every message.
 
-    It listens on node.sock in the policy's state folder, for this user alone. A SuperNode starts one by itself where
-    none listens; start it by hand to give it a user, a container or a service of its own.
+    It listens on flower/node.sock in the policy's state folder, for this user alone. A SuperNode starts one by itself
+    where none listens; start it by hand to give it a user, a container or a service of its own.
 
     Example: fedloom flower node --policy client.toml
     """

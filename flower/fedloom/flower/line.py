@@ -28,12 +28,12 @@ _PAUSE_S = 0.05
 
 
 def socket_path(policy: Policy) -> Path:
-    """Where the site's resident trainer listens.
+    """Where the site's resident trainer listens: in a folder of its own, so that a container may be given nothing else.
 
     Raises:
         ConfigError: The path is too long for a socket.
     """
-    path = policy.client.state / "node.sock"
+    path = policy.client.state / "flower" / "node.sock"
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise ConfigError(
             f"{path} is too long for a socket ({len(os.fsencode(path))} bytes, at most {_LONGEST_PATH}); give "

@@ -61,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
 def _speak() -> None:
     """Log to the stream that `flwr run --stream` shows; what Flower's own libraries say is Flower's to choose."""
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     ours = logging.getLogger("fedloom")
     ours.setLevel(logging.INFO)
     ours.propagate = False

@@ -1,14 +1,16 @@
 """What every engine needs: the completed run file, the clients' data and policies, and the held-out set."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tomli_w
 
 from fedloom.client.config import Policy, SecureAggregationPolicy
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.partition import partition
-from fedloom.client.data.rows import Rows
+from fedloom.client.data.rows import Rows, documents
 from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.identity import load_identity, public_text
 from fedloom.client.model import AdapterModel, base_digest, load_model, resolve_base
@@ -18,7 +20,7 @@ from fedloom.server.launch import calibrated
 from fedloom.server.progress import Progress
 from fedloom.server.user_ledger import check_supply
 
-__all__ = ["Federation", "build", "check_alive", "completed", "declared_size"]
+__all__ = ["Federation", "build", "check_alive", "completed", "declared_size", "write_client"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,18 @@ def build(config: RunConfig, folder: Path) -> Federation:
     model = load_model(config.model, config.adapter)
     encoded = encode(held_out, model.tokenizer, config.model.max_length)
     return Federation(config, model, clients, policies, encoded)
+
+
+def write_client(policy: Policy, rows: Rows, folder: Path) -> Path:
+    """Write a client's data file and policy file, as its owner would have them; returns the policy's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(document) + "\n" for document in documents(rows))
+    tables = policy.model_dump(mode="json", exclude_none=True)
+    tables["client"] |= {"state": ".", "anchors": "ledger"}
+    path = folder / "policy.toml"
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return path
 
 
 def check_alive(federation: Federation, progress: Progress) -> None:
