@@ -11,7 +11,7 @@ CLIENTS ?= 4
 IDS := $(shell id -u):$(shell id -g)
 export FEDLOOM_USER ?= $(if $(filter 0:%,$(IDS)),10001:10001,$(IDS))
 
-.PHONY: setup demo test prove chaos check fix proto docs bench study-small compose compose-test wheels clean
+.PHONY: setup flower demo test prove chaos check fix proto docs bench study-small compose compose-test wheels clean
 
 setup: $(VENV)/.ready
 
@@ -22,10 +22,21 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m fedloom.client.assets minilm-l6 sentiment
 	touch $@
 
+# Flower wants protobuf below 7 and typer below 0.21, our pins are above: its commands get an environment of their own.
+FLOWER := .venv-flower
+
+flower: $(FLOWER)/.ready
+
+$(FLOWER)/.ready: pyproject.toml flower/constraints.txt
+	$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet --upgrade pip
+	$(FLOWER)/bin/python -m pip install --quiet -c flower/constraints.txt -e '.[server,flower]'
+	touch $@
+
 demo: setup
 	fedloom simulate examples/sentiment.toml
 
-test: setup
+test: setup flower
 	pytest
 
 # Everything that is too heavy for every change, at full size.
@@ -82,4 +93,4 @@ wheels: setup
 	python -m docker.wheels
 
 clean:
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) $(FLOWER) .cache

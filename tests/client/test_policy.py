@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 
 from fedloom.client.config import Policy, check_local, check_spec, load_policy
+from fedloom.proto.checks import LOCAL_NAMES
 from fedloom.proto.errors import ConfigError, PolicyError
 from fedloom.proto.run import Spec
-from fedloom.proto.wire import LOCAL_NAMES
 
 TEXT = """
 [client]

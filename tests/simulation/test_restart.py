@@ -130,7 +130,7 @@ def end(process: "subprocess.Popen[str]") -> None:
 def undisturbed(folder: Path) -> Tensors:
     """The adapter of the same run without a socket or a restart."""
     # Loads torch. The coordinator's process imports this file too, and is to be back before its clients give up.
-    from fedloom.simulation.inprocess import LocalConnection
+    from fedloom.server.local import LocalConnection
 
     with Store(folder, durable=False) as store:
         coordinator = Coordinator(CONFIG, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 1))

@@ -23,9 +23,9 @@ from fedloom.proto.secagg.fixed import FixedPoint, Words, words
 from fedloom.proto.secagg.steps import StepMessage
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.history import SUM, History
+from fedloom.server.local import LocalConnection
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
-from fedloom.simulation.inprocess import LocalConnection
 from fedloom.strategies.api import Plan, State, Update
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter

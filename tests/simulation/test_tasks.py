@@ -17,8 +17,7 @@ from fedloom.client.data.rows import digest
 from fedloom.client.data.tokens import collate, encode
 from fedloom.client.model import load_model
 from fedloom.proto.run import RunConfig
-from fedloom.simulation.federation import build, completed
-from fedloom.simulation.processes import write_client
+from fedloom.simulation.federation import build, completed, write_client
 from fedloom.simulation.simulate import simulate
 
 WORDS = ("good", "bad", "film", "plot", "actor", "very", "great", "sad")

@@ -13,6 +13,7 @@ from fedloom.cli import (
     certs,
     client,
     data,
+    flower,
     identity,
     ledger,
     operation,
@@ -67,6 +68,7 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(certs.app, name="certs")
 app.add_typer(operation.app, name="operate")
 app.add_typer(bench.app, name="bench")
+app.add_typer(flower.app, name="flower")
 
 
 def main() -> None:

@@ -20,13 +20,14 @@ from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.run import RunConfig, load_run
 from fedloom.proto.schema import Schema
 from fedloom.proto.tables import read_json
+from fedloom.server.prepared import prepared_path, with_prepared
 
 if TYPE_CHECKING:
     from fedloom.server.coordinator import Coordinator
     from fedloom.server.observation import Observation
     from fedloom.server.store import Store
 
-__all__ = ["export", "prepare", "server"]
+__all__ = ["derive", "export", "prepare", "server"]
 
 RunFile = Annotated[Path, typer.Argument(help="The run file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as run.rounds=5.")]
@@ -39,8 +40,8 @@ def prepare(run: RunFile, overrides: Overrides = None) -> None:
 
     Example: fedloom prepare examples/sentiment.toml
     """
-    path = _prepared_path(run)
-    document = json.dumps(_derive(load_run(run, tuple(overrides or ()))), indent=1)
+    path = prepared_path(run)
+    document = json.dumps(derive(load_run(run, tuple(overrides or ()))), indent=1)
     try:
         write_durably(path, document.encode(), b"\n")  # whole or not at all: a coordinator may be waiting for it
         path.chmod(0o644)  # nothing in it is secret, and the coordinator may be another user
@@ -200,36 +201,21 @@ def _save(coordinator: "Coordinator", store: "Store", folder: Path) -> Path:
 
 def _with_base(config: RunConfig, run: Path) -> tuple[RunConfig, Schema]:
     """The run file with the base model pinned, and the schema: from RUN.schema.json, or from the model itself."""
-    path = _prepared_path(run)
+    path = prepared_path(run)
     if path.exists():
         prepared = read_json(path)
     else:
         try:
-            prepared = _derive(config)
+            prepared = derive(config)
         except ModuleNotFoundError:
             raise ConfigError(
                 f"{path} does not exist and torch is not installed here; run `fedloom prepare {run}` where "
                 "fedloom[client] is installed and put the file beside the run file"
             ) from None
-    if missing := [key for key in ("model", "adapter", "digest", "schema") if key not in prepared]:
-        raise ConfigError(f"{path} lacks {', '.join(missing)}; run `fedloom prepare {run}` again")
-    for key, value in (("model", config.model), ("adapter", config.adapter)):
-        asked = value.model_dump(mode="json", exclude={"digest"})
-        if prepared.get(key) != asked:
-            raise ConfigError(f"{path} was made for another [{key}] section; run `fedloom prepare {run}` again")
-    if config.model.digest not in (None, prepared["digest"]):
-        raise ConfigError(f"{path} has base model {prepared['digest']}; the run file pins {config.model.digest}")
-    model = config.model.model_copy(update={"digest": prepared["digest"]})
-    return config.model_copy(update={"model": model}), Schema.from_json(
-        json.dumps(prepared["schema"], separators=(",", ":"))
-    )
+    return with_prepared(config, prepared, run)
 
 
-def _prepared_path(run: Path) -> Path:
-    return run.with_suffix(".schema.json")
-
-
-def _derive(config: RunConfig) -> dict[str, Any]:
+def derive(config: RunConfig) -> dict[str, Any]:
     """What `prepare` writes, from the base model."""
     from fedloom.client.model import base_digest, load_model, resolve_base
 

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from fedloom.proto.checks import LOCAL_NAMES
 from fedloom.proto.errors import PolicyError
 from fedloom.proto.run import Column, Spec
 from fedloom.proto.tables import Section, parse, read_toml
-from fedloom.proto.wire import LOCAL_NAMES
 
 __all__ = [
     "ClientSection",

@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fedloom.client.config import Policy, check_spec
-from fedloom.client.connection import Connection
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
 from fedloom.client.secagg import Delivery, check_assignment, membership
 from fedloom.client.training import RoundOver, Training, Underway
@@ -39,6 +38,9 @@ from fedloom.proto.messages import (
 )
 from fedloom.proto.schema import Tensors
 
+if TYPE_CHECKING:
+    from fedloom.client.connection import Connection  # without gRPC, another framework may be the line
+
 __all__ = ["Participant"]
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ class Participant:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: "Connection",
         policy: Policy,
         prepare: Callable[[Joined], Training],
         *,

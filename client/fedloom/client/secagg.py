@@ -10,12 +10,12 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedloom.client.config import Policy, SecureAggregationPolicy
-from fedloom.client.connection import Connection
 from fedloom.client.identity import load_identity
 from fedloom.client.revealed import remember
 from fedloom.proto.errors import PolicyError, ProtocolError
@@ -38,6 +38,9 @@ from fedloom.proto.secagg.keys import (
 from fedloom.proto.secagg.masks import KEY_BYTES, add_masks
 from fedloom.proto.secagg.shamir import SHARE_BYTES, share_to_bytes, split
 from fedloom.proto.secagg.steps import ALL, MASKED, Step, StepMessage, StepResult, needed
+
+if TYPE_CHECKING:
+    from fedloom.client.connection import Connection
 
 __all__ = ["Attempt", "Delivery", "Member", "check_assignment", "membership"]
 
@@ -271,7 +274,7 @@ class Delivery:
         self._place: Place | None = None
         self._attempt: Attempt | None = None
 
-    def advance(self, connection: Connection, joined: Joined) -> bool:
+    def advance(self, connection: "Connection", joined: Joined) -> bool:
         """Go as far as the others let it; True when nothing is left to do, False to be called again.
 
         After a failure of the line the next call goes on with the same bytes. When the coordinator has restarted, or

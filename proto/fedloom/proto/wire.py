@@ -1,13 +1,8 @@
-"""Messages to protobuf and back. Everything read from a peer is checked here, before anything uses it.
+"""Messages to protobuf and back. Everything read from a peer is checked, see `checks`, before anything uses it."""
 
-A name, number or digest that no honest peer would send is a `ProtocolError`. Whether a message fits the
-state of the run (right round, right client, right length) is for the coordinator and the client to say.
-"""
+from collections.abc import Mapping
 
-import math
-import re
-from collections.abc import Iterable, Mapping
-
+from fedloom.proto.checks import checked_assignment, checked_digest, checked_header, checked_joined, checked_size
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import (
     BudgetError,
@@ -27,16 +22,13 @@ from fedloom.proto.errors import (
     Unavailable,
     UpdateRejected,
 )
-from fedloom.proto.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES
+from fedloom.proto.limits import MAX_NAME_LENGTH
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader, Wait
-from fedloom.proto.run import Spec
-from fedloom.proto.schema import Role, Schema
 from fedloom.proto.secagg.keys import ADVERT_BYTES
-from fedloom.proto.secagg.steps import MASKED, Step, StepMessage, StepResult
+from fedloom.proto.secagg.steps import Step, StepMessage, StepResult
 from fedloom.proto.v1 import federation_pb2 as pb
 
 __all__ = [
-    "LOCAL_NAMES",
     "RETRY_AFTER",
     "STATUS",
     "answer_from_wire",
@@ -53,9 +45,6 @@ __all__ = [
     "step_from_wire",
     "step_to_wire",
 ]
-
-LOCAL_NAMES = frozenset({"learning_rate", "momentum", "proximal_mu"})
-"""Local hyper-parameters an assignment may change. Nothing that the privacy account depends on is here."""
 
 STATUS: dict[type[FedloomError], str] = {
     FedloomError: "INTERNAL",
@@ -83,7 +72,6 @@ RETRY_AFTER comes with it."""
 RETRY_AFTER = "retry-after-ms"
 """Key of the trailing metadata that says after how many milliseconds a call refused as Overloaded may be repeated."""
 
-_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _MAX_RETRY_S = 3600.0
 _MAX_PARTS = 1000
 
@@ -107,15 +95,7 @@ def joined_from_wire(reply: pb.JoinReply) -> Joined:
         ConfigError: The spec is not one.
         SchemaError: The schema is not one.
     """
-    if not 0 < len(reply.run) <= MAX_NAME_LENGTH or reply.epoch < 1:
-        raise ProtocolError(f"join reply names run {reply.run[:64]!r}, epoch {reply.epoch}; both are needed")
-    schema = Schema.from_json(reply.schema)
-    if schema.digest != reply.schema_digest:
-        raise ProtocolError(
-            f"the schema received has digest {schema.digest[:12]}, the coordinator says {reply.schema_digest[:12]!r}; "
-            "both sides must run compatible versions of fedloom"
-        )
-    return Joined(run=reply.run, epoch=reply.epoch, spec=Spec.from_json(reply.spec), schema=schema)
+    return checked_joined(reply)
 
 
 def answer_to_wire(answer: Answer) -> pb.WorkReply:
@@ -138,7 +118,7 @@ def answer_from_wire(reply: pb.WorkReply) -> Answer:
     """
     match reply.WhichOneof("answer"):
         case "assignment":
-            return _assignment_from_wire(reply.assignment)
+            return checked_assignment(reply.assignment)
         case "wait":
             retry_after_s = reply.wait.retry_after_s
             if not 0 <= retry_after_s <= _MAX_RETRY_S:
@@ -147,7 +127,10 @@ def answer_from_wire(reply: pb.WorkReply) -> Answer:
         case "finished":
             final = reply.finished
             return Finished(
-                final.rounds, codec(final.codec).name, _digest(final.digest, "final adapter"), _size(final.bytes)
+                final.rounds,
+                codec(final.codec).name,
+                checked_digest(final.digest, "final adapter"),
+                checked_size(final.bytes),
             )
     raise ProtocolError("work reply carries no answer; the coordinator speaks another version, upgrade the client")
 
@@ -177,16 +160,7 @@ def header_from_wire(message: pb.UpdateHeader) -> tuple[UpdateHeader, str, int]:
     """
     if message.offset > message.payload_bytes:
         raise ProtocolError(f"offset {message.offset} lies beyond the payload of {message.payload_bytes} bytes")
-    header = UpdateHeader(
-        client=message.client,
-        round=message.round,
-        schema_digest=_digest(message.schema_digest, "schema"),
-        codec=_upload_codec(message.codec),
-        payload_bytes=_size(message.payload_bytes),
-        digest=_digest(message.digest, "update"),
-        attempt=message.attempt,
-    )
-    return header, message.run, message.epoch
+    return checked_header(message), message.run, message.epoch
 
 
 def standing_to_wire(standing: Standing) -> pb.HeartbeatReply:
@@ -269,11 +243,6 @@ def _parts(parts: Mapping[str, bytes]) -> dict[str, bytes]:
     return dict(parts)
 
 
-def _upload_codec(name: str) -> str:
-    """The name of a codec, or of a masked update, which no codec can read."""
-    return name if name == MASKED else codec(name[:MAX_NAME_LENGTH]).name
-
-
 def _assignment_to_wire(assignment: Assignment) -> pb.Assignment:
     return pb.Assignment(
         round=assignment.round,
@@ -288,51 +257,3 @@ def _assignment_to_wire(assignment: Assignment) -> pb.Assignment:
         broadcast_bytes=assignment.broadcast_bytes,
         upload_codec=assignment.upload_codec,
     )
-
-
-def _assignment_from_wire(message: pb.Assignment) -> Assignment:
-    train, personal = _roles(message.train), _roles(message.personal)
-    if not train or not personal <= train:
-        raise ProtocolError(
-            f"assignment trains {sorted(train)} and keeps {sorted(personal)}; it must train something "
-            "and may keep only what it trains"
-        )
-    local = dict(message.local)
-    for name, value in local.items():
-        if name not in LOCAL_NAMES or not math.isfinite(value) or value < 0:
-            raise ProtocolError(
-                f"assignment sets {name[:64]!r} to {value}; finite values of {sorted(LOCAL_NAMES)} allowed"
-            )
-    return Assignment(
-        round=message.round,
-        train=train,
-        personal=personal,
-        rank=message.rank or None,
-        base_rank=message.base_rank,
-        local=local,
-        broadcast_roles=_roles(message.broadcast_roles),
-        broadcast_codec=codec(message.broadcast_codec[:MAX_NAME_LENGTH]).name,
-        broadcast_digest=_digest(message.broadcast_digest, "broadcast"),
-        broadcast_bytes=_size(message.broadcast_bytes),
-        upload_codec=_upload_codec(message.upload_codec),
-    )
-
-
-def _roles(names: Iterable[str]) -> frozenset[Role]:
-    try:
-        return frozenset(Role(name) for name in names)
-    except ValueError as error:
-        known = ", ".join(role.value for role in Role)
-        raise ProtocolError(f"unknown role: {str(error)[:80]}; this build knows {known}") from None
-
-
-def _digest(text: str, what: str) -> str:
-    if not _DIGEST.fullmatch(text):
-        raise ProtocolError(f"{what} digest {text[:64]!r} is not 64 lower-case hexadecimal digits")
-    return text
-
-
-def _size(size_bytes: int) -> int:
-    if not 0 <= size_bytes <= MAX_PAYLOAD_BYTES:
-        raise ProtocolError(f"payload of {size_bytes} bytes announced; at most {MAX_PAYLOAD_BYTES} are allowed")
-    return size_bytes

@@ -7,8 +7,7 @@ from fedloom.client.config import Policy
 from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
-from fedloom.simulation.federation import completed, shares, simulated_policy
-from fedloom.simulation.processes import write_client
+from fedloom.simulation.federation import completed, shares, simulated_policy, write_client
 
 __all__ = ["SPARE_ROUNDS", "furnish"]
 

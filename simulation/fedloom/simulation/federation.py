@@ -1,14 +1,16 @@
 """What every engine needs: the completed run file, the clients' data and policies, and the held-out set."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tomli_w
 
 from fedloom.client.config import Policy, SecureAggregationPolicy
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.partition import partition
-from fedloom.client.data.rows import Rows
+from fedloom.client.data.rows import Rows, documents, picture
 from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.identity import load_identity, public_text
 from fedloom.client.model import AdapterModel, base_digest, load_model, resolve_base
@@ -18,7 +20,16 @@ from fedloom.server.launch import calibrated
 from fedloom.server.progress import Progress
 from fedloom.server.user_ledger import check_supply
 
-__all__ = ["Federation", "build", "check_alive", "completed", "declared_size", "shares", "simulated_policy"]
+__all__ = [
+    "Federation",
+    "build",
+    "check_alive",
+    "completed",
+    "declared_size",
+    "shares",
+    "simulated_policy",
+    "write_client",
+]
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,22 @@ def shares(config: RunConfig, data: DataSection, rng: np.random.Generator | None
     )
     width = len(str(len(parts) - 1))
     return {f"client-{index:0{width}d}": rows.take(part) for index, part in enumerate(parts)}
+
+
+def write_client(policy: Policy, rows: Rows, folder: Path) -> Path:
+    """Write a client's data file and policy file, as its owner would have them; returns the policy's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(document) + "\n" for document in documents(rows))
+    for number, image in enumerate(rows.images):
+        path = folder / picture(number)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(image)
+    tables = policy.model_dump(mode="json", exclude_none=True)
+    tables["client"] |= {"state": ".", "anchors": "ledger"}
+    path = folder / "policy.toml"
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return path
 
 
 def check_alive(federation: Federation, progress: Progress) -> None:

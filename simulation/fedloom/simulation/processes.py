@@ -1,6 +1,5 @@
 """The gRPC engine: a coordinator on a loopback socket and one `fedloom client` process per client."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,34 +8,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import tomli_w
-
-from fedloom.client.config import Policy
-from fedloom.client.data.rows import Rows, documents, picture
 from fedloom.proto.errors import FedloomError, Unavailable
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
-from fedloom.simulation.federation import Federation, check_alive
+from fedloom.simulation.federation import Federation, check_alive, write_client
 
-__all__ = ["run_processes", "write_client"]
+__all__ = ["run_processes"]
 
 _END_S = 60.0
-
-
-def write_client(policy: Policy, rows: Rows, folder: Path) -> Path:
-    """Write a client's data file and policy file, as its owner would have them; returns the policy's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(document) + "\n" for document in documents(rows))
-    for number, image in enumerate(rows.images):
-        path = folder / picture(number)
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(image)
-    tables = policy.model_dump(mode="json", exclude_none=True)
-    tables["client"] |= {"state": ".", "anchors": "ledger"}
-    path = folder / "policy.toml"
-    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
-    return path
 
 
 def run_processes(federation: Federation, coordinator: Coordinator, folder: Path, threads: int) -> Iterator[None]:

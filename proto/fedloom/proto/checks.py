@@ -1,0 +1,191 @@
+"""What must hold of a message from a peer, whatever carried it: protobuf over gRPC, or JSON inside another framework.
+
+A name, number or digest that no honest peer would send is a `ProtocolError`. Whether a message fits the
+state of the run (right round, right client, right length) is for the coordinator and the client to say.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from fedloom.proto.codec import codec
+from fedloom.proto.errors import ProtocolError
+from fedloom.proto.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES
+from fedloom.proto.messages import Assignment, Joined, UpdateHeader
+from fedloom.proto.run import Spec
+from fedloom.proto.schema import Role, Schema
+from fedloom.proto.secagg.steps import MASKED
+
+__all__ = [
+    "LOCAL_NAMES",
+    "AssignmentFields",
+    "HeaderFields",
+    "JoinedFields",
+    "checked_assignment",
+    "checked_digest",
+    "checked_header",
+    "checked_joined",
+    "checked_size",
+]
+
+LOCAL_NAMES = frozenset({"learning_rate", "momentum", "proximal_mu"})
+"""Local hyper-parameters an assignment may change. Nothing that the privacy account depends on is here."""
+
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+class JoinedFields(Protocol):
+    """The answer to Join as it came, of the right types and nothing more."""
+
+    run: str
+    epoch: int
+    spec: str
+    schema: str
+    schema_digest: str
+
+
+class AssignmentFields(Protocol):
+    """An assignment as it came, of the right types and nothing more; a rank of 0 is the schema's."""
+
+    round: int
+    rank: int
+    base_rank: int
+    broadcast_codec: str
+    broadcast_digest: str
+    broadcast_bytes: int
+    upload_codec: str
+
+    @property
+    def train(self) -> Iterable[str]:
+        """Names of roles."""
+
+    @property
+    def personal(self) -> Iterable[str]:
+        """Names of roles."""
+
+    @property
+    def broadcast_roles(self) -> Iterable[str]:
+        """Names of roles."""
+
+    @property
+    def local(self) -> Mapping[str, float]:
+        """Local hyper-parameters by name."""
+
+
+class HeaderFields(Protocol):
+    """An update's header as it came, of the right types and nothing more."""
+
+    client: str
+    round: int
+    schema_digest: str
+    codec: str
+    payload_bytes: int
+    digest: str
+    attempt: int
+
+
+def checked_joined(fields: JoinedFields) -> Joined:
+    """The answer to Join, with the spec and the schema parsed and the schema's digest recomputed.
+
+    Raises:
+        ProtocolError: The run or the epoch is missing, or the schema's digest differs.
+        ConfigError: The spec is not one.
+        SchemaError: The schema is not one.
+    """
+    if not 0 < len(fields.run) <= MAX_NAME_LENGTH or fields.epoch < 1:
+        raise ProtocolError(f"join reply names run {fields.run[:64]!r}, epoch {fields.epoch}; both are needed")
+    schema = Schema.from_json(fields.schema)
+    if schema.digest != fields.schema_digest:
+        raise ProtocolError(
+            f"the schema received has digest {schema.digest[:12]}, the coordinator says {fields.schema_digest[:12]!r}; "
+            "both sides must run compatible versions of fedloom"
+        )
+    return Joined(run=fields.run, epoch=fields.epoch, spec=Spec.from_json(fields.spec), schema=schema)
+
+
+def checked_assignment(fields: AssignmentFields) -> Assignment:
+    """One round's work.
+
+    Raises:
+        ProtocolError: A role, a digest, a length or a local hyper-parameter is none, or it trains nothing.
+        CodecError: It names an unknown codec.
+    """
+    train, personal = _roles(fields.train), _roles(fields.personal)
+    if not train or not personal <= train:
+        raise ProtocolError(
+            f"assignment trains {sorted(train)} and keeps {sorted(personal)}; it must train something "
+            "and may keep only what it trains"
+        )
+    local = dict(fields.local)
+    for name, value in local.items():
+        if name not in LOCAL_NAMES or not math.isfinite(value) or value < 0:
+            raise ProtocolError(
+                f"assignment sets {name[:64]!r} to {value}; finite values of {sorted(LOCAL_NAMES)} allowed"
+            )
+    return Assignment(
+        round=fields.round,
+        train=train,
+        personal=personal,
+        rank=fields.rank or None,
+        base_rank=fields.base_rank,
+        local=local,
+        broadcast_roles=_roles(fields.broadcast_roles),
+        broadcast_codec=codec(fields.broadcast_codec[:MAX_NAME_LENGTH]).name,
+        broadcast_digest=checked_digest(fields.broadcast_digest, "broadcast"),
+        broadcast_bytes=checked_size(fields.broadcast_bytes),
+        upload_codec=_upload_codec(fields.upload_codec),
+    )
+
+
+def checked_header(fields: HeaderFields) -> UpdateHeader:
+    """What precedes an update's payload.
+
+    Raises:
+        ProtocolError: A digest is not 64 hexadecimal digits, or the length is out of range.
+        CodecError: It names an unknown codec.
+    """
+    return UpdateHeader(
+        client=fields.client,
+        round=fields.round,
+        schema_digest=checked_digest(fields.schema_digest, "schema"),
+        codec=_upload_codec(fields.codec),
+        payload_bytes=checked_size(fields.payload_bytes),
+        digest=checked_digest(fields.digest, "update"),
+        attempt=fields.attempt,
+    )
+
+
+def checked_digest(text: str, what: str) -> str:
+    """A SHA-256 in lower-case hexadecimal digits.
+
+    Raises:
+        ProtocolError: It is not one.
+    """
+    if not _DIGEST.fullmatch(text):
+        raise ProtocolError(f"{what} digest {text[:64]!r} is not 64 lower-case hexadecimal digits")
+    return text
+
+
+def checked_size(size_bytes: int) -> int:
+    """A payload's length.
+
+    Raises:
+        ProtocolError: No payload may be so long.
+    """
+    if not 0 <= size_bytes <= MAX_PAYLOAD_BYTES:
+        raise ProtocolError(f"payload of {size_bytes} bytes announced; at most {MAX_PAYLOAD_BYTES} are allowed")
+    return size_bytes
+
+
+def _upload_codec(name: str) -> str:
+    """The name of a codec, or of a masked update, which no codec can read."""
+    return name if name == MASKED else codec(name[:MAX_NAME_LENGTH]).name
+
+
+def _roles(names: Iterable[str]) -> frozenset[Role]:
+    try:
+        return frozenset(Role(name) for name in names)
+    except ValueError as error:
+        known = ", ".join(role.value for role in Role)
+        raise ProtocolError(f"unknown role: {str(error)[:80]}; this build knows {known}") from None

@@ -1,0 +1,93 @@
+"""A private run gives the same adapter in process and over nodes, whose messages cross as the bytes they are."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedloom.client.data.rows import Rows, digest
+from fedloom.client.privacy.entropy import Entropy, Seeded
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.trainer import Trainer
+from fedloom.flower.resident import Resident
+from fedloom.proto.messages import Joined
+from fedloom.proto.run import RunConfig
+from fedloom.server.coordinator import Coordinator
+from fedloom.server.launch import build_strategy
+from fedloom.server.rounds import RoundClosed
+from fedloom.server.store import Store
+from fedloom.simulation.federation import Federation, build, completed
+from fedloom.simulation.inprocess import run_inprocess
+from fedloom.strategies.start import starting_adapter
+from tests.flower.test_rounds import NAMES, Sites, coordinated
+
+
+def entropy_of(name: str, round: int) -> Entropy:
+    return Seeded(99, round, *name.encode())
+
+
+@pytest.fixture
+def federation(tmp_path: Path, tiny_base: Path, rows: Rows) -> Federation:
+    """Three private clients, two rounds."""
+    lines = [f'{{"text": "{text}", "label": {label}}}\n' for text, label in zip(rows.texts, rows.labels, strict=True)]
+    (tmp_path / "data").mkdir()
+    for name, part in (("train", lines[:30]), ("test", lines[30:])):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(part))
+    config = RunConfig.model_validate(
+        {
+            "run": {"name": "tiny", "rounds": 2, "seed": 5},
+            "model": {"base": str(tiny_base), "labels": ["negative", "positive"], "max_length": 16},
+            "adapter": {"rank": 4, "alpha": 8},
+            "train": {"steps": 3, "sampling_rate": 0.5, "learning_rate": 0.3},
+            "privacy": {"epsilon": 50.0, "delta": 1e-2, "noise_multiplier": 1.0},
+            "strategy": {"name": "fedsvd", "weighting": "examples"},
+            "rounds": {"min_clients": 3},
+            "data": {"source": str(tmp_path / "data"), "clients": 3},
+        }
+    )
+    return build(completed(config), tmp_path / "run")
+
+
+@pytest.fixture
+def sites(federation: Federation) -> Iterator[Sites]:
+    """A resident for each client, at nodes whose numbers are in another order than the names."""
+    made = Sites({})
+    for node, name in enumerate(reversed(NAMES)):
+
+        def prepare(joined: Joined, name: str = name) -> Trainer:
+            policy, rows = federation.policies[name], federation.clients[name]
+            ledger = Ledger(policy.client.state / "flower-ledger", digest(rows))
+            seam = partial(entropy_of, name)
+            return Trainer(federation.model, rows, joined.spec, policy, ledger, entropy_for=seam)
+
+        policy = federation.policies[name]
+        made.residents[node] = Resident(policy, prepare, policy.client.state / "spool")
+    made.up = set(made.residents)
+    yield made
+    for resident in made.residents.values():
+        resident.close()
+
+
+def test_a_private_run_is_the_same_in_process_and_over_nodes(
+    federation: Federation, sites: Sites, tmp_path: Path
+) -> None:
+    config, schema = federation.config, federation.model.schema
+    starting = starting_adapter(schema, config.run.seed)
+    with Store(tmp_path / "inprocess", durable=False) as store:
+        coordinator = Coordinator(config, schema, build_strategy(config), store, starting=starting, expect=3)
+        seams = {name: partial(entropy_of, name) for name in federation.clients}
+        for _ in run_inprocess(federation, coordinator, entropy=seams):  # type: ignore[arg-type]
+            pass
+        expected = coordinator.state.adapter
+
+    with Store(tmp_path / "nodes", durable=False) as store:
+        adapter = coordinated(sites, config, schema, store)
+        closed = [event.clients for event in store.events() if isinstance(event, RoundClosed)]
+
+    assert max(float(np.abs(expected[name] - starting[name]).max()) for name in expected) > 1e-2
+    assert max(float(np.abs(expected[name] - adapter[name]).max()) for name in expected) < 1e-5
+    assert closed == [NAMES] * 2
+    assert [request.over for _, request in sites.asked[-3:]] == [True] * 3
+    assert not list((tmp_path / "run").rglob("*.update")), "at the end nothing waits to be sent again"
