@@ -14,6 +14,7 @@ from fedloom.cli import (
     certs,
     client,
     identity,
+    init,
     ledger,
     operation,
     privacy,
@@ -51,6 +52,7 @@ def options(
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if verbose else "NONE")
 
 
+app.command("init")(init.init)
 app.command("simulate")(simulate.simulate)
 app.command("server")(server.server)
 app.command("prepare")(server.prepare)
