@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.console import INSECURE, out
+from fedloom.cli.console import INSECURE, out, pace
 from fedloom.proto.errors import IdentityError
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ def client(
         out.print(f"{name}: {line}", markup=False)
 
     def ready(joined: "Joined") -> "Training":
+        rounds = joined.spec.run.rounds
+        rest = pace(rounds)
+        participant.delivered = lambda number: tell(f"round {number}/{rounds} sent{rest(number)}")
         return prepare(site, joined.spec, announce=tell, owing=kept(spool, joined.run, name) is not None)
 
     participant = Participant(connection, site, ready, spool=spool)
