@@ -68,6 +68,7 @@ proto: setup
 docs: setup
 	python docs/make_reference.py
 	python docs/make_mutations.py
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --site-dir site
 
 bench: setup
 	fedloom bench round

@@ -1,5 +1,6 @@
 """`fedloom certs` and `fedloom operate`, around a coordinator on a real socket."""
 
+import json
 import re
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def test_from_an_authority_to_a_run_that_is_stopped(tmp_path: Path) -> None:
         told("certs", "renew", "--server", address, "--certs", "op")
 
         assert re.search(r"^round +1 of 1, not open *$", told("operate", "status", *to(address)), re.M)
+        told_json = json.loads(told("operate", "status", *to(address), "--json"))
+        assert (told_json["round"], told_json["rounds"], told_json["open"], told_json["live"]) == (0, 1, False, [])
         mine = ("--server", address, "--certs", "mine/certs")
         assert "does not allow" in refused("operate", "stop", *mine)
         assert told("certs", "revoke", "hospital-a") == "hospital-a: 2 certificates and invites revoked\n"
@@ -84,6 +87,9 @@ def test_from_an_authority_to_a_run_that_is_stopped(tmp_path: Path) -> None:
         ("op", "operator", "valid"),
     ]
     assert token.strip() not in listed
+    rows = json.loads(told("certs", "list", "--json"))
+    assert [(each["name"], each["role"], each["state"]) for each in rows] == states
+    assert all(re.fullmatch(r"[0-9a-f]{64}", each["fingerprint"]) for each in rows)
 
 
 def to(address: str) -> tuple[str, str, str, str]:

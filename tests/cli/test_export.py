@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fedloom.proto.accounting import Spend, statement
@@ -58,6 +59,27 @@ def test_a_state_directory_becomes_a_peft_adapter(tmp_path: Path, tiny_base: Pat
     spent = json.loads(json.dumps(statement([Spend(0.5, 2.0, 1)], 1e-5).document()))
     assert spent.items() <= known["privacy"].items()
     assert (known["privacy"]["rounds"], known["privacy"]["clip_norm"]) == (1, 1.0)
+
+    # The same state as a file of tensors, without torch, and as a whole model.
+    code = "import sys; from fedloom.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    words = ["export", str(run), "--state", str(tmp_path / "state"), "--format", "safetensors", "--json"]
+    without = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert without.returncode == 0, without.stderr
+    path = tmp_path / "adapter.safetensors"
+    assert json.loads(without.stdout) == {"path": str(path), "format": "safetensors", "rounds": 0, "of": 3}
+    tensors = load_file(path)
+    assert tensors.keys() == expected.keys()
+    assert all(np.array_equal(tensors[name], expected[name]) for name in tensors)
+    with safe_open(path, "numpy") as file:
+        about = file.metadata()
+    assert Schema.from_json(about["schema"]) == schema
+    assert json.loads(about["fedloom"])["privacy"]["epsilon"] == known["privacy"]["epsilon"]
+    merged = fedloom("export", run, "--state", tmp_path / "state", "--format", "merged")
+    assert merged.returncode == 0, merged.stderr
+    assert f"model after 0 of 3 rounds in {tmp_path / 'merged'}" in merged.stdout
+    assert json.loads((tmp_path / "merged" / "fedloom.json").read_text()) == known
 
 
 def test_a_missing_state_directory_is_named(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_a_folder_that_holds_other_things_is_left_alone(
 
     with pytest.raises(ConfigError, match="is no folder"):
         save_adapter(tiny_model, folder / "chapter-1.tex", {})
-    with pytest.raises(ConfigError, match=r"thesis holds chapter-1\.tex, which is no part of an adapter"):
+    with pytest.raises(ConfigError, match=r"thesis holds chapter-1\.tex, which is no part of an export"):
         save_adapter(tiny_model, folder, {})
     monkeypatch.chdir(folder)
     with pytest.raises(ConfigError, match="is where this runs"):
@@ -238,7 +238,7 @@ def test_a_disk_that_refuses_leaves_the_adapter_that_was_there(
         rename(old, new)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(ConfigError, match=r"cannot write an adapter to .*No space left"):
+    with pytest.raises(ConfigError, match=r"cannot export to .*No space left"):
         save_adapter(tiny_model, folder, {"run": "second"})
 
     state = saved(folder)

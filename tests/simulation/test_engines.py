@@ -174,6 +174,7 @@ def test_processes_give_the_adapter_that_one_process_gives(config: RunConfig, tm
     logs = sorted((two.folder / "clients").glob("*/client.log"))
     assert len(logs) == 3
     assert all("run over after 2 rounds; trained 2" in log.read_text() for log in logs)
+    assert all(": round 1/2 sent\n" in log.read_text() and ": round 2/2 sent\n" in log.read_text() for log in logs)
 
 
 @pytest.mark.parametrize("engine", ["inprocess", pytest.param("grpc", marks=pytest.mark.e2e)])

@@ -4,13 +4,14 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.console import out
+from fedloom.cli.console import Json, out, print_json
 
 __all__ = ["assets"]
 
 
 def assets(
     names: Annotated[list[str] | None, typer.Argument(help="Assets to fetch into the cache; none lists them.")] = None,
+    json_only: Json = False,
 ) -> None:
     """List the demo models and data sets, or fetch some into the cache.
 
@@ -21,6 +22,15 @@ def assets(
     """
     from fedloom.client.assets import ASSETS, cache_dir, fetch
 
+    if json_only:
+        there = {name: fetch(name) if names else cache_dir() / name for name in names or ASSETS}
+        print_json(
+            [
+                {"name": name, "about": ASSETS[name].about, "folder": str(folder) if folder.is_dir() else None}
+                for name, folder in there.items()
+            ]
+        )
+        return
     for name in names or []:
         out.print(f"{name}: {fetch(name)}")
     if not names:

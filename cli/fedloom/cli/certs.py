@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fedloom.cli.console import out
+from fedloom.cli.console import Json, out, print_json
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.identity import Identity, MemberRole
 
@@ -108,7 +108,7 @@ def enrol(
 
 
 @app.command("list")
-def list_(certs: Certs = SERVER_CERTS) -> None:
+def list_(certs: Certs = SERVER_CERTS, json_only: Json = False) -> None:
     """Show every certificate and invite, and how it stands.
 
     Example: fedloom certs list
@@ -120,6 +120,19 @@ def list_(certs: Certs = SERVER_CERTS) -> None:
         entries = authority.identities.entries()
     finally:
         authority.close()
+    if json_only:
+        rows = [
+            {
+                "name": each.identity.name,
+                "role": each.promised,
+                "state": each.state(time.time()),
+                "ends": datetime.fromtimestamp(each.expires_s, UTC).isoformat(),
+                "fingerprint": each.fingerprint,
+            }
+            for each in entries
+        ]
+        print_json(rows)
+        return
     table = Table("name", "role", "state", "ends (UTC)", "fingerprint", box=None, pad_edge=False)
     for entry in entries:
         ends = datetime.fromtimestamp(entry.expires_s, UTC).strftime("%Y-%m-%d %H:%M")

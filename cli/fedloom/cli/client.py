@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.console import INSECURE, out
+from fedloom.cli.console import INSECURE, out, pace
 from fedloom.cli.logs import LogFormat, LogLevel, write_logs
 from fedloom.proto.errors import IdentityError
 
@@ -74,6 +74,9 @@ def client(
     made: list[Trainer] = []
 
     def ready(joined: "Joined") -> "Training":
+        rounds = joined.spec.run.rounds
+        rest = pace(rounds)
+        participant.delivered = lambda number: tell(f"round {number}/{rounds} sent{rest(number)}")
         made.append(prepare(site, joined.spec, announce=tell, owing=kept(spool, joined.run, name) is not None))
         return made[-1]
 

@@ -1,13 +1,19 @@
 """What every command prints with."""
 
+import json
+import time
+from collections.abc import Callable
 from importlib.metadata import version as distribution_version
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from fedloom.proto.accounting import Statement
 
-__all__ = ["INSECURE", "failed", "megabytes", "out", "terms", "version"]
+__all__ = ["INSECURE", "Json", "failed", "megabytes", "out", "pace", "print_json", "terms", "version"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON only.")]
 
 out = Console(highlight=False, soft_wrap=True)
 """Standard output: results."""
@@ -31,6 +37,37 @@ def megabytes(size_bytes: int) -> str:
     '1.2 MB'
     """
     return f"{size_bytes / 1e6:.1f} MB"
+
+
+def pace(total: int, clock: Callable[[], float] = time.monotonic) -> Callable[[int], str]:
+    """How long the rest of a run takes at the pace so far, for the end of a line about each round.
+
+    Args:
+        total: Rounds of the whole run.
+        clock: Seconds, from any beginning.
+
+    Returns:
+        A function of the number of rounds that are done; it says nothing until a second round shows the pace.
+    """
+    seen: list[tuple[int, float]] = []
+
+    def rest(done: int) -> str:
+        seen.append((done, clock()))
+        (first, began), (_, now) = seen[0], seen[-1]
+        if not first < done < total:
+            return ""
+        left_s = (now - began) / (done - first) * (total - done)
+        for unit_s, unit in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
+            if left_s >= 2 * unit_s:
+                return f", about {left_s / unit_s:.0f} {unit} left"
+        return f", about {left_s:.0f} seconds left"
+
+    return rest
+
+
+def print_json(document: Any) -> None:
+    """One line of JSON for programs, on standard output."""
+    typer.echo(json.dumps(document))
 
 
 def terms(stated: Statement) -> str:

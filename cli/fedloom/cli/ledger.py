@@ -1,13 +1,15 @@
 """`fedloom ledger`: the privacy account of a data set."""
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from fedloom.cli.console import failed, out, terms
+from fedloom.cli.console import Json, failed, out, print_json, terms
 
 if TYPE_CHECKING:
     from fedloom.client.config import Policy
@@ -31,6 +33,7 @@ def show(
         str | None,
         typer.Option(help="A round as RATE:NOISE:STEPS, to see how many the rest buys; by default the last one's."),
     ] = None,
+    json_only: Json = False,
 ) -> None:
     """Show what has been charged to this client's data, what is left of the budget, and what that buys.
 
@@ -41,6 +44,9 @@ def show(
 
     site = load_policy(policy)
     with existing_account(site) as ledger:
+        if json_only:
+            print_json(None if ledger is None else _document(ledger, site, None if round is None else _spend(round)))
+            return
         if ledger is None:
             out.print(f"no account in {site.client.state / 'ledger'}: nothing has been charged", markup=False)
             return
@@ -49,7 +55,7 @@ def show(
 
 
 @app.command()
-def verify(policy: PolicyFile) -> None:
+def verify(policy: PolicyFile, json_only: Json = False) -> None:
     """Check every entry of the ledger, its anchor, and the updates that wait to be sent; exit status 1 on trouble.
 
     Example: fedloom ledger verify client.toml
@@ -60,28 +66,41 @@ def verify(policy: PolicyFile) -> None:
     from fedloom.proto.errors import LedgerError
 
     site = load_policy(policy)
-    sound = True
+    lines: list[str] = []
+    trouble: list[str] = []
+    document: dict[str, Any] = {"ledger": None, "waiting": None, "trouble": trouble}
     try:
         with existing_account(site) as ledger:
             if ledger is None:
-                out.print(f"no account in {site.client.state / 'ledger'}, and none is missed", markup=False)
+                lines.append(f"no account in {site.client.state / 'ledger'}, and none is missed")
             else:
                 released = sum(charge.digest is not None for charge in ledger.charges())
-                out.print(
-                    f"{ledger.path}: {ledger.sequence} entries, each follows from the one before; the anchor agrees\n"
+                lines += [
+                    f"{ledger.path}: {ledger.sequence} entries, each follows from the one before; the anchor agrees",
                     f"{len(ledger.charges())} charges, {released} of them released; head {ledger.head}",
-                    markup=False,
-                )
+                ]
+                document["ledger"] = {
+                    "path": str(ledger.path),
+                    "entries": ledger.sequence,
+                    "charges": len(ledger.charges()),
+                    "released": released,
+                    "head": ledger.head,
+                }
     except LedgerError as error:
-        failed(error)
-        sound = False
+        trouble.append(str(error))
     try:
-        waiting = check_spool(spool_folder(site))
-        out.print(f"{len(waiting)} updates wait to be sent", markup=False)
+        document["waiting"] = len(check_spool(spool_folder(site)))
+        lines.append(f"{document['waiting']} updates wait to be sent")
     except LedgerError as error:
-        failed(error)
-        sound = False
-    if not sound:
+        trouble.append(str(error))
+    if json_only:
+        print_json(document)
+    else:
+        for line in lines:
+            out.print(line, markup=False)
+        for line in trouble:
+            failed(line)
+    if trouble:
         raise typer.Exit(1)
 
 
@@ -154,6 +173,32 @@ def _spend(text: str) -> "Spend":
         return Spend(float(rate), float(noise), int(steps))
     except ValueError:
         raise ConfigError(f"{text!r} is not RATE:NOISE:STEPS, such as 0.05:1.0:20") from None
+
+
+def _document(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> dict[str, Any]:
+    """What `show` prints, for programs; an epsilon that has no bound is null."""
+    from fedloom.client.privacy.budget import rounds_left
+    from fedloom.proto.accounting import GRID, statement
+
+    mine, charges = site.privacy, ledger.charges()
+    spent = ledger.epsilon(mine.delta)
+    spend = spend or (charges[-1].spend if charges else None)
+    rows = [
+        {**asdict(charge.spend), "charge": charge.number, "run": charge.run, "round": charge.round + 1}
+        | {"released": charge.digest}
+        for charge in charges
+    ]
+    stated = statement([charge.spend for charge in charges], mine.delta, GRID, covers="the life of this data")
+    return {
+        "account": str(ledger.path),
+        "charges": rows,
+        "budget": mine.epsilon,
+        "spent": spent if math.isfinite(spent) else None,
+        "left": max(0.0, mine.epsilon - spent),
+        "round": asdict(spend) if spend is not None else None,
+        "rounds_left": None if spend is None else rounds_left(ledger, spend, mine, _MOST_ROUNDS),
+        "privacy": {**stated.document(), "epsilon": stated.epsilon if math.isfinite(stated.epsilon) else None},
+    }
 
 
 def _charges(ledger: "Ledger") -> None:

@@ -15,6 +15,7 @@ from fedloom.cli import (
     data,
     flower,
     identity,
+    init,
     ledger,
     operation,
     privacy,
@@ -52,6 +53,7 @@ def options(
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if verbose else "NONE")
 
 
+app.command("init")(init.init)
 app.command("simulate")(simulate.simulate)
 app.command("server")(server.server)
 app.command("prepare")(server.prepare)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fedloom.cli.console import out
+from fedloom.cli.console import Json, out, print_json
 
 __all__ = ["app", "status", "stop"]
 
@@ -17,7 +17,7 @@ Certs = Annotated[Path, typer.Option(help="Folder that `fedloom certs enrol` wro
 
 
 @app.command()
-def status(server: Server, certs: Certs) -> None:
+def status(server: Server, certs: Certs, json_only: Json = False) -> None:
     """Show how the run stands. For operators and observers.
 
     Example: fedloom operate status --server fl.example.org:8470 --certs operator
@@ -25,6 +25,11 @@ def status(server: Server, certs: Certs) -> None:
     from fedloom.client.operator import status
 
     now = status(server, certs)
+    if json_only:
+        from google.protobuf.json_format import MessageToDict
+
+        print_json(MessageToDict(now, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+        return
     phase = "over" if now.round >= now.rounds else f"open for {now.elapsed_s:.0f} s" if now.open else "not open"
     short = "; the cohort is too small for it" if now.short else ""
     table = Table(box=None, pad_edge=False, show_header=False)

@@ -1,6 +1,5 @@
 """`fedloom privacy`: what a run will cost, before anybody trains."""
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from fedloom.cli.console import out, terms
+from fedloom.cli.console import Json, out, print_json, terms
 from fedloom.proto.accounting import GRID, Adjacency, Spend, epsilon, rounds_left, statement
 from fedloom.proto.accounting import calibrate as least_noise
 from fedloom.proto.errors import ConfigError
@@ -29,7 +28,6 @@ Spent = Annotated[
     Path | None,
     typer.Option(help="What the data have spent already: a JSON statement, such as an adapter's fedloom.json."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON only.")]
 
 _NOISE = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 _ROUNDS = (1, 10, 30, 100, 300)
@@ -59,7 +57,7 @@ def calibrate(
     before, after = epsilon(prior, delta), epsilon([*prior, *[each] * rounds], delta)
     if json_only:
         figures = {"noise_multiplier": noise, "epsilon_before": before, "epsilon_after": after}
-        typer.echo(json.dumps({**figures, "privacy": stated.document()}))
+        print_json({**figures, "privacy": stated.document()})
         return
     out.print(f"noise multiplier [bold]{noise:g}[/]")
     out.print(f"epsilon {stated.epsilon:.4f} for a client that joins all {rounds:,} rounds")
@@ -89,7 +87,7 @@ def table(
     figures = [[epsilon([*prior, Spend(rate, sigma, steps * count)], delta) for count in columns] for sigma in rows]
     if json_only:
         document = {"noise_multipliers": rows, "rounds": columns, "epsilon": [_finite(row) for row in figures]}
-        typer.echo(json.dumps({**document, "sampling_rate": rate, "steps": steps, **_account(delta)}))
+        print_json({**document, "sampling_rate": rate, "steps": steps, **_account(delta)})
         return
     shown = Table("noise", *(f"{count:,} round{'s' * (count > 1)}" for count in columns), box=None, pad_edge=False)
     for sigma, row in zip(rows, figures, strict=True):
@@ -134,7 +132,7 @@ def plan(
     config = calibrated(config)
     document = {**_outlook(config, site, prior), **_account(config.privacy.delta)}
     if json_only:
-        typer.echo(json.dumps(document))
+        print_json(document)
     else:
         _print_plan(document)
     if site is not None:

@@ -1,23 +1,30 @@
-"""`fedloom runs`: what coordinators keep on this machine."""
+"""`fedloom runs`: what coordinators and simulations keep on this machine."""
 
 import os
+import shlex
 import signal
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedloom.cli.console import failed, out
+from fedloom.cli.compare import compare
+from fedloom.cli.console import Json, failed, out, print_json
 from fedloom.proto.errors import StoreError
 
-__all__ = ["app", "listing", "show", "stop", "verify"]
+if TYPE_CHECKING:
+    from fedloom.server.inspection import Snapshot
+
+__all__ = ["app", "listing", "resume", "show", "stop", "verify"]
 
 app = typer.Typer(
-    help="The state directories of coordinators. `fedloom server` with the same run file takes one up again.",
+    help="Runs on this machine: where they stand, whether they are what was written, and how to go on.",
     no_args_is_help=True,
 )
+app.command("compare")(compare)
 
 State = Annotated[Path, typer.Argument(help="The state directory of a run, such as runs/NAME/state.")]
 
@@ -28,6 +35,7 @@ _PAUSE_S = 0.1
 @app.command("list")
 def listing(
     folder: Annotated[Path, typer.Argument(help="Folder with the run folders.")] = Path("runs"),
+    json_only: Json = False,
 ) -> None:
     """List the state directories below a folder: how far each run is, and who works on it.
 
@@ -35,23 +43,28 @@ def listing(
     """
     from fedloom.server.inspection import holder, look, state_folders
 
-    folders = state_folders(folder)
-    if not folders:
-        out.print(f"no state directories in {folder}", markup=False)
-    for state in folders:
+    rows: list[dict[str, Any]] = []
+    lines = []
+    for state in state_folders(folder):
         try:
             snapshot, process = look(state), holder(state)
         except StoreError as error:
-            out.print(f"{state}: damaged, {error}", markup=False)
+            rows.append({"state": str(state), "damaged": str(error)})
+            lines.append(f"{state}: damaged, {error}")
             continue
+        rows.append({"state": str(state), "process": process, **_standing(snapshot)})
         run = snapshot.rounds.created.run[:8] if snapshot.rounds.created else "not begun"
         works = f"process {process} works on it" if process else "no coordinator works on it"
         done = f"{snapshot.rounds.round} rounds committed, the next is {snapshot.rounds.phase}"
-        out.print(f"{state}: run {run}, {done}; {works}", markup=False)
+        lines.append(f"{state}: run {run}, {done}; {works}")
+    if json_only:
+        print_json(rows)
+    else:
+        out.print("\n".join(lines) or f"no state directories in {folder}", markup=False)
 
 
 @app.command()
-def show(state: State) -> None:
+def show(state: State, json_only: Json = False) -> None:
     """Show where a run stands, what happened in it, and the last lines of its audit log.
 
     Example: fedloom runs show runs/sentiment/state
@@ -60,6 +73,13 @@ def show(state: State) -> None:
 
     snapshot = look(state)
     rounds = snapshot.rounds
+    counts = Counter(type(event).__name__ for event in snapshot.events)
+    noted = Counter(record.kind for record in snapshot.audit)
+    if json_only:
+        last = [asdict(record) for record in snapshot.audit[-_LAST:]]
+        counted = {"opened": snapshot.epoch, "events": dict(counts), "audit": dict(noted), "last_audit": last}
+        print_json({"state": str(state), **_standing(snapshot), **counted})
+        return
     lines = [
         f"run {rounds.created.run if rounds.created else 'not begun'}, opened {snapshot.epoch} times",
         f"{rounds.round} rounds committed; the next is {rounds.phase}",
@@ -69,9 +89,7 @@ def show(state: State) -> None:
             f"asked {len(rounds.cohort)} clients: {len(rounds.updates)} updates accepted, waiting for "
             f"{len(rounds.pending)}, {len(rounds.lost)} lost"
         )
-    counts = Counter(type(event).__name__ for event in snapshot.events)
     lines.append("events: " + (", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"))
-    noted = Counter(record.kind for record in snapshot.audit)
     lines.append("audit: " + (", ".join(f"{count} {kind}" for kind, count in sorted(noted.items())) or "nothing"))
     lines += [f"  {record.at} {record.kind} {record.client!r} {record.detail!r}" for record in snapshot.audit[-_LAST:]]
     out.print("\n".join(lines), markup=False)
@@ -84,6 +102,7 @@ def verify(
         list[str] | None,
         typer.Option("--head", help="A link noted from an earlier `verify`; the log must still contain it."),
     ] = None,
+    json_only: Json = False,
 ) -> None:
     """Check every record of both logs, that none is missing, and every file the run goes on from; status 1 on trouble.
 
@@ -97,12 +116,49 @@ def verify(
     try:
         snapshot, blobs = verified(state, tuple(heads or ()))
     except StoreError as error:
-        failed(error)
+        if json_only:
+            print_json({"state": str(state), "trouble": str(error)})
+        else:
+            failed(error)
         raise typer.Exit(1) from error
-    names = ("events", "audit")
-    for name, links in zip(names, snapshot.links, strict=True):
+    logs = dict(zip(("events", "audit"), snapshot.links, strict=True))
+    if json_only:
+        counted = {name: {"records": len(links), "head": next(iter(links[-1:]), None)} for name, links in logs.items()}
+        print_json({"state": str(state), "trouble": None, **counted, "files": blobs})
+        return
+    for name, links in logs.items():
         out.print(f"{name}: {len(links)} records, each follows from the one before; head {links[-1] if links else '-'}")
     out.print("a coordinator is at work: its files were not read" if blobs is None else f"{blobs} files: as named")
+
+
+@app.command()
+def resume(
+    state: State,
+    run: Annotated[Path, typer.Argument(help="The run file that it was started with.")],
+) -> None:
+    """Check that a stopped run can go on, and print the command with which it does.
+
+    Going on is what `fedloom server` does by itself with the state directory of a stopped run; a machine's own service
+    manager therefore needs no more than to start it again. Give it the options that it had, --listen and --certs above
+    all: they are not kept.
+
+    Example: fedloom runs resume runs/sentiment/state examples/sentiment.toml
+    """
+    from fedloom.proto.run import load_run
+    from fedloom.server.inspection import holder
+    from fedloom.server.inspection import verify as verified
+
+    config = load_run(run)
+    process = holder(state)
+    if process is not None:
+        raise StoreError(f"process {process} works on {state}; there is nothing to resume")
+    done = verified(state)[0].rounds.round
+    if done >= config.run.rounds:
+        raise StoreError(
+            f"all {done} rounds of {state} are committed; `fedloom export {run} --state {state}` writes its adapter"
+        )
+    out.print(f"{state} is what was written; {done} of {config.run.rounds} rounds are committed", markup=False)
+    out.print(f"fedloom server {shlex.quote(str(run))} --state {shlex.quote(str(state))}", markup=False)
 
 
 @app.command()
@@ -130,3 +186,21 @@ def stop(
             raise StoreError(f"process {process} has not ended within {wait_s:g} s of being told to; look at its log")
         time.sleep(_PAUSE_S)
     out.print(f"stopped; `fedloom server` goes on with {state}", markup=False)
+
+
+def _standing(snapshot: "Snapshot") -> dict[str, Any]:
+    """Where a run stands, for programs."""
+    rounds = snapshot.rounds
+    standing: dict[str, Any] = {
+        "run": rounds.created.run if rounds.created else None,
+        "rounds_committed": rounds.round,
+        "next": rounds.phase,
+    }
+    if rounds.phase == "open":
+        standing |= {
+            "asked": sorted(rounds.cohort),
+            "accepted": sorted(rounds.updates),
+            "waiting_for": sorted(rounds.pending),
+            "lost": dict(rounds.lost),
+        }
+    return standing

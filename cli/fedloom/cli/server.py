@@ -7,12 +7,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from fedloom.cli.certs import SERVER_CERTS
-from fedloom.cli.console import INSECURE, out
+from fedloom.cli.console import INSECURE, Json, out, pace, print_json
 from fedloom.cli.logs import LogFormat, LogLevel, write_logs
 from fedloom.cli.observing import Dashboard, DashboardTls, ReportTo, Stay, reports, showing
 from fedloom.proto.durable import write_durably
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from fedloom.server.store import Store
 
 __all__ = ["derive", "export", "prepare", "server"]
+
+Format = Literal["peft", "merged", "safetensors"]
+_TARGETS: dict[Format, str] = {"peft": "adapter", "merged": "merged", "safetensors": "adapter.safetensors"}
+"""What an export is called beside the state directory."""
 
 RunFile = Annotated[Path, typer.Argument(help="The run file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as run.rounds=5.")]
@@ -92,7 +96,8 @@ def server(
         out.print(INSECURE)
     with opened as (coordinator, store), observing(coordinator, store, folder.parent, programs) as observation:
         rounds = coordinator.config.run.rounds
-        coordinator.on_commit = lambda number, _: out.print(f"round {number}/{rounds} committed")
+        rest = pace(rounds)
+        coordinator.on_commit = lambda number, _: out.print(f"round {number}/{rounds} committed{rest(number)}")
         if state is None:  # runs/NAME is ours; elsewhere a run.toml may be somebody's own
             write_config(folder.parent, coordinator.config)
 
@@ -133,23 +138,31 @@ def export(
     run: RunFile,
     state: Annotated[Path | None, typer.Option(help="State directory; runs/NAME/state if not given.")] = None,
     out_folder: Annotated[
-        Path | None, typer.Option("--out", help="Adapter folder; beside the state if not given.")
+        Path | None, typer.Option("--out", help="Folder, or file for safetensors; beside the state if not given.")
     ] = None,
+    format: Annotated[Format, typer.Option(help="peft, merged or safetensors.")] = "peft",
     overrides: Overrides = None,
+    json_only: Json = False,
 ) -> None:
-    """Write the PEFT adapter of a run from its state directory, finished or not; the coordinator must be stopped.
+    """Write the result of a run from its state directory, finished or not; the coordinator must be stopped.
 
+    peft is an adapter for the base model, merged a whole model with the adapter folded into its weights, and
+    safetensors one file of the adapter's tensors, which needs neither torch nor the base model.
     Give the run file and the overrides that the coordinator was started with.
 
-    Example: fedloom export examples/sentiment.toml --out sentiment-adapter
+    Example: fedloom export examples/sentiment.toml --format merged --out sentiment-model
     """
     folder, opened = _opened(run, overrides, state)
     if not folder.is_dir():
         raise StoreError(f"{folder} does not exist; give the coordinator's state directory with --state")
     with opened as (coordinator, store):
-        path = _save(coordinator, store, out_folder or folder.parent / "adapter")
-        done = coordinator.state.round
-        out.print(f"adapter after {done} of {coordinator.config.run.rounds} rounds in {path}", markup=False)
+        path = _save(coordinator, store, out_folder or folder.parent / _TARGETS[format], format)
+        done, rounds = coordinator.state.round, coordinator.config.run.rounds
+    if json_only:
+        print_json({"path": str(path), "format": format, "rounds": done, "of": rounds})
+        return
+    what = "model" if format == "merged" else "adapter"
+    out.print(f"{what} after {done} of {rounds} rounds in {path}", markup=False)
 
 
 def _opened(
@@ -177,17 +190,13 @@ def _opened(
     return folder, opened()
 
 
-def _save(coordinator: "Coordinator", store: "Store", folder: Path) -> Path:
-    """Write a PEFT adapter; needs the base model and torch."""
-    from fedloom.client.export import facts, save_adapter
-    from fedloom.client.model import load_model
+def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Format = "peft") -> Path:
+    """Write the result; all but safetensors need the base model and torch."""
     from fedloom.proto.accounting import Spend, statement
     from fedloom.server.participation import rounds_asked
     from fedloom.server.user_ledger import statement as user_statement
 
     config = coordinator.config
-    model = load_model(config.model, config.adapter)
-    model.load(coordinator.state.adapter)
     privacy, noise = None, config.privacy.noise_multiplier
     if config.privacy.enabled and noise is not None:
         # What the client spent that was asked most often; each client's own ledger knows its own.
@@ -195,8 +204,33 @@ def _save(coordinator: "Coordinator", store: "Store", folder: Path) -> Path:
         each = Spend(config.train.sampling_rate, noise, config.train.steps)
         privacy = statement([each] * rounds, config.privacy.delta)
     user = user_statement(config.user_level, coordinator.state.round)
-    save_adapter(model, folder, {**facts(config, privacy), "user_privacy": user})
-    return folder
+    if format == "safetensors":
+        terms = {"privacy": privacy.document() if privacy else None, "user_privacy": user}
+        known = {"run": config.run.name, "base_digest": config.model.digest, "rounds": coordinator.state.round, **terms}
+        return _save_tensors(coordinator, target, known)
+    from fedloom.client.export import facts, save_adapter, save_merged
+    from fedloom.client.model import load_model
+
+    model = load_model(config.model, config.adapter)
+    model.load(coordinator.state.adapter)
+    save = save_merged if format == "merged" else save_adapter
+    save(model, target, {**facts(config, privacy), "user_privacy": user})
+    return target
+
+
+def _save_tensors(coordinator: "Coordinator", target: Path, known: dict[str, Any]) -> Path:
+    """Write the adapter's tensors by their schema's names, with the schema and what is known of them."""
+    from safetensors.numpy import save
+
+    from fedloom.proto.durable import write_durably
+
+    state = coordinator.state
+    about = {"schema": state.schema.to_json(), "fedloom": json.dumps(known)}
+    try:
+        write_durably(target, save(dict(state.adapter), about))
+    except OSError as error:
+        raise ConfigError(f"cannot write {target}: {error}; give a file in a folder that exists") from error
+    return target
 
 
 def _with_base(config: RunConfig, run: Path) -> tuple[RunConfig, Schema]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedloom.cli.console import megabytes, out, terms
@@ -52,7 +52,9 @@ def simulate(
     from fedloom.simulation.simulate import simulate as run_simulation
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=out, transient=True) as bar:
+    # By the pace of the last ten minutes: rich's own half a minute is shorter than many a round.
+    left = (TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, *left, console=out, transient=True, speed_estimate_period=600) as bar:
         task = bar.add_task("loading model and data", total=None)
 
         def moved(standing: "Standing") -> None:

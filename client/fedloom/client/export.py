@@ -1,9 +1,10 @@
-"""The result as an ordinary Hugging Face PEFT adapter."""
+"""The result as an ordinary Hugging Face PEFT adapter, or as a whole model."""
 
 import errno
 import json
 import tempfile
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fedloom.proto.errors import ConfigError, ModelError
 from fedloom.proto.run import RunConfig, Spec, Task
 from fedloom.proto.schema import Role, Tensors
 
-__all__ = ["facts", "load_exported", "predict", "save_adapter", "save_final"]
+__all__ = ["facts", "load_exported", "predict", "save_adapter", "save_final", "save_merged"]
 
 _CARD = """# {name}
 
@@ -39,6 +40,21 @@ model = PeftModel.from_pretrained(base, "THIS FOLDER")
 """
 
 
+_MERGED_CARD = """# {name}
+
+A model with an adapter folded into its weights, trained with fedloom.
+
+```python
+from transformers import AutoTokenizer, {kind}
+
+model = {kind}.from_pretrained("THIS FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+```
+
+`fedloom.json` has the base model's digest, the label names and, for a private run, the guarantee.
+"""
+
+
 def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
     """Write the adapter the model holds now: PEFT's files, a card, and `facts` as fedloom.json.
 
@@ -50,21 +66,62 @@ def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
     """
     if any(spec.role in (Role.BASE_A, Role.BASE_B) for spec in model.schema.tensors) or model.corrected:
         raise ModelError("this adapter corrects the frozen weights; export it as a merged model instead")
+    _replace(folder, lambda draft: _write(model, draft, facts))
+
+
+def save_merged(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write the base model with the adapter folded into its weights, its tokenizer, a card, and `facts`.
+
+    W0 + scale·B·A takes the place of W0, in float32. The model is used up: it holds the merged weights afterwards.
+    The folder is written as by `save_adapter`.
+
+    Raises:
+        ModelError: A weight is quantised or shared with the embeddings, or would not be finite.
+        ConfigError: As by `save_adapter`.
+    """
+    base = model.model.get_base_model()
+    quantised = [name for name, each in base.named_parameters() if not each.is_floating_point()]
+    if quantised:
+        raise ModelError(f"{quantised[0]} is quantised, and a merged weight would be rounded; export with format peft")
+    shared = base.get_input_embeddings().weight
+    for pair in model.schema.pairs:
+        if base.get_submodule(pair.module).base_layer.weight is shared:
+            raise ModelError(
+                f"{pair.module} shares its weight with the embeddings, which merging would change too; export with "
+                "format peft"
+            )
+    try:
+        merged = model.model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"the adapter cannot be merged: {error}; the run has diverged, lower its rates") from error
+    if facts.get("task") == "causal-lm":
+        merged.config.use_cache = True  # training had no use for it, generating has
+
+    def write(draft: Path) -> None:
+        merged.save_pretrained(str(draft), safe_serialization=True)
+        model.tokenizer.save_pretrained(str(draft))
+        kind = MODELS[facts.get("task", "text-classification")].__name__
+        (draft / "README.md").write_text(_MERGED_CARD.format(name=facts.get("run", "model"), kind=kind))
+        (draft / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    _replace(folder, write)
+
+
+def _replace(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder that then takes the place of `folder`, which holds no other files."""
     target = folder.resolve()
     if Path.cwd().is_relative_to(target):
-        raise ConfigError(f"{target} is where this runs, and an adapter's folder is replaced whole; give one inside it")
+        raise ConfigError(f"{target} is where this runs, and an export's folder is replaced whole; give one inside it")
     try:
         with replacing_folder(target) as draft:
-            _write(model, draft, facts)
+            write(draft)
             if others := _names(target) - _names(draft):
                 raise ConfigError(
-                    f"{target} holds {', '.join(sorted(others)[:3])}, which is no part of an adapter, and would be "
+                    f"{target} holds {', '.join(sorted(others)[:3])}, which is no part of an export, and would be "
                     "replaced whole; give another folder, or move that away"
                 )
     except OSError as error:
-        raise ConfigError(
-            f"cannot write an adapter to {target}: {error}; free the disk or give another folder"
-        ) from error
+        raise ConfigError(f"cannot export to {target}: {error}; free the disk or give another folder") from error
 
 
 def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:

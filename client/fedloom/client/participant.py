@@ -74,6 +74,8 @@ class Participant:
     ) -> None:
         self.connection, self.policy, self.spool = connection, policy, spool
         self.rounds_trained = 0
+        self.delivered: Callable[[int], None] = lambda number: None
+        """Called with the number of a round, from 1, once the coordinator has this client's update for it."""
         self._prepare = prepare
         self._trainer: Training | None = None
         self._joined: Joined | None = None
@@ -288,6 +290,7 @@ class Participant:
             reach("participant.delivered")
             self.rounds_trained += 1
             self._forget()
+            self.delivered(pending.header.round + 1)
         except UpdateRejected as error:
             log.warning("round %d: update not taken: %s", pending.header.round + 1, error)
             self._forget()
