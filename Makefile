@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export FEDLOOM_CACHE ?= $(CURDIR)/.cache
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test prove chaos check fix proto docs bench study-small clean
+.PHONY: setup demo test prove chaos check fix proto docs bench study-small wheels wheels-test clean
 
 setup: $(VENV)/.ready
 
@@ -61,5 +61,15 @@ bench: setup
 study-small: setup
 	python benchmarks/study_small.py
 
+# Everything a site without internet needs, for machines like this one; EXTRA=client or server.
+EXTRA ?= client
+wheels: setup
+	python deploy/bundle.py dist/fedloom-$(EXTRA) --extra $(EXTRA)
+
+wheels-test:
+	rm -rf dist/fedloom-server
+	$(MAKE) --no-print-directory wheels EXTRA=server
+	deploy/check-bundle dist/fedloom-server
+
 clean:
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) .cache dist

@@ -27,7 +27,7 @@ def client(
         bool, typer.Option("--insecure-loopback", help="No encryption and no certificates; loopback addresses only.")
     ] = False,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a policy key, such as client.device=cuda.")
+        list[str] | None, typer.Option("--set", help="Override a policy key, such as compute.device=cuda.")
     ] = None,
 ) -> None:
     """Train on this site's data, within this site's policy, until the run is over.
@@ -43,8 +43,6 @@ def client(
     if insecure:
         out.print(INSECURE)
     # Loads torch, which takes seconds: a mistake in the policy file should not have to wait for it.
-    import torch
-
     from fedloom.client.connection import GrpcConnection
     from fedloom.client.enrolment import renewing
     from fedloom.client.participant import Participant
@@ -52,9 +50,8 @@ def client(
     from fedloom.client.privacy.account import spool_folder
     from fedloom.client.privacy.spool import kept
 
-    if site.client.threads:
-        torch.set_num_threads(site.client.threads)
-    connection = GrpcConnection(server, folder)
+    upload, download = site.compute.upload_bytes_per_s, site.compute.download_bytes_per_s
+    connection = GrpcConnection(server, folder, upload=upload, download=download)
     spool, name = spool_folder(site), site.client.name
 
     def tell(line: str) -> None:

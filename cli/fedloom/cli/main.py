@@ -13,6 +13,7 @@ from fedloom.cli import (
     bench,
     certs,
     client,
+    doctor,
     identity,
     ledger,
     operation,
@@ -56,6 +57,7 @@ app.command("server")(server.server)
 app.command("prepare")(server.prepare)
 app.command("export")(server.export)
 app.command("client")(client.client)
+app.command("doctor")(doctor.doctor)
 app.command("identity")(identity.identity)
 app.command("audit")(audit.audit)
 app.command("assets")(assets.assets)

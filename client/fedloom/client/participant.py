@@ -1,5 +1,6 @@
 """The client's life: join, ask for work, train, submit, until the run is over."""
 
+import datetime as dt
 import hashlib
 import logging
 import random
@@ -12,9 +13,10 @@ from typing import TypeVar
 
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.connection import Connection
+from fedloom.client.hours import until_open_s
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
 from fedloom.client.secagg import Delivery, check_assignment, membership
-from fedloom.client.training import RoundOver, Training
+from fedloom.client.training import RoundOver, Training, check_schema
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import (
     FedloomError,
@@ -23,7 +25,6 @@ from fedloom.proto.errors import (
     Overloaded,
     PolicyError,
     ProtocolError,
-    SchemaError,
     Unavailable,
     UpdateRejected,
 )
@@ -47,6 +48,8 @@ Reply = TypeVar("Reply")
 
 _HEARTBEAT_S = 5.0
 _BACKOFF_S = (0.25, 5.0)
+_REST_S = 60.0
+"""Longest sleep outside the hours: the clock may be set meanwhile."""
 _MOST_REFUSALS = 3
 """How often one update may be refused for its round and asked for again: a round may close while it is on its way."""
 
@@ -119,7 +122,7 @@ class Participant:
             with self._leaving_on(FedloomError):
                 check_spec(self.policy, first.spec)
                 trainer = self._prepare(first)
-                _check_schema(trainer, first)
+                check_schema(trainer, first)
                 self._pending = self._left_over(trainer, first.run)
             self._trainer, self._joined = trainer, first
             reach("participant.prepared")
@@ -147,6 +150,8 @@ class Participant:
         if isinstance(answer, Wait):
             time.sleep(answer.retry_after_s)
             return None
+        if self._closed_s():
+            return None  # the hours ended while it asked; `run` leaves the round to others
         with self._leaving_on(PolicyError):
             try:
                 self._pending = self._answered(answer.round) or self._train(answer)
@@ -172,6 +177,10 @@ class Participant:
         with self._heartbeats():
             while True:
                 try:
+                    if self._pending is None and (closed_s := self._closed_s()):
+                        self._rest(closed_s, joined)
+                        last_contact, joined = time.monotonic(), False
+                        continue
                     if not joined:
                         self.join()
                         joined = True
@@ -193,6 +202,17 @@ class Participant:
                     pause = random.uniform(0, min(_BACKOFF_S[1], _BACKOFF_S[0] * 2**attempt))  # full jitter
                     log.warning("%s; trying again in %.1f s", error, pause)
                     time.sleep(pause)
+
+    def _closed_s(self) -> float:
+        return until_open_s(self.policy.compute.hours, dt.datetime.now())
+
+    def _rest(self, closed_s: float, joined: bool) -> None:
+        """Outside the site's hours: leave, so that nobody waits for this client, and sleep on."""
+        if joined:
+            log.info("outside compute.hours = %s; leaving for %.0f s", self.policy.compute.hours, closed_s)
+            with suppress(Unavailable, ProtocolError, IdentityError):
+                self.connection.leave("outside its hours")
+        time.sleep(min(closed_s, _REST_S))
 
     def _left_over(self, trainer: Training, run: str) -> Spooled | None:
         """What an earlier process of this client finished and may not have sent to the end."""
@@ -373,13 +393,3 @@ def _check_same_run(known: Joined | None, joined: Joined) -> None:
     """Refuse a coordinator that comes back with another run than the one this client checked and prepared for."""
     if known is None or (joined.spec, joined.schema) != (known.spec, known.schema):
         raise ProtocolError("the coordinator changed the run while this client was away; start the client anew")
-
-
-def _check_schema(trainer: Training, joined: Joined) -> None:
-    """Refuse to train when the base model here does not give the run's schema."""
-    if trainer.schema.digest != joined.schema.digest:
-        raise SchemaError(
-            f"the run's adapter has {len(joined.schema.tensors)} tensors (schema {joined.schema.digest[:12]}), this "
-            f"base model gives {len(trainer.schema.tensors)} (schema {trainer.schema.digest[:12]}); use "
-            "the base model and adapter section that the run names"
-        )
