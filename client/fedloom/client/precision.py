@@ -54,7 +54,7 @@ def loading(compute: ComputePolicy, adapter: AdapterSection, device: torch.devic
 
 
 def keep_float32(model: PeftModel, slots: list[Slot]) -> None:
-    """Give every trained value 32 bits, and each head float32 input; a float32 model is left as it is.
+    """Give every trained value 32 bits, and each head float32 input; a model all in float32 is left as it is.
 
     A step of SGD is often smaller than what bfloat16 can add to a weight, and an update is a difference of two values.
     """
@@ -62,6 +62,10 @@ def keep_float32(model: PeftModel, slots: list[Slot]) -> None:
         slot.parameter.data = slot.parameter.data.float()
     if all(each.dtype == torch.float32 for each in model.parameters()):
         return
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would pack the weights of a CPU's layer for inference, through which no gradient goes back.
+            module.support_avx512bf16_for_cpu = False
     heads = {slot.spec.name.rpartition(".")[0] for slot in slots if slot.spec.role == Role.HEAD}
     for name, module in model.named_modules():
         # Only the layers whose own parameters are trained: what a head does in between follows them.
