@@ -22,9 +22,10 @@ def analyze(*words: str | Path) -> "subprocess.CompletedProcess[str]":
 @pytest.fixture
 def unit(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A unit whose program is there, as verify demands."""
-    text = (UNITS / request.param).read_text(encoding="utf-8")
+    name = str(request.param)
+    text = (UNITS / name).read_text(encoding="utf-8")
     assert text.count(PROGRAM) == 1
-    path = tmp_path / request.param
+    path = tmp_path / name
     path.write_text(text.replace(PROGRAM, sys.executable), encoding="utf-8")
     return path
 
