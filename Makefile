@@ -11,7 +11,7 @@ CLIENTS ?= 4
 IDS := $(shell id -u):$(shell id -g)
 export FEDLOOM_USER ?= $(if $(filter 0:%,$(IDS)),10001:10001,$(IDS))
 
-.PHONY: setup flower demo test prove chaos check fix proto docs bench study-small compose compose-test wheels clean
+.PHONY: setup flower demo test prove chaos check fix proto docs bench study-small compose compose-test image-wheels wheels wheels-test clean
 
 setup: $(VENV)/.ready
 
@@ -90,8 +90,18 @@ compose-test: setup
 	FEDLOOM_COMPOSE="$(COMPOSE)" pytest -rs tests/compose
 
 # What the images install, for builds without a network.
-wheels: setup
+image-wheels: setup
 	python -m docker.wheels
 
+# Everything a site without internet needs, for machines like this one; EXTRA=client or server.
+EXTRA ?= client
+wheels: setup
+	python deploy/bundle.py dist/fedloom-$(EXTRA) --extra $(EXTRA)
+
+wheels-test:
+	rm -rf dist/fedloom-server
+	$(MAKE) --no-print-directory wheels EXTRA=server
+	deploy/check-bundle dist/fedloom-server
+
 clean:
-	rm -rf $(VENV) $(FLOWER) .cache
+	rm -rf $(VENV) $(FLOWER) .cache dist

@@ -127,7 +127,7 @@ def test_a_seat_has_what_a_simulation_gives_the_client(run: Path, tmp_path: Path
         lines = Path(policy.data.source).read_text().splitlines()
         assert tuple(json.loads(line)["text"] for line in lines) == rows.texts
         texts += rows.texts
-        assert (policy.client.name, policy.client.state, policy.client.device) == (name, tmp_path / name, "cuda")
+        assert (policy.client.name, policy.client.state, policy.compute.device) == (name, tmp_path / name, "cuda")
         assert policy.client.anchors == tmp_path / name / "ledger"
         theirs = federation.policies[name]
         assert policy.model == theirs.model

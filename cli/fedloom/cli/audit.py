@@ -80,7 +80,7 @@ def _load(config: "RunConfig", site: "Policy | None") -> "AdapterModel":
     if site is None:
         return load_model(config.model, config.adapter)
     base = site.model.folder or config.model.base
-    return load_model(config.model.model_copy(update={"base": base}), config.adapter, site.client.device)
+    return load_model(config.model.model_copy(update={"base": base}), config.adapter, site.compute)
 
 
 def _show(config: "RunConfig", result: "Audit") -> None:

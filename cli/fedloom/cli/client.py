@@ -33,7 +33,7 @@ def client(
         typer.Option(help="Folder for the run's final adapter, in PEFT's format; replaced if it is there."),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a policy key, such as client.device=cuda.")
+        list[str] | None, typer.Option("--set", help="Override a policy key, such as compute.device=cuda.")
     ] = None,
     log_format: LogFormat = "text",
     log_level: LogLevel = None,
@@ -52,8 +52,6 @@ def client(
     if insecure:
         out.print(INSECURE)
     # Loads torch, which takes seconds: a mistake in the policy file should not have to wait for it.
-    import torch
-
     from fedloom.client.connection import GrpcConnection
     from fedloom.client.enrolment import renewing
     from fedloom.client.export import save_final
@@ -63,9 +61,8 @@ def client(
     from fedloom.client.privacy.spool import kept
     from fedloom.client.trainer import Trainer
 
-    if site.client.threads:
-        torch.set_num_threads(site.client.threads)
-    connection = GrpcConnection(server, folder)
+    upload, download = site.compute.upload_bytes_per_s, site.compute.download_bytes_per_s
+    connection = GrpcConnection(server, folder, upload=upload, download=download)
     spool, name = spool_folder(site), site.client.name
 
     def tell(line: str) -> None:

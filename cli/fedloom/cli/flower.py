@@ -55,7 +55,7 @@ def node(
     idle_s: Annotated[float, typer.Option(min=1, help="End after so many seconds without a message.")] = 3600.0,
     parent: Annotated[int | None, typer.Option(help="End when the process with this number is gone.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key of the policy, such as client.device=cuda.")
+        list[str] | None, typer.Option("--set", help="Override a key of the policy, such as compute.device=cuda.")
     ] = None,
 ) -> None:
     """Keep a site's model loaded for Flower, which starts a new process for every message.

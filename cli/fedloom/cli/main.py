@@ -13,6 +13,7 @@ from fedloom.cli import (
     certs,
     client,
     data,
+    doctor,
     flower,
     identity,
     init,
@@ -59,6 +60,7 @@ app.command("server")(server.server)
 app.command("prepare")(server.prepare)
 app.command("export")(server.export)
 app.command("client")(client.client)
+app.command("doctor")(doctor.doctor)
 app.command("identity")(identity.identity)
 app.command("audit")(audit.audit)
 app.command("assets")(assets.assets)

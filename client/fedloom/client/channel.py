@@ -32,6 +32,9 @@ _OPTIONS = [
     ("grpc.http2.max_pings_without_data", 0),
 ]
 
+# Without them a whole adapter is in the window before the first byte is counted. The last of two equal keys counts.
+_SLOW = [("grpc.http2.lookahead_bytes", 64 << 10), ("grpc.http2.bdp_probe", 0)]
+
 # What gRPC says of a connection that could not be made (1.85), when it is the certificate that was refused. Lines that
 # break, alerts and answers that are no TLS read otherwise: they may pass by themselves.
 _UNVERIFIED = re.compile(
@@ -44,12 +47,13 @@ _BAD_TIME = {
 }
 
 
-def open_channel(address: str, certs: Path | None) -> grpc.Channel:
+def open_channel(address: str, certs: Path | None, *, slow: bool = False) -> grpc.Channel:
     """A channel to a coordinator; nothing is sent before the first call.
 
     Args:
         address: HOST:PORT. The host must be among the names in the coordinator's certificate.
         certs: This site's folder of certificates. None encrypts nothing, and therefore reaches loopback addresses only.
+        slow: Whether downloads are capped: gRPC then reads little ahead of whoever takes what has come.
 
     Raises:
         ConfigError: The address is not HOST:PORT, or there are no certificates and it is not a loopback address.
@@ -57,11 +61,11 @@ def open_channel(address: str, certs: Path | None) -> grpc.Channel:
     """
     if certs is None:
         loopback_host(address)
-        return grpc.insecure_channel(address, options=_OPTIONS)
-    return secure_channel(address, read_ca(certs), member_pair(certs))
+        return grpc.insecure_channel(address, options=_options(slow))
+    return secure_channel(address, read_ca(certs), member_pair(certs), slow=slow)
 
 
-def secure_channel(address: str, ca: x509.Certificate, pair: KeyPair) -> grpc.Channel:
+def secure_channel(address: str, ca: x509.Certificate, pair: KeyPair, *, slow: bool = False) -> grpc.Channel:
     """A channel that trusts one authority, and proves itself by one certificate.
 
     Raises:
@@ -70,7 +74,11 @@ def secure_channel(address: str, ca: x509.Certificate, pair: KeyPair) -> grpc.Ch
     host_of(address)
     roots = ca.public_bytes(Encoding.PEM)
     credentials = grpc.ssl_channel_credentials(roots, pair.key_pem, pair.certificate_pem)
-    return grpc.secure_channel(address, credentials, options=_OPTIONS)
+    return grpc.secure_channel(address, credentials, options=_options(slow))
+
+
+def _options(slow: bool) -> list[tuple[str, int]]:
+    return [*_OPTIONS, *_SLOW] if slow else _OPTIONS
 
 
 def member_pair(certs: Path) -> KeyPair:

@@ -5,15 +5,18 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from fedloom.client.hours import check_hours
 from fedloom.proto.checks import LOCAL_NAMES
 from fedloom.proto.errors import PolicyError
 from fedloom.proto.run import Column, Spec
 from fedloom.proto.tables import Section, parse, read_toml
 
 __all__ = [
+    "SLOWEST_BYTES_PER_S",
     "ClientSection",
+    "ComputePolicy",
     "DataPolicy",
     "LimitsPolicy",
     "ModelPolicy",
@@ -25,6 +28,9 @@ __all__ = [
     "load_policy",
 ]
 
+
+SLOWEST_BYTES_PER_S = 256 << 10
+"""Least bandwidth a policy may give: a coordinator ends a call in which a chunk takes longer than ten seconds."""
 
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -39,10 +45,14 @@ class ClientSection(Section):
     anchors: Path | None = None
     """Folder outside `state` of what the ledger is checked against; keep it as long. By default `fedloom` in
     $XDG_STATE_HOME or ~/.local/state."""
-    device: str = "cpu"
-    """Torch device, such as cpu, cuda or cuda:1."""
-    threads: int = Field(default=0, ge=0)
-    """Torch threads; 0 leaves torch's own choice."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _moved(cls, values: object) -> object:
+        for key in ("device", "threads"):
+            if isinstance(values, dict) and key in values:
+                raise ValueError(f"client.{key} is compute.{key} now; move it to the section [compute]")
+        return values
 
 
 class DataPolicy(Section):
@@ -84,6 +94,37 @@ class PrivacyPolicy(Section):
     """Whether a run without differential privacy may train on this data."""
 
 
+class ComputePolicy(Section):
+    """[compute]: what of this machine training may use, and when."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")
+    """auto (CUDA where there is such a device, otherwise the CPU), cpu, cuda, cuda:1 or mps."""
+    threads: int = Field(default=0, ge=0)
+    """Torch threads; 0 leaves torch's own choice."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the frozen base model. The adapter and its head are float32 whatever this is."""
+    quantization: Literal["none", "4bit"] = "none"
+    """4bit keeps the linear layers of the frozen base as NF4; needs the extra fedloom[quantized]."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass rather than keep what it computed: less memory, about a third more
+    time, the same gradients."""
+    memory_mib: int | None = Field(default=None, ge=64)
+    """Memory for the client in MiB; the micro-batch is fitted to it. On CUDA the allocator keeps to it. None is what is
+    free."""
+    upload_bytes_per_s: int | None = Field(default=None, ge=SLOWEST_BYTES_PER_S)
+    """Most bytes of updates sent in a second, on average. None sets no cap. A coordinator ends slower transfers."""
+    download_bytes_per_s: int | None = Field(default=None, ge=SLOWEST_BYTES_PER_S)
+    """Most bytes of adapters received in a second, on average. None sets no cap."""
+    hours: str | None = None
+    """HH:MM-HH:MM, this machine's time of day: outside it the client leaves the run and waits. A round that has begun
+    is finished, and sent. None is always."""
+
+    @field_validator("hours")
+    @classmethod
+    def _readable(cls, hours: str | None) -> str | None:
+        return None if hours is None else check_hours(hours)
+
+
 class LimitsPolicy(Section):
     """[limits]: caps on work."""
 
@@ -123,6 +164,7 @@ class Policy(Section):
     model: ModelPolicy = ModelPolicy()
     privacy: PrivacyPolicy = PrivacyPolicy()
     limits: LimitsPolicy = LimitsPolicy()
+    compute: ComputePolicy = ComputePolicy()
     secure_aggregation: SecureAggregationPolicy = SecureAggregationPolicy()
 
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 
+from fedloom.client.bandwidth import Bucket
 from fedloom.client.channel import distrusted, open_channel, stamp
 from fedloom.proto.errors import (
     CodecError,
@@ -96,12 +97,16 @@ class _Download:
 class GrpcConnection:
     """The coordinator at HOST:PORT."""
 
-    def __init__(self, address: str, certs: Path | None = None) -> None:
+    def __init__(
+        self, address: str, certs: Path | None = None, *, upload: int | None = None, download: int | None = None
+    ) -> None:
         """Open a channel; nothing is sent before the first call.
 
         Args:
             address: HOST:PORT.
             certs: This site's folder of certificates; None is for a coordinator without, on the loopback interface.
+            upload: Most bytes of payload sent in a second; None sets no cap.
+            download: Most bytes of payload received in a second.
 
         Raises:
             ConfigError: See `channel.open_channel`.
@@ -112,11 +117,13 @@ class GrpcConnection:
         self._unfetched = _Download("")
         self._unsent: UpdateHeader | None = None
         self._certs = certs
+        self._slow = download is not None
+        self._upload, self._download = Bucket(upload), Bucket(download)
         self._open()
 
     def _open(self) -> None:
         self._stamp = stamp(self._certs)
-        self._channel = open_channel(self.address, self._certs)
+        self._channel = open_channel(self.address, self._certs, slow=self._slow)
         self._stub = rpc.FederationStub(self._channel)
         # Payloads go around protobuf, see `frames`; None leaves the messages as the bytes they are on the wire.
         self._fetch = self._channel.unary_stream(
@@ -167,6 +174,7 @@ class GrpcConnection:
                 reach("line.fetch.chunk")
                 if got.filled > size_bytes:
                     raise CodecError(f"coordinator sends more than the {size_bytes} bytes it promised for {digest}")
+                self._download.take(len(message))
         except grpc.RpcError as error:
             if error.code().name in _RETRIED:
                 self._unfetched = got
@@ -202,7 +210,9 @@ class GrpcConnection:
             first = header_to_wire(header, self._run, self._epoch, offset)
             yield pb.SubmitRequest(header=first).SerializeToString()
             reach("line.submit.header")
-            yield from frames(DATA_FIELD, payload, offset)
+            for frame in frames(DATA_FIELD, payload, offset):
+                self._upload.take(len(frame))
+                yield frame
 
         reply: pb.SubmitReply = self._submit(messages(), timeout=TRANSFER_S)
         return reply
@@ -217,6 +227,21 @@ class GrpcConnection:
         """Say that this client is alive, and learn how the run stands."""
         request = pb.HeartbeatRequest(run=self._run, epoch=self._epoch, client=self._client)
         return standing_from_wire(self._call(self._stub.Heartbeat, request, _CALL_S))
+
+    def knock(self, client: str) -> None:
+        """Ask, without joining, whether a coordinator is there that knows this client. It changes nothing there.
+
+        Raises:
+            Unavailable: The coordinator cannot be reached.
+            IdentityError: It does not prove itself, or does not accept this site's certificate.
+            ProtocolError: Whoever answers is no coordinator.
+        """
+        try:
+            self._call(self._stub.Heartbeat, pb.HeartbeatRequest(client=client), _CALL_S)
+        except ProtocolError as error:
+            if f"answers {STATUS[ProtocolError]}:" not in str(error):
+                raise
+            # It has looked at who asks, and says that a client of that name should join first.
 
     @failpoint("line.leave")
     def leave(self, reason: str) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,17 @@ from transformers import (
 
 from fedloom.client.adapters import Slot, attach
 from fedloom.client.assets import ASSETS, fetch
-from fedloom.client.config import Policy
+from fedloom.client.compute import prepare_device
+from fedloom.client.config import ComputePolicy, Policy
 from fedloom.client.data.images import Pictures, picture_settings
+from fedloom.client.precision import keep_float32, loading, recompute_layers
 from fedloom.proto.errors import ModelError, PolicyError
 from fedloom.proto.run import LANGUAGE, AdapterSection, ModelSection, Spec, Task
 from fedloom.proto.schema import Array, Role, Schema, Tensors
 
 __all__ = [
     "MODELS",
+    "ON_CPU",
     "AdapterModel",
     "allowed_base",
     "base_digest",
@@ -52,6 +55,10 @@ MODELS: dict[Task, Any] = {
 }
 """The class that loads a base model for each task."""
 
+ON_CPU = ComputePolicy(device="cpu")
+"""Where simulations and exports work, whatever device there is: their results are compared."""
+
+_FLOAT32: Mapping[str, Any] = {"dtype": torch.float32}
 _DIGESTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
@@ -124,6 +131,8 @@ class AdapterModel:
         self.rank = self.schema.rank
         self.probed = False
         """Whether the sensitivity probe has passed on this model, see `privacy.probe`."""
+        self.example_bytes: int | None = None
+        """Memory that one example takes in training; None until it is measured, see `fitting`."""
         self._initial = self.read(self.schema)
 
     def load(self, tensors: Tensors, rank: int | None = None) -> None:
@@ -155,6 +164,11 @@ class AdapterModel:
         """Set a frozen weight to its pretrained value plus scale·base_B·base_A."""
         layer: Any = self.model.get_submodule(f"base_model.model.{module}")
         weight = layer.base_layer.weight
+        if not weight.is_floating_point():
+            raise ModelError(
+                "this run's strategy corrects the frozen base model, which cannot be done to 4-bit weights; set "
+                'compute.quantization = "none", with compute.dtype = "bfloat16" to save memory'
+            )
         pretrained = self._base_weights.setdefault(module, weight.detach().clone())
         left, right = (torch.from_numpy(np.array(tensors[f"{module}.base_{side}"])) for side in "BA")
         correction = self.schema.scale * (left.to(weight) @ right.to(weight))
@@ -213,26 +227,39 @@ class AdapterModel:
         return scores.float()
 
 
-def load_model(model: ModelSection, adapter: AdapterSection, device: str = "cpu") -> AdapterModel:
+def load_model(model: ModelSection, adapter: AdapterSection, compute: ComputePolicy = ON_CPU) -> AdapterModel:
     """Load the base model from its local folder and attach the adapter.
 
     Raises:
-        ModelError: The folder is not a usable model, its digest is not the pinned one, or a target is missing.
+        ConfigError: There is no such device here.
+        ModelError: The folder is not a usable model, its digest is not the pinned one, a target is missing, or the
+            model or adapter cannot be used as `compute` says.
     """
     folder = resolve_base(model.base)
     if model.digest is not None and (found := base_digest(folder)) != model.digest:
         raise ModelError(
             f"base model {model.base!r} has digest {found}; the run pins {model.digest}; get the same files"
         )
-    base, tokenizer = load_base(folder, model.task, model.labels, model.image_size)
+    device = prepare_device(compute)
+    options = loading(compute, adapter, device)
+    base, tokenizer = load_base(folder, model.task, model.labels, model.image_size, options)
     peft_model, slots = attach(base, adapter, model.task)
-    return AdapterModel(peft_model, tokenizer, slots, adapter.alpha / adapter.rank, torch.device(device))
+    keep_float32(peft_model, slots)
+    if compute.gradient_checkpointing:
+        recompute_layers(peft_model)
+    return AdapterModel(peft_model, tokenizer, slots, adapter.alpha / adapter.rank, device)
 
 
 def load_base(
-    folder: Path, task: Task, labels: tuple[str, ...] = (), image_size: int | None = None
+    folder: Path,
+    task: Task,
+    labels: tuple[str, ...] = (),
+    image_size: int | None = None,
+    options: Mapping[str, Any] = _FLOAT32,
 ) -> tuple[PreTrainedModel, Any]:
-    """The plain base model of a local folder, in float32, and its tokenizer, or its `Pictures`.
+    """The plain base model of a local folder, and its tokenizer, or its `Pictures`.
+
+    It is in float32 unless `options` of from_pretrained say otherwise.
 
     Raises:
         ModelError: The folder has no model for the task, or its tokenizer or its pictures do not fit the model.
@@ -250,7 +277,7 @@ def load_base(
                 # A decoder scores a text at its last token, which it finds by the id of the padding.
                 config.pad_token_id = reader.pad_token_id
             base = MODELS[task].from_pretrained(
-                folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                folder, config=config, local_files_only=True, use_safetensors=True, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"base model {folder} cannot be loaded for {task}: {error}") from error

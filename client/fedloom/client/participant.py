@@ -1,5 +1,6 @@
 """The client's life: join, ask for work, train, submit, until the run is over."""
 
+import datetime as dt
 import hashlib
 import logging
 import random
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fedloom.client.config import Policy, check_spec
+from fedloom.client.hours import until_open_s
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
 from fedloom.client.secagg import Delivery, check_assignment, membership
-from fedloom.client.training import RoundOver, Training, Underway
+from fedloom.client.training import RoundOver, Training, Underway, check_schema
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import (
     FedloomError,
@@ -22,7 +24,6 @@ from fedloom.proto.errors import (
     Overloaded,
     PolicyError,
     ProtocolError,
-    SchemaError,
     Unavailable,
     UpdateRejected,
 )
@@ -49,6 +50,8 @@ Reply = TypeVar("Reply")
 
 _HEARTBEAT_S = 5.0
 _BACKOFF_S = (0.25, 5.0)
+_REST_S = 60.0
+"""Longest sleep outside the hours: the clock may be set meanwhile."""
 _MOST_REFUSALS = 3
 """How often one update may be refused for its round and asked for again: a round may close while it is on its way."""
 
@@ -105,7 +108,7 @@ class Participant:
             with self._leaving_on(FedloomError):
                 check_spec(self.policy, first.spec)
                 trainer = self._prepare(first)
-                _check_schema(trainer, first)
+                check_schema(trainer, first)
                 self._pending = self._left_over(trainer, first.run)
             self._trainer, self._joined = trainer, first
             reach("participant.prepared")
@@ -133,6 +136,8 @@ class Participant:
         if isinstance(answer, Wait):
             time.sleep(answer.retry_after_s)
             return None
+        if self._closed_s():
+            return None  # the hours ended while it asked; `run` leaves the round to others
         with self._leaving_on(PolicyError):
             try:
                 self._pending = self._answered(answer.round) or self._train(answer)
@@ -159,6 +164,10 @@ class Participant:
         with self._heartbeats():
             while True:
                 try:
+                    if self._pending is None and (closed_s := self._closed_s()):
+                        self._rest(closed_s, joined)
+                        last_contact, joined = time.monotonic(), False
+                        continue
                     if not joined:
                         self.join()
                         joined = True
@@ -195,6 +204,17 @@ class Participant:
             )
         payload = self._insist(lambda: self.connection.fetch(finished.digest, finished.bytes))
         return incoming.decode(joined.schema, payload)
+
+    def _closed_s(self) -> float:
+        return until_open_s(self.policy.compute.hours, dt.datetime.now())
+
+    def _rest(self, closed_s: float, joined: bool) -> None:
+        """Outside the site's hours: leave, so that nobody waits for this client, and sleep on."""
+        if joined:
+            log.info("outside compute.hours = %s; leaving for %.0f s", self.policy.compute.hours, closed_s)
+            with suppress(Unavailable, ProtocolError, IdentityError):
+                self.connection.leave("outside its hours")
+        time.sleep(min(closed_s, _REST_S))
 
     def _left_over(self, trainer: Training, run: str) -> Spooled | None:
         """What an earlier process of this client finished and may not have sent to the end."""
@@ -376,13 +396,3 @@ def _check_same_run(known: Joined | None, joined: Joined) -> None:
     """Refuse a coordinator that comes back with another run than the one this client checked and prepared for."""
     if known is None or (joined.spec, joined.schema) != (known.spec, known.schema):
         raise ProtocolError("the coordinator changed the run while this client was away; start the client anew")
-
-
-def _check_schema(trainer: Training, joined: Joined) -> None:
-    """Refuse to train when the base model here does not give the run's schema."""
-    if trainer.schema.digest != joined.schema.digest:
-        raise SchemaError(
-            f"the run's adapter has {len(joined.schema.tensors)} tensors (schema {joined.schema.digest[:12]}), this "
-            f"base model gives {len(trainer.schema.tensors)} (schema {trainer.schema.digest[:12]}); use "
-            "the base model and adapter section that the run names"
-        )

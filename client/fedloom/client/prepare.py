@@ -45,7 +45,7 @@ def prepare(policy: Policy, spec: Spec, *, announce: Callable[[str], None] = log
             announce(str(standing))
             if not owing:
                 check_affordable(standing)
-        model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.client.device)
+        model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.compute)
         trainer = Trainer(model, rows, spec, policy, ledger)
         on_failure.pop_all()  # the ledger stays open with the trainer
     return trainer

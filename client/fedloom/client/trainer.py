@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from fedloom.client.config import Policy, check_local
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches
+from fedloom.client.fitting import Microbatch, fitting
 from fedloom.client.losses import per_example, positions
 from fedloom.client.model import AdapterModel
 from fedloom.client.privacy.budget import round_spend
@@ -74,7 +76,7 @@ class Trainer:
             DataError: There is no example.
             PolicyError: The run is private and there is no ledger or no declared size.
             ModelError: The run is private and one example could move this model's clipped sum by more than the
-                noise covers, see `probe`.
+                noise covers, see `probe`; or one example does not fit into memory.
         """
         if len(rows) == 0:
             raise DataError(f"client {policy.client.name!r} has no training example; check data.source in its policy")
@@ -85,7 +87,16 @@ class Trainer:
         self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
         self._personal: dict[str, Array] = {}
         if spec.privacy.enabled:
-            probe(model, self._batch_loss, spec.model.task, spec.model.max_length)
+            self.check_sensitivity()
+        self.microbatch = Microbatch(fitting(model, self._batch_loss, spec, policy.compute.memory_mib), model.device)
+
+    def check_sensitivity(self) -> None:
+        """Probe the model and the loss as a private run does at its start.
+
+        Raises:
+            ModelError: See `probe`.
+        """
+        probe(self.model, self._batch_loss, self.spec.model.task, self.spec.model.max_length)
 
     @property
     def schema(self) -> Schema:
@@ -226,7 +237,15 @@ class Trainer:
                 optimizer.release(_pull(parameters, start, prox))
 
     def _accumulate(self, optimizer: PrivateOptimizer, tape: Tape, entropy: Entropy) -> None:
-        for part in microbatches(self._sample(entropy), self.encoded, self.spec.train.microbatch):
+        # Drawn once: a step that is done again after running out of memory is a step on the same examples, whose noise
+        # is drawn when their sum is whole. A second sample would be a second look at the data that nobody has charged.
+        sample = self._sample(entropy)
+        self.microbatch.attempt(len(sample), partial(self._sum, optimizer, tape, sample))
+
+    def _sum(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices, size: int) -> None:
+        """The clipped sum of one step, from nothing: what an attempt that failed has added is gone."""
+        optimizer.restart()
+        for part in microbatches(sample, self.encoded, size):
             tape.begin(len(part))
             torch.autograd.backward(self._loss(part))
             optimizer.accumulate()
@@ -245,12 +264,16 @@ class Trainer:
             sample = self._sample(entropy)
             if len(sample) == 0:
                 continue
-            optimizer.zero_grad(set_to_none=True)
-            for part in microbatches(sample, self.encoded, self.spec.train.microbatch):
-                torch.autograd.backward(self._loss(part) / len(sample))
+            self.microbatch.attempt(len(sample), partial(self._mean, optimizer, sample))
             for parameter, pull in zip(parameters, _pull(parameters, start, prox), strict=False):
                 parameter.grad = pull if parameter.grad is None else parameter.grad + pull
             optimizer.step()
+
+    def _mean(self, optimizer: torch.optim.Optimizer, sample: Indices, size: int) -> None:
+        """The gradient of the sample's mean loss, from nothing."""
+        optimizer.zero_grad(set_to_none=True)
+        for part in microbatches(sample, self.encoded, size):
+            torch.autograd.backward(self._loss(part) / len(sample))
 
 
 def _system(_: int) -> Entropy:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedloom.proto.messages import Assignment, Standing
+from fedloom.proto.errors import SchemaError
+from fedloom.proto.messages import Assignment, Joined, Standing
 from fedloom.proto.schema import Array, Schema, Tensors
 
-__all__ = ["Proceed", "RoundOver", "Trained", "Training", "Underway"]
+__all__ = ["Proceed", "RoundOver", "Trained", "Training", "Underway", "check_schema"]
 
 Proceed = Callable[[], None]
 """Called between two steps of a training; raises RoundOver when it is to stop."""
@@ -65,3 +66,17 @@ class Training(Protocol):
 
     def release(self, charge: int | None, digest: str) -> None:
         """Note, durably, that the payload with this SHA-256 is about to leave for `Trained.charge`."""
+
+
+def check_schema(trainer: Training, joined: Joined) -> None:
+    """Refuse to train when the base model here does not give the run's schema.
+
+    Raises:
+        SchemaError: It gives another one.
+    """
+    if trainer.schema.digest != joined.schema.digest:
+        raise SchemaError(
+            f"the run's adapter has {len(joined.schema.tensors)} tensors (schema {joined.schema.digest[:12]}), this "
+            f"base model gives {len(trainer.schema.tensors)} (schema {trainer.schema.digest[:12]}); use "
+            "the base model and adapter section that the run names"
+        )

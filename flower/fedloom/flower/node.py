@@ -39,8 +39,6 @@ def run(policy: Policy, idle_s: float, parent: int | None) -> bool:
     Raises:
         ConfigError: The state folder's path is too long for a socket.
     """
-    import torch
-
     from fedloom.client.prepare import prepare
     from fedloom.client.privacy.account import spool_folder
     from fedloom.client.privacy.spool import kept
@@ -50,8 +48,6 @@ def run(policy: Policy, idle_s: float, parent: int | None) -> bool:
     with _alone(path.with_name("node.lock")) as first:
         if not first:
             return False
-        if policy.client.threads:
-            torch.set_num_threads(policy.client.threads)
         spool, name = spool_folder(policy), policy.client.name
         resident = Resident(
             policy,

@@ -124,7 +124,7 @@ class TrainSection(Section):
     proximal_mu: float = Field(default=0.0, ge=0)
     """FedProx: mu/2 times the squared distance to the broadcast adapter is added to the loss."""
     microbatch: int = Field(default=64, ge=1)
-    """Examples in one forward pass; only memory and speed depend on it."""
+    """Most examples in one forward pass; a client with less memory takes fewer. Only memory and speed depend on it."""
 
 
 class PrivacySection(Section):

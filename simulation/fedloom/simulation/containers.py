@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from fedloom.client.config import Policy
+from fedloom.client.config import ComputePolicy, Policy
 from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
@@ -41,8 +41,8 @@ def furnish(config: RunConfig, name: str, folder: Path, device: str = "cpu") -> 
     config = completed(config)
     policy = simulated_policy(name, len(shared[name]), config, folder)
     threads = config.engine.threads or max(1, (os.cpu_count() or 1) // clients)
-    client = policy.client.model_copy(update={"device": device, "threads": threads})
-    return write_client(_with_spare(policy.model_copy(update={"client": client}), config), shared[name], folder)
+    compute = ComputePolicy(device=device, threads=threads)
+    return write_client(_with_spare(policy.model_copy(update={"compute": compute}), config), shared[name], folder)
 
 
 def _with_spare(policy: Policy, config: RunConfig) -> Policy:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from fedloom.client.config import ComputePolicy
 from fedloom.proto.errors import FedloomError, Unavailable
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
@@ -60,8 +61,9 @@ def _start(
 ) -> "subprocess.Popen[bytes]":
     """Start one client; whatever happens, it is gone when the stack is unwound."""
     policy = federation.policies[name]
-    client = policy.client.model_copy(update={"threads": threads})
-    path = write_client(policy.model_copy(update={"client": client}), federation.clients[name], folder)
+    # The engines are to give one result, so a GPU that happens to be here is not used.
+    compute = ComputePolicy(device="cpu", threads=threads)
+    path = write_client(policy.model_copy(update={"compute": compute}), federation.clients[name], folder)
     log = stack.enter_context((folder / "client.log").open("wb"))
     command = [sys.executable, "-m", "fedloom.cli.main", "client", "--server", address, "--policy", str(path)]
     command.append("--insecure-loopback")  # one machine, one user, made-up clients

@@ -49,6 +49,10 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         """Zero where a parameter is beyond the client's rank: neither gradient nor noise moves it there."""
         self._total = torch.zeros(tape.width, device=tape.parameters[0].device)
 
+    def restart(self) -> None:
+        """Forget what the step under way has accumulated, so that its microbatches can be added anew."""
+        self._total.zero_()
+
     def accumulate(self) -> None:
         """Clip the tape's examples, add them to the step's sum and clear the tape. No examples add nothing."""
         self.tape.finish()

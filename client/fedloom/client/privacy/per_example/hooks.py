@@ -1,7 +1,7 @@
 """Opacus's own hooks behind the tape's interface: the reference, and the way for kinds of layers only they know."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,10 +23,18 @@ others traces the layer and is silent where a layer's first axis is not the exam
 class _HookTape(Tape):
     """Takes `grad_sample`, which the hooks leave on the parameters, when the backward pass is over."""
 
+    layers: Collection[nn.Module] = ()
+
     def begin(self, batch: int) -> None:
         super().begin(batch)
-        for parameter in self.parameters:
-            parameter.grad_sample = None  # type: ignore[attr-defined]  # Opacus's interface
+        # A pass that ended half-way has left inputs of other examples on the layers, and counts of uses still to come.
+        for layer in self.layers:
+            layer.__dict__.pop("activations", None)
+            layer.__dict__.pop("max_batch_len", None)
+        for each in self.parameters:
+            parameter: Any = each  # Opacus's interface
+            parameter.grad_sample, parameter._forward_counter = None, 0
+            parameter.__dict__.pop("_current_grad_sample", None)
 
     def finish(self) -> None:
         for parameter in self.parameters:
@@ -55,6 +63,7 @@ def hooked(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[Tape]:
         raise ModelError(f"{others[0]!r} requires gradients but is not trained; Opacus's hooks need it frozen")
     modes = [module.training for module in layers]
     tape = _HookTape(parameters, names)
+    tape.layers = layers
     hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
     try:
         for module in layers:

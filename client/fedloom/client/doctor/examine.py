@@ -1,0 +1,122 @@
+"""The whole examination, the cheapest check first."""
+
+import datetime as dt
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from fedloom.client.config import Policy, check_spec
+from fedloom.client.data.load import load_rows
+from fedloom.client.doctor import machine, network, site
+from fedloom.client.doctor.finding import Finding, failed, ok
+from fedloom.client.model import AdapterModel, load_model
+from fedloom.client.privacy.account import existing_account
+from fedloom.client.privacy.budget import check_affordable, outlook
+from fedloom.client.privacy.per_example import recording
+from fedloom.client.trainer import Trainer
+from fedloom.proto.address import host_of
+from fedloom.proto.errors import FedloomError, LedgerError
+from fedloom.proto.run import Spec
+
+__all__ = ["examine"]
+
+
+def examine(
+    policy: Policy, *, server: str | None = None, certs: Path | None = None, spec: Spec | None = None
+) -> Iterator[Finding]:
+    """Look at everything that a client needs; one finding after the other, as they are made.
+
+    Args:
+        policy: The site's policy.
+        server: HOST:PORT of the coordinator; None leaves the network out.
+        certs: This site's folder of certificates; None is for a coordinator without, on the loopback interface.
+        spec: The run to be joined, with its noise multiplier; None leaves out what only a run can tell.
+
+    Raises:
+        ConfigError: `server` is not HOST:PORT.
+    """
+    yield machine.python()
+    yield from machine.packages()
+    named = (None, None) if spec is None else (spec.model.base, spec.model.digest)
+    model, weights_bytes = site.base_model(policy, *named)
+    yield machine.device(policy.compute, weights_bytes)
+    yield machine.state_folder(policy.client.state)
+    yield machine.disk(policy.client.state)
+    known = {"these files were installed": dt.datetime.fromtimestamp(Path(__file__).stat().st_mtime, dt.UTC)}
+    if certs is not None:
+        found, begins = site.certificate(policy, certs)
+        yield found
+        known |= {} if begins is None else {"this site's certificate was made": begins}
+    books, written = site.ledger(policy)
+    yield from books
+    known |= {} if written is None else {"the ledger was last written": written}
+    if server is not None:
+        yield from _network(policy, server, certs, known)
+    yield machine.clock(dt.datetime.now(dt.UTC), known)
+    yield site.data(policy.data.source)
+    yield model
+    if spec is not None:
+        yield from _run(policy, spec, model.level != "failed")
+
+
+def _network(policy: Policy, server: str, certs: Path | None, known: dict[str, dt.datetime]) -> Iterator[Finding]:
+    found, line = network.reach(server)
+    yield found
+    if line is None:
+        return
+    shown = None
+    with closing(line):
+        if certs is not None:
+            trouble, shown = network.server_certificate(line, host_of(server), certs)
+            if trouble is not None:
+                yield trouble
+                return
+    if shown is not None:
+        known["the coordinator's certificate was made"] = shown.not_valid_before_utc
+    yield from network.answer(server, policy.client.name, certs, shown)
+
+
+def _run(policy: Policy, spec: Spec, loadable: bool) -> Iterator[Finding]:
+    """What only a run can tell: whether the policy allows it, the data fits, and the model can be trained privately."""
+    name = spec.run.name
+    try:
+        check_spec(policy, spec)
+        yield ok("run", f"the policy allows {name}")
+    except FedloomError as error:
+        yield failed("run", str(error), "change the policy if you may, or do not join")
+    try:
+        if spec.privacy.enabled and spec.privacy.noise_multiplier is not None:
+            with existing_account(policy) as account:
+                if account is not None:
+                    check_affordable(standing := outlook(account, spec, policy.privacy))
+                    yield ok("budget", str(standing))
+    except LedgerError:
+        pass  # said before, as the ledger's own finding
+    except FedloomError as error:
+        yield failed("budget", str(error))
+    try:
+        rows = load_rows(policy.data.source, spec.model.labels, "train", spec.model.task)
+        yield ok("rows", f"every row fits {spec.model.task}")
+    except FedloomError as error:
+        yield failed("rows", str(error))
+        return
+    if not loadable:
+        return
+    base = policy.model.folder or spec.model.base
+    try:
+        model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.compute)
+        yield from _private(model)
+        # Without a ledger nothing can be charged. What a private run would check at its start is checked here too.
+        bare = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"enabled": False})})
+        trainer = Trainer(model, rows, bare, policy, None)
+        trainer.check_sensitivity()
+        yield ok("sensitivity", "one example moves the clipped sum by no more than the noise covers")
+        size = trainer.microbatch.size
+        yield ok("batch", f"{size} examples at a time ({spec.train.microbatch} asked for)")
+    except FedloomError as error:
+        yield failed("model", str(error))
+
+
+def _private(model: AdapterModel) -> Iterator[Finding]:
+    with recording(model.model, model.trainable(model.schema.roles)):
+        yield ok("layers", f"all {len(model.slots)} trained tensors have per-example gradients")
