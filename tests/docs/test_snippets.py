@@ -25,6 +25,7 @@ NOT_RUN = {
     ("quickstart.md", "the tests have an environment of their own"),
 }
 PROXY_SCRIPT = Path(__file__).with_name("connect_proxy.py")
+_BLOCK_S = 200
 ADDRESS, PROXY = "127.0.0.1:8470", "proxy.example:3128"
 
 FEDLOOM = """#!/bin/sh
@@ -134,10 +135,16 @@ def _do(
             assert time.monotonic() < end, f"{where} does not come up: {log.read_text()}"
             time.sleep(0.1)
         return
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=280
-    )
-    assert done.returncode == 0, f"{where}: {done.stdout}{done.stderr}"
+    with (folder / "said.log").open("w+") as said:
+        done = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said, start_new_session=True)
+        try:
+            done.wait(_BLOCK_S)
+        finally:
+            if done.poll() is None:  # one of its own background processes waits for what has failed
+                os.killpg(done.pid, signal.SIGKILL)
+                done.wait()
+                pytest.fail(f"{where} does not end: {(folder / 'said.log').read_text()}")
+    assert done.returncode == 0, f"{where}: {(folder / 'said.log').read_text()}"
 
 
 @contextmanager
