@@ -22,6 +22,7 @@ from fedloom.proto.errors import ConfigError, FedloomError
 from fedloom.proto.identity import Identity, MemberRole
 from fedloom.proto.run import RunConfig, load_run
 from fedloom.server.authority import AUTHORITY_FILE, Authority, create
+from fedloom.server.dashboard.access import load_tokens
 
 __all__ = ["SEATS", "main", "offer", "settled"]
 
@@ -123,6 +124,12 @@ def main() -> None:
     command = ["server", str(shared / "run.toml"), "--listen", f"0.0.0.0:{_PORT}"]
     command += ["--certs", str(home / "certs"), "--state", str(home / "state")]
     if address := os.environ.get("FEDLOOM_DASHBOARD"):
+        # Known before anybody can look: Prometheus reads the observer's from a file of its own.
+        tokens, _ = load_tokens(home / "certs")
+        write_durably(home / "observer.token", tokens.observer.encode())
+        page = f"http://127.0.0.1:{os.environ.get('DASHBOARD_PORT', '8080')}/"
+        print(f"dashboard, to look:  {page}#token={tokens.observer}")
+        print(f"dashboard, to stop:  {page}#token={tokens.operator}", flush=True)
         command += ["--dashboard", address]
     sys.argv = ["fedloom", *command]
     fedloom()
