@@ -94,7 +94,9 @@ def test_assets_for_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     folders = {each["name"]: each["folder"] for each in reported("assets")}
 
-    assert folders == {"minilm-l6": str(tmp_path / "minilm-l6"), "sentiment": None, "newsgroups": None}
+    assert folders.pop("minilm-l6") == str(tmp_path / "minilm-l6")
+    assert {"sentiment", "newsgroups"} <= folders.keys()
+    assert set(folders.values()) == {None}
 
 
 @pytest.fixture

@@ -186,10 +186,11 @@ def _policy_file(path: Path, run: Path, epsilon: float | None) -> str:
     privacy: dict[str, Any] = {"epsilon": epsilon or 6.0, "delta": 1e-5, "min_noise_multiplier": 0.3}
     privacy |= {"max_sampling_rate": 0.1, "allow_non_private": epsilon is None}
     tables: dict[str, dict[str, Any]] = {
-        "client": {"name": "site-a", "state": "fedloom-state", "device": "cpu"},
+        "client": {"name": "site-a", "state": "fedloom-state"},
         "data": {"source": "train.csv", "declared_examples": 1000},
         "privacy": privacy,
         "limits": {"max_steps_per_round": 100, "max_rounds": 100},
+        "compute": {"device": "auto"},
     }
     preface = (
         "# What this site allows, whatever a coordinator asks. Relative paths count from its folder.\n"
