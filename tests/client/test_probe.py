@@ -315,12 +315,12 @@ def test_every_private_trainer_probes_its_own_loss_on_no_private_row(
 
     monkeypatch.setattr(Trainer, "_batch_loss", mixing)
     with Ledger(tmp_path / "ledger", "sha256:" + "0" * 64) as ledger:
-        if not private:
+        if private:
+            with pytest.raises(ModelError, match="sensitivity probe"):
+                Trainer(tiny_model, rows, chosen, policy, ledger)
+        else:
             Trainer(tiny_model, rows, chosen, policy, None)
-            assert not seen
-            return
-        with pytest.raises(ModelError, match="sensitivity probe"):
-            Trainer(tiny_model, rows, chosen, policy, ledger)
+            assert len(seen) == 1, "only what an example takes is measured"
         assert ledger.charges() == []
     words = {int(token) for ids in tiny_model.tokenizer(list(rows.texts))["input_ids"] for token in ids}
     probed = {int(token) for batch in seen for token in batch["input_ids"][batch["attention_mask"] == 1]}

@@ -71,7 +71,7 @@ class Microbatch:
 def fitting(model: AdapterModel, loss: BatchLoss, spec: Spec, cap_mib: int | None) -> int:
     """Examples at a time that memory has room for, from 1 to the run's `train.microbatch`.
 
-    Found from a made-up text of the greatest length, so that nothing of the private data goes into it.
+    Found from a made-up text of the greatest length or a made-up picture: nothing of the private data goes into it.
     """
     free = free_bytes(model.device, cap_mib)
     if free is None:
@@ -91,7 +91,8 @@ def example_bytes(model: AdapterModel, loss: BatchLoss, spec: Spec) -> int:
         ModelError: Not even one example fits.
     """
     examples = made_up(model, spec.model.task, spec.model.max_length)
-    longest = max(range(len(examples)), key=lambda each: len(examples.input_ids[each]))
+    # Pictures have one size; of texts the longest counts.
+    longest = max(range(len(examples.input_ids)), key=lambda each: len(examples.input_ids[each]), default=0)
     batch = collate(examples, np.array([longest]), model.tokenizer.pad_token_id)
     before = [(slot.parameter, slot.parameter.requires_grad) for slot in model.slots.values()]
     model.trainable(model.schema.roles)
