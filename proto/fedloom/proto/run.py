@@ -1,9 +1,9 @@
 """The run file: one TOML that simulate, server and every engine read; its `spec` part is what clients see."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.limits import MAX_SPEC_BYTES
@@ -89,6 +89,14 @@ class ModelSection(Section):
         elif len(self.labels) < 2:
             raise ValueError(f"model.labels has {len(self.labels)} names; {self.task} needs at least 2: name them")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_new(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A run without pictures is told and stored as by builds that know none: they refuse keys they do not know."""
+        found: dict[str, Any] = plain(self)
+        if self.image_size is None:
+            found.pop("image_size", None)
+        return found
 
 
 class AdapterSection(Section):
