@@ -11,13 +11,14 @@ from fedloom.client.config import Policy, load_policy
 from fedloom.client.data.rows import Rows
 from fedloom.client.privacy.account import anchors_folder, ledger_folder, open_account
 from fedloom.client.privacy.anchor import default_anchors
-from fedloom.client.privacy.budget import check_affordable, outlook, round_spend, rounds_left
+from fedloom.client.privacy.budget import check_affordable, outlook, rounds_left
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.statement import statement
 from fedloom.proto.accounting import REPORT_GRID, Spend, epsilon
 from fedloom.proto.accounting import statement as terms
 from fedloom.proto.errors import BudgetError, LedgerError, PolicyError
 from fedloom.proto.run import Spec
+from fedloom.proto.spending import training_spend
 
 SPEND = Spend(0.3, 1.0, 3)
 
@@ -130,10 +131,10 @@ def test_the_outlook_names_every_figure_and_a_run_without_a_round_is_refused(
 
 
 def test_a_round_costs_what_the_run_says(spec: Spec) -> None:
-    assert round_spend(spec) == SPEND
+    assert training_spend(spec) == SPEND
     silent = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"noise_multiplier": None})})
     with pytest.raises(PolicyError, match="needs a noise multiplier"):
-        round_spend(silent)
+        training_spend(silent)
 
 
 def test_a_statement_says_what_is_promised_and_by_which_charges(tmp_path: Path) -> None:

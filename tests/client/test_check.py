@@ -12,10 +12,10 @@ from fedloom.client.check import Report, check
 from fedloom.client.config import Policy
 from fedloom.client.data.load import load_rows
 from fedloom.client.privacy.account import open_account
-from fedloom.client.privacy.budget import round_spend
 from fedloom.proto.accounting import epsilon
 from fedloom.proto.errors import DataError
 from fedloom.proto.run import Spec
+from fedloom.proto.spending import training_spend
 
 GOOD: list[tuple[str, ...]] = [
     ("good film", "positive"),
@@ -56,7 +56,7 @@ def test_sound_data_are_said_to_be_and_nothing_is_left_behind(policy: Policy, sp
     assert said(report, "warning") == ["13 rows (33.3%) lose their end at model.max_length = 16"]
     assert report.cost is not None
     assert (report.cost.before, report.cost.affordable) == (0.0, 2)
-    assert report.cost.after == pytest.approx(epsilon([round_spend(spec)] * 2, policy.privacy.delta))
+    assert report.cost.after == pytest.approx(epsilon([training_spend(spec)] * 2, policy.privacy.delta))
     assert not policy.client.state.exists(), "a look makes no account"
     assert json.loads(json.dumps(report.document()))["sound"] is True
 
@@ -93,7 +93,7 @@ def test_every_fault_is_counted_with_the_place_of_the_first(policy: Policy, spec
 
 def test_what_was_spent_counts_and_a_spent_budget_is_an_error(policy: Policy, spec: Spec, tmp_path: Path) -> None:
     policy = site(policy, tmp_path, unlike(GOOD))
-    each = round_spend(spec)
+    each = training_spend(spec)
     one = epsilon([each], policy.privacy.delta)
     mine = policy.privacy.model_copy(update={"epsilon": 1.01 * epsilon([each] * 2, policy.privacy.delta)})
     policy = policy.model_copy(update={"privacy": mine})

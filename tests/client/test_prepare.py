@@ -10,10 +10,10 @@ from fedloom.client.config import Policy
 from fedloom.client.data.rows import Rows
 from fedloom.client.prepare import prepare
 from fedloom.client.privacy.account import open_account
-from fedloom.client.privacy.budget import round_spend
 from fedloom.proto.accounting import epsilon
 from fedloom.proto.errors import BudgetError
 from fedloom.proto.run import Spec
+from fedloom.proto.spending import training_spend
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def site(policy: Policy, rows: Rows, spec: Spec, tmp_path: Path) -> Policy:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         writer.writerows(zip(rows.texts, rows.labels, strict=True))
-    one = epsilon([round_spend(spec)], policy.privacy.delta)
+    one = epsilon([training_spend(spec)], policy.privacy.delta)
     return policy.model_copy(
         update={
             "data": policy.data.model_copy(update={"source": str(source)}),
@@ -35,7 +35,7 @@ def site(policy: Policy, rows: Rows, spec: Spec, tmp_path: Path) -> Policy:
 
 def spend_all(site: Policy, rows: Rows, spec: Spec) -> None:
     with open_account(site, rows) as ledger:
-        ledger.reserve("before", 0, round_spend(spec), budget=site.privacy.epsilon, delta=site.privacy.delta)
+        ledger.reserve("before", 0, training_spend(spec), budget=site.privacy.epsilon, delta=site.privacy.delta)
 
 
 def test_the_budget_and_what_it_buys_are_said_before_the_model_is_loaded(

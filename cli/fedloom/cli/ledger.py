@@ -22,6 +22,7 @@ app = typer.Typer(help="The privacy account of a data set, as this client keeps 
 
 PolicyFile = Annotated[Path, typer.Argument(help="The client's policy file.")]
 
+_COVERS = "the life of this data"
 _MOST_ROUNDS = 10_000
 """Where `show` stops to count; more rounds than any run here may have by default."""
 
@@ -185,10 +186,10 @@ def _document(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> dict[s
     spend = spend or (charges[-1].spend if charges else None)
     rows = [
         {**asdict(charge.spend), "charge": charge.number, "run": charge.run, "round": charge.round + 1}
-        | {"released": charge.digest}
+        | {"released": charge.digest, "evaluation": charge.evaluation and asdict(charge.evaluation)}
         for charge in charges
     ]
-    stated = statement([charge.spend for charge in charges], mine.delta, GRID, covers="the life of this data")
+    stated = statement(ledger.spends(), mine.delta, GRID, covers=_COVERS, rounds=len(charges))
     return {
         "account": str(ledger.path),
         "charges": rows,
@@ -203,10 +204,12 @@ def _document(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> dict[s
 
 def _charges(ledger: "Ledger") -> None:
     """Print every charge."""
-    table = Table("charge", "run", "round", "rate", "noise", "steps", "released", box=None, pad_edge=False)
+    heads = ("charge", "run", "round", "rate", "noise", "steps", "evaluation", "released")
+    table = Table(*heads, box=None, pad_edge=False)
     for charge in ledger.charges():
-        spend = charge.spend
-        figures = (f"{spend.sampling_rate:g}", f"{spend.noise_multiplier:g}", str(spend.steps))
+        spend, scored = charge.spend, charge.evaluation
+        about = f"noise {scored.noise_multiplier:g}" if scored else ""
+        figures = (f"{spend.sampling_rate:g}", f"{spend.noise_multiplier:g}", str(spend.steps), about)
         released = charge.digest[:12] if charge.digest else "no"
         table.add_row(str(charge.number), charge.run, str(charge.round + 1), *figures, released)
     out.print(f"account {ledger.path}", markup=False)
@@ -230,6 +233,6 @@ def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:
             f"the rest buys {count} more rounds of {spend.steps} steps at rate {spend.sampling_rate:g} and noise "
             f"{spend.noise_multiplier:g}"
         )
-    spends = [charge.spend for charge in charges]
-    out.print(terms(statement(spends, mine.delta, GRID, covers="the life of this data")), markup=False)
+    stated = statement(ledger.spends(), mine.delta, GRID, covers=_COVERS, rounds=len(charges))
+    out.print(terms(stated), markup=False)
     out.print("a charge counts from the moment it is reserved")

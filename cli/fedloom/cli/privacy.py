@@ -1,6 +1,7 @@
 """`fedloom privacy`: what a run will cost, before anybody trains."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,10 +9,11 @@ import typer
 from rich.table import Table
 
 from fedloom.cli.console import Json, out, print_json, terms
-from fedloom.proto.accounting import GRID, Adjacency, Spend, epsilon, rounds_left, statement
+from fedloom.proto.accounting import GRID, Adjacency, Spend, epsilon, statement
 from fedloom.proto.accounting import calibrate as least_noise
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig, load_run
+from fedloom.proto.spending import evaluations, run_spends, training_spend
 from fedloom.proto.tables import read_json
 
 if TYPE_CHECKING:
@@ -128,7 +130,7 @@ def plan(
     prior = _spent(spent)
     if site is not None:
         with existing_account(site) as ledger:
-            prior += [charge.spend for charge in ledger.charges()] if ledger is not None else []
+            prior += ledger.spends() if ledger is not None else []
     config = calibrated(config)
     document = {**_outlook(config, site, prior), **_account(config.privacy.delta)}
     if json_only:
@@ -141,9 +143,7 @@ def plan(
 
 def _outlook(config: RunConfig, site: "Policy | None", prior: list[Spend]) -> dict[str, Any]:
     """Every figure of a plan."""
-    train, delta, noise = config.train, config.privacy.delta, config.privacy.noise_multiplier
-    assert noise is not None  # a calibrated private run has one
-    each, rounds = Spend(train.sampling_rate, noise, train.steps), config.run.rounds
+    delta, rounds, each = config.privacy.delta, config.run.rounds, training_spend(config)
     columns: list[tuple[Adjacency, float]] = [
         ("add or remove one", wide) for wide in (10 * delta, delta, float(f"{delta / 10:.6g}"))
     ]
@@ -152,18 +152,21 @@ def _outlook(config: RunConfig, site: "Policy | None", prior: list[Spend]) -> di
         {"rounds": joined, "adjacency": adjacency, "delta": at, "epsilon": _finite([spent])[0]}
         for joined in sorted({1, *(max(1, rounds * tenth // 10) for tenth in range(1, 11))})
         for adjacency, at in columns
-        for spent in [epsilon([*prior, *[each] * joined], at, adjacency=adjacency)]
+        for spent in [epsilon([*prior, *run_spends(config, joined)], at, adjacency=adjacency)]
     ]
     found = {
         "run": config.run.name,
-        **{"sampling_rate": train.sampling_rate, "steps": train.steps, "rounds": rounds, "noise_multiplier": noise},
+        **asdict(each),
+        **{"rounds": rounds, "evaluations": evaluations(config, rounds)},
         "epsilon_before": epsilon(prior, delta),
         "first_unsafe_examples": _first_unsafe(delta),
         "rows": rows,
     }
     if site is not None:
+        from fedloom.client.privacy.budget import affordable
+
         mine = site.privacy
-        fit = rounds_left(prior, each, mine.epsilon, mine.delta, most=rounds)
+        fit = affordable(prior, config, mine)
         found |= {"budget": mine.epsilon, "budget_delta": mine.delta, "rounds_within_budget": fit}
     return found
 
@@ -172,7 +175,8 @@ def _print_plan(found: dict[str, Any]) -> None:
     rows, rounds = found["rows"], found["rounds"]
     out.print(
         f"run {found['run']}: {rounds:,} rounds of {found['steps']:,} steps, rate {found['sampling_rate']:g}, "
-        f"noise multiplier {found['noise_multiplier']:g}",
+        f"noise multiplier {found['noise_multiplier']:g}"
+        + (f"; {found['evaluations']:,} evaluations are counted too" if found["evaluations"] else ""),
         markup=False,
     )
     heads = [(row["adjacency"], row["delta"]) for row in rows if row["rounds"] == rows[0]["rounds"]]

@@ -192,17 +192,17 @@ def _opened(
 
 def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Format = "peft") -> Path:
     """Write the result; all but safetensors need the base model and torch."""
-    from fedloom.proto.accounting import Spend, statement
+    from fedloom.proto.accounting import statement
+    from fedloom.proto.spending import run_spends
     from fedloom.server.participation import rounds_asked
     from fedloom.server.user_ledger import statement as user_statement
 
     config = coordinator.config
-    privacy, noise = None, config.privacy.noise_multiplier
-    if config.privacy.enabled and noise is not None:
+    privacy = None
+    if config.privacy.enabled:
         # What the client spent that was asked most often; each client's own ledger knows its own.
         rounds = max(rounds_asked(store.events()).values(), default=0)
-        each = Spend(config.train.sampling_rate, noise, config.train.steps)
-        privacy = statement([each] * rounds, config.privacy.delta)
+        privacy = statement(run_spends(config, rounds), config.privacy.delta, rounds=rounds)
     user = user_statement(config.user_level, coordinator.state.round)
     if format == "safetensors":
         terms = {"privacy": privacy.document() if privacy else None, "user_privacy": user}

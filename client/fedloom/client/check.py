@@ -9,10 +9,11 @@ from fedloom.client.data.records import Layout
 from fedloom.client.data.survey import Lengths, Survey, guess_task, lengths, survey
 from fedloom.client.model import allowed_base, load_tokenizer
 from fedloom.client.privacy.account import existing_account
-from fedloom.client.privacy.budget import round_spend
-from fedloom.proto.accounting import epsilon, rounds_left
+from fedloom.client.privacy.budget import affordable
+from fedloom.proto.accounting import epsilon
 from fedloom.proto.errors import DataError, FedloomError, ModelError, PolicyError
 from fedloom.proto.run import Spec
+from fedloom.proto.spending import run_spends
 
 __all__ = ["Cost", "Finding", "Report", "check"]
 
@@ -141,7 +142,7 @@ def _judge_lengths(report: Report, policy: Policy, spec: Spec) -> None:
 
 
 def _judge_size(report: Report, policy: Policy, spec: Spec) -> None:
-    declared, usable = policy.data.declared_examples, len(report.survey.usable)
+    declared, usable = policy.data.declared_examples, round((1 - policy.data.held_out) * len(report.survey.usable))
     if declared is None or not usable:
         return  # check_spec and _judge_rows have said so
     if not 0.8 <= declared / usable <= 1.25:
@@ -156,18 +157,18 @@ def _judge_size(report: Report, policy: Policy, spec: Spec) -> None:
 def _judge_cost(report: Report, policy: Policy, spec: Spec) -> None:
     mine, rounds, add = policy.privacy, spec.run.rounds, report.findings.append
     try:
-        each = round_spend(spec)
+        whole = run_spends(spec, rounds)
         with existing_account(policy) as ledger:
-            prior = [charge.spend for charge in ledger.charges()] if ledger is not None else []
+            prior = ledger.spends() if ledger is not None else []
     except FedloomError as error:
         add(Finding("error", str(error)))
         return
-    before, after = (epsilon([*prior, *[each] * count], mine.delta) for count in (0, rounds))
-    affordable = rounds_left(prior, each, mine.epsilon, mine.delta, most=rounds)
-    report.cost = Cost(before, after, mine.epsilon, mine.delta, rounds, affordable)
-    if affordable < rounds:
-        text = f"the budget of epsilon {mine.epsilon:g} pays for {affordable} of {rounds} rounds"
-        add(Finding("warning" if affordable else "error", text))
+    before, after = (epsilon([*prior, *more], mine.delta) for more in ((), whole))
+    paid = affordable(prior, spec, mine)
+    report.cost = Cost(before, after, mine.epsilon, mine.delta, rounds, paid)
+    if paid < rounds:
+        text = f"the budget of epsilon {mine.epsilon:g} pays for {paid} of {rounds} rounds"
+        add(Finding("warning" if paid else "error", text))
 
 
 def _rows(count: int) -> str:

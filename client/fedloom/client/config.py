@@ -67,6 +67,9 @@ class DataPolicy(Section):
     declared_examples: int | None = Field(default=None, ge=1)
     """A public number of examples, independent of the exact count. A private run needs it: it divides the
     noisy sum and may weight the update. Round it, and never derive it from the data at run time."""
+    held_out: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of the rows that is never trained on but evaluated on, in runs that ask for it: [federated_evaluation]. A
+    row's text decides its side. 0 holds none out and refuses such runs. declared_examples leaves these rows out."""
 
 
 class ModelPolicy(Section):
@@ -190,6 +193,8 @@ def check_spec(policy: Policy, spec: Spec) -> None:
         PolicyError: Lists every rule that the run breaks, with what was asked and what is allowed.
     """
     problems = _privacy_problems(policy, spec) + _sum_problems(policy, spec)
+    if spec.federated_evaluation.enabled and not policy.data.held_out:
+        problems.append("evaluation by its clients (data.held_out = 0; set it, such as to 0.1, to take part in that)")
     if spec.train.steps > policy.limits.max_steps_per_round:
         problems.append(f"{spec.train.steps} steps a round (at most {policy.limits.max_steps_per_round})")
     if spec.run.rounds > policy.limits.max_rounds:
@@ -209,6 +214,11 @@ def _privacy_problems(policy: Policy, spec: Spec) -> list[str]:
         problems.append("a private run without a noise multiplier")
     elif asked.noise_multiplier < mine.min_noise_multiplier:
         problems.append(f"noise multiplier {asked.noise_multiplier:g} (at least {mine.min_noise_multiplier:g})")
+    scored = spec.federated_evaluation
+    if scored.enabled and scored.noise_multiplier < mine.min_noise_multiplier:
+        problems.append(
+            f"noise multiplier {scored.noise_multiplier:g} in evaluations (at least {mine.min_noise_multiplier:g})"
+        )
     if spec.train.sampling_rate > mine.max_sampling_rate:
         problems.append(f"sampling rate {spec.train.sampling_rate:g} (at most {mine.max_sampling_rate:g})")
     if policy.data.declared_examples is None:

@@ -16,11 +16,12 @@ from peft import PeftModel
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
 from fedloom.client.losses import positions
 from fedloom.client.model import MODELS, AdapterModel, load_base
-from fedloom.proto.accounting import Spend, Statement, statement
+from fedloom.proto.accounting import Statement, statement
 from fedloom.proto.durable import replacing_folder
 from fedloom.proto.errors import ConfigError, ModelError
 from fedloom.proto.run import RunConfig, Spec, Task
 from fedloom.proto.schema import Role, Tensors
+from fedloom.proto.spending import run_spends
 
 __all__ = ["facts", "load_exported", "predict", "save_adapter", "save_final", "save_merged"]
 
@@ -150,10 +151,9 @@ def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path) 
     Raises:
         ConfigError: The folder cannot be written.
     """
-    noise, privacy = spec.privacy.noise_multiplier, None
-    if spec.privacy.enabled and noise is not None:
-        each = Spend(spec.train.sampling_rate, noise, spec.train.steps)
-        privacy = statement([each] * spec.run.rounds, spec.privacy.delta)
+    privacy, rounds = None, spec.run.rounds
+    if spec.privacy.enabled:
+        privacy = statement(run_spends(spec, rounds), spec.privacy.delta, rounds=rounds)
     model.load(tensors)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -281,9 +281,8 @@ class Participant:
             upload = upload_schema(joined.schema, assignment)
             body = outgoing.encode(upload, trained.delta)
             digest = hashlib.sha256(body).hexdigest()
-            header = UpdateHeader(
-                self.name, assignment.round, upload.digest, assignment.upload_codec, len(body), digest
-            )
+            about = assignment.round, upload.digest, assignment.upload_codec, len(body), digest
+            header = UpdateHeader(self.name, *about, score=trained.score)
             update = Spooled(joined.run, trained.charge, header, body)
             # First the bytes, then the word that they leave: what is released can always be sent again.
             if self.spool is not None:

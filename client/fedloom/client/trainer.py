@@ -12,10 +12,10 @@ from torch import nn
 from fedloom.client.config import Policy, check_local
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches
+from fedloom.client.evaluation import Table, released, row_scores, split
 from fedloom.client.fitting import Microbatch, fitting
 from fedloom.client.losses import per_example, positions
 from fedloom.client.model import AdapterModel
-from fedloom.client.privacy.budget import round_spend
 from fedloom.client.privacy.entropy import Entropy, Seeded, System, poisson
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.optimizer import PrivateOptimizer
@@ -26,6 +26,7 @@ from fedloom.proto.errors import DataError, PolicyError, ProtocolError
 from fedloom.proto.messages import Assignment, upload_schema
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Array, Role, Schema, Tensors
+from fedloom.proto.spending import evaluation_spend, training_spend
 
 __all__ = ["EntropyFor", "Score", "Trainer", "evaluate"]
 
@@ -35,7 +36,7 @@ EntropyFor = Callable[[int], Entropy]
 
 @dataclass(frozen=True)
 class Score:
-    """Result of an evaluation on held-out data. There is none of private data: nothing of it is ever computed."""
+    """Result of an evaluation on held-out data that need no protection; of private data see `evaluation`."""
 
     accuracy: float
     """Share of right answers: of examples, or of labelled tokens where the task has a label at each token."""
@@ -47,8 +48,9 @@ class Score:
 class Trainer:
     """Trains one client's data on a model that may be shared with other trainers of the same process.
 
-    What leaves a private run is the noised change of the adapter. The training loss, an accuracy, gradient norms,
-    the share of clipped examples and the number of examples are not released, with noise or without.
+    What leaves a private run is the noised change of the adapter and, where the run and the policy ask for them, noised
+    sums over held-out rows. The training loss, gradient norms, the share of clipped examples and the number of examples
+    are not released, with noise or without.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Trainer:
 
         Args:
             model: Holds the base model and the adapter.
-            rows: The private examples.
+            rows: The private examples; those that the policy holds out are not trained on.
             spec: The run, already checked against `policy`.
             policy: The site's policy.
             ledger: The data set's account; a private run needs it.
@@ -83,7 +85,11 @@ class Trainer:
         if spec.privacy.enabled and (ledger is None or policy.data.declared_examples is None):
             raise PolicyError("a private run needs a ledger and data.declared_examples in the policy")
         self.model, self.spec, self.policy, self.ledger = model, spec, policy, ledger
+        rows, held_out = split(rows, policy.data.held_out)
+        if len(rows) == 0:
+            raise DataError(f"data.held_out = {policy.data.held_out:g} leaves no example to train on; lower it")
         self.encoded: Encoded = encode(rows, model.tokenizer, spec.model.max_length)
+        self.held_out = encode(held_out, model.tokenizer, spec.model.max_length) if len(held_out) else None
         self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
         self._personal: dict[str, Array] = {}
         if spec.privacy.enabled:
@@ -132,12 +138,14 @@ class Trainer:
         """
         check_local(dict(assignment.local))
         schema = self._upload(assignment, broadcast)
-        charge = self._reserve(run, assignment.round)
+        evaluating = self._evaluates(run, assignment.round)
+        charge = self._reserve(run, assignment.round, evaluating)
         if assignment.personal:
             # Another trainer of this process may have left its own personal values in the shared model.
             self.model.reset(assignment.personal, assignment.rank)
         self.model.load(broadcast, assignment.rank)
         self.model.load(self._personal, assignment.rank)
+        scores = [self._row_scores()] if evaluating else []
         parameters = self.model.trainable(assignment.train)
         entropy = self._entropy_for(assignment.round)
         optimizer = self._optimizer(parameters, assignment)
@@ -148,8 +156,30 @@ class Trainer:
             self._plain_steps(optimizer, parameters, entropy, prox, proceed)
         if assignment.personal:
             self._personal = self.model.read(self.model.schema.select(assignment.personal))
+        if evaluating and self.spec.federated_evaluation.personalised:
+            scores.append(self._row_scores())
+        noise = self.spec.federated_evaluation.noise_multiplier if self.spec.privacy.enabled else None
+        score = released(scores, noise, entropy) if evaluating else ()
         after = self.model.read(schema)
-        return Trained({name: after[name] - broadcast[name] for name in after}, charge)
+        return Trained({name: after[name] - broadcast[name] for name in after}, charge, score)
+
+    def _evaluates(self, run: str, round: int) -> bool:
+        """Whether this round's update carries figures. If it is trained anew it does not: they were charged once."""
+        again = self.ledger is not None and self.ledger.evaluated(run, round)
+        return self.spec.federated_evaluation.due(round) and not again
+
+    def _row_scores(self) -> Table:
+        """What the model as it is says about the held-out rows."""
+        encoded, table = self.held_out, np.zeros((0, 2))
+        if encoded is None:  # held out by chance: no row fell on that side, which the noise hides
+            return table
+
+        def score(size: int) -> None:
+            nonlocal table
+            table = row_scores(self.model, encoded, size, self.spec.federated_evaluation.max_loss)
+
+        self.microbatch.attempt(len(encoded), score)
+        return table
 
     def _upload(self, assignment: Assignment, broadcast: Tensors) -> Schema:
         """The schema of the round's delta, once it is sure that the round can be trained."""
@@ -176,12 +206,13 @@ class Trainer:
             )
         self.ledger.release(charge, digest)
 
-    def _reserve(self, run: str, round: int) -> int | None:
+    def _reserve(self, run: str, round: int, evaluating: bool) -> int | None:
         if not self.spec.privacy.enabled:
             return None
         assert self.ledger is not None  # checked at construction
-        mine = self.policy.privacy
-        return self.ledger.reserve(run, round, round_spend(self.spec), budget=mine.epsilon, delta=mine.delta)
+        mine, evaluation = self.policy.privacy, evaluation_spend(self.spec) if evaluating else None
+        spend = training_spend(self.spec)
+        return self.ledger.reserve(run, round, spend, budget=mine.epsilon, delta=mine.delta, evaluation=evaluation)
 
     def _optimizer(self, parameters: list[nn.Parameter], assignment: Assignment) -> torch.optim.Optimizer:
         train = self.spec.train

@@ -44,6 +44,8 @@ class Trained:
     """Trained value minus broadcast value, float32, under the upload schema."""
     charge: int | None
     """Number of the ledger's charge; None without privacy."""
+    score: tuple[float, ...] = ()
+    """What an evaluation releases, see `evaluation.released`; empty where the round has none."""
 
 
 class Training(Protocol):

@@ -91,6 +91,7 @@ class _Header:
     payload_bytes: _Natural
     digest: str
     attempt: _Natural
+    score: list[float]
 
 
 @checked(config=_STRICT)
@@ -137,9 +138,8 @@ def reply_to_json(reply: Reply) -> bytes:
     """The head of a reply."""
     header = None
     if (sent := reply.header) is not None:
-        header = _Header(
-            sent.client, sent.round, sent.schema_digest, sent.codec, sent.payload_bytes, sent.digest, sent.attempt
-        )
+        about = sent.client, sent.round, sent.schema_digest, sent.codec, sent.payload_bytes, sent.digest
+        header = _Header(*about, sent.attempt, list(sent.score))
     return _REPLY.dump_json(_Reply(reply.client, reply.declared_examples, header, reply.refusal))
 
 

@@ -15,7 +15,7 @@ they are gives 5.74, and a client that the coordinator saw join 10 or all 100 ro
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -37,6 +37,7 @@ __all__ = [
     "Statement",
     "calibrate",
     "epsilon",
+    "most_rounds",
     "rounds_left",
     "statement",
 ]
@@ -195,11 +196,24 @@ def rounds_left(
     >>> rounds_left([Spend(0.01, 1.0, 500)], Spend(0.01, 1.0, 10), 2.0, 1e-5)
     70
     """
+    rate, noise, steps = each.sampling_rate, each.noise_multiplier, each.steps
+    return most_rounds(prior, lambda rounds: [Spend(rate, noise, steps * rounds)], budget, delta, grid, most=most)
+
+
+def most_rounds(
+    prior: Iterable[Spend],
+    cost: Callable[[int], Iterable[Spend]],
+    budget: float,
+    delta: float,
+    grid: float = GRID,
+    *,
+    most: int,
+) -> int:
+    """How many rounds fit into `budget` at `delta` after `prior`, if so many cost `cost(rounds)` together."""
     before = _merged(prior)
 
     def fits(rounds: int) -> bool:
-        more = Spend(each.sampling_rate, each.noise_multiplier, each.steps * rounds)
-        return epsilon([*before, more], delta, grid) <= budget
+        return epsilon([*before, *cost(rounds)], delta, grid) <= budget
 
     low, high = 0, 1
     while high <= most and fits(high):
@@ -217,9 +231,10 @@ def statement(
     grid: float = REPORT_GRID,
     *,
     covers: str = "this run",
+    rounds: int | None = None,
     adjacency: Adjacency = "add or remove one",
 ) -> Statement:
-    """The terms and the epsilon of `spends`, of which there is one for each round charged.
+    """The terms and the epsilon of `spends`, of which there is one for each round charged unless `rounds` says.
 
     Raises:
         ConfigError: `delta` or `grid` is out of range, or there is no finite epsilon at this `delta`.
@@ -235,7 +250,7 @@ def statement(
         unit="one example",
         adjacency=adjacency,
         covers=covers,
-        rounds=len(charged),
+        rounds=len(charged) if rounds is None else rounds,
         sampling="Poisson, each example by itself; no amplification is claimed for the choice of clients",
         mechanisms=mechanisms,
         accountant=f"dp-accounting {version('dp-accounting')}, PLD, pessimistic",

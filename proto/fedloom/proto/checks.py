@@ -6,7 +6,7 @@ state of the run (right round, right client, right length) is for the coordinato
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from fedloom.proto.codec import codec
@@ -31,6 +31,8 @@ __all__ = [
 
 LOCAL_NAMES = frozenset({"learning_rate", "momentum", "proximal_mu"})
 """Local hyper-parameters an assignment may change. Nothing that the privacy account depends on is here."""
+
+_MOST_FIGURES, _LARGEST_FIGURE = 5, 1e12
 
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -83,6 +85,10 @@ class HeaderFields(Protocol):
     payload_bytes: int
     digest: str
     attempt: int
+
+    @property
+    def score(self) -> Sequence[float]:
+        """Figures of an evaluation."""
 
 
 def checked_joined(fields: JoinedFields) -> Joined:
@@ -142,7 +148,7 @@ def checked_header(fields: HeaderFields) -> UpdateHeader:
     """What precedes an update's payload.
 
     Raises:
-        ProtocolError: A digest is not 64 hexadecimal digits, or the length is out of range.
+        ProtocolError: A digest is not 64 hexadecimal digits, or the length or a figure is out of range.
         CodecError: It names an unknown codec.
     """
     return UpdateHeader(
@@ -153,6 +159,7 @@ def checked_header(fields: HeaderFields) -> UpdateHeader:
         payload_bytes=checked_size(fields.payload_bytes),
         digest=checked_digest(fields.digest, "update"),
         attempt=fields.attempt,
+        score=_score(fields.score),
     )
 
 
@@ -176,6 +183,16 @@ def checked_size(size_bytes: int) -> int:
     if not 0 <= size_bytes <= MAX_PAYLOAD_BYTES:
         raise ProtocolError(f"payload of {size_bytes} bytes announced; at most {MAX_PAYLOAD_BYTES} are allowed")
     return size_bytes
+
+
+def _score(figures: Sequence[float]) -> tuple[float, ...]:
+    """The figures of an evaluation: sums over at most as many rows as anybody may declare."""
+    if len(figures) > _MOST_FIGURES or not all(abs(each) <= _LARGEST_FIGURE for each in figures):
+        raise ProtocolError(
+            f"update with {len(figures)} figures of an evaluation; at most {_MOST_FIGURES}, each from "
+            f"-{_LARGEST_FIGURE:g} to {_LARGEST_FIGURE:g}, are allowed"
+        )
+    return tuple(figures)
 
 
 def _upload_codec(name: str) -> str:

@@ -95,6 +95,8 @@ class UpdateHeader:
     digest: str
     attempt: int = 0
     """Attempt of the secure sum that a masked update belongs to; 0 for others."""
+    score: tuple[float, ...] = ()
+    """What the client's evaluation of its held-out rows releases; empty where the round has none."""
 
 
 def broadcast_schema(schema: Schema, assignment: Assignment) -> Schema:

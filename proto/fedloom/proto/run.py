@@ -17,6 +17,7 @@ __all__ = [
     "DataSection",
     "EngineSection",
     "EvaluationSection",
+    "FederatedEvaluationSection",
     "ModelSection",
     "PrivacySection",
     "RoundsSection",
@@ -248,6 +249,30 @@ class SecureAggregationSection(Section):
         return FixedPoint(self.max_change, self.max_clients)
 
 
+class FederatedEvaluationSection(Section):
+    """[federated_evaluation]: clients score the adapter on rows they hold out, and release sums over them."""
+
+    enabled: bool = False
+    """True asks for it; a client whose policy has no data.held_out refuses the run."""
+    every: int = Field(default=1, ge=1)
+    """Evaluate in the first round and every so many rounds after it, before training: the adapter as broadcast."""
+    personalised: bool = False
+    """Evaluate after training too: the adapter as this client's own steps leave it."""
+    noise_multiplier: float = Field(default=10.0, gt=0)
+    """Noise standard deviation over the most that one row adds to the released sums, which is 1. Private runs only."""
+    max_loss: float = Field(default=10.0, gt=0)
+    """Loss in nats at which that of one row is cut."""
+
+    def due(self, round: int) -> bool:
+        """Whether clients evaluate in this round, counted from 0."""
+        return self.enabled and round % self.every == 0
+
+    @property
+    def figures(self) -> int:
+        """Numbers a client releases: how many rows; right answers and loss of them, once or twice."""
+        return 5 if self.personalised else 3
+
+
 class DataSection(Section):
     """[data]: the simulated federation's data; a real client's data is named in its own policy."""
 
@@ -273,7 +298,7 @@ class DataSection(Section):
 
 
 class EvaluationSection(Section):
-    """[evaluation]: the held-out set of a simulation."""
+    """[evaluation]: a held-out set that whoever runs the federation has."""
 
     every: int = Field(default=1, ge=1)
     """Evaluate after every so many rounds, and always after the last."""
@@ -300,6 +325,7 @@ class Spec(Section):
     privacy: PrivacySection = PrivacySection()
     wire: WireSection = WireSection()
     secure_aggregation: SecureAggregationSection = SecureAggregationSection()
+    federated_evaluation: FederatedEvaluationSection = FederatedEvaluationSection()
 
     @model_validator(mode="after")
     def _check(self) -> "Spec":
@@ -312,7 +338,20 @@ class Spec(Section):
                 f'wire.upload = "{self.wire.upload}" with secure_aggregation.enabled = true, whose updates are sent as '
                 "32-bit integers; leave wire.upload out"
             )
+        if self.secure_aggregation.enabled and self.federated_evaluation.enabled:
+            raise ValueError(
+                "federated_evaluation.enabled = true would show the coordinator each client's figures, which "
+                "secure_aggregation.enabled = true promises to hide; choose one of them"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As in [model]: builds that know no such section are told and have stored none."""
+        found: dict[str, Any] = plain(self)
+        if not self.federated_evaluation.enabled:
+            found.pop("federated_evaluation", None)
+        return found
 
     @classmethod
     def from_json(cls, text: str) -> "Spec":

@@ -148,6 +148,7 @@ def header_to_wire(header: UpdateHeader, run: str, epoch: int, offset: int = 0) 
         digest=header.digest,
         attempt=header.attempt,
         offset=offset,
+        score=header.score,
     )
 
 
@@ -155,7 +156,7 @@ def header_from_wire(message: pb.UpdateHeader) -> tuple[UpdateHeader, str, int]:
     """An update's header, with the run and the epoch it is addressed to.
 
     Raises:
-        ProtocolError: A digest is not 64 hexadecimal digits, or the length or the offset is out of range.
+        ProtocolError: A digest is not 64 hexadecimal digits, or the length, the offset or a figure is out of range.
         CodecError: It names an unknown codec.
     """
     if message.offset > message.payload_bytes:

@@ -46,6 +46,11 @@ def check_config(config: RunConfig, strategy: Strategy) -> None:
     _check_counts(config, strategy)
     if config.secure_aggregation.enabled:
         _check_secure(config, strategy)
+    if config.user_level.enabled and config.federated_evaluation.enabled:
+        raise ConfigError(
+            "federated_evaluation.enabled = true with user_level.enabled = true: its noise covers one example, not all "
+            "of a client's; choose one of them"
+        )
 
 
 def check_join(client: str, protocol: int, declared_examples: int) -> None:

@@ -238,7 +238,8 @@ class Coordinator:
                     return True
                 self._traffic.up(header.round, client, len(payload))
                 if rejection is None:
-                    self._history.record(UpdateAccepted(header.round, client, header.digest, update.weight))
+                    accepted = UpdateAccepted(header.round, client, header.digest, update.weight, header.score)
+                    self._history.record(accepted)
                     self._history.keep(update)
                 else:
                     self._lose(client, "rejected")

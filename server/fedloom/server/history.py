@@ -34,7 +34,7 @@ from fedloom.server.rounds import (
     apply,
 )
 from fedloom.server.storage import Storage
-from fedloom.server.submission import check_address, expected_bytes, is_repeat
+from fedloom.server.submission import check_address, check_score, expected_bytes, is_repeat
 from fedloom.server.user_ledger import check_opening, check_strategy, eligible, participations
 from fedloom.strategies.api import State, Strategy, Update
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
@@ -187,6 +187,7 @@ class History:
         if is_repeat(header, accepted):
             return None
         check_address(header, self.rounds)
+        check_score(header, self._config)
         return expected_bytes(header, self.order(header.client))
 
     def assign(self, client: str) -> Assignment | None:

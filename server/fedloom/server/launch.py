@@ -2,9 +2,10 @@
 
 import os
 
-from fedloom.proto.accounting import calibrate
+from fedloom.proto.accounting import calibrate, epsilon
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
+from fedloom.proto.spending import evaluation_spend, evaluations
 from fedloom.server.user_ledger import settled
 from fedloom.strategies.api import Strategy
 from fedloom.strategies.noise import KEY_BYTES
@@ -27,7 +28,14 @@ def calibrated(config: RunConfig) -> RunConfig:
     privacy, train = config.privacy, config.train
     noise = privacy.noise_multiplier
     if privacy.enabled and noise is None:
-        noise = calibrate(privacy.epsilon, privacy.delta, train.sampling_rate, train.steps * config.run.rounds)
+        scored = [evaluation_spend(config)] * evaluations(config, config.run.rounds)
+        if (cost := epsilon(scored, privacy.delta)) >= privacy.epsilon:
+            raise ConfigError(
+                f"{len(scored)} evaluations alone cost epsilon {cost:.2f} of privacy.epsilon = {privacy.epsilon:g}; "
+                "raise federated_evaluation.every or its noise_multiplier"
+            )
+        steps = train.steps * config.run.rounds
+        noise = calibrate(privacy.epsilon, privacy.delta, train.sampling_rate, steps, prior=scored)
     private = privacy.model_copy(update={"noise_multiplier": noise if privacy.enabled else None})
     return config.model_copy(update={"privacy": private, "user_level": settled(config)})
 

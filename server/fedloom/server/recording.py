@@ -10,12 +10,14 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from fedloom.proto.accounting import GRID, Spend, Statement, statement
+from fedloom.proto.accounting import GRID, Statement, statement
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
+from fedloom.proto.spending import run_spends
 from fedloom.server.participation import Asked
 from fedloom.server.records import Recorder, RoundRecord
 from fedloom.server.rounds import AdapterCommitted, ClientAsked, Event, RoundOpened, RunCreated
+from fedloom.server.scores import Scores
 from fedloom.server.user_ledger import spent as user_spent
 
 __all__ = ["Recording", "spent_after"]
@@ -28,9 +30,7 @@ def spent_after(config: RunConfig, rounds: int) -> Statement:
 
     On the grid of the ledgers: a report's finer one would cost seconds a round.
     """
-    privacy, train = config.privacy, config.train
-    assert privacy.noise_multiplier is not None  # a calibrated private run has one
-    return statement([Spend(train.sampling_rate, privacy.noise_multiplier, train.steps)] * rounds, privacy.delta, GRID)
+    return statement(run_spends(config, rounds), config.privacy.delta, GRID, rounds=rounds)
 
 
 class Recording:
@@ -53,7 +53,7 @@ class Recording:
         seconds: float = 0.0,
     ) -> None:
         self._config, self._recorders, self._traffic = config, list(recorders), traffic
-        self._asked, self._cohort = Asked(), set[str]()
+        self._asked, self._cohort, self._scores = Asked(), set[str](), Scores()
         self._began_s: float | None = None
         self._age_s = seconds
         for event in before:
@@ -103,6 +103,7 @@ class Recording:
 
     def _follow(self, event: Event) -> None:
         self._asked.add(event)
+        self._scores.add(event)
         if isinstance(event, RoundOpened):
             self._cohort = set(event.cohort)
         elif isinstance(event, ClientAsked):
@@ -130,4 +131,5 @@ class Recording:
             down,
             round(now_s - (now_s if self._began_s is None else self._began_s), 3),
             user_spent(config.user_level, number) if config.user_level.enabled else None,
+            self._scores.of(config),
         )

@@ -50,6 +50,8 @@ class RoundRecord:
     """Since the start of the first round."""
     user_epsilon: float | None = None
     """Epsilon of a whole client so far, by the coordinator's noise; None without user-level privacy."""
+    federated: dict[str, float] | None = None
+    """What the clients' own evaluations say of the adapter that this round started from, see `federated_score`."""
 
 
 class Recorder(Protocol):
@@ -116,6 +118,7 @@ def figures(record: RoundRecord) -> dict[str, float]:
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
         "seconds": record.seconds,
+        **{f"federated_{name}": value for name, value in (record.federated or {}).items()},
     }
     return {name: float(value) for name, value in found.items() if value is not None}
 

@@ -92,6 +92,8 @@ class UpdateAccepted:
     client: str
     digest: str
     weight: float
+    score: tuple[float, ...] = ()
+    """What the client's evaluation released with it; nothing is decided by it."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,10 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
 
 def event_to_json(event: Event) -> str:
     """One row of the log."""
-    return json.dumps({"event": type(event).__name__, **asdict(event)}, separators=(",", ":"))
+    document = asdict(event)
+    if not document.get("score", True):
+        del document["score"]  # as builds write it that know of no scores
+    return json.dumps({"event": type(event).__name__, **document}, separators=(",", ":"))
 
 
 def event_from_json(text: str) -> Event:

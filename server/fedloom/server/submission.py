@@ -10,6 +10,7 @@ from fedloom.proto.codec import codec
 from fedloom.proto.errors import CodecError, ProtocolError, SchemaError, UpdateRejected
 from fedloom.proto.failpoints import failpoint
 from fedloom.proto.messages import UpdateHeader
+from fedloom.proto.run import Spec
 from fedloom.proto.schema import Tensors
 from fedloom.proto.secagg.fixed import masked_bytes
 from fedloom.proto.secagg.steps import MASKED
@@ -17,7 +18,7 @@ from fedloom.server.broadcast import Order
 from fedloom.server.rounds import Rounds, UpdateAccepted
 from fedloom.strategies.api import State, Strategy, Update
 
-__all__ = ["check_address", "check_payload", "decoded", "expected_bytes", "is_repeat"]
+__all__ = ["check_address", "check_payload", "check_score", "decoded", "expected_bytes", "is_repeat"]
 
 
 def is_repeat(header: UpdateHeader, accepted: UpdateAccepted | None) -> bool:
@@ -56,6 +57,21 @@ def check_address(header: UpdateHeader, rounds: Rounds) -> None:
         raise ProtocolError(f"client {client!r} was not asked to train in round {header.round}; ask for work")
     if rounds.lost.get(client) == "rejected":
         raise UpdateRejected(f"the update of client {client!r} for round {header.round} was refused before")
+
+
+def check_score(header: UpdateHeader, spec: Spec) -> None:
+    """Refuse figures that nobody has asked for. A client that trains a round anew has none.
+
+    Raises:
+        ProtocolError: There are more or fewer than an evaluation gives, or the round has none.
+    """
+    section = spec.federated_evaluation
+    wanted = section.figures if section.due(header.round) else 0
+    if len(header.score) not in (0, wanted):
+        raise ProtocolError(
+            f"client {header.client!r} sends {len(header.score)} figures of an evaluation for round {header.round}; "
+            f"{wanted} or none are allowed"
+        )
 
 
 def expected_bytes(header: UpdateHeader, order: Order) -> int:

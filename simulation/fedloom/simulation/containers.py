@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 from fedloom.client.config import ComputePolicy, Policy
-from fedloom.proto.accounting import Spend, epsilon
+from fedloom.proto.accounting import epsilon
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
+from fedloom.proto.spending import run_spends
 from fedloom.simulation.federation import completed, shares, simulated_policy, write_client
 
 __all__ = ["SPARE_ROUNDS", "furnish"]
@@ -47,10 +48,10 @@ def furnish(config: RunConfig, name: str, folder: Path, device: str = "cpu") -> 
 
 def _with_spare(policy: Policy, config: RunConfig) -> Policy:
     """The policy with a budget that pays for a few rounds more than the run has."""
-    noise = config.privacy.noise_multiplier
-    if not config.privacy.enabled or noise is None:
+    if not config.privacy.enabled:
         return policy
-    each = Spend(config.train.sampling_rate, noise, config.train.steps)
-    budget = epsilon([each] * (config.run.rounds + SPARE_ROUNDS), config.privacy.delta)  # as the ledger counts
+    longer = config.run.model_copy(update={"rounds": config.run.rounds + SPARE_ROUNDS})
+    spends = run_spends(config.model_copy(update={"run": longer}), longer.rounds)
+    budget = epsilon(spends, config.privacy.delta)  # as the ledger counts
     privacy = policy.privacy.model_copy(update={"epsilon": max(policy.privacy.epsilon, budget)})
     return policy.model_copy(update={"privacy": privacy})

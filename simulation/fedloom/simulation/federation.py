@@ -31,6 +31,9 @@ __all__ = [
     "write_client",
 ]
 
+_HELD_OUT = 0.1
+"""Share of a simulated client's rows that federated evaluation takes."""
+
 
 @dataclass(frozen=True)
 class Federation:
@@ -169,6 +172,7 @@ def _acquainted(policies: dict[str, Policy]) -> dict[str, Policy]:
 
 def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
     """A policy that allows exactly what the run asks, as an agreeing site would write it."""
+    held_out = _HELD_OUT if spec.federated_evaluation.enabled else 0.0
     return Policy.model_validate(
         {
             # Anchors beside the ledger: a simulation's accounts must leave no trace among this machine's own.
@@ -177,7 +181,11 @@ def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
                 "state": str(folder / "clients" / name),
                 "anchors": str(folder / "clients" / name / "ledger"),
             },
-            "data": {"source": "train.jsonl", "declared_examples": declared_size(count)},
+            "data": {
+                "source": "train.jsonl",
+                "declared_examples": declared_size(round((1 - held_out) * count)),
+                "held_out": held_out,
+            },
             "model": {"digests": [spec.model.digest] if spec.model.digest else []},
             "privacy": {
                 "epsilon": spec.privacy.epsilon,

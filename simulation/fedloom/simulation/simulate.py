@@ -17,7 +17,7 @@ from fedloom.client.export import facts, load_exported, predict, save_adapter
 from fedloom.client.model import resolve_base
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.trainer import Score, evaluate
-from fedloom.proto.accounting import GRID, Spend, Statement, statement
+from fedloom.proto.accounting import Statement, statement
 from fedloom.proto.errors import FedloomError
 from fedloom.proto.run import RunConfig
 from fedloom.server.admission import check_config
@@ -25,8 +25,10 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy
 from fedloom.server.participation import rounds_asked
 from fedloom.server.progress import Progress
+from fedloom.server.recording import spent_after
 from fedloom.server.records import Recorder, ReportTo, RoundRecord, open_recorders, write_config
 from fedloom.server.rounds import ClientAsked, RoundOpened, RunCreated
+from fedloom.server.scores import Scores
 from fedloom.server.store import Store
 from fedloom.server.user_ledger import spent as user_spent
 from fedloom.server.user_ledger import statement as user_statement
@@ -168,6 +170,9 @@ def _drain(
         if rounds % config.evaluation.every == 0 or rounds == config.run.rounds:
             federation.model.load(state.adapter)
             score = evaluate(federation.model, federation.held_out)
+        scores = Scores()
+        for event in events:
+            scores.add(event)
         down, up = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
         record = RoundRecord(
             rounds,
@@ -180,17 +185,14 @@ def _drain(
             down,
             round(time.monotonic() - began, 3),
             user_spent(config.user_level, rounds) if config.user_level.enabled else None,
+            scores.of(config),
         )
         _record(tape, watcher, record)
 
 
 def _spent(federation: Federation, asked: Mapping[str, int]) -> dict[str, Statement]:
     """What each client has spent if it trained whenever it was asked to: never below what its ledger says."""
-    privacy, train = federation.config.privacy, federation.config.train
-    assert privacy.noise_multiplier is not None  # a completed private run has one
-    each = Spend(train.sampling_rate, privacy.noise_multiplier, train.steps)
-    # On the grid of the ledgers: a report's finer one would cost seconds a round.
-    return {name: statement([each] * asked[name], privacy.delta, GRID) for name in federation.clients}
+    return {name: spent_after(federation.config, asked[name]) for name in federation.clients}
 
 
 def _worst(stated: Mapping[str, Statement]) -> Statement:
@@ -246,6 +248,7 @@ def ledger_statements(federation: Federation) -> dict[str, Statement]:
     for name, rows in federation.clients.items():
         policy = federation.policies[name]
         with Ledger(policy.client.state / "ledger", digest(rows)) as ledger:
-            spends = [charge.spend for charge in ledger.charges()]
-        stated[name] = statement(spends, policy.privacy.delta, covers="the whole life of the data set")
+            spends, rounds = ledger.spends(), len(ledger.charges())
+        covers = "the whole life of the data set"
+        stated[name] = statement(spends, policy.privacy.delta, covers=covers, rounds=rounds)
     return stated

@@ -1,15 +1,18 @@
 """What a run costs this site's data, and how much of it the budget still buys."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from fedloom.client.config import PrivacyPolicy
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.proto import accounting
 from fedloom.proto.accounting import Spend
-from fedloom.proto.errors import BudgetError, PolicyError
+from fedloom.proto.errors import BudgetError
 from fedloom.proto.run import Spec
+from fedloom.proto.spending import run_spends
 
-__all__ = ["Outlook", "check_affordable", "outlook", "round_spend", "rounds_left"]
+__all__ = ["Outlook", "affordable", "check_affordable", "outlook", "rounds_left"]
 
 
 @dataclass(frozen=True)
@@ -40,26 +43,24 @@ class Outlook:
         )
 
 
-def round_spend(spec: Spec) -> Spend:
-    """What one round of a private run costs.
+def rounds_left(ledger: Ledger, spend: Spend, policy: PrivacyPolicy, most: int) -> int:
+    """How many more rounds of `spend` the budget buys, 0 to `most`."""
+    return accounting.rounds_left(ledger.spends(), spend, policy.epsilon, policy.delta, most=most)
+
+
+def affordable(prior: Iterable[Spend], spec: Spec, policy: PrivacyPolicy) -> int:
+    """How many rounds of the run `spec`, of those it has, the budget buys after `prior`.
 
     Raises:
         PolicyError: The run has no noise multiplier.
     """
-    if spec.privacy.noise_multiplier is None:
-        raise PolicyError("a private run needs a noise multiplier")
-    return Spend(spec.train.sampling_rate, spec.privacy.noise_multiplier, spec.train.steps)
-
-
-def rounds_left(ledger: Ledger, spend: Spend, policy: PrivacyPolicy, most: int) -> int:
-    """How many more rounds of `spend` the budget buys, 0 to `most`."""
-    before = (charge.spend for charge in ledger.charges())
-    return accounting.rounds_left(before, spend, policy.epsilon, policy.delta, most=most)
+    cost = partial(run_spends, spec)
+    return accounting.most_rounds(prior, cost, policy.epsilon, policy.delta, most=spec.run.rounds)
 
 
 def outlook(ledger: Ledger, spec: Spec, policy: PrivacyPolicy) -> Outlook:
     """The standing of the data before the run `spec`."""
-    left = rounds_left(ledger, round_spend(spec), policy, spec.run.rounds)
+    left = affordable(ledger.spends(), spec, policy)
     return Outlook(spec.run.name, ledger.epsilon(policy.delta), policy.epsilon, policy.delta, spec.run.rounds, left)
 
 

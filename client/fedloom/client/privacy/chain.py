@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from fedloom.proto.accounting import Spend
 from fedloom.proto.errors import ConfigError, LedgerError
@@ -28,7 +29,7 @@ __all__ = [
 OPENED = "opened"
 """First entry: the account's name and id."""
 CHARGED = "charged"
-"""Steps reserved for a round of a run."""
+"""What a round of a run costs, reserved for it."""
 RELEASED = "released"
 """Digest of what leaves the client for a charge."""
 ADOPTED = "adopted"
@@ -58,13 +59,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class Charge:
-    """Steps reserved for a round, and the digest of what was released for them, if anything."""
+    """What was reserved for a round, and the digest of what was released for it, if anything."""
 
     number: int
     run: str
     round: int
     spend: Spend
+    """The round's training."""
     digest: str | None
+    evaluation: Spend | None = None
+    """The round's evaluation of held-out rows, if it has one."""
+
+    @property
+    def spends(self) -> tuple[Spend, ...]:
+        """All that this charge costs."""
+        return (self.spend,) if self.evaluation is None else (self.spend, self.evaluation)
 
 
 def linked(before: Entry | None, kind: str, content: Mapping[str, object], written: float) -> Entry:
@@ -127,22 +136,28 @@ def note(charges: dict[int, Charge], entry: Entry) -> None:
         raise LedgerError(f"entry {entry.number} is none that a client writes ({error})") from error
 
 
-def charge_content(run: str, round: int, spend: Spend) -> dict[str, object]:
+def charge_content(run: str, round: int, spend: Spend, evaluation: Spend | None = None) -> dict[str, object]:
     """What an entry of kind `CHARGED` says."""
-    return {"run": run, "round": round, **asdict(spend)}
+    more = {} if evaluation is None else {"evaluation": asdict(evaluation)}
+    return {"run": run, "round": round, **asdict(spend), **more}
 
 
 def _charge(entry: Entry) -> Charge:
     body = json.loads(entry.body)
-    spend = Spend(body["sampling_rate"], body["noise_multiplier"], body["steps"])
-    return Charge(entry.number, body["run"], body["round"], spend, None)
+    evaluation = _spend(body["evaluation"]) if "evaluation" in body else None
+    return Charge(entry.number, body["run"], body["round"], _spend(body), None, evaluation)
+
+
+def _spend(body: Mapping[str, Any]) -> Spend:
+    return Spend(body["sampling_rate"], body["noise_multiplier"], body["steps"])
 
 
 def totals(charges: Iterable[Charge]) -> Counter[tuple[float, float]]:
     """Steps by (sampling rate, noise multiplier): all that epsilon depends on."""
     steps: Counter[tuple[float, float]] = Counter()
     for charge in charges:
-        steps[charge.spend.sampling_rate, charge.spend.noise_multiplier] += charge.spend.steps
+        for spend in charge.spends:
+            steps[spend.sampling_rate, spend.noise_multiplier] += spend.steps
     return steps
 
 

@@ -167,13 +167,19 @@ class Ledger:
         """Every charge, oldest first."""
         return list(self._charges.values())
 
+    def spends(self) -> list[Spend]:
+        """All that was charged, oldest first."""
+        return [spend for charge in self.charges() for spend in charge.spends]
+
     def epsilon(self, delta: float, grid: float = GRID) -> float:
         """Epsilon spent over the whole life of the data set: everything reserved, released or not."""
-        return epsilon([charge.spend for charge in self.charges()], delta, grid)
+        return epsilon(self.spends(), delta, grid)
 
     @failpoint("ledger.reserve")
-    def reserve(self, run: str, round: int, spend: Spend, *, budget: float, delta: float) -> int:
-        """Charge `spend` before the work starts; durable on return.
+    def reserve(
+        self, run: str, round: int, spend: Spend, *, budget: float, delta: float, evaluation: Spend | None = None
+    ) -> int:
+        """Charge a round's training, and its evaluation if it has one, before the work starts; durable on return.
 
         Returns:
             The charge's number, for `release`.
@@ -188,14 +194,18 @@ class Ledger:
                 f"round {round + 1} of run {run!r} was answered before, and that answer is not kept any more; "
                 "no round is answered with two different updates. Start the client again once the round is over"
             )
-        after = epsilon([*(charge.spend for charge in self.charges()), spend], delta)
+        after = epsilon([*self.spends(), spend, *([] if evaluation is None else [evaluation])], delta)
         if after > budget:
             raise BudgetError(
                 f"round {round + 1} of run {run!r} would bring epsilon to {after:.4f} at delta {delta:g}; the policy "
                 f"allows {budget:g} over the life of this data set, and {self.epsilon(delta):.4f} is spent. "
                 "Leave the run, or raise privacy.epsilon in the policy if you may"
             )
-        return self.append(CHARGED, charge_content(run, round, spend))
+        return self.append(CHARGED, charge_content(run, round, spend, evaluation))
+
+    def evaluated(self, run: str, round: int) -> bool:
+        """Whether an evaluation was charged for this round, released or not: there is one at most."""
+        return any(each.evaluation for each in self._charges.values() if (each.run, each.round) == (run, round))
 
     @failpoint("ledger.release")
     def release(self, number: int, digest: str) -> None:

@@ -106,7 +106,9 @@ def _read(path: Path) -> Spooled:
         if magic != _MAGIC or hashlib.sha256(note).hexdigest().encode() != digest:
             raise _damaged(path, "its first lines are not those that were written")
         content = json.loads(note)
-        update = Spooled(content["run"], content["charge"], UpdateHeader(**content["header"]), payload)
+        fields = content["header"]
+        header = UpdateHeader(**fields | {"score": tuple(fields.get("score", ()))})
+        update = Spooled(content["run"], content["charge"], header, payload)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, str(error)) from error
     found = hashlib.sha256(payload).hexdigest()

@@ -26,7 +26,7 @@ def statement(ledger: Ledger, budget: float, delta: float) -> dict[str, object]:
     Raises:
         ConfigError: There is no finite epsilon at this delta.
     """
-    stated = accounting.statement([charge.spend for charge in ledger.charges()], delta)
+    stated = accounting.statement(ledger.spends(), delta, rounds=len(ledger.charges()))
     reserved = {entry.number: entry for entry in ledger.entries if entry.kind == CHARGED}
     charges: list[Mapping[str, object]] = [
         json.loads(reserved[charge.number].body)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!fedloom/proto/v1/federation.proto\x12\nfedloom.v1\"J\n\x0bJoinRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12\x19\n\x11\x64\x65\x63lared_examples\x18\x03 \x01(\x04\"\\\n\tJoinReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04spec\x18\x03 \x01(\t\x12\x0e\n\x06schema\x18\x04 \x01(\t\x12\x15\n\rschema_digest\x18\x05 \x01(\t\"9\n\x0bWorkRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\"\x8f\x01\n\tWorkReply\x12,\n\nassignment\x18\x01 \x01(\x0b\x32\x16.fedloom.v1.AssignmentH\x00\x12 \n\x04wait\x18\x02 \x01(\x0b\x32\x10.fedloom.v1.WaitH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.fedloom.v1.FinishedH\x00\x42\x08\n\x06\x61nswer\"\xb8\x02\n\nAssignment\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05train\x18\x02 \x03(\t\x12\x10\n\x08personal\x18\x03 \x03(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x11\n\tbase_rank\x18\x05 \x01(\r\x12\x30\n\x05local\x18\x06 \x03(\x0b\x32!.fedloom.v1.Assignment.LocalEntry\x12\x17\n\x0f\x62roadcast_roles\x18\x07 \x03(\t\x12\x17\n\x0f\x62roadcast_codec\x18\x08 \x01(\t\x12\x18\n\x10\x62roadcast_digest\x18\t \x01(\t\x12\x17\n\x0f\x62roadcast_bytes\x18\n \x01(\x04\x12\x14\n\x0cupload_codec\x18\x0b \x01(\t\x1a,\n\nLocalEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1d\n\x04Wait\x12\x15\n\rretry_after_s\x18\x01 \x01(\x01\"H\n\x08\x46inished\x12\x0e\n\x06rounds\x18\x01 \x01(\r\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"Z\n\x0c\x46\x65tchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"S\n\rSubmitRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedloom.v1.UpdateHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xb7\x01\n\x0cUpdateHeader\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x15\n\rschema_digest\x18\x05 \x01(\t\x12\r\n\x05\x63odec\x18\x06 \x01(\t\x12\x15\n\rpayload_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\t \x01(\r\x12\x0e\n\x06offset\x18\n \x01(\x04\"7\n\x0bSubmitReply\x12\x11\n\tduplicate\x18\x01 \x01(\x08\x12\x15\n\rmissing_bytes\x18\x02 \x01(\x04\"\xe2\x01\n\x0f\x45xchangeRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x1e\n\x04step\x18\x06 \x01(\x0e\x32\x10.fedloom.v1.Step\x12\x35\n\x05parts\x18\x07 \x03(\x0b\x32&.fedloom.v1.ExchangeRequest.PartsEntry\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\x94\x01\n\rExchangeReply\x12\x0f\n\x07waiting\x18\x01 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x33\n\x05parts\x18\x03 \x03(\x0b\x32$.fedloom.v1.ExchangeReply.PartsEntry\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\">\n\x10HeartbeatRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\"=\n\x0eHeartbeatReply\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0c\n\x04open\x18\x02 \x01(\x08\x12\x0e\n\x06oldest\x18\x03 \x01(\r\"J\n\x0cLeaveRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x0c\n\nLeaveReply\"(\n\rEnrollRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\"\"\n\x0b\x45nrollReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\x0f\n\rStatusRequest\"\x97\x02\n\x0bStatusReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x0c\n\x04open\x18\x05 \x01(\x08\x12\x11\n\telapsed_s\x18\x06 \x01(\x01\x12\x0e\n\x06needed\x18\x07 \x01(\r\x12\r\n\x05short\x18\x08 \x01(\x08\x12\x0c\n\x04live\x18\t \x03(\t\x12\x0e\n\x06\x63ohort\x18\n \x03(\t\x12\x11\n\tsubmitted\x18\x0b \x03(\t\x12/\n\x04lost\x18\x0c \x03(\x0b\x32!.fedloom.v1.StatusReply.LostEntry\x1a+\n\tLostEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\r\n\x0bStopRequest\"\x0b\n\tStopReply*r\n\x04Step\x12\x14\n\x10STEP_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTEP_ADVERTISE\x10\x01\x12\x0e\n\nSTEP_SHARE\x10\x02\x12\r\n\tSTEP_MASK\x10\x03\x12\x10\n\x0cSTEP_CONFIRM\x10\x04\x12\x0f\n\x0bSTEP_UNMASK\x10\x05\x32\xba\x03\n\nFederation\x12\x36\n\x04Join\x12\x17.fedloom.v1.JoinRequest\x1a\x15.fedloom.v1.JoinReply\x12\x36\n\x04Work\x12\x17.fedloom.v1.WorkRequest\x1a\x15.fedloom.v1.WorkReply\x12\x36\n\x05\x46\x65tch\x12\x18.fedloom.v1.FetchRequest\x1a\x11.fedloom.v1.Chunk0\x01\x12>\n\x06Submit\x12\x19.fedloom.v1.SubmitRequest\x1a\x17.fedloom.v1.SubmitReply(\x01\x12\x42\n\x08\x45xchange\x12\x1b.fedloom.v1.ExchangeRequest\x1a\x19.fedloom.v1.ExchangeReply\x12\x45\n\tHeartbeat\x12\x1c.fedloom.v1.HeartbeatRequest\x1a\x1a.fedloom.v1.HeartbeatReply\x12\x39\n\x05Leave\x12\x18.fedloom.v1.LeaveRequest\x1a\x16.fedloom.v1.LeaveReply2I\n\tEnrolment\x12<\n\x06\x45nroll\x12\x19.fedloom.v1.EnrollRequest\x1a\x17.fedloom.v1.EnrollReply2\x81\x01\n\tOperation\x12<\n\x06Status\x12\x19.fedloom.v1.StatusRequest\x1a\x17.fedloom.v1.StatusReply\x12\x36\n\x04Stop\x12\x17.fedloom.v1.StopRequest\x1a\x15.fedloom.v1.StopReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!fedloom/proto/v1/federation.proto\x12\nfedloom.v1\"J\n\x0bJoinRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12\x19\n\x11\x64\x65\x63lared_examples\x18\x03 \x01(\x04\"\\\n\tJoinReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04spec\x18\x03 \x01(\t\x12\x0e\n\x06schema\x18\x04 \x01(\t\x12\x15\n\rschema_digest\x18\x05 \x01(\t\"9\n\x0bWorkRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\"\x8f\x01\n\tWorkReply\x12,\n\nassignment\x18\x01 \x01(\x0b\x32\x16.fedloom.v1.AssignmentH\x00\x12 \n\x04wait\x18\x02 \x01(\x0b\x32\x10.fedloom.v1.WaitH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.fedloom.v1.FinishedH\x00\x42\x08\n\x06\x61nswer\"\xb8\x02\n\nAssignment\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05train\x18\x02 \x03(\t\x12\x10\n\x08personal\x18\x03 \x03(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x11\n\tbase_rank\x18\x05 \x01(\r\x12\x30\n\x05local\x18\x06 \x03(\x0b\x32!.fedloom.v1.Assignment.LocalEntry\x12\x17\n\x0f\x62roadcast_roles\x18\x07 \x03(\t\x12\x17\n\x0f\x62roadcast_codec\x18\x08 \x01(\t\x12\x18\n\x10\x62roadcast_digest\x18\t \x01(\t\x12\x17\n\x0f\x62roadcast_bytes\x18\n \x01(\x04\x12\x14\n\x0cupload_codec\x18\x0b \x01(\t\x1a,\n\nLocalEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1d\n\x04Wait\x12\x15\n\rretry_after_s\x18\x01 \x01(\x01\"H\n\x08\x46inished\x12\x0e\n\x06rounds\x18\x01 \x01(\r\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"Z\n\x0c\x46\x65tchRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"S\n\rSubmitRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedloom.v1.UpdateHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xc6\x01\n\x0cUpdateHeader\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x15\n\rschema_digest\x18\x05 \x01(\t\x12\r\n\x05\x63odec\x18\x06 \x01(\t\x12\x15\n\rpayload_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\t \x01(\r\x12\x0e\n\x06offset\x18\n \x01(\x04\x12\r\n\x05score\x18\x0b \x03(\x01\"7\n\x0bSubmitReply\x12\x11\n\tduplicate\x18\x01 \x01(\x08\x12\x15\n\rmissing_bytes\x18\x02 \x01(\x04\"\xe2\x01\n\x0f\x45xchangeRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x1e\n\x04step\x18\x06 \x01(\x0e\x32\x10.fedloom.v1.Step\x12\x35\n\x05parts\x18\x07 \x03(\x0b\x32&.fedloom.v1.ExchangeRequest.PartsEntry\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\x94\x01\n\rExchangeReply\x12\x0f\n\x07waiting\x18\x01 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x33\n\x05parts\x18\x03 \x03(\x0b\x32$.fedloom.v1.ExchangeReply.PartsEntry\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\">\n\x10HeartbeatRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\"=\n\x0eHeartbeatReply\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0c\n\x04open\x18\x02 \x01(\x08\x12\x0e\n\x06oldest\x18\x03 \x01(\r\"J\n\x0cLeaveRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x0c\n\nLeaveReply\"(\n\rEnrollRequest\x12\x17\n\x0fsigning_request\x18\x01 \x01(\x0c\"\"\n\x0b\x45nrollReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\x0f\n\rStatusRequest\"\x97\x02\n\x0bStatusReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x0c\n\x04open\x18\x05 \x01(\x08\x12\x11\n\telapsed_s\x18\x06 \x01(\x01\x12\x0e\n\x06needed\x18\x07 \x01(\r\x12\r\n\x05short\x18\x08 \x01(\x08\x12\x0c\n\x04live\x18\t \x03(\t\x12\x0e\n\x06\x63ohort\x18\n \x03(\t\x12\x11\n\tsubmitted\x18\x0b \x03(\t\x12/\n\x04lost\x18\x0c \x03(\x0b\x32!.fedloom.v1.StatusReply.LostEntry\x1a+\n\tLostEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\r\n\x0bStopRequest\"\x0b\n\tStopReply*r\n\x04Step\x12\x14\n\x10STEP_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTEP_ADVERTISE\x10\x01\x12\x0e\n\nSTEP_SHARE\x10\x02\x12\r\n\tSTEP_MASK\x10\x03\x12\x10\n\x0cSTEP_CONFIRM\x10\x04\x12\x0f\n\x0bSTEP_UNMASK\x10\x05\x32\xba\x03\n\nFederation\x12\x36\n\x04Join\x12\x17.fedloom.v1.JoinRequest\x1a\x15.fedloom.v1.JoinReply\x12\x36\n\x04Work\x12\x17.fedloom.v1.WorkRequest\x1a\x15.fedloom.v1.WorkReply\x12\x36\n\x05\x46\x65tch\x12\x18.fedloom.v1.FetchRequest\x1a\x11.fedloom.v1.Chunk0\x01\x12>\n\x06Submit\x12\x19.fedloom.v1.SubmitRequest\x1a\x17.fedloom.v1.SubmitReply(\x01\x12\x42\n\x08\x45xchange\x12\x1b.fedloom.v1.ExchangeRequest\x1a\x19.fedloom.v1.ExchangeReply\x12\x45\n\tHeartbeat\x12\x1c.fedloom.v1.HeartbeatRequest\x1a\x1a.fedloom.v1.HeartbeatReply\x12\x39\n\x05Leave\x12\x18.fedloom.v1.LeaveRequest\x1a\x16.fedloom.v1.LeaveReply2I\n\tEnrolment\x12<\n\x06\x45nroll\x12\x19.fedloom.v1.EnrollRequest\x1a\x17.fedloom.v1.EnrollReply2\x81\x01\n\tOperation\x12<\n\x06Status\x12\x19.fedloom.v1.StatusRequest\x1a\x17.fedloom.v1.StatusReply\x12\x36\n\x04Stop\x12\x17.fedloom.v1.StopRequest\x1a\x15.fedloom.v1.StopReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,8 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXCHANGEREPLY_PARTSENTRY']._serialized_options = b'8\001'
   _globals['_STATUSREPLY_LOSTENTRY']._loaded_options = None
   _globals['_STATUSREPLY_LOSTENTRY']._serialized_options = b'8\001'
-  _globals['_STEP']._serialized_start=2289
-  _globals['_STEP']._serialized_end=2403
+  _globals['_STEP']._serialized_start=2304
+  _globals['_STEP']._serialized_end=2418
   _globals['_JOINREQUEST']._serialized_start=49
   _globals['_JOINREQUEST']._serialized_end=123
   _globals['_JOINREPLY']._serialized_start=125
@@ -64,43 +64,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITREQUEST']._serialized_start=959
   _globals['_SUBMITREQUEST']._serialized_end=1042
   _globals['_UPDATEHEADER']._serialized_start=1045
-  _globals['_UPDATEHEADER']._serialized_end=1228
-  _globals['_SUBMITREPLY']._serialized_start=1230
-  _globals['_SUBMITREPLY']._serialized_end=1285
-  _globals['_EXCHANGEREQUEST']._serialized_start=1288
-  _globals['_EXCHANGEREQUEST']._serialized_end=1514
-  _globals['_EXCHANGEREQUEST_PARTSENTRY']._serialized_start=1470
-  _globals['_EXCHANGEREQUEST_PARTSENTRY']._serialized_end=1514
-  _globals['_EXCHANGEREPLY']._serialized_start=1517
-  _globals['_EXCHANGEREPLY']._serialized_end=1665
-  _globals['_EXCHANGEREPLY_PARTSENTRY']._serialized_start=1470
-  _globals['_EXCHANGEREPLY_PARTSENTRY']._serialized_end=1514
-  _globals['_HEARTBEATREQUEST']._serialized_start=1667
-  _globals['_HEARTBEATREQUEST']._serialized_end=1729
-  _globals['_HEARTBEATREPLY']._serialized_start=1731
-  _globals['_HEARTBEATREPLY']._serialized_end=1792
-  _globals['_LEAVEREQUEST']._serialized_start=1794
-  _globals['_LEAVEREQUEST']._serialized_end=1868
-  _globals['_LEAVEREPLY']._serialized_start=1870
-  _globals['_LEAVEREPLY']._serialized_end=1882
-  _globals['_ENROLLREQUEST']._serialized_start=1884
-  _globals['_ENROLLREQUEST']._serialized_end=1924
-  _globals['_ENROLLREPLY']._serialized_start=1926
-  _globals['_ENROLLREPLY']._serialized_end=1960
-  _globals['_STATUSREQUEST']._serialized_start=1962
-  _globals['_STATUSREQUEST']._serialized_end=1977
-  _globals['_STATUSREPLY']._serialized_start=1980
-  _globals['_STATUSREPLY']._serialized_end=2259
-  _globals['_STATUSREPLY_LOSTENTRY']._serialized_start=2216
-  _globals['_STATUSREPLY_LOSTENTRY']._serialized_end=2259
-  _globals['_STOPREQUEST']._serialized_start=2261
-  _globals['_STOPREQUEST']._serialized_end=2274
-  _globals['_STOPREPLY']._serialized_start=2276
-  _globals['_STOPREPLY']._serialized_end=2287
-  _globals['_FEDERATION']._serialized_start=2406
-  _globals['_FEDERATION']._serialized_end=2848
-  _globals['_ENROLMENT']._serialized_start=2850
-  _globals['_ENROLMENT']._serialized_end=2923
-  _globals['_OPERATION']._serialized_start=2926
-  _globals['_OPERATION']._serialized_end=3055
+  _globals['_UPDATEHEADER']._serialized_end=1243
+  _globals['_SUBMITREPLY']._serialized_start=1245
+  _globals['_SUBMITREPLY']._serialized_end=1300
+  _globals['_EXCHANGEREQUEST']._serialized_start=1303
+  _globals['_EXCHANGEREQUEST']._serialized_end=1529
+  _globals['_EXCHANGEREQUEST_PARTSENTRY']._serialized_start=1485
+  _globals['_EXCHANGEREQUEST_PARTSENTRY']._serialized_end=1529
+  _globals['_EXCHANGEREPLY']._serialized_start=1532
+  _globals['_EXCHANGEREPLY']._serialized_end=1680
+  _globals['_EXCHANGEREPLY_PARTSENTRY']._serialized_start=1485
+  _globals['_EXCHANGEREPLY_PARTSENTRY']._serialized_end=1529
+  _globals['_HEARTBEATREQUEST']._serialized_start=1682
+  _globals['_HEARTBEATREQUEST']._serialized_end=1744
+  _globals['_HEARTBEATREPLY']._serialized_start=1746
+  _globals['_HEARTBEATREPLY']._serialized_end=1807
+  _globals['_LEAVEREQUEST']._serialized_start=1809
+  _globals['_LEAVEREQUEST']._serialized_end=1883
+  _globals['_LEAVEREPLY']._serialized_start=1885
+  _globals['_LEAVEREPLY']._serialized_end=1897
+  _globals['_ENROLLREQUEST']._serialized_start=1899
+  _globals['_ENROLLREQUEST']._serialized_end=1939
+  _globals['_ENROLLREPLY']._serialized_start=1941
+  _globals['_ENROLLREPLY']._serialized_end=1975
+  _globals['_STATUSREQUEST']._serialized_start=1977
+  _globals['_STATUSREQUEST']._serialized_end=1992
+  _globals['_STATUSREPLY']._serialized_start=1995
+  _globals['_STATUSREPLY']._serialized_end=2274
+  _globals['_STATUSREPLY_LOSTENTRY']._serialized_start=2231
+  _globals['_STATUSREPLY_LOSTENTRY']._serialized_end=2274
+  _globals['_STOPREQUEST']._serialized_start=2276
+  _globals['_STOPREQUEST']._serialized_end=2289
+  _globals['_STOPREPLY']._serialized_start=2291
+  _globals['_STOPREPLY']._serialized_end=2302
+  _globals['_FEDERATION']._serialized_start=2421
+  _globals['_FEDERATION']._serialized_end=2863
+  _globals['_ENROLMENT']._serialized_start=2865
+  _globals['_ENROLMENT']._serialized_end=2938
+  _globals['_OPERATION']._serialized_start=2941
+  _globals['_OPERATION']._serialized_end=3070
 # @@protoc_insertion_point(module_scope)

@@ -146,7 +146,7 @@ class SubmitRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("run", "epoch", "client", "round", "schema_digest", "codec", "payload_bytes", "digest", "attempt", "offset")
+    __slots__ = ("run", "epoch", "client", "round", "schema_digest", "codec", "payload_bytes", "digest", "attempt", "offset", "score")
     RUN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +157,7 @@ class UpdateHeader(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
     run: str
     epoch: int
     client: str
@@ -167,7 +168,8 @@ class UpdateHeader(_message.Message):
     digest: str
     attempt: int
     offset: int
-    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., schema_digest: _Optional[str] = ..., codec: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., digest: _Optional[str] = ..., attempt: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+    score: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., schema_digest: _Optional[str] = ..., codec: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., digest: _Optional[str] = ..., attempt: _Optional[int] = ..., offset: _Optional[int] = ..., score: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class SubmitReply(_message.Message):
     __slots__ = ("duplicate", "missing_bytes")
