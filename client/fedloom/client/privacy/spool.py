@@ -7,7 +7,7 @@ and noised, a second time.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedloom.proto.durable import make_folder, sync_folder, write_durably
@@ -106,8 +106,8 @@ def _read(path: Path) -> Spooled:
         if magic != _MAGIC or hashlib.sha256(note).hexdigest().encode() != digest:
             raise _damaged(path, "its first lines are not those that were written")
         content = json.loads(note)
-        fields = content["header"]
-        header = UpdateHeader(**fields | {"score": tuple(fields.get("score", ()))})
+        header = UpdateHeader(**content["header"])
+        header = replace(header, score=tuple(header.score))  # a list in JSON
         update = Spooled(content["run"], content["charge"], header, payload)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, str(error)) from error

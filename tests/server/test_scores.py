@@ -1,0 +1,166 @@
+"""What the coordinator makes of the clients' evaluations, and which of them it takes."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedloom.client.evaluation import released
+from fedloom.client.privacy.entropy import System
+from fedloom.proto.accounting import Spend, epsilon
+from fedloom.proto.errors import ConfigError, ProtocolError
+from fedloom.proto.messages import UpdateHeader
+from fedloom.proto.run import RunConfig, SecureAggregationSection, UserLevelSection
+from fedloom.proto.spending import evaluations, run_spends
+from fedloom.proto.wire import header_from_wire, header_to_wire
+from fedloom.server.admission import check_config
+from fedloom.server.launch import build_strategy, calibrated
+from fedloom.server.rounds import RoundOpened, UpdateAccepted, event_from_json, event_to_json
+from fedloom.server.scores import Scores, federated_score
+from fedloom.server.submission import check_score
+
+HEADER = UpdateHeader("ann", 0, "0" * 64, "fp32", 8, "1" * 64)
+
+
+def run_of(private: bool = True, rounds: int = 10, **section: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "scored", "rounds": rounds},
+            "model": {"base": "nowhere", "labels": ["no", "yes"]},
+            "train": {"steps": 5, "sampling_rate": 0.05, "learning_rate": 0.1},
+            "privacy": {"enabled": private, "epsilon": 6.0, "noise_multiplier": 1.0},
+            "federated_evaluation": {"enabled": True, **section},
+        }
+    )
+
+
+def rows_of(rng: np.random.Generator, count: int, right: float) -> np.ndarray:
+    return np.stack([rng.random(count) < right, rng.random(count) / 2], 1).astype(np.float64)
+
+
+def test_every_row_of_every_client_counts_the_same() -> None:
+    rng = np.random.default_rng(1)
+    config = run_of(private=False, personalised=True, max_loss=4.0)
+    clients = [[rows_of(rng, count, 0.7), rows_of(rng, count, 0.9)] for count in (30, 170, 4)]
+    found = federated_score(config, [released(each, None, System()) for each in clients])
+    assert found is not None
+    before, after = (np.concatenate([each[i] for each in clients]) for i in (0, 1))
+    assert found["accuracy"] == pytest.approx(before[:, 0].mean(), abs=1e-6)
+    assert found["loss"] == pytest.approx(4 * before[:, 1].mean(), abs=1e-5)
+    assert found["personalised_accuracy"] == pytest.approx(after[:, 0].mean(), abs=1e-6)
+    assert found["personalised_loss"] == pytest.approx(4 * after[:, 1].mean(), abs=1e-5)
+    share = before[:, 0].mean()
+    assert found["standard_error"] == pytest.approx(math.sqrt(share * (1 - share) / 204), abs=1e-5)
+
+
+def test_the_standard_error_is_that_of_the_figure() -> None:
+    config, rng = run_of(noise_multiplier=10.0), np.random.default_rng(2)
+    found = []
+    for _ in range(2000):
+        found.append(federated_score(config, [released([rows_of(rng, 500, 0.8)], 10.0, System()) for _ in range(3)]))
+    accuracies = np.array([each["accuracy"] for each in found if each is not None])
+    errors = np.array([each["standard_error"] for each in found if each is not None])
+    assert len(accuracies) == 2000
+    assert accuracies.mean() == pytest.approx(0.8, abs=0.005)
+    assert accuracies.std() == pytest.approx(errors.mean(), rel=0.1)
+
+
+def test_figures_that_drown_in_noise_are_not_shown() -> None:
+    config, rng = run_of(noise_multiplier=10.0), np.random.default_rng(3)
+    few = [released([rows_of(rng, 5, 0.8)], 10.0, System())]
+    assert federated_score(config, few) is None
+    assert federated_score(config, []) is None
+    assert federated_score(run_of(private=False), [released([np.zeros((0, 2))], None, System())]) is None
+    spoilt = [(1e12, -1e12, 1e12), (5.0, 5.0, 5.0)]
+    found = federated_score(config, spoilt)
+    assert found is not None
+    assert found["accuracy"] == 0.0
+    assert 0 <= found["loss"] <= 10
+
+
+def test_figures_must_be_those_that_were_asked_for() -> None:
+    config = run_of(every=2)
+    check_score(replace(HEADER, score=(1.0, 2.0, 3.0)), config)
+    check_score(HEADER, config)  # it trained the round anew
+    with pytest.raises(ProtocolError, match="'ann' sends 2 figures of an evaluation for round 0; 3 or none"):
+        check_score(replace(HEADER, score=(1.0, 2.0)), config)
+    with pytest.raises(ProtocolError, match="sends 3 figures of an evaluation for round 1; 0 or none"):
+        check_score(replace(HEADER, round=1, score=(1.0, 2.0, 3.0)), config)
+    off = config.model_copy(update={"federated_evaluation": type(config.federated_evaluation)()})
+    with pytest.raises(ProtocolError, match="0 or none"):
+        check_score(replace(HEADER, score=(1.0, 2.0, 3.0)), off)
+
+
+@pytest.mark.parametrize("score", [(math.nan,), (math.inf, 1.0, 1.0), (1e13, 0.0, 0.0), (0.0,) * 6])
+def test_figures_nobody_could_release_are_refused_on_the_wire(score: tuple[float, ...]) -> None:
+    with pytest.raises(ProtocolError, match="figures of an evaluation; at most 5"):
+        header_from_wire(header_to_wire(replace(HEADER, score=score), "run", 1))
+    sent = replace(HEADER, score=(1.5, -2.0, 1e-17))
+    assert header_from_wire(header_to_wire(sent, "run", 1))[0] == sent
+
+
+def test_the_log_keeps_figures_and_says_nothing_where_there_are_none() -> None:
+    scored = UpdateAccepted(0, "ann", "1" * 64, 1.0, (1.5, -2.0, 1e-17))
+    assert event_from_json(event_to_json(scored)) == scored
+    plain = replace(scored, score=())
+    assert "score" not in event_to_json(plain), "builds that know of no figures read this log"
+    assert event_from_json(event_to_json(plain)) == plain
+
+
+def test_scores_are_those_of_the_round_that_was_opened_last() -> None:
+    config, rng = run_of(private=False), np.random.default_rng(4)
+    one, two, three = (released([rows_of(rng, 50, 0.5)], None, System()) for _ in range(3))
+    scores = Scores()
+    scores.add(RoundOpened(0, 0, "s", ("ann", "ben"), 60.0))
+    scores.add(UpdateAccepted(0, "ann", "a", 1.0, one))
+    scores.add(RoundOpened(0, 1, "s", ("ann", "cat"), 60.0))  # again, and ann's update stays
+    scores.add(UpdateAccepted(0, "cat", "c", 1.0, two))
+    assert scores.of(config) == federated_score(config, [one, two])
+    scores.add(RoundOpened(1, 0, "s", ("ann", "ben"), 60.0))
+    assert scores.of(config) is None
+    scores.add(UpdateAccepted(1, "ben", "b", 1.0, three))
+    assert scores.of(config) == federated_score(config, [three])
+
+
+def test_the_runs_noise_pays_for_its_evaluations() -> None:
+    open_noise = run_of().model_copy(update={"privacy": run_of().privacy.model_copy(update={"noise_multiplier": None})})
+    config = calibrated(open_noise)
+    noise = config.privacy.noise_multiplier
+    assert noise is not None
+    whole = [Spend(0.05, noise, 50), Spend(1.0, 10.0, 10)]
+    assert epsilon(run_spends(config, 10), 1e-5) == epsilon(whole, 1e-5) <= 6.0
+    assert epsilon([Spend(0.05, noise - 0.001, 50), Spend(1.0, 10.0, 10)], 1e-5) > 6.0
+    off = open_noise.model_copy(update={"federated_evaluation": type(config.federated_evaluation)()})
+    without = calibrated(off).privacy.noise_multiplier
+    assert without is not None
+    assert without < noise
+    dear = open_noise.federated_evaluation.model_copy(update={"noise_multiplier": 1.0})
+    with pytest.raises(ConfigError, match=r"10 evaluations alone cost epsilon .* of privacy.epsilon = 6; raise"):
+        calibrated(open_noise.model_copy(update={"federated_evaluation": dear}))
+
+
+@pytest.mark.parametrize(("every", "joined", "count"), [(1, 10, 10), (3, 10, 4), (3, 2, 2), (20, 10, 1), (3, 0, 0)])
+def test_evaluations_are_counted_from_above(every: int, joined: int, count: int) -> None:
+    config = run_of(every=every)
+    assert evaluations(config, joined) == count
+    assert sum(config.federated_evaluation.due(each) for each in range(10)) >= count
+    assert len(run_spends(config, joined)) == joined + count
+
+
+def test_what_would_show_a_clients_figures_or_cover_too_little_is_refused() -> None:
+    config = run_of()
+    with pytest.raises(ValueError, match="promises to hide; choose one of them"):
+        RunConfig.model_validate(
+            config.model_dump() | {"secure_aggregation": SecureAggregationSection(enabled=True).model_dump()}
+        )
+    users = config.model_copy(update={"user_level": UserLevelSection(enabled=True)})
+    with pytest.raises(ConfigError, match="its noise covers one example, not all of a client's"):
+        check_config(users, build_strategy(config))
+
+
+def test_a_run_without_evaluations_is_told_as_builds_that_know_none_tell_it() -> None:
+    off = run_of().model_copy(update={"federated_evaluation": type(run_of().federated_evaluation)()})
+    assert "federated_evaluation" not in off.spec.model_dump_json()
+    assert "federated_evaluation" in run_of().spec.model_dump_json()
+    assert type(off.spec).from_json(off.spec.model_dump_json()) == off.spec
