@@ -1,6 +1,7 @@
 """What the page shows of one run, as plain JSON values: from the log, the run file, the records and the coordinator.
 
-Nothing of it is about what one client's data say: losses, example counts and clipping rates never leave a client.
+Nothing of it is about what one client's data say: training losses, example counts and clipping rates never leave a
+client, and what clients release of their held-out rows is shown for all of them together.
 """
 
 import math
@@ -98,8 +99,7 @@ def document(
         "clients_total": len(clients),
         "states": Counter(each["state"] for each in clients),
         "curves": {
-            "accuracy": _curve([(each.round, each.accuracy) for each in records]),
-            "loss": _curve([(each.round, each.loss) for each in records]),
+            **_scores(records),
             "epsilon": _curve([(each.round + 1, epsilon.get(each.most_asked)) for each in past]),
             "traffic": _thinned(traffic, _POINTS),
         },
@@ -110,6 +110,31 @@ def document(
             for each in list(journal.trouble)[: -_TROUBLE - 1 : -1]
         ],
         "config": config.model_dump(mode="json", exclude_none=True) if config else None,
+    }
+
+
+def _scores(records: Sequence[RoundRecord]) -> dict[str, Any]:
+    """Curves of accuracy and loss: on the federation's own held-out rows, or else by the clients on theirs.
+
+    A client scores the adapter that a round starts from, which is the one that the round before it has left.
+    """
+    held_out = any(each.accuracy is not None for each in records)
+    told = [] if held_out else [(each.round - 1, each.federated) for each in records if each.federated is not None]
+    last = next((each.federated for each in reversed(records) if each.federated is not None), {})
+    return {
+        "scored_by": "held-out" if held_out else "clients" if told else None,
+        "accuracy": _curve(
+            [(each.round, each.accuracy) for each in records]
+            if held_out
+            else [(number, score["accuracy"]) for number, score in told]
+        ),
+        "loss": _curve(
+            [(each.round, each.loss) for each in records]
+            if held_out
+            else [(number, score["loss"]) for number, score in told]
+        ),
+        "standard_error": None if held_out else last.get("standard_error"),
+        "personalised": last.get("personalised_accuracy"),
     }
 
 

@@ -176,13 +176,22 @@ function eta(run) {
   return `about ${duration(Math.max(1, each * (run.rounds - run.round)))} left`;
 }
 
+function whose(run, figure) {
+  const name = figure[0].toUpperCase() + figure.slice(1);
+  return run.curves.scored_by === "clients" ? `${name} at the clients` : `Held-out ${figure}`;
+}
+
 function tiles(run) {
   const { totals, privacy } = run;
   const accuracy = run.curves.accuracy.at(-1);
   const found = [];
   if (accuracy) {
     const first = run.curves.accuracy[0];
-    found.push({ label: "Held-out accuracy", value: percent(accuracy[1]), more: first === accuracy ? `after round ${accuracy[0]}` : `from ${percent(first[1])} at round ${first[0]}` });
+    const error = run.curves.standard_error;
+    found.push({ label: whose(run, "accuracy"), value: percent(accuracy[1]), unit: error ? ` ± ${percent(error)}` : "", more: first === accuracy ? `after round ${accuracy[0]}` : `from ${percent(first[1])} at round ${first[0]}` });
+  }
+  if (run.curves.personalised !== null) {
+    found.push({ label: "Accuracy after local steps", value: percent(run.curves.personalised), more: "personalised, on clients' own held-out rows" });
   }
   if (privacy?.enabled) {
     found.push({ label: "Privacy spent (ε)", value: figure(privacy.most), unit: ` of ${privacy.epsilon}`, meter: privacy.most === null ? 0 : privacy.most / privacy.epsilon, more: `worst client, δ\u00a0=\u00a0${small(privacy.delta)}` });
@@ -216,8 +225,8 @@ function chart(name, spec, wanted = true) {
 function curves(run) {
   const { curves: all, privacy, rounds } = run;
   const scored = all.accuracy.length + all.loss.length > 0;
-  chart("accuracy", { title: "Held-out accuracy", kind: "line", unit: "%", points: all.accuracy, until: rounds, empty: "Not scored yet." }, scored);
-  chart("loss", { title: "Held-out loss", kind: "line", points: all.loss, until: rounds, empty: "Not scored yet." }, scored);
+  chart("accuracy", { title: whose(run, "accuracy"), kind: "line", unit: "%", points: all.accuracy, until: rounds, empty: "Not scored yet." }, scored);
+  chart("loss", { title: whose(run, "loss"), kind: "line", points: all.loss, until: rounds, empty: "Not scored yet." }, scored);
   $("unscored").hidden = scored;
   const priv = privacy?.enabled;
   chart("epsilon", { title: "Privacy spent (ε)", kind: "step", zero: true, points: priv ? all.epsilon : [], until: rounds, limit: priv ? privacy.epsilon : null, limitText: "most that the run may spend", empty: priv ? "Nothing is spent before the first round is committed." : "This run has no example-level privacy." });
