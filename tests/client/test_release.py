@@ -21,7 +21,7 @@ from fedloom.client.trainer import Trainer
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ModelError
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader
-from fedloom.proto.run import Spec
+from fedloom.proto.run import FederatedEvaluationSection, Spec
 from fedloom.proto.schema import Role
 from fedloom.proto.secagg.steps import StepMessage, StepResult
 from fedloom.proto.v1 import federation_pb2 as pb
@@ -80,25 +80,33 @@ class Silent:
         return np.random.default_rng(count).standard_normal(count)
 
 
-@pytest.fixture
-def life(
-    tiny_model: AdapterModel, spec: Spec, policy: Policy, tmp_path: Path
-) -> Callable[[Rows, Callable[[int], Entropy] | None], Recorder]:
-    """Runs a whole private client on some data and gives what it sent."""
-    schema = tiny_model.schema
+EntropyFor = Callable[[int], Entropy] | None
+Life = Callable[[Rows, EntropyFor], Recorder]
+
+
+def live(
+    model: AdapterModel, spec: Spec, policy: Policy, folder: Path, rows: Rows, entropy_for: EntropyFor
+) -> Recorder:
+    """Run a whole private client on some data; what it sent."""
+    schema = model.schema
     rng = np.random.default_rng(0)
     values = {s.name: rng.normal(0, 0.1, s.shape).astype(np.float32) for s in schema.tensors}
     payload = codec("fp32").encode(schema, values)
     digest = hashlib.sha256(payload).hexdigest()
+    orders = [Assignment(number, ALL, ALL, digest, len(payload)) for number in (0, 1)]
+    recorder = Recorder(Joined("tiny-1", 1, spec, schema), payload, [*orders, FINISHED])
+    with Ledger(folder, "sha256:" + "0" * 64) as ledger:
+        trainer = Trainer(model, rows, spec, policy, ledger, entropy_for=entropy_for)
+        Participant(recorder, policy, lambda _: trainer).run()
+    return recorder
 
-    def run(rows: Rows, entropy_for: Callable[[int], Entropy] | None) -> Recorder:
-        orders = [Assignment(number, ALL, ALL, digest, len(payload)) for number in (0, 1)]
-        recorder = Recorder(Joined("tiny-1", 1, spec, schema), payload, [*orders, FINISHED])
-        number = len(list(tmp_path.iterdir()))
-        with Ledger(tmp_path / str(number), "sha256:" + "0" * 64) as ledger:
-            trainer = Trainer(tiny_model, rows, spec, policy, ledger, entropy_for=entropy_for)
-            Participant(recorder, policy, lambda _: trainer).run()
-        return recorder
+
+@pytest.fixture
+def life(tiny_model: AdapterModel, spec: Spec, policy: Policy, tmp_path: Path) -> Life:
+    """Runs the client of these fixtures."""
+
+    def run(rows: Rows, entropy_for: EntropyFor) -> Recorder:
+        return live(tiny_model, spec, policy, tmp_path / str(len(list(tmp_path.iterdir()))), rows, entropy_for)
 
     return run
 
@@ -107,9 +115,6 @@ def other(rows: Rows) -> Rows:
     """Fewer, longer examples with other texts and labels."""
     few = rows.take(np.arange(13))
     return Rows(tuple(f"{text} sad actor" for text in few.texts), 1 - few.labels, few.groups, few.label_names)
-
-
-Life = Callable[[Rows, Callable[[int], Entropy] | None], Recorder]
 
 
 def test_every_field_but_the_noised_update_is_the_same_for_any_data(life: Life, rows: Rows) -> None:
@@ -136,6 +141,23 @@ def test_sampled_examples_do_change_the_update(life: Life, rows: Rows) -> None:
     assert first.payloads != second.payloads
 
 
+def test_an_evaluation_adds_noised_figures_and_nothing_else(
+    tiny_model: AdapterModel, rows: Rows, spec: Spec, policy: Policy, tmp_path: Path
+) -> None:
+    scored = spec.model_copy(update={"federated_evaluation": FederatedEvaluationSection(enabled=True)})
+    site = policy.model_copy(update={"data": policy.data.model_copy(update={"held_out": 0.3})})
+    first, second = (
+        live(tiny_model, scored, site, tmp_path / name, data, None) for name, data in (("a", rows), ("b", other(rows)))
+    )
+    figures = [
+        [message[1].pop("score") for message in each.messages if message[0] == "submit"] for each in (first, second)
+    ]
+
+    assert first.messages == second.messages
+    assert [len(score) for score in figures[0]] == [3, 3]
+    assert len({value for each in figures for score in each for value in score}) == 12, "noise is never the same"
+
+
 def test_a_failed_probe_is_told_as_a_refusal_and_no_more(
     tiny_model: AdapterModel, rows: Rows, spec: Spec, policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,9 +181,10 @@ PUBLIC = {
     "WorkRequest": {"run", "epoch", "client"},
     "FetchRequest": {"run", "epoch", "client", "digest", "offset"},
     "SubmitRequest": {"header", "data"},
-    # The offset says how much of the noised update has arrived before.
+    # The offset says how much of the noised update has arrived before; the score is noised, see test_evaluation.py.
     "UpdateHeader": {
         *("run", "epoch", "client", "round", "schema_digest", "codec", "payload_bytes", "digest", "attempt", "offset"),
+        "score",
     },
     # Keys, shares of keys and signatures of a secure sum: drawn at random, whatever the update is.
     "ExchangeRequest": {"run", "epoch", "client", "round", "attempt", "step", "parts"},
