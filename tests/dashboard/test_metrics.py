@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedloom.proto.errors import UpdateRejected
+from fedloom.server.records import RoundRecord
 from tests.dashboard.stage import Stage, config, stage
 
 PAGE = Path(__file__).parents[2] / "docs" / "observability.md"
@@ -57,6 +58,7 @@ def test_every_metric_is_documented_and_no_other(tmp_path: Path) -> None:
     names: set[str] = set()
     for number, run in enumerate((config(), config(user_level=user))):
         with stage(tmp_path / str(number), run, strategy=run.user_level.enabled) as live:
+            live.observation.metrics.record(RoundRecord(2, 2, 0.75, 0.5, None, None, 0, 0, 0.0))
             families = text_string_to_metric_families(live.observation.metrics.text().decode())
             names |= {
                 family.name + ("_total" if family.type == "counter" else "")
@@ -69,8 +71,20 @@ def test_every_metric_is_documented_and_no_other(tmp_path: Path) -> None:
     assert names == set(documented)
     assert len(documented) == len(set(documented))
     assert all(
-        re.search(r"_(total|seconds|bytes)$|^fedloom_(clients|round|rounds|epsilon)_|_fds$", name) for name in names
+        re.search(r"_(total|seconds|bytes)$|^fedloom_(clients|round|rounds|epsilon|held_out)_|_fds$", name)
+        for name in names
     )
+
+
+def test_the_newest_score_is_shown_once_there_is_one(live: Stage) -> None:
+    assert "fedloom_held_out_accuracy" not in counted(live)
+
+    for number, accuracy in ((1, 0.25), (2, 0.75), (3, None)):
+        loss = None if accuracy is None else 1 - accuracy
+        live.observation.metrics.record(RoundRecord(number, 2, accuracy, loss, None, None, 0, 0, 0.0))
+
+    found = counted(live)
+    assert (found["fedloom_held_out_accuracy"], found["fedloom_held_out_loss"]) == (0.75, 0.25)
 
 
 def test_no_metric_is_about_one_client(tmp_path: Path) -> None:
