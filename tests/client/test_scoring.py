@@ -1,6 +1,7 @@
 """Held-out rows and the process that scores on them."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,10 @@ def config(tiny_base: Path) -> RunConfig:
     )
 
 
+def newest_child() -> int:
+    return int(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()[-1])
+
+
 def test_rows_are_drawn_by_the_seed_alone(source: Path, config: RunConfig) -> None:
     once, again = (held_out(config, str(source), "train").texts for _ in range(2))
     other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 6})})
@@ -58,6 +63,10 @@ def test_a_process_scores_what_this_one_scores(source: Path, config: RunConfig) 
     moved = {name: rng.normal(0, 0.3, each.shape).astype(np.float32) for name, each in start.items()}
 
     with scoring(config, str(source)) as score:
+        # A terminal and a service manager say stop to a coordinator's whole group; the last score is still wanted.
+        for each in (signal.SIGINT, signal.SIGTERM):
+            os.kill(newest_child(), each)
+        assert os.getpriority(os.PRIO_PROCESS, newest_child()) >= min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
         found = [score(start), score(moved), score(start)]
 
     assert [accuracy for accuracy, _ in found] == [here.score(each).accuracy for each in (start, moved, start)]
@@ -70,8 +79,7 @@ def test_a_process_scores_what_this_one_scores(source: Path, config: RunConfig) 
 
 def test_a_process_that_is_gone_is_an_error_and_no_wait(source: Path, config: RunConfig) -> None:
     with scoring(config, str(source)) as score:
-        (scorer,) = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()[-1:]
-        os.kill(int(scorer), 9)
+        os.kill(newest_child(), signal.SIGKILL)
 
         with pytest.raises(Unavailable, match="has ended with status -9"):
             score({"x": np.zeros(2**20, np.float32)})

@@ -45,7 +45,7 @@ HeldOut = Annotated[
     typer.Option(
         "--held-out",
         help="A file, a folder with a test split, or a packaged data set: the adapter is scored on it after every "
-        "evaluation.every rounds, by a process of its own, which needs fedloom[client]. Never private data.",
+        "evaluation.every rounds, by a process of its own, which needs torch and the base model. Never private data.",
     ),
 ]
 
