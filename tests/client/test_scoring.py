@@ -48,6 +48,7 @@ def newest_child() -> int:
 def test_rows_are_drawn_by_the_seed_alone(source: Path, config: RunConfig) -> None:
     once, again = (held_out(config, str(source), "train").texts for _ in range(2))
     other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 6})})
+    assert config.data is not None
     all_rows = config.model_copy(update={"data": config.data.model_copy(update={"max_examples": None})})
 
     assert once == again

@@ -37,22 +37,13 @@ def state(rounds: int) -> State:
     return State(SCHEMA, {"A": np.full(1, rounds, np.float32)}, 0, rounds, {})
 
 
-def log(rounds: int) -> list[list[Event]]:
-    """What is put for each round: its commit comes in one transaction with the opening of the next."""
-    opened = [RoundOpened(number, 0, f"s{number}", ("a", "b"), 60.0) for number in range(rounds)]
-    commits = [AdapterCommitted(number, f"s{number + 1}") for number in range(rounds)]
-    return [
-        [opened[0]],
-        *([commit, following] for commit, following in zip(commits, opened[1:], strict=False)),
-        commits[-1:],
-    ]
-
-
 def told(recording: Recording, rounds: int) -> None:
-    """Everything of a run, as the coordinator's hooks say it."""
-    first, *others = log(rounds)
-    recording.put(first)
-    for number, events in enumerate(others, 1):
+    """Everything of a run, as the coordinator's hooks say it: a commit comes with the opening of the next round."""
+    recording.put([RoundOpened(0, 0, "s0", ("a", "b"), 60.0)])
+    for number in range(1, rounds + 1):
+        events: list[Event] = [AdapterCommitted(number - 1, f"s{number}")]
+        if number < rounds:
+            events.append(RoundOpened(number, 0, f"s{number}", ("a", "b"), 60.0))
         recording.put(events)
         recording.committed(number, state(number))
 
