@@ -35,6 +35,7 @@ REPORTS = (
     "bench round",
     "bench secagg",
     "certs list",
+    "evaluate",
     "export",
     "ledger show",
     "ledger verify",

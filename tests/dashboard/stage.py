@@ -22,6 +22,7 @@ from fedloom.server.dashboard.board import Board
 from fedloom.server.dashboard.hosting import hosting
 from fedloom.server.launch import build_strategy
 from fedloom.server.observation import Observation, observing
+from fedloom.server.recording import Scorer
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
 from fedloom.strategies.fedavg import FedAvg
@@ -139,6 +140,7 @@ def stage(
     listen: str = "127.0.0.1:0",
     expect: int = 0,
     strategy: bool = False,
+    score: Scorer | None = None,
 ) -> Iterator[Stage]:
     """A coordinator that serves a run in `runs`, its dashboard, and no clients yet; with its own strategy or FedAvg."""
     chosen = run or config()
@@ -149,7 +151,8 @@ def stage(
         starting = starting_adapter(SCHEMA, chosen.run.seed)
         rule = build_strategy(chosen) if strategy else FedAvg()
         coordinator = Coordinator(chosen, SCHEMA, rule, store, starting=starting, expect=expect)
-        observation = stack.enter_context(observing(coordinator, store, folder))
+        observation = stack.enter_context(observing(coordinator, store, folder, score=score))
+        coordinator.on_commit = observation.committed
         board = Board(coordinator, observation, runs)
         hosted = stack.enter_context(hosting(board, listen, TOKENS))
         address = stack.enter_context(serving(coordinator, linger_s=0.0, observation=observation))

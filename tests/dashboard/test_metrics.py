@@ -7,7 +7,18 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedloom.proto.errors import UpdateRejected
+from fedloom.proto.run import RunConfig
+from fedloom.server.records import RoundRecord
+from fedloom.server.scores import federated_score
 from tests.dashboard.stage import Stage, config, stage
+
+SCORED = federated_score(
+    RunConfig.model_validate(
+        config().model_dump()
+        | {"privacy": {"enabled": False}, "federated_evaluation": {"enabled": True, "personalised": True}}
+    ),
+    [tuple(each / 5**0.5 for each in (100.0, 70.0, 30.0, 80.0, 20.0))],
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "observability.md"
 
@@ -59,6 +70,7 @@ def test_every_metric_is_documented_and_no_other(tmp_path: Path) -> None:
     names: set[str] = set()
     for number, run in enumerate((config(), config(user_level=user))):
         with stage(tmp_path / str(number), run, strategy=run.user_level.enabled) as live:
+            live.observation.metrics.record(RoundRecord(2, 2, 0.75, 0.5, None, None, 0, 0, 0.0, None, SCORED))
             families = text_string_to_metric_families(live.observation.metrics.text().decode())
             names |= {
                 family.name + ("_total" if family.type == "counter" else "")
@@ -71,8 +83,24 @@ def test_every_metric_is_documented_and_no_other(tmp_path: Path) -> None:
     assert names == set(documented)
     assert len(documented) == len(set(documented))
     assert all(
-        re.search(r"_(total|seconds|bytes)$|^fedloom_(clients|round|rounds|epsilon)_|_fds$", name) for name in names
+        re.search(r"_(total|seconds|bytes)$|^fedloom_(clients|round|rounds|epsilon|held_out|federated)_|_fds$", name)
+        for name in names
     )
+
+
+def test_the_newest_score_is_shown_once_there_is_one(live: Stage) -> None:
+    assert "fedloom_held_out_accuracy" not in counted(live)
+
+    for number, accuracy in ((1, 0.25), (2, 0.75), (3, None)):
+        loss = None if accuracy is None else 1 - accuracy
+        live.observation.metrics.record(RoundRecord(number, 2, accuracy, loss, None, None, 0, 0, 0.0))
+
+    found = counted(live)
+    assert (found["fedloom_held_out_accuracy"], found["fedloom_held_out_loss"]) == (0.75, 0.25)
+    assert "fedloom_federated_accuracy" not in found
+    for federated in (SCORED, None):
+        live.observation.metrics.record(RoundRecord(4, 2, None, None, None, None, 0, 0, 0.0, None, federated))
+    assert counted(live)["fedloom_federated_accuracy"] == pytest.approx(0.7)
 
 
 def test_no_metric_is_about_one_client(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from fedloom.proto.errors import UpdateRejected
+from fedloom.proto.schema import Tensors
 from tests.dashboard.browser import Browser, browser, found
-from tests.dashboard.stage import TOKENS, Stage, finished_run, stage
+from tests.dashboard.stage import TOKENS, Stage, config, finished_run, stage
 
 pytestmark = [
     pytest.mark.e2e,
@@ -139,6 +140,33 @@ def test_the_curves_have_axes_and_can_be_read_by_keyboard(page: Browser, busy: S
     assert {"40 %", "60 %", "80 %", "0", "10"} <= set(axis)
     assert (first, second) == ("round 0: 47.1 %", "round 2: 55.6 %")
     assert "round 2: 55.6 %" in page.run(f"{plot}.getAttribute('aria-label')")
+
+
+def test_a_coordinators_own_scores_appear_as_they_come(page: Browser, tmp_path: Path) -> None:
+    scores = [(0.5, 0.7), (0.625, 0.6), (0.875, 0.4)]
+
+    def score(adapter: Tensors) -> tuple[float, float]:
+        return scores.pop(0)
+
+    run = config(rounds=5, evaluation={"every": 2})
+    with stage(tmp_path / "runs", run, expect=2, score=score) as live:
+        live.join("ann", "ben")
+        page.view(1280, 800)
+        opened(page, live.url)
+        page.wait("!document.getElementById('unscored').hidden")
+
+        live.rounds(2)  # one point, and no round on either side of it that could make a line
+        page.wait("document.getElementById('unscored').hidden")
+        page.wait("document.querySelector('#charts .reading').innerText === 'round 2: 50.0 %'")
+        assert page.run("document.querySelectorAll('#charts .accuracy-dot').length") == 1
+        live.rounds(3)
+        page.wait("document.querySelector('#charts .reading').innerText === 'round 5: 87.5 %'")
+
+        plot = "document.querySelector('#charts .plot')"
+        assert page.run("document.querySelectorAll('#charts .accuracy-dot').length") == 3
+        assert "3 points" in page.run(f"{plot}.getAttribute('aria-label')")
+        assert "87.5 %" in page.run("document.getElementById('tiles').innerText")
+        assert "from 50.0 % at round 2" in page.run("document.getElementById('tiles').innerText")
 
 
 def test_names_of_strangers_are_text_and_the_page_stays_in_its_width(page: Browser, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ FEDLOOM = """#!/bin/sh
 small="--set run.rounds=2 --set train.steps=1 --set train.sampling_rate=0.004 --set privacy.noise_multiplier=1.0"
 case "$1 $2" in
     simulate*) set -- "$@" $small --set evaluation.max_examples=20 ;;
-    server*|export*|"privacy plan") set -- "$@" $small ;;
+    server*|evaluate*|export*|"privacy plan") set -- "$@" $small ;;
 esac
 exec {python} -m fedloom.cli.main "$@"
 """

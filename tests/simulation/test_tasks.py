@@ -11,7 +11,9 @@ import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from typer.testing import CliRunner
 
+from fedloom.cli.main import app
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.rows import digest
 from fedloom.client.data.tokens import collate, encode
@@ -77,6 +79,18 @@ def test_a_private_federation_ends_in_an_adapter_that_hugging_face_loads(config:
     adapter = result.folder / "adapter"
     facts = json.loads((adapter / "fedloom.json").read_text())
     assert (facts["task"], facts["labels"]) == (config.model.task, list(config.model.labels))
+
+    # What somebody who evaluates the folder or the state is told, with the run file's own data.
+    for words in (["--adapter", str(adapter)], ["--state", str(result.folder / "state")]):
+        done = CliRunner().invoke(app, ["evaluate", str(result.folder / "run.toml"), *words, "--json"])
+        scores = json.loads(done.stdout)
+        for moment, score in (("start", result.start), ("now", result.final)):
+            assert scores[moment]["accuracy"] == score.accuracy
+            assert scores[moment]["loss"] == pytest.approx(score.loss, rel=1e-4)
+            if config.model.task == "causal-lm":
+                assert scores[moment]["perplexity"] == pytest.approx(np.exp(score.loss), rel=1e-3)
+            else:
+                assert "perplexity" not in scores[moment]
 
     # The run's own model with the saved values, against what a user of the adapter gets.
     model = load_model(config.model, config.adapter)

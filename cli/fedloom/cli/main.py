@@ -14,6 +14,7 @@ from fedloom.cli import (
     client,
     data,
     doctor,
+    evaluate,
     flower,
     identity,
     init,
@@ -59,6 +60,7 @@ app.command("simulate")(simulate.simulate)
 app.command("server")(server.server)
 app.command("prepare")(server.prepare)
 app.command("export")(server.export)
+app.command("evaluate")(evaluate.evaluate)
 app.command("client")(client.client)
 app.command("doctor")(doctor.doctor)
 app.command("identity")(identity.identity)

@@ -10,13 +10,15 @@ import typer
 from fedloom.cli.console import out
 from fedloom.proto.address import host_of
 from fedloom.proto.errors import ConfigError
+from fedloom.proto.run import RunConfig
 
 if TYPE_CHECKING:
     from fedloom.server.coordinator import Coordinator
     from fedloom.server.observation import Observation
+    from fedloom.server.recording import Scorer
     from fedloom.server.records import ReportTo as Program
 
-__all__ = ["Dashboard", "DashboardTls", "ReportTo", "Stay", "reports", "showing"]
+__all__ = ["Dashboard", "DashboardTls", "HeldOut", "ReportTo", "Stay", "reports", "scored", "showing"]
 
 _PROGRAMS = ("tensorboard", "mlflow")
 
@@ -38,6 +40,15 @@ DashboardTls = Annotated[
 ]
 Stay = Annotated[bool, typer.Option("--stay", help="Go on serving the dashboard after the run is over, until stopped.")]
 
+HeldOut = Annotated[
+    str | None,
+    typer.Option(
+        "--held-out",
+        help="A file, a folder with a test split, or a packaged data set: the adapter is scored on it after every "
+        "evaluation.every rounds, by a process of its own, which needs torch and the base model. Never private data.",
+    ),
+]
+
 
 def reports(asked: list[str] | None) -> "tuple[Program, ...]":
     """The programs that get records.
@@ -51,6 +62,23 @@ def reports(asked: list[str] | None) -> "tuple[Program, ...]":
             raise ConfigError(f"--report-to {name}; {' and '.join(_PROGRAMS)} are known")
         chosen.append("tensorboard" if name == "tensorboard" else "mlflow")
     return tuple(chosen)
+
+
+@contextmanager
+def scored(config: RunConfig, source: str | None) -> "Iterator[Scorer | None]":
+    """What scores adapters for the length of a `with` block; None without held-out data.
+
+    Raises:
+        FedloomError: See `scoring`.
+    """
+    if source is None:
+        yield None
+        return
+    from fedloom.client.scorer import scoring
+
+    with scoring(config, source) as score:
+        out.print(f"{source} is scored after every {config.evaluation.every} rounds and the last", markup=False)
+        yield score
 
 
 @contextmanager

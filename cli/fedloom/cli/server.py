@@ -14,7 +14,7 @@ import typer
 from fedloom.cli.certs import SERVER_CERTS
 from fedloom.cli.console import INSECURE, Json, out, pace, print_json
 from fedloom.cli.logs import LogFormat, LogLevel, write_logs
-from fedloom.cli.observing import Dashboard, DashboardTls, ReportTo, Stay, reports, showing
+from fedloom.cli.observing import Dashboard, DashboardTls, HeldOut, ReportTo, Stay, reports, scored, showing
 from fedloom.proto.durable import write_durably
 from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.run import RunConfig, load_run
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedloom.server.coordinator import Coordinator
     from fedloom.server.observation import Observation
     from fedloom.server.store import Store
+    from fedloom.strategies.api import State
 
 __all__ = ["derive", "export", "prepare", "server"]
 
@@ -66,6 +67,7 @@ def server(
     dashboard_tls: DashboardTls = None,
     stay: Stay = False,
     report_to: ReportTo = None,
+    held_out: HeldOut = None,
     log_format: LogFormat = "text",
     log_level: LogLevel = None,
     overrides: Overrides = None,
@@ -86,7 +88,7 @@ def server(
     if stay and dashboard is None:
         raise ConfigError("--stay keeps the dashboard open after the run; give --dashboard HOST:PORT too")
 
-    folder, opened = _opened(run, overrides, state)
+    folder, config, opened = _opened(run, overrides, state)
     if not insecure and not certs.is_dir():
         raise ConfigError(
             f"there are no certificates in {certs}; make them with `fedloom certs init --host NAME`, or, to try things "
@@ -94,12 +96,21 @@ def server(
         )
     if insecure:
         out.print(INSECURE)
-    with opened as (coordinator, store), observing(coordinator, store, folder.parent, programs) as observation:
-        rounds = coordinator.config.run.rounds
+    with (
+        scored(config, held_out) as score,
+        opened as (coordinator, store),
+        observing(coordinator, store, folder.parent, programs, score) as observation,
+    ):
+        rounds = config.run.rounds
         rest = pace(rounds)
-        coordinator.on_commit = lambda number, _: out.print(f"round {number}/{rounds} committed{rest(number)}")
+
+        def committed(number: int, reached: "State") -> None:
+            observation.committed(number, reached)
+            out.print(f"round {number}/{rounds} committed{rest(number)}")
+
+        coordinator.on_commit = committed
         if state is None:  # runs/NAME is ours; elsewhere a run.toml may be somebody's own
-            write_config(folder.parent, coordinator.config)
+            write_config(folder.parent, config)
 
         def ready(address: str) -> None:
             out.print(f"listening on {address}; state in {folder}", markup=False)
@@ -152,7 +163,7 @@ def export(
 
     Example: fedloom export examples/sentiment.toml --format merged --out sentiment-model
     """
-    folder, opened = _opened(run, overrides, state)
+    folder, _, opened = _opened(run, overrides, state)
     if not folder.is_dir():
         raise StoreError(f"{folder} does not exist; give the coordinator's state directory with --state")
     with opened as (coordinator, store):
@@ -167,8 +178,8 @@ def export(
 
 def _opened(
     run: Path, overrides: list[str] | None, state: Path | None
-) -> "tuple[Path, AbstractContextManager[tuple[Coordinator, Store]]]":
-    """The state directory of a run, and its coordinator and store to be opened there."""
+) -> "tuple[Path, RunConfig, AbstractContextManager[tuple[Coordinator, Store]]]":
+    """The state directory of a run, its completed run file, and its coordinator and store to be opened there."""
     from fedloom.server.admission import check_config
     from fedloom.server.coordinator import Coordinator
     from fedloom.server.launch import build_strategy, calibrated
@@ -187,7 +198,7 @@ def _opened(
             starting = starting_adapter(schema, config.run.seed)
             yield Coordinator(config, schema, strategy, store, starting=starting), store
 
-    return folder, opened()
+    return folder, config, opened()
 
 
 def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Format = "peft") -> Path:

@@ -39,7 +39,7 @@ from fedloom.server.user_ledger import check_opening, check_strategy, eligible, 
 from fedloom.strategies.api import State, Strategy, Update
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
 
-__all__ = ["SUM", "SUM_CODEC", "History"]
+__all__ = ["SUM", "SUM_CODEC", "History", "agreed"]
 
 SUM = "sum of all"
 """Stands for the client in the one update of a secure sum; no client's name has spaces."""
@@ -294,14 +294,14 @@ class History:
         self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
         digest = self._store.put_blob(state_to_bytes(self.state))
         reach("history.born")
-        created = RunCreated(uuid.uuid4().hex, _agreed(self._config), self._schema.digest, digest)
+        created = RunCreated(uuid.uuid4().hex, agreed(self._config), self._schema.digest, digest)
         self.record(created)
         self.write()
         return created.run
 
     @failpoint("history.continue")
     def _continue(self, created: RunCreated) -> str:
-        if (created.spec, created.schema) != (_agreed(self._config), self._schema.digest):
+        if (created.spec, created.schema) != (agreed(self._config), self._schema.digest):
             raise ConfigError(
                 f"{self._store.where} holds run {created.run[:8]} of another run file or base model; "
                 "start with the run file it was made with, or give this run another directory"
@@ -319,7 +319,7 @@ class History:
         self._store.sweep({*self._states.values(), *updates, *tuple(self._arriving)})
 
 
-def _agreed(config: RunConfig) -> str:
+def agreed(config: RunConfig) -> str:
     """Digest of what a run may not change on the way: all that clients were told, and the strategy."""
     # Absent rather than null in [strategy], so that runs from before the norm bound keep their digest.
     strategy = config.strategy.model_dump_json(exclude_none=True)

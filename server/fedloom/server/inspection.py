@@ -3,18 +3,22 @@
 import fcntl
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from fedloom.proto.errors import StoreError
+from fedloom.proto.errors import ConfigError, StoreError
+from fedloom.proto.run import RunConfig
 from fedloom.server.audit import AuditRecord, record_from_json
 from fedloom.server.chain import read_mark
 from fedloom.server.database import connect_readonly, explained, read_epoch, read_events, read_log
+from fedloom.server.history import agreed
 from fedloom.server.rounds import Event, Rounds, apply
 
-__all__ = ["Snapshot", "holder", "look", "state_folders", "verify"]
+__all__ = ["Snapshot", "holder", "look", "newest_state", "state_folders", "verify"]
+
+_LOOKS = 5
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,40 @@ def look(folder: Path) -> Snapshot:
     return Snapshot(epoch, tuple(events), records, rounds, (links, tuple(link for _, link in audit)))
 
 
+def newest_state(folder: Path, config: RunConfig) -> bytes:
+    """The strategy's state after the last commit, as it was stored, also while a coordinator works on the directory.
+
+    Args:
+        folder: The state directory.
+        config: The run file that the coordinator was started with, calibrated and the base model pinned.
+
+    Raises:
+        ConfigError: The directory holds another run.
+        StoreError: It is none, holds no run, or what it holds is not what was written.
+    """
+    for _ in range(_LOOKS):
+        rounds = look(folder).rounds
+        if rounds.created is None:
+            raise StoreError(f"no run has begun in {folder}; start `fedloom server` with it first")
+        if rounds.created.spec != agreed(config):
+            raise ConfigError(
+                f"{folder} holds run {rounds.created.run[:8]} of another run file or base model; give the run file and "
+                "the overrides that its coordinator was started with"
+            )
+        blob = folder / "blobs" / rounds.state
+        # The coordinator may have committed the next round since, and swept this one's state.
+        with explained(blob), suppress(FileNotFoundError):
+            return _unchanged(blob)
+    raise StoreError(f"{blob} is missing; restore it from a backup")
+
+
+def _unchanged(blob: Path) -> bytes:
+    content = blob.read_bytes()
+    if sha256(content).hexdigest() != blob.name:
+        raise StoreError(f"{blob} does not have the bytes its name promises; restore it from a backup")
+    return content
+
+
 def verify(folder: Path, heads: tuple[str, ...] = ()) -> tuple[Snapshot, int | None]:
     """Check everything in a state directory that a coordinator would go on from.
 
@@ -85,9 +123,7 @@ def verify(folder: Path, heads: tuple[str, ...] = ()) -> tuple[Snapshot, int | N
     for digest in sorted(needed):
         blob = folder / "blobs" / digest
         with explained(blob):
-            content = blob.read_bytes()
-        if sha256(content).hexdigest() != digest:
-            raise StoreError(f"{blob} does not have the bytes its name promises; restore it from a backup")
+            _unchanged(blob)
     return snapshot, len(needed)
 
 

@@ -16,6 +16,7 @@ from fedloom.proto.errors import ConfigError
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.participation import Asked
 from fedloom.server.recording import spent_after
+from fedloom.server.records import RoundRecord
 from fedloom.server.rounds import AdapterCommitted, ClientLost, Event, RoundOpened, SumAccepted, UpdateAccepted
 from fedloom.server.user_ledger import spent as user_spent
 
@@ -81,7 +82,8 @@ class Metrics:
             buckets=_COMMIT_S,
             registry=registry,
         )
-        registry.register(_Standing(coordinator, self._asked))
+        self._standing = _Standing(coordinator, self._asked)
+        registry.register(self._standing)
         ProcessCollector(registry=registry)
 
     def answered(self, method: str, status: str, error: str, seconds: float) -> None:
@@ -113,6 +115,15 @@ class Metrics:
                 case _:
                     pass
 
+    def record(self, record: RoundRecord) -> None:
+        """Remember the newest score, see `Recorder`."""
+        if record.accuracy is not None and record.loss is not None:
+            self._standing.score = record.accuracy, record.loss
+        self._standing.federated = record.federated or self._standing.federated
+
+    def close(self) -> None:
+        """Nothing is left to write."""
+
     def text(self) -> bytes:
         """All of them in Prometheus's text format."""
         return generate_latest(self._registry)
@@ -123,6 +134,8 @@ class _Standing(Collector):
 
     def __init__(self, coordinator: Coordinator, asked: Asked) -> None:
         self._coordinator, self._asked = coordinator, asked
+        self.score: tuple[float, float] | None = None
+        self.federated: dict[str, float] | None = None
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """The families with their values now."""
@@ -137,6 +150,12 @@ class _Standing(Collector):
         yield GaugeMetricFamily("fedloom_round_clients", "Clients asked in the open round.", len(now.cohort))
         yield GaugeMetricFamily("fedloom_rounds_done", "Rounds committed in the whole run.", now.round)
         yield GaugeMetricFamily("fedloom_rounds_planned", "Rounds of the whole run.", now.rounds)
+        if self.score is not None:
+            accuracy, loss = self.score
+            yield GaugeMetricFamily("fedloom_held_out_accuracy", "Newest accuracy on held-out rows, 0 to 1.", accuracy)
+            yield GaugeMetricFamily("fedloom_held_out_loss", "Newest loss on held-out rows, in nats.", loss)
+        for name, value in (self.federated or {}).items():
+            yield GaugeMetricFamily(f"fedloom_federated_{name}", "Newest, by the clients' evaluations together.", value)
         if config.privacy.enabled:
             most = math.inf
             with suppress(ConfigError):

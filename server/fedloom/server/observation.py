@@ -7,11 +7,12 @@ from pathlib import Path
 
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.metrics import Metrics
-from fedloom.server.recording import Recording
+from fedloom.server.recording import Recording, Scorer
 from fedloom.server.records import ReportTo, open_recorders, read_metrics
-from fedloom.server.rounds import Event
+from fedloom.server.rounds import AdapterCommitted, Event
 from fedloom.server.store import Store
 from fedloom.server.tracing import Spans, exporting
+from fedloom.strategies.api import State
 
 __all__ = ["Observation", "observing"]
 
@@ -50,6 +51,10 @@ class Observation:
             with _going_on():
                 watcher.appended(events, seconds)
 
+    def committed(self, rounds: int, state: State) -> None:
+        """A round's adapter is there, see `Coordinator.on_commit`; it is scored if somebody can."""
+        self._recording.committed(rounds, state)
+
 
 @contextmanager
 def _going_on() -> Iterator[None]:
@@ -62,7 +67,11 @@ def _going_on() -> Iterator[None]:
 
 @contextmanager
 def observing(
-    coordinator: Coordinator, store: Store, folder: Path, report_to: tuple[ReportTo, ...] = ()
+    coordinator: Coordinator,
+    store: Store,
+    folder: Path,
+    report_to: tuple[ReportTo, ...] = (),
+    score: Scorer | None = None,
 ) -> Iterator[Observation]:
     """Watch a coordinator for the length of a `with` block: metrics, records in the run folder, traces.
 
@@ -71,26 +80,47 @@ def observing(
         store: Its state; the hook `appended` is taken over.
         folder: The run folder, for metrics.jsonl and others.
         report_to: Programs that get every record too.
+        score: Scores adapters on held-out data; `Observation.committed` must then hear of every commit.
 
     Raises:
         ConfigError: A package is missing.
         StoreError: The log cannot be read.
     """
     before = store.events()
-    seconds = 0.0
+    written, seconds = 0, 0.0
     with suppress(OSError, IndexError):
-        seconds = read_metrics(folder)[-1].seconds
+        last = read_metrics(folder)[-1]
+        written, seconds = last.round, last.seconds
+    # A process that was killed while it scored has left the newest adapter without a record.
+    begun = _unrecorded(before, written) if score else len(before)
     spans = exporting(coordinator.config.run.name)
-    recorders = open_recorders(folder, coordinator.config, report_to)
+    metrics = Metrics(coordinator, before)
     recording = Recording(
-        coordinator.config, recorders, lambda: dict(coordinator.progress.bytes_by_round), before, seconds
+        coordinator.config,
+        [*open_recorders(folder, coordinator.config, report_to), metrics],
+        lambda: dict(coordinator.progress.bytes_by_round),
+        before[:begun],
+        seconds,
+        score,
     )
-    observation = Observation(Metrics(coordinator, before), recording, spans)
+    observation = Observation(metrics, recording, spans)
     try:
         with recording:
+            if before[begun:]:
+                recording.put(before[begun:])
+                recording.committed(coordinator.progress.round, coordinator.state)
             store.appended = observation.appended
             yield observation
             store.appended = lambda events, seconds: None
     finally:
         if spans is not None:
             spans.close()
+
+
+def _unrecorded(events: Sequence[Event], written: int) -> int:
+    """Where the newest commit stands in the log, if its round has no record; else the log's length."""
+    for index in range(len(events) - 1, -1, -1):
+        event = events[index]
+        if isinstance(event, AdapterCommitted):
+            return index if event.round + 1 > written else len(events)
+    return len(events)

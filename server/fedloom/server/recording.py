@@ -4,8 +4,10 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -13,14 +15,22 @@ from typing import Self
 from fedloom.proto.accounting import GRID, Statement, statement
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
+from fedloom.proto.schema import Tensors
 from fedloom.proto.spending import run_spends
 from fedloom.server.participation import Asked
 from fedloom.server.records import Recorder, RoundRecord
 from fedloom.server.rounds import AdapterCommitted, ClientAsked, Event, RoundOpened, RunCreated
 from fedloom.server.scores import Scores
 from fedloom.server.user_ledger import spent as user_spent
+from fedloom.strategies.api import State
 
-__all__ = ["Recording", "spent_after"]
+__all__ = ["Recording", "Scorer", "spent_after"]
+
+Scorer = Callable[[Tensors], tuple[float, float]]
+"""Accuracy and loss, in nats, of an adapter on held-out data. It may take its time, and fail."""
+
+_MOST_WAITING = 8
+"""Adapters in memory that wait to be scored."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,12 +46,16 @@ def spent_after(config: RunConfig, rounds: int) -> Statement:
 class Recording:
     """Turns events into one record a round, in a thread of its own.
 
+    With a scorer the record of every evaluation.every-th round, and of the last, waits for its score, and so do those
+    after it: records are written in the order of the rounds.
+
     Args:
         config: The run file, calibrated.
         recorders: Where records go. One that fails is left out from then on, with a line in the log.
         traffic: Payload bytes (down, up) by round, from 0.
         before: What the log holds already.
         seconds: Age of the run when it was stopped last, by its last record.
+        score: Scores adapters. One that fails is left out from then on, with a line in the log.
     """
 
     def __init__(
@@ -51,14 +65,18 @@ class Recording:
         traffic: Callable[[], dict[int, tuple[int, int]]],
         before: Iterable[Event] = (),
         seconds: float = 0.0,
+        score: Scorer | None = None,
     ) -> None:
         self._config, self._recorders, self._traffic = config, list(recorders), traffic
         self._asked, self._cohort, self._scores = Asked(), set[str](), Scores()
-        self._began_s: float | None = None
-        self._age_s = seconds
+        self._began_s = time.monotonic() - seconds if seconds else None
         for event in before:
             self._follow(event)
-        self._queue: queue.SimpleQueue[tuple[Sequence[Event], float] | None] = queue.SimpleQueue()
+        self._score = score
+        self._held: deque[RoundRecord] = deque()
+        self._adapters: dict[int, Tensors] = {}
+        self._judged, self._behind = 0, False
+        self._queue: queue.SimpleQueue[tuple[Sequence[Event], float] | int | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="fedloom-records", daemon=True)
 
     def __enter__(self) -> Self:
@@ -75,18 +93,60 @@ class Recording:
         """Take events that have just become durable. Any thread may call it; it never waits."""
         self._queue.put((events, time.monotonic()))
 
+    def committed(self, rounds: int, state: State) -> None:
+        """Take the state after so many rounds, whose events have been put before. It never waits."""
+        if self._score is None or not self._due(rounds):
+            return
+        if rounds == self._config.run.rounds or len(self._adapters) < _MOST_WAITING:
+            self._adapters[rounds] = state.adapter
+        self._queue.put(rounds)
+
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            events, now_s = item
-            for event in events:
-                self._follow(event)
-                if isinstance(event, RoundOpened) and self._began_s is None:
-                    self._began_s = now_s - self._age_s
-                if isinstance(event, AdapterCommitted):
-                    with suppress(ConfigError):  # there is no finite epsilon, so nothing true to write
-                        self._write(self._record(event, now_s))
+            if isinstance(item, int):
+                self._judge(item)
+            else:
+                self._happened(*item)
+            while self._held and not self._awaits_score(self._held[0].round):
+                self._write(self._held.popleft())
+        for record in self._held:
+            self._write(record)
         for recorder in self._recorders:
             self._try(recorder, recorder.close)
+
+    def _happened(self, events: Sequence[Event], now_s: float) -> None:
+        for event in events:
+            self._follow(event)
+            if isinstance(event, RoundOpened) and self._began_s is None:
+                self._began_s = now_s
+            if isinstance(event, AdapterCommitted):
+                with suppress(ConfigError):  # there is no finite epsilon, so nothing true to write
+                    self._held.append(self._record(event, now_s))
+
+    def _awaits_score(self, number: int) -> bool:
+        return self._score is not None and number > self._judged and self._due(number)
+
+    def _due(self, number: int) -> bool:
+        return number % self._config.evaluation.every == 0 or number == self._config.run.rounds
+
+    def _judge(self, number: int) -> None:
+        """Score the adapter after so many rounds, and complete its record."""
+        accuracy = loss = None
+        if number not in self._adapters:
+            if not self._behind:
+                _log.warning("rounds are faster than scores: round %d has none; raise evaluation.every", number)
+            self._behind = True
+        elif self._score is not None:
+            try:
+                accuracy, loss = self._score(self._adapters[number])
+            except Exception as error:  # whatever happens there, the run goes on
+                _log.error("held-out rows are not scored from round %d on: %s", number, error)
+                self._score = None
+        self._adapters.pop(number, None)
+        self._judged = number
+        for index, record in enumerate(self._held):
+            if record.round == number:
+                self._held[index] = replace(record, accuracy=accuracy, loss=loss)
 
     def _write(self, record: RoundRecord) -> None:
         for recorder in tuple(self._recorders):

@@ -14,6 +14,7 @@ from fedloom.client.data.rows import Rows, documents, picture
 from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.identity import load_identity, public_text
 from fedloom.client.model import AdapterModel, base_digest, load_model, resolve_base
+from fedloom.client.scoring import held_out
 from fedloom.proto.errors import ConfigError, FedloomError
 from fedloom.proto.run import DataSection, RunConfig, Spec
 from fedloom.server.launch import calibrated
@@ -89,25 +90,22 @@ def build(config: RunConfig, folder: Path) -> Federation:
             "no round could ever open; raise the first or lower the second"
         )
     check_supply(config, config.data.clients)
-    rng = np.random.default_rng([config.run.seed, 1])
-    clients = shares(config, config.data, rng)
-    held_out = load_rows(config.data.source, config.model.labels, "test", config.model.task, config.data.columns)
-    held_out = held_out.take(np.sort(rng.permutation(len(held_out))[: config.evaluation.max_examples]))
+    clients = shares(config, config.data)
+    scored = held_out(config, config.data.source)
     policies = {name: simulated_policy(name, len(own), config, folder) for name, own in clients.items()}
     if config.secure_aggregation.enabled:
         policies = _acquainted(policies)
     model = load_model(config.model, config.adapter)
-    encoded = encode(held_out, model.tokenizer, config.model.max_length)
+    encoded = encode(scored, model.tokenizer, config.model.max_length)
     return Federation(config, model, clients, policies, encoded)
 
 
-def shares(config: RunConfig, data: DataSection, rng: np.random.Generator | None = None) -> dict[str, Rows]:
+def shares(config: RunConfig, data: DataSection) -> dict[str, Rows]:
     """Each simulated client's rows by its name: the same on every machine, and no row in two shares.
 
     Args:
         config: The run file.
         data: Its [data] section.
-        rng: Draws the examples that data.max_examples leaves; the run's own by default.
 
     Raises:
         ConfigError: There are more clients than rows.
@@ -115,7 +113,7 @@ def shares(config: RunConfig, data: DataSection, rng: np.random.Generator | None
     """
     rows = load_rows(data.source, config.model.labels, "train", config.model.task, data.columns)
     if data.max_examples is not None and data.max_examples < len(rows):
-        rng = rng or np.random.default_rng([config.run.seed, 1])
+        rng = np.random.default_rng([config.run.seed, 1])
         rows = rows.take(np.sort(rng.permutation(len(rows))[: data.max_examples]))
     parts = partition(
         rows,
