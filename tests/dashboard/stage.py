@@ -61,6 +61,7 @@ class Client:
     address: str
 
     def __post_init__(self) -> None:
+        self.score: tuple[float, ...] = ()  # what it says of rows that it has not got
         self.line = GrpcConnection(self.address)
         self.joined: Joined = self.line.join(self.name, 0)
         self.assignment: Assignment | Finished | None = None
@@ -83,8 +84,8 @@ class Client:
         delta = {spec.name: np.full(spec.shape, value, np.float32) for spec in schema.tensors}
         payload = codec(assignment.upload_codec).encode(schema, delta)
         digest = hashlib.sha256(payload).hexdigest()
-        header = UpdateHeader(self.name, assignment.round, schema.digest, assignment.upload_codec, len(payload), digest)
-        self.line.submit(header, payload)
+        about = assignment.round, schema.digest, assignment.upload_codec, len(payload), digest
+        self.line.submit(UpdateHeader(self.name, *about, score=self.score), payload)
 
 
 @dataclass

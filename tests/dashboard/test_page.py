@@ -169,6 +169,26 @@ def test_a_coordinators_own_scores_appear_as_they_come(page: Browser, tmp_path: 
         assert "from 50.0 % at round 2" in page.run("document.getElementById('tiles').innerText")
 
 
+def test_what_the_clients_score_together_is_shown_as_theirs(page: Browser, tmp_path: Path) -> None:
+    run = config(federated_evaluation={"enabled": True, "personalised": True, "noise_multiplier": 2.0})
+    with stage(tmp_path / "runs", run, expect=2) as live:
+        live.join("ann", "ben")
+        page.view(1280, 800)
+        opened(page, live.url)
+        for right in (200.0, 350.0):
+            for client in live.clients:  # of 500 rows; of those after local steps 450 right
+                client.score = tuple(each / 5**0.5 for each in (500.0, right, 30.0, 450.0, 20.0))
+            live.rounds(1)
+
+        page.wait("document.querySelector('#charts .reading').innerText === 'round 1: 70.0 %'")
+        told = page.run("document.getElementById('tiles').innerText")
+        assert "Accuracy at the clients" in told
+        assert "70.0 % ± 1.6 %" in told.replace("\u00a0", " ")
+        assert "from 40.0 % at round 0" in told
+        assert "90.0 %" in told
+        assert "Held-out" not in page.run("document.getElementById('charts').innerText")
+
+
 def test_names_of_strangers_are_text_and_the_page_stays_in_its_width(page: Browser, tmp_path: Path) -> None:
     with stage(tmp_path / "runs", expect=2) as live:
         live.join(SCRIPT, LONG)
