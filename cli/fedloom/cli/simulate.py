@@ -101,7 +101,7 @@ def _line(config: RunConfig, record: "RoundRecord") -> None:
     label = f"round {record.round:>3}/{config.run.rounds}" if record.round else "start    "
     score = f"accuracy {record.accuracy:.1%}  loss {record.loss:.3f}" if record.accuracy is not None else ""
     if told := record.federated:
-        score += f"  at the clients {told['accuracy']:.1%} ± {told['standard_error']:.1%}"
+        score += f"  begun at {told['accuracy']:.1%} ± {told['standard_error']:.1%} by the clients"
         if "personalised_accuracy" in told:
             score += f", {told['personalised_accuracy']:.1%} after their own steps"
     spent = f"  epsilon {_range(record.epsilon.values())}" if record.epsilon else ""
