@@ -20,7 +20,7 @@ from fedloom.proto.errors import CodecError, FedloomError, ProtocolError
 from fedloom.proto.messages import UpdateHeader
 from fedloom.proto.schema import Role
 
-HEADER = UpdateHeader("site-a", 3, "a" * 64, "fp32", 32, "b" * 64)
+HEADER = UpdateHeader("site-a", 3, "a" * 64, "fp32", 32, "b" * 64, score=(1.5, -2.0, 1e-17))
 
 
 def test_a_request_comes_back_as_it_was(work: Callable[[int], Request]) -> None:
