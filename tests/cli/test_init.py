@@ -93,6 +93,36 @@ def test_nothing_is_overwritten_and_nothing_half_done(existing: str) -> None:
     assert Path(existing).read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("count", "epsilon", "rate", "batch"),
+    [
+        *((400, "6", 0.5, 50), (1600, "6", 0.2, 80), (40_000, "6", 0.02, 200)),
+        *((400, "none", 0.2, 20), (40_000, "none", 0.004, 40)),
+    ],
+)
+def test_steps_are_as_large_as_the_rows_allow(count: int, epsilon: str, rate: float, batch: int) -> None:
+    """At the rate of a large data set a step of a small one takes two rows, and learns nothing but noise."""
+    Path("rows").mkdir()
+    Path("rows/train.csv").write_text("text,label\n" + "".join(f"row {n},negative\n" for n in range(count)))
+
+    shown = init("--yes", "--data", "rows", "--epsilon", epsilon, "--policy", "client.toml").stdout
+
+    assert load_run(Path("first.toml")).train.sampling_rate == rate
+    assert f"{count:,} rows to train on" in shown
+    assert f"puts about {batch} of them into a step" in shown
+    assert load_policy(Path("client.toml")).privacy.max_sampling_rate == max(0.1, rate)
+
+
+def test_rows_that_cannot_be_read_are_said_and_leave_a_guess() -> None:
+    Path("rows").mkdir()
+    Path("rows/train.csv").write_text("body,label\ngood,negative\n")
+
+    shown = init("--yes", "--data", "rows").stdout
+
+    assert "rows cannot be counted, so train.sampling_rate is a guess: " in shown
+    assert load_run(Path("first.toml")).train.sampling_rate == 0.02
+
+
 @pytest.mark.parametrize(("epsilon", "noise"), [("6", 0.6), ("none", None)])
 def test_the_policy_allows_the_run(epsilon: str, noise: float | None) -> None:
     init("--yes", "--epsilon", epsilon, "--policy", "client.toml")

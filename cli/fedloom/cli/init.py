@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel
 
 from fedloom.cli.console import out
-from fedloom.proto.errors import ConfigError
+from fedloom.proto.errors import ConfigError, DataError
 from fedloom.proto.run import RunConfig, Task
 from fedloom.proto.tables import parse
 
@@ -30,10 +30,15 @@ _TARGETS = {
 """What the layers that map queries and values are called, by a base model's own name of its architecture."""
 _USUAL_TARGETS = ("query", "value")
 
-_PRIVATE = {"steps": 10, "sampling_rate": 0.02, "optimizer": "sgd", "learning_rate": 4.0, "head_learning_rate": 2.0}
+_CLIENTS = 4
+
+_PRIVATE = {"steps": 10, "optimizer": "sgd", "learning_rate": 4.0, "head_learning_rate": 2.0}
 """Few large batches: what README's measured private run trains with."""
-_OPEN = {"steps": 20, "sampling_rate": 0.004, "optimizer": "adam", "learning_rate": 0.002, "head_learning_rate": 0.002}
+_OPEN = {"steps": 20, "optimizer": "adam", "learning_rate": 0.002, "head_learning_rate": 0.002}
 """Many small batches, as its run without privacy."""
+_BATCHES = {True: (100, 0.02), False: (20, 0.004)}
+"""Examples in a step, and the least sampling rate, of private runs and others."""
+_MOST_RATE = 0.5
 
 
 def init(
@@ -65,9 +70,10 @@ def init(
     limit = ask(epsilon, "Private with which epsilon (none: without privacy)", "6", _epsilon)
     source = data or ("sentiment" if words == ("negative", "positive") else "data")
     path = file or Path(f"{chosen}.toml")
-    texts = {path: _run_file(path, chosen, words, model, limit, source)}
+    rate = _rate(source, words, limit is not None)
+    texts = {path: _run_file(path, chosen, words, model, limit, source, rate)}
     if policy is not None:
-        texts[policy] = _policy_file(policy, path, limit)
+        texts[policy] = _policy_file(policy, path, limit, rate)
     for target in texts:
         if target.exists():
             raise ConfigError(f"{target} exists and is left as it is; give another name, or move it away")
@@ -151,10 +157,39 @@ def _targets(base: str) -> tuple[str, ...]:
     return _TARGETS.get(str(kind), _USUAL_TARGETS)
 
 
-def _run_file(path: Path, name: str, labels: tuple[str, ...], base: str, epsilon: float | None, source: str) -> str:
+def _task(labels: tuple[str, ...]) -> Task:
+    return "text-classification" if labels else "causal-lm"
+
+
+def _rate(source: str, labels: tuple[str, ...], private: bool) -> float:
+    """The sampling rate with which a client's step has enough examples for what it learns to stand out of the noise."""
+    batch, least = _BATCHES[private]
+    if not Path(source).exists():
+        return least
+    try:
+        from fedloom.client.data.load import records
+        from fedloom.client.data.records import Layout
+
+        rows = sum(1 for _ in records(source, "train", Layout(_task(labels), {})))
+    except (ModuleNotFoundError, DataError) as error:
+        out.print(f"{source} cannot be counted, so train.sampling_rate is a guess: {error}", markup=False)
+        return least
+    each = max(1, rows // _CLIENTS)
+    rate = float(f"{min(_MOST_RATE, max(least, batch / each)):.1g}")
+    out.print(
+        f"{rows:,} rows to train on, {each:,} for each of {_CLIENTS} clients: train.sampling_rate = {rate:g} puts "
+        f"about {round(rate * each):,} of them into a step",
+        markup=False,
+    )
+    return rate
+
+
+def _run_file(
+    path: Path, name: str, labels: tuple[str, ...], base: str, epsilon: float | None, source: str, rate: float
+) -> str:
     """A whole run file, which `load_run` takes."""
-    task: Task = "text-classification" if labels else "causal-lm"
-    train = {**(_OPEN if epsilon is None else _PRIVATE), "schedule": "linear"}
+    task = _task(labels)
+    train = {**(_OPEN if epsilon is None else _PRIVATE), "sampling_rate": rate, "schedule": "linear"}
     if not labels:
         del train["head_learning_rate"]
     head = {"labels": list(labels), "head": "train"} if labels else {"head": "frozen"}
@@ -167,7 +202,7 @@ def _run_file(path: Path, name: str, labels: tuple[str, ...], base: str, epsilon
         "privacy": {"enabled": False} if epsilon is None else {"epsilon": epsilon, "delta": 1e-5, "clip_norm": 1.0},
         "strategy": {"name": "fedavg" if epsilon is None else "fedsvd", "weighting": "uniform"},
         "rounds": {"min_clients": 2},
-        "data": {"source": source, "clients": 4, "partition": grouped},
+        "data": {"source": source, "clients": _CLIENTS, "partition": grouped},
         "evaluation": {"every": 2},
     }
     preface = (
@@ -179,12 +214,12 @@ def _run_file(path: Path, name: str, labels: tuple[str, ...], base: str, epsilon
     return preface + _checked(RunConfig, tables, path)
 
 
-def _policy_file(path: Path, run: Path, epsilon: float | None) -> str:
+def _policy_file(path: Path, run: Path, epsilon: float | None, rate: float) -> str:
     """A whole policy file, which `load_policy` takes and which allows the run."""
     from fedloom.client.config import Policy
 
     privacy: dict[str, Any] = {"epsilon": epsilon or 6.0, "delta": 1e-5, "min_noise_multiplier": 0.3}
-    privacy |= {"max_sampling_rate": 0.1, "allow_non_private": epsilon is None}
+    privacy |= {"max_sampling_rate": max(0.1, rate), "allow_non_private": epsilon is None}
     tables: dict[str, dict[str, Any]] = {
         "client": {"name": "site-a", "state": "fedloom-state"},
         "data": {"source": "train.csv", "declared_examples": 1000},
