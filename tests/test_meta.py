@@ -349,14 +349,6 @@ def test_a_coordinator_loads_no_torch(tmp_path: Path) -> None:
     assert not loaded & {"torch", "transformers", "peft", "opacus"}
 
 
-@pytest.mark.parametrize("path", _tracked(":(glob)examples/*.toml"))
-def test_examples_are_run_files(path: str) -> None:
-    config = load_run(ROOT / path)
-
-    assert config.data is not None
-    assert config.run.name == Path(path).stem
-
-
 @pytest.mark.parametrize(
     ("path", "names"),
     [("constraints.txt", ("server", "client", "dev")), ("flower/constraints.txt", ("server", "flower"))],

@@ -23,6 +23,8 @@ PAGES = ("quickstart.md", "data.md", "tutorial-simulation.md", "tutorial-sites.m
 NOT_RUN = {
     ("quickstart.md", "clones and downloads; .ci/run does the same from a fresh clone"),
     ("quickstart.md", "the tests have an environment of their own"),
+    ("data.md", "fetches a model and trains it for minutes"),
+    ("data.md", "needs the model that was trained above"),
 }
 PROXY_SCRIPT = Path(__file__).with_name("connect_proxy.py")
 _BLOCK_S = 200
