@@ -13,28 +13,16 @@ _FENCE = re.compile(r"^(```\w+)[ ]+.+$", re.M)
 
 
 def on_config(config: Any) -> Any:
-    """List the decisions, and leave out pages that this checkout does not have."""
+    """List the decisions."""
     decisions = sorted((DOCS / "decisions").glob("*.md"))
     listed = [{_title(path): f"decisions/{path.name}"} for path in decisions]
-    config["nav"] = _present([{**each, "Decisions": listed} if "Decisions" in each else each for each in config["nav"]])
+    config["nav"] = [{**each, "Decisions": listed} if "Decisions" in each else each for each in config["nav"]]
     return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Name files outside of docs/ instead of linking to them, and cut marks for the tests off code blocks."""
     return _FENCE.sub(r"\1", _OUTSIDE.sub(r"\1 (`\2` in the repository)", markdown))
-
-
-def _present(nav: list[Any]) -> list[Any]:
-    """The navigation without pages that do not exist."""
-    kept: list[Any] = []
-    for entry in nav:
-        ((title, target),) = entry.items()
-        if isinstance(target, list):
-            kept += [{title: below}] if (below := _present(target)) else []
-        elif (DOCS / target).is_file():
-            kept.append(entry)
-    return kept
 
 
 def _title(path: Path) -> str:

@@ -72,7 +72,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = fedloom("prepare", path)
 
     assert done.returncode == 0, done.stderr
-    assert f"wrote {path.with_suffix('.schema.json')}" in done.stdout
+    written = path.with_suffix(".schema.json")
+    assert f"wrote {written}" in done.stdout
+    assert f"base model {json.loads(written.read_text())['digest']}\n" in done.stdout
     return path
 
 

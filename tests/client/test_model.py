@@ -1,8 +1,10 @@
 """The resident model against PEFT's own files and plain linear algebra."""
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +240,59 @@ def test_only_safetensors_are_read(copy: Path, model_section: ModelSection) -> N
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json; give a folder saved by save_pretrained"):
         resolve_base(str(tmp_path))
+
+
+def test_a_hub_id_is_the_folder_in_the_cache(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_section: ModelSection
+) -> None:
+    hub = tmp_path / "hub"
+    snapshot = hub / "models--acme--tiny" / "snapshots" / "0a1b"
+    shutil.copytree(copy, snapshot)
+    (hub / "models--acme--tiny" / "refs").mkdir()
+    (hub / "models--acme--tiny" / "refs" / "main").write_text("0a1b")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+
+    assert resolve_base("acme/tiny") == snapshot
+    pinned = {"base": "acme/tiny", "digest": base_digest(copy)}
+    assert load_model(model_section.model_copy(update=pinned), KINDS["lora"]).schema
+
+
+def test_a_hub_id_that_is_not_in_the_cache_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *host, **_: asked.append(host))
+
+    with pytest.raises(ModelError, match="'acme/tiny' is neither a local folder nor in this machine's hub cache"):
+        resolve_base("acme/tiny")
+
+    assert not asked
+
+
+@pytest.mark.parametrize("kind", ["AutoConfig", "AutoTokenizer"])
+def test_code_that_lies_with_a_model_is_not_run_whatever_the_terminal_says(
+    copy: Path, model_section: ModelSection, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    auto = {"auto_map": {kind: "own.Own" if kind == "AutoConfig" else ["own.Own", None]}}
+    for name, change in (("config.json", {"model_type": "own"}), ("tokenizer_config.json", {"tokenizer_class": "Own"})):
+        mine = auto if (kind == "AutoConfig") == (name == "config.json") else {}
+        (copy / name).write_text(json.dumps({**json.loads((copy / name).read_text()), **change, **mine}))
+    (copy / "own.py").write_text(f"open({str(copy / 'ran')!r}, 'w').close()\nclass Own: model_type = 'own'\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+
+    with suppress(ModelError):
+        load_model(model_section.model_copy(update={"base": str(copy)}), KINDS["lora"])
+
+    assert not (copy / "ran").exists()
+
+
+def test_a_model_that_needs_its_own_code_is_refused(copy: Path, model_section: ModelSection) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    auto = {"AutoConfig": "own.Own", "AutoModelForSequenceClassification": "own.Model"}
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": auto}))
+    (copy / "own.py").write_text("")
+
+    with pytest.raises(ModelError, match="brings code of its own, which is never run"):
+        load_model(model_section.model_copy(update={"base": str(copy)}), KINDS["lora"])
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64], ids=["empty", "garbage"])

@@ -15,7 +15,7 @@ class Block(NamedTuple):
     """One block.
 
     Marks: none runs sh and python and only shows the rest; `background` starts a command that goes on until the page
-    ends; `file=PATH` writes the block there; `not-run: WHY` leaves it out.
+    ends; `file=PATH` writes the block there; `said` is what the last command printed; `not-run: WHY` leaves it out.
     """
 
     line: int

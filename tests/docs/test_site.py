@@ -77,12 +77,17 @@ def test_marks_for_tests_are_not_shown(site: Path) -> None:
     assert "not-run" not in (site / "quickstart.html").read_text()
 
 
-def test_a_broken_link_fails_the_build(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "nav"),
+    [("[nowhere](nowhere.md)", ["index.md"]), ("# Here", ["index.md", "nowhere.md"])],
+    ids=["link", "navigation"],
+)
+def test_a_page_that_is_missing_fails_the_build(tmp_path: Path, text: str, nav: list[str]) -> None:
     page = tmp_path / "docs" / "index.md"
     page.parent.mkdir()
-    page.write_text("[nowhere](nowhere.md)\n")
-    text = (ROOT / "mkdocs.yml").read_text().partition("nav:")[0]
-    (tmp_path / "mkdocs.yml").write_text(text.replace("hooks: [docs/site.py]\n", ""))
+    page.write_text(f"{text}\n")
+    settings = (ROOT / "mkdocs.yml").read_text().partition("nav:")[0].replace("docs/site.py", str(DOCS / "site.py"))
+    (tmp_path / "mkdocs.yml").write_text(settings + "nav:\n" + "".join(f"  - Page: {each}\n" for each in nav))
     command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240)

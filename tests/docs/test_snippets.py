@@ -19,10 +19,12 @@ import pytest
 from fedloom.client.assets import cache_dir, fetch
 from tests.docs.blocks import DOCS, Block, blocks
 
-PAGES = ("quickstart.md", "tutorial-simulation.md", "tutorial-sites.md", "tutorial-strategy.md")
+PAGES = ("quickstart.md", "data.md", "tutorial-simulation.md", "tutorial-sites.md", "tutorial-strategy.md")
 NOT_RUN = {
     ("quickstart.md", "clones and downloads; .ci/run does the same from a fresh clone"),
     ("quickstart.md", "the tests have an environment of their own"),
+    ("data.md", "fetches a model and trains it for minutes"),
+    ("data.md", "needs the model that was trained above"),
 }
 PROXY_SCRIPT = Path(__file__).with_name("connect_proxy.py")
 _BLOCK_S = 200
@@ -56,7 +58,7 @@ def test_every_mark_is_known_and_most_is_run(page: str) -> None:
     found = blocks(page)
 
     for block in found:
-        assert block.mark in {"", "background"} or block.mark.startswith(("not-run: ", "file=")), block
+        assert block.mark in {"", "background", "said"} or block.mark.startswith(("not-run: ", "file=")), block
     assert sum(block.language in {"sh", "python", "toml"} and "not-run" not in block.mark for block in found) >= 4
     assert (DOCS / page).read_text().count("```") == 2 * len(found), "a fence is not closed, or names no language"
 
@@ -120,6 +122,9 @@ def _do(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
         return
+    if block.mark == "said":
+        printed = (folder / "said.log").read_text().replace(f"{folder.resolve()}/", "")
+        assert printed == text, f"{where} shows what was not said: {printed}"
     if block.mark.startswith("not-run") or block.language not in {"sh", "python"}:
         return
     command = ["bash", "-euc", text] if block.language == "sh" else [sys.executable, "-c", text]

@@ -41,18 +41,21 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a k
 def prepare(run: RunFile, overrides: Overrides = None) -> None:
     """Write RUN.schema.json, from which a coordinator without torch can serve the run.
 
-    It holds the adapter's schema and the base model's digest; make it where the base model lies.
+    It holds the adapter's schema and the base model's digest; make it where the base model lies. The digest is printed
+    too: a run pins it as model.digest, a site's policy lists it in model.digests.
 
     Example: fedloom prepare examples/sentiment.toml
     """
     path = prepared_path(run)
-    document = json.dumps(derive(load_run(run, tuple(overrides or ()))), indent=1)
+    document = derive(load_run(run, tuple(overrides or ())))
     try:
-        write_durably(path, document.encode(), b"\n")  # whole or not at all: a coordinator may be waiting for it
+        # whole or not at all: a coordinator may be waiting for it
+        write_durably(path, json.dumps(document, indent=1).encode(), b"\n")
         path.chmod(0o644)  # nothing in it is secret, and the coordinator may be another user
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
     out.print(f"wrote {path}", markup=False)
+    out.print(f"base model {document['digest']}", markup=False)
 
 
 def server(

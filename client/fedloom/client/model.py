@@ -1,6 +1,7 @@
 """The resident model: the base is loaded once and stays on the device; a round swaps the adapter only."""
 
 import hashlib
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from fedloom.client.adapters import Slot, attach
 from fedloom.client.assets import ASSETS, fetch
@@ -59,21 +61,40 @@ ON_CPU = ComputePolicy(device="cpu")
 """Where simulations and exports work, whatever device there is: their results are compared."""
 
 _FLOAT32: Mapping[str, Any] = {"dtype": torch.float32}
+_HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is downloaded, and no code that lies with a model is run: left open, transformers asks at the terminal."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _DIGESTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 def resolve_base(base: str) -> Path:
-    """The folder of a base model named in a run or policy file: an asset's name or a local folder.
+    """The folder of a base model named in a run or policy file.
+
+    Args:
+        base: A local folder, an asset's name, or ORG/NAME of a model that is in this machine's hub cache.
 
     Raises:
         ModelError: There is no such folder, or it holds no safetensors weights.
     """
     folder = fetch(base) if base in ASSETS else Path(base).expanduser()
+    if not folder.exists() and _HUB_ID.fullmatch(base):
+        folder = _cached(base)
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.base {base!r}: {folder} has no config.json; give a folder saved by save_pretrained")
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"model.base {base!r}: {folder} has no *.safetensors; other weight formats are not read")
     return folder
+
+
+def _cached(hub_id: str) -> Path:
+    """The folder of the revision that the hub cache has as the main one; nothing is downloaded."""
+    try:
+        return Path(str(cached_file(hub_id, "config.json", local_files_only=True))).parent
+    except OSError as error:
+        raise ModelError(
+            f"model.base {hub_id!r} is neither a local folder nor in this machine's hub cache, and nothing is "
+            f"downloaded in a run; run `hf download {hub_id}` first, or give a folder"
+        ) from error
 
 
 def base_digest(folder: Path) -> str:
@@ -268,7 +289,7 @@ def load_base(
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, **_HERE)
             config.use_cache = False  # keys and values of earlier calls serve generation only
             if labels:
                 config.id2label = dict(enumerate(labels))
@@ -276,10 +297,13 @@ def load_base(
             if task == "text-classification":
                 # A decoder scores a text at its last token, which it finds by the id of the padding.
                 config.pad_token_id = reader.pad_token_id
-            base = MODELS[task].from_pretrained(
-                folder, config=config, local_files_only=True, use_safetensors=True, **options
-            )
+            base = MODELS[task].from_pretrained(folder, config=config, use_safetensors=True, **_HERE, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if any(folder.glob("*.py")):
+            raise ModelError(
+                f"base model {folder} brings code of its own, which is never run, and cannot be loaded for {task} "
+                "without it; take a model of a kind that transformers knows"
+            ) from error
         raise ModelError(f"base model {folder} cannot be loaded for {task}: {error}") from error
     if isinstance(reader, Pictures):
         _check_side(base, folder, reader.side)
@@ -304,9 +328,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, use_fast=True
-            )
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, use_fast=True, **_HERE)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
     if tokenizer.pad_token_id is None:
