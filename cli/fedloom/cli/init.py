@@ -47,7 +47,10 @@ def init(
     labels: Annotated[
         str | None, typer.Option(help="Label names with commas between them; none trains a language model.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model: a local folder, or a name of `fedloom assets`.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model: a local folder, a name of `fedloom assets`, or ORG/NAME in the hub cache."),
+    ] = None,
     epsilon: Annotated[
         str | None, typer.Option(help="Epsilon of each example over the whole run; none trains without privacy.")
     ] = None,

@@ -59,7 +59,8 @@ class ModelSection(Section):
     """[model]: the frozen base model every client holds."""
 
     base: str
-    """Local folder in Hugging Face format, or a name from `fedloom assets` such as minilm-l6."""
+    """Local folder in Hugging Face format, a name from `fedloom assets` such as minilm-l6, or ORG/NAME in this
+    machine's hub cache."""
     digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
     """Pin of the base model's files; a client whose folder differs refuses. None accepts what is found."""
     task: Task = "text-classification"
