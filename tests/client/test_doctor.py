@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import sqlite3
+import tomllib
 from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
@@ -216,6 +217,17 @@ def test_a_layer_outside_the_list_is_named(home: Home, monkeypatch: pytest.Monke
     assert re.search(
         r"^layer '.*' \(Linear\) owns the trained parameter '.*' but has no per-example gradient", found.text
     )
+
+
+def test_columns_are_read_by_the_names_that_the_policy_gives(home: Home) -> None:
+    home.data.write_text(home.data.read_text().replace("text,label", "note,kind", 1))
+    assert home.examine("--run", str(home.run), code=2)["rows"].level == "failed"
+
+    tables = tomllib.loads(home.policy.read_text())
+    tables["data"]["columns"] = {"text": "note", "label": "kind"}
+    home.policy.write_text(tomli_w.dumps(tables))
+
+    assert home.examine("--run", str(home.run), code=0)["rows"].level == "ok"
 
 
 def test_a_target_that_is_not_there_is_named(home: Home) -> None:

@@ -95,7 +95,8 @@ def _run(policy: Policy, spec: Spec, loadable: bool) -> Iterator[Finding]:
     except FedloomError as error:
         yield failed("budget", str(error))
     try:
-        rows = load_rows(policy.data.source, spec.model.labels, "train", spec.model.task)
+        data = policy.data
+        rows = load_rows(data.source, spec.model.labels, "train", spec.model.task, data.columns)
         yield ok("rows", f"every row fits {spec.model.task}")
     except FedloomError as error:
         yield failed("rows", str(error))
