@@ -59,12 +59,14 @@ def check(
 
 def _show(report: "Report") -> None:
     found = report.survey
-    groups = f" in {found.groups:,} groups" if found.groups else ""
-    out.print(f"{found.rows:,} rows{groups} for {found.task}, {len(found.usable):,} of them usable", markup=False)
+    groups = f" in {_counted(found.groups, 'group')}" if found.groups else ""
+    out.print(
+        f"{_counted(found.rows, 'row')}{groups} for {found.task}, {len(found.usable):,} of them usable", markup=False
+    )
     for name, count in found.labels.most_common(_SHOWN):
         out.print(f"  {count:>9,}  {name}", markup=False)
     if len(found.labels) > _SHOWN:
-        out.print(f"  and {len(found.labels) - _SHOWN:,} labels more")
+        out.print(f"  and {_counted(len(found.labels) - _SHOWN, 'label')} more")
     if report.lengths:
         tokens = report.lengths
         out.print(f"tokens: {tokens.median} at the median, {tokens.ninety_fifth} at 95 %, {tokens.longest} at most")
@@ -78,3 +80,12 @@ def _show(report: "Report") -> None:
         out.print(f"[bold {'red' if finding.level == 'error' else 'yellow'}]{finding.level}:[/] ", end="")
         out.print(finding.text, markup=False)
     out.print("training would take this data" if report.sound else "training would refuse this data; see the errors")
+
+
+def _counted(number: int, name: str) -> str:
+    """A number of things.
+
+    >>> _counted(1, "row"), _counted(1200, "row")
+    ('1 row', '1,200 rows')
+    """
+    return f"{number:,} {name}{'s' * (number != 1)}"

@@ -1,11 +1,12 @@
-"""Who took part in how many rounds, read from the event log."""
+"""Who took part in how many rounds, and in the newest, read from the event log."""
 
 from collections import Counter
 from collections.abc import Iterable
 
 from fedloom.server.rounds import ClientAsked, Event, RoundOpened, UpdateAccepted
+from fedloom.server.scores import Scores
 
-__all__ = ["Asked", "rounds_asked"]
+__all__ = ["Asked", "Attendance", "rounds_asked"]
 
 
 class Asked:
@@ -41,6 +42,28 @@ class Asked:
     def _ask(self, client: str) -> None:
         self.counts[client] += 1
         self.most = max(self.most, self.counts[client])
+
+
+class Attendance:
+    """What a record of the newest round says of its clients, followed through the log.
+
+    Attributes:
+        asked: How often each client was asked so far.
+        cohort: Who was asked in the round that was opened last.
+        scores: What its clients have scored.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.cohort, self.scores = Asked(), set[str](), Scores()
+
+    def add(self, event: Event) -> None:
+        """One more event; give them oldest first."""
+        self.asked.add(event)
+        self.scores.add(event)
+        if isinstance(event, RoundOpened):
+            self.cohort = set(event.cohort)
+        elif isinstance(event, ClientAsked):
+            self.cohort.add(event.client)
 
 
 def rounds_asked(events: Iterable[Event]) -> Counter[str]:

@@ -17,10 +17,9 @@ from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Tensors
 from fedloom.proto.spending import run_spends
-from fedloom.server.participation import Asked
+from fedloom.server.participation import Attendance
 from fedloom.server.records import Recorder, RoundRecord
-from fedloom.server.rounds import AdapterCommitted, ClientAsked, Event, RoundOpened, RunCreated
-from fedloom.server.scores import Scores
+from fedloom.server.rounds import AdapterCommitted, Event, RoundOpened
 from fedloom.server.user_ledger import spent as user_spent
 from fedloom.strategies.api import State
 
@@ -68,10 +67,10 @@ class Recording:
         score: Scorer | None = None,
     ) -> None:
         self._config, self._recorders, self._traffic = config, list(recorders), traffic
-        self._asked, self._cohort, self._scores = Asked(), set[str](), Scores()
+        self._attendance = Attendance()
         self._began_s = time.monotonic() - seconds if seconds else None
         for event in before:
-            self._follow(event)
+            self._attendance.add(event)
         self._score = score
         self._held: deque[RoundRecord] = deque()
         self._adapters: dict[int, Tensors] = {}
@@ -116,7 +115,7 @@ class Recording:
 
     def _happened(self, events: Sequence[Event], now_s: float) -> None:
         for event in events:
-            self._follow(event)
+            self._attendance.add(event)
             if isinstance(event, RoundOpened) and self._began_s is None:
                 self._began_s = now_s
             if isinstance(event, AdapterCommitted):
@@ -161,28 +160,18 @@ class Recording:
             return False
         return True
 
-    def _follow(self, event: Event) -> None:
-        self._asked.add(event)
-        self._scores.add(event)
-        if isinstance(event, RoundOpened):
-            self._cohort = set(event.cohort)
-        elif isinstance(event, ClientAsked):
-            self._cohort.add(event.client)
-        elif isinstance(event, RunCreated):
-            self._cohort = set()
-
     def _record(self, event: AdapterCommitted, now_s: float) -> RoundRecord:
-        config, number = self._config, event.round + 1
+        config, number, seen = self._config, event.round + 1, self._attendance
         epsilon, privacy = None, None
         if config.privacy.enabled:
-            counts = self._asked.counts
+            counts = seen.asked.counts
             spent = {count: spent_after(config, count) for count in sorted(set(counts.values()))}
             epsilon = {client: spent[count].epsilon for client, count in sorted(counts.items())}
-            privacy = spent[self._asked.most].document() if spent else None
+            privacy = spent[seen.asked.most].document() if spent else None
         down, up = self._traffic().get(event.round, (0, 0))
         return RoundRecord(
             number,
-            len(self._cohort),
+            len(seen.cohort),
             None,
             None,
             epsilon,
@@ -191,5 +180,5 @@ class Recording:
             down,
             round(now_s - (now_s if self._began_s is None else self._began_s), 3),
             user_spent(config.user_level, number) if config.user_level.enabled else None,
-            self._scores.of(config),
+            seen.scores.of(config),
         )

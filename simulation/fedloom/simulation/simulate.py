@@ -4,7 +4,7 @@ import os
 import queue
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +23,11 @@ from fedloom.proto.run import RunConfig
 from fedloom.server.admission import check_config
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy
-from fedloom.server.participation import rounds_asked
+from fedloom.server.participation import Attendance
 from fedloom.server.progress import Progress
 from fedloom.server.recording import spent_after
 from fedloom.server.records import Recorder, ReportTo, RoundRecord, open_recorders, write_config
-from fedloom.server.rounds import ClientAsked, RoundOpened, RunCreated
-from fedloom.server.scores import Scores
+from fedloom.server.rounds import AdapterCommitted, Event
 from fedloom.server.store import Store
 from fedloom.server.user_ledger import spent as user_spent
 from fedloom.server.user_ledger import statement as user_statement
@@ -79,6 +78,22 @@ class _Tape:
     recorders: list[Recorder]
     commits: "queue.SimpleQueue[tuple[int, State]]" = field(default_factory=queue.SimpleQueue)
     records: list[RoundRecord] = field(default_factory=list)
+    events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
+    """The log as it grows, from where it was read last."""
+    seen: Attendance = field(default_factory=Attendance)
+
+    def append(self, events: Sequence[Event], _seconds: float) -> None:
+        """More events are durable."""
+        for event in events:
+            self.events.put(event)
+
+    def read_to(self, rounds: int) -> Attendance:
+        """What the log says up to the commit of so many rounds, which is in it already."""
+        while True:
+            event = self.events.get()
+            self.seen.add(event)
+            if isinstance(event, AdapterCommitted) and event.round == rounds - 1:
+                return self.seen
 
 
 def simulate(
@@ -117,6 +132,7 @@ def simulate(
         for recorder in tape.recorders:
             stack.callback(recorder.close)
         store = stack.enter_context(Store(folder / "state", durable=False))
+        store.appended = tape.append
         coordinator = Coordinator(
             config,
             schema,
@@ -131,8 +147,8 @@ def simulate(
         _record(tape, watcher, RoundRecord(0, 0, start.accuracy, start.loss, None, None, 0, 0, 0.0))
         for _ in _engine(federation, coordinator, folder):
             watcher.moved(coordinator.progress)
-            _drain(federation, coordinator, store, tape, watcher, began)
-        _drain(federation, coordinator, store, tape, watcher, began)
+            _drain(federation, coordinator, tape, watcher, began)
+        _drain(federation, coordinator, tape, watcher, began)
         if not coordinator.finished:
             raise FedloomError(f"the run stopped after {coordinator.progress.round} of {config.run.rounds} rounds")
         final_state = coordinator.state
@@ -155,28 +171,21 @@ def _engine(federation: Federation, coordinator: Coordinator, folder: Path) -> I
     return run_processes(federation, coordinator, folder, engine.threads or share)
 
 
-def _drain(
-    federation: Federation, coordinator: Coordinator, store: Store, tape: _Tape, watcher: Watcher, began: float
-) -> None:
+def _drain(federation: Federation, coordinator: Coordinator, tape: _Tape, watcher: Watcher, began: float) -> None:
     """Evaluate and record the rounds committed since the last call."""
     config = federation.config
     while not tape.commits.empty():
         rounds, state = tape.commits.get()
-        events = [event for event in store.events() if not isinstance(event, RunCreated) and event.round < rounds]
-        cohort = set([event.cohort for event in events if isinstance(event, RoundOpened)][-1])
-        cohort |= {event.client for event in events if isinstance(event, ClientAsked) and event.round == rounds - 1}
-        spent = _spent(federation, rounds_asked(events)) if config.privacy.enabled else None
+        seen = tape.read_to(rounds)
+        spent = _spent(federation, seen.asked.counts) if config.privacy.enabled else None
         score = None
         if rounds % config.evaluation.every == 0 or rounds == config.run.rounds:
             federation.model.load(state.adapter)
             score = evaluate(federation.model, federation.held_out)
-        scores = Scores()
-        for event in events:
-            scores.add(event)
         down, up = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
         record = RoundRecord(
             rounds,
-            len(cohort),
+            len(seen.cohort),
             score.accuracy if score else None,
             score.loss if score else None,
             {name: stated.epsilon for name, stated in spent.items()} if spent else None,
@@ -185,7 +194,7 @@ def _drain(
             down,
             round(time.monotonic() - began, 3),
             user_spent(config.user_level, rounds) if config.user_level.enabled else None,
-            scores.of(config),
+            seen.scores.of(config),
         )
         _record(tape, watcher, record)
 
