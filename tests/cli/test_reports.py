@@ -199,6 +199,15 @@ def test_two_runs_are_compared(folders: tuple[Path, Path]) -> None:
     assert ["accuracy", "80.0%", "75.0%"] in lines
 
 
+def test_what_clients_have_scored_is_compared_where_they_have(folders: tuple[Path, Path]) -> None:
+    assert "federated accuracy" not in fedloom("runs", "compare", *folders).stdout
+    scored = {"accuracy": 0.625, "loss": 0.5, "standard_error": 0.02}
+    JsonLines(folders[1]).record(RoundRecord(2, 2, None, None, None, None, 0, 0, 9.0, None, scored))
+
+    lines = [line.split() for line in fedloom("runs", "compare", *folders).stdout.splitlines()]
+    assert ["federated", "accuracy", "none", "62.5%"] in lines
+
+
 def test_only_run_folders_are_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no run\.toml; give run folders"):
         fedloom("runs", "compare", folders[0], tmp_path)

@@ -35,6 +35,8 @@ def compare(first: Folder, second: Folder, json_only: Json = False) -> None:
         table.add_row(key, *("left out" if value is None else repr(value) for value in values))
     table.add_section()
     for name in figures[0]:
+        if all(each[name] is None for each in figures):
+            continue  # nobody has measured it
         table.add_row(name.replace("_", " "), *(_shown(name, each[name]) for each in figures))
     out.print(table)
 
@@ -65,11 +67,13 @@ def _figures(folder: Path) -> dict[str, Any]:
     records = read_metrics(folder)
     scored = [each for each in records if each.accuracy is not None]
     last, best = (each[-1] if each else None for each in (records, scored))
+    told = next((each.federated for each in reversed(records) if each.federated), {})
     spent = max(last.epsilon.values(), default=None) if last and last.epsilon else None
     return {
         "rounds": last.round if last else 0,
         "accuracy": best.accuracy if best else None,
         "loss": best.loss if best else None,
+        "federated_accuracy": told.get("accuracy"),
         "epsilon": spent,
         "megabytes_up": sum(each.bytes_up for each in records) / 1e6,
         "megabytes_down": sum(each.bytes_down for each in records) / 1e6,
@@ -80,4 +84,4 @@ def _figures(folder: Path) -> dict[str, Any]:
 def _shown(name: str, value: float | None) -> str:
     if value is None:
         return "none"
-    return f"{value:.1%}" if name == "accuracy" else f"{value:.4g}"
+    return f"{value:.1%}" if name.endswith("accuracy") else f"{value:.4g}"
