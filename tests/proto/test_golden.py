@@ -6,6 +6,7 @@ was there changes, an older peer no longer understands this one, and PROTOCOL_VE
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ ORDER = Assignment(
     local={"learning_rate": 0.25},
 )
 HEADER = UpdateHeader("ward-3", 7, DIGEST, "fp16", 24, OTHER)
+SCORED_HEADER = replace(HEADER, score=(120.5, -3.25, 40.0))
 MASKED_HEADER = UpdateHeader("ward-3", 7, DIGEST, MASKED, 24, OTHER, attempt=2)
 ADDRESS: dict[str, Any] = {"run": "4f", "epoch": 3, "client": "ward-3"}
 STEP = StepMessage(7, Step.SHARE, {"ann": b"sealed"}, 2)
@@ -84,6 +86,7 @@ MESSAGES: dict[str, Message] = {
     "SubmitRequest header": pb.SubmitRequest(header=header_to_wire(HEADER, "4f", 3)),
     "SubmitRequest masked header": pb.SubmitRequest(header=header_to_wire(MASKED_HEADER, "4f", 3)),
     "SubmitRequest header that goes on": pb.SubmitRequest(header=header_to_wire(HEADER, "4f", 3, 16)),
+    "SubmitRequest header with figures": pb.SubmitRequest(header=header_to_wire(SCORED_HEADER, "4f", 3)),
     "SubmitRequest data": pb.SubmitRequest(data=b"payload"),
     "SubmitReply": pb.SubmitReply(),
     "SubmitReply duplicate": pb.SubmitReply(duplicate=True),
@@ -126,6 +129,7 @@ READ: dict[str, tuple[Callable[[Any], object], object]] = {
     "SubmitRequest header": (lambda message: header_from_wire(message.header), (HEADER, "4f", 3)),
     "SubmitRequest masked header": (lambda message: header_from_wire(message.header), (MASKED_HEADER, "4f", 3)),
     "SubmitRequest header that goes on": (lambda message: message.header.offset, 16),
+    "SubmitRequest header with figures": (lambda message: header_from_wire(message.header), (SCORED_HEADER, "4f", 3)),
     "SubmitReply missing": (lambda message: message.missing_bytes, 8),
     "ExchangeRequest": (step_from_wire, STEP),
     "ExchangeReply": (result_from_wire, STEP_RESULT),
