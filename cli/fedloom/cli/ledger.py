@@ -22,7 +22,6 @@ app = typer.Typer(help="The privacy account of a data set, as this client keeps 
 
 PolicyFile = Annotated[Path, typer.Argument(help="The client's policy file.")]
 
-_COVERS = "the life of this data"
 _MOST_ROUNDS = 10_000
 """Where `show` stops to count; more rounds than any run here may have by default."""
 
@@ -179,7 +178,7 @@ def _spend(text: str) -> "Spend":
 def _document(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> dict[str, Any]:
     """What `show` prints, for programs; an epsilon that has no bound is null."""
     from fedloom.client.privacy.budget import rounds_left
-    from fedloom.proto.accounting import GRID, statement
+    from fedloom.proto.accounting import GRID
 
     mine, charges = site.privacy, ledger.charges()
     spent = ledger.epsilon(mine.delta)
@@ -189,7 +188,7 @@ def _document(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> dict[s
         | {"released": charge.digest, "evaluation": charge.evaluation and asdict(charge.evaluation)}
         for charge in charges
     ]
-    stated = statement(ledger.spends(), mine.delta, GRID, covers=_COVERS, rounds=len(charges))
+    stated = ledger.statement(mine.delta, GRID)
     return {
         "account": str(ledger.path),
         "charges": rows,
@@ -219,7 +218,7 @@ def _charges(ledger: "Ledger") -> None:
 def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:
     """Print what is spent, what is left, and how many rounds of `spend`, or of the last charge, that buys."""
     from fedloom.client.privacy.budget import rounds_left
-    from fedloom.proto.accounting import GRID, statement
+    from fedloom.proto.accounting import GRID
 
     mine, charges = site.privacy, ledger.charges()
     spent = ledger.epsilon(mine.delta)
@@ -233,6 +232,6 @@ def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:
             f"the rest buys {count} more rounds of {spend.steps} steps at rate {spend.sampling_rate:g} and noise "
             f"{spend.noise_multiplier:g}"
         )
-    stated = statement(ledger.spends(), mine.delta, GRID, covers=_COVERS, rounds=len(charges))
+    stated = ledger.statement(mine.delta, GRID)
     out.print(terms(stated), markup=False)
     out.print("a charge counts from the moment it is reserved")

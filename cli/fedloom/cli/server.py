@@ -206,8 +206,7 @@ def _opened(
 
 def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Format = "peft") -> Path:
     """Write the result; all but safetensors need the base model and torch."""
-    from fedloom.proto.accounting import statement
-    from fedloom.proto.spending import run_spends
+    from fedloom.proto.spending import run_statement
     from fedloom.server.participation import rounds_asked
     from fedloom.server.user_ledger import statement as user_statement
 
@@ -216,7 +215,7 @@ def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Form
     if config.privacy.enabled:
         # What the client spent that was asked most often; each client's own ledger knows its own.
         rounds = max(rounds_asked(store.events()).values(), default=0)
-        privacy = statement(run_spends(config, rounds), config.privacy.delta, rounds=rounds)
+        privacy = run_statement(config, rounds)
     user = user_statement(config.user_level, coordinator.state.round)
     if format == "safetensors":
         terms = {"privacy": privacy.document() if privacy else None, "user_privacy": user}

@@ -16,12 +16,12 @@ from peft import PeftModel
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
 from fedloom.client.losses import positions
 from fedloom.client.model import MODELS, AdapterModel, load_base
-from fedloom.proto.accounting import Statement, statement
+from fedloom.proto.accounting import Statement
 from fedloom.proto.durable import replacing_folder
 from fedloom.proto.errors import ConfigError, ModelError
 from fedloom.proto.run import RunConfig, Spec, Task
 from fedloom.proto.schema import Role, Tensors
-from fedloom.proto.spending import run_spends
+from fedloom.proto.spending import run_statement
 
 __all__ = ["facts", "load_exported", "predict", "save_adapter", "save_final", "save_merged"]
 
@@ -151,9 +151,7 @@ def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path) 
     Raises:
         ConfigError: The folder cannot be written.
     """
-    privacy, rounds = None, spec.run.rounds
-    if spec.privacy.enabled:
-        privacy = statement(run_spends(spec, rounds), spec.privacy.delta, rounds=rounds)
+    privacy = run_statement(spec, spec.run.rounds) if spec.privacy.enabled else None
     model.load(tensors)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

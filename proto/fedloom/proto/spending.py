@@ -2,11 +2,11 @@
 
 import math
 
-from fedloom.proto.accounting import Spend
+from fedloom.proto.accounting import REPORT_GRID, Spend, Statement, statement
 from fedloom.proto.errors import PolicyError
 from fedloom.proto.run import Spec
 
-__all__ = ["evaluation_spend", "evaluations", "run_spends", "training_spend"]
+__all__ = ["evaluation_spend", "evaluations", "run_spends", "run_statement", "training_spend"]
 
 
 def training_spend(spec: Spec) -> Spend:
@@ -37,3 +37,13 @@ def run_spends(spec: Spec, rounds: int) -> tuple[Spend, ...]:
     Training rows and held-out rows are charged as if they were the same, which costs more than either of them.
     """
     return (training_spend(spec),) * rounds + (evaluation_spend(spec),) * evaluations(spec, rounds)
+
+
+def run_statement(spec: Spec, rounds: int, grid: float = REPORT_GRID) -> Statement:
+    """The terms and the epsilon of `run_spends`.
+
+    Raises:
+        PolicyError: The run has no noise multiplier.
+        ConfigError: There is no finite epsilon at the run's delta.
+    """
+    return statement(run_spends(spec, rounds), spec.privacy.delta, grid, rounds=rounds)

@@ -12,18 +12,18 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from fedloom.proto.accounting import GRID, Statement, statement
+from fedloom.proto.accounting import GRID, Statement
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Tensors
-from fedloom.proto.spending import run_spends
+from fedloom.proto.spending import run_statement
 from fedloom.server.participation import Attendance
 from fedloom.server.records import Recorder, RoundRecord
 from fedloom.server.rounds import AdapterCommitted, Event, RoundOpened
 from fedloom.server.user_ledger import spent as user_spent
 from fedloom.strategies.api import State
 
-__all__ = ["Recording", "Scorer", "spent_after"]
+__all__ = ["Recording", "Scorer", "is_scored", "round_record", "spent_after"]
 
 Scorer = Callable[[Tensors], tuple[float, float]]
 """Accuracy and loss, in nats, of an adapter on held-out data. It may take its time, and fail."""
@@ -39,7 +39,55 @@ def spent_after(config: RunConfig, rounds: int) -> Statement:
 
     On the grid of the ledgers: a report's finer one would cost seconds a round.
     """
-    return statement(run_spends(config, rounds), config.privacy.delta, GRID, rounds=rounds)
+    return run_statement(config, rounds, GRID)
+
+
+def is_scored(config: RunConfig, rounds: int) -> bool:
+    """Whether the adapter after so many rounds is scored on held-out rows."""
+    return rounds % config.evaluation.every == 0 or rounds == config.run.rounds
+
+
+def round_record(
+    config: RunConfig,
+    rounds: int,
+    seen: Attendance,
+    clients: Iterable[str],
+    traffic: tuple[int, int],
+    seconds: float,
+) -> RoundRecord:
+    """The record of the round that was committed last, but for its score on held-out rows.
+
+    Args:
+        config: The run file, calibrated.
+        rounds: How many are committed.
+        seen: What the log says up to that commit.
+        clients: Whose epsilon is told.
+        traffic: Payload bytes (down, up) of the round.
+        seconds: Age of the run.
+
+    Raises:
+        ConfigError: There is no finite epsilon.
+    """
+    epsilon, privacy = None, None
+    if config.privacy.enabled:
+        counts = {client: seen.asked.counts[client] for client in clients}
+        spent = {count: spent_after(config, count) for count in sorted(set(counts.values()))}
+        epsilon = {client: spent[count].epsilon for client, count in counts.items()}
+        privacy = spent[max(spent)].document() if spent else None
+    down, up = traffic
+    return RoundRecord(
+        rounds,
+        len(seen.cohort),
+        None,
+        None,
+        epsilon,
+        privacy,
+        up,
+        down,
+        round(seconds, 3),
+        user_spent(config.user_level, rounds) if config.user_level.enabled else None,
+        seen.scores.of(config),
+    )
 
 
 class Recording:
@@ -94,7 +142,7 @@ class Recording:
 
     def committed(self, rounds: int, state: State) -> None:
         """Take the state after so many rounds, whose events have been put before. It never waits."""
-        if self._score is None or not self._due(rounds):
+        if self._score is None or not is_scored(self._config, rounds):
             return
         if rounds == self._config.run.rounds or len(self._adapters) < _MOST_WAITING:
             self._adapters[rounds] = state.adapter
@@ -120,13 +168,15 @@ class Recording:
                 self._began_s = now_s
             if isinstance(event, AdapterCommitted):
                 with suppress(ConfigError):  # there is no finite epsilon, so nothing true to write
-                    self._held.append(self._record(event, now_s))
+                    age_s = now_s - (now_s if self._began_s is None else self._began_s)
+                    traffic = self._traffic().get(event.round, (0, 0))
+                    clients = sorted(self._attendance.asked.counts)
+                    self._held.append(
+                        round_record(self._config, event.round + 1, self._attendance, clients, traffic, age_s)
+                    )
 
     def _awaits_score(self, number: int) -> bool:
-        return self._score is not None and number > self._judged and self._due(number)
-
-    def _due(self, number: int) -> bool:
-        return number % self._config.evaluation.every == 0 or number == self._config.run.rounds
+        return self._score is not None and number > self._judged and is_scored(self._config, number)
 
     def _judge(self, number: int) -> None:
         """Score the adapter after so many rounds, and complete its record."""
@@ -159,26 +209,3 @@ class Recording:
             _log.error("%s fails and is left out from now on: %s", type(recorder).__name__, error)
             return False
         return True
-
-    def _record(self, event: AdapterCommitted, now_s: float) -> RoundRecord:
-        config, number, seen = self._config, event.round + 1, self._attendance
-        epsilon, privacy = None, None
-        if config.privacy.enabled:
-            counts = seen.asked.counts
-            spent = {count: spent_after(config, count) for count in sorted(set(counts.values()))}
-            epsilon = {client: spent[count].epsilon for client, count in sorted(counts.items())}
-            privacy = spent[seen.asked.most].document() if spent else None
-        down, up = self._traffic().get(event.round, (0, 0))
-        return RoundRecord(
-            number,
-            len(seen.cohort),
-            None,
-            None,
-            epsilon,
-            privacy,
-            up,
-            down,
-            round(now_s - (now_s if self._began_s is None else self._began_s), 3),
-            user_spent(config.user_level, number) if config.user_level.enabled else None,
-            seen.scores.of(config),
-        )

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from fedloom.client.export import facts, load_exported, predict, save_adapter
 from fedloom.client.model import resolve_base
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.trainer import Score, evaluate
-from fedloom.proto.accounting import Statement, statement
+from fedloom.proto.accounting import Statement
 from fedloom.proto.errors import FedloomError
 from fedloom.proto.run import RunConfig
 from fedloom.server.admission import check_config
@@ -25,11 +25,10 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy
 from fedloom.server.participation import Attendance
 from fedloom.server.progress import Progress
-from fedloom.server.recording import spent_after
+from fedloom.server.recording import is_scored, round_record
 from fedloom.server.records import Recorder, ReportTo, RoundRecord, open_recorders, write_config
 from fedloom.server.rounds import AdapterCommitted, Event
 from fedloom.server.store import Store
-from fedloom.server.user_ledger import spent as user_spent
 from fedloom.server.user_ledger import statement as user_statement
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess, standing_clock
@@ -177,31 +176,15 @@ def _drain(federation: Federation, coordinator: Coordinator, tape: _Tape, watche
     while not tape.commits.empty():
         rounds, state = tape.commits.get()
         seen = tape.read_to(rounds)
-        spent = _spent(federation, seen.asked.counts) if config.privacy.enabled else None
         score = None
-        if rounds % config.evaluation.every == 0 or rounds == config.run.rounds:
+        if is_scored(config, rounds):
             federation.model.load(state.adapter)
             score = evaluate(federation.model, federation.held_out)
-        down, up = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
-        record = RoundRecord(
-            rounds,
-            len(seen.cohort),
-            score.accuracy if score else None,
-            score.loss if score else None,
-            {name: stated.epsilon for name, stated in spent.items()} if spent else None,
-            _worst(spent).document() if spent else None,
-            up,
-            down,
-            round(time.monotonic() - began, 3),
-            user_spent(config.user_level, rounds) if config.user_level.enabled else None,
-            seen.scores.of(config),
-        )
+        traffic = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
+        record = round_record(config, rounds, seen, federation.clients, traffic, time.monotonic() - began)
+        if score is not None:
+            record = replace(record, accuracy=score.accuracy, loss=score.loss)
         _record(tape, watcher, record)
-
-
-def _spent(federation: Federation, asked: Mapping[str, int]) -> dict[str, Statement]:
-    """What each client has spent if it trained whenever it was asked to: never below what its ledger says."""
-    return {name: spent_after(federation.config, asked[name]) for name in federation.clients}
 
 
 def _worst(stated: Mapping[str, Statement]) -> Statement:
@@ -257,7 +240,5 @@ def ledger_statements(federation: Federation) -> dict[str, Statement]:
     for name, rows in federation.clients.items():
         policy = federation.policies[name]
         with Ledger(policy.client.state / "ledger", digest(rows)) as ledger:
-            spends, rounds = ledger.spends(), len(ledger.charges())
-        covers = "the whole life of the data set"
-        stated[name] = statement(spends, policy.privacy.delta, covers=covers, rounds=rounds)
+            stated[name] = ledger.statement(policy.privacy.delta, covers="the whole life of the data set")
     return stated

@@ -31,7 +31,7 @@ from fedloom.client.privacy.chain import (
     note,
     totals,
 )
-from fedloom.proto.accounting import GRID, Spend, epsilon
+from fedloom.proto.accounting import GRID, REPORT_GRID, Spend, Statement, epsilon, statement
 from fedloom.proto.durable import make_folder, sync_folder
 from fedloom.proto.errors import BudgetError, LedgerError, PolicyError
 from fedloom.proto.failpoints import failpoint, reach
@@ -174,6 +174,14 @@ class Ledger:
     def epsilon(self, delta: float, grid: float = GRID) -> float:
         """Epsilon spent over the whole life of the data set: everything reserved, released or not."""
         return epsilon(self.spends(), delta, grid)
+
+    def statement(self, delta: float, grid: float = REPORT_GRID, *, covers: str = "the life of this data") -> Statement:
+        """The terms and the epsilon of all that was charged.
+
+        Raises:
+            ConfigError: There is no finite epsilon at this delta.
+        """
+        return statement(self.spends(), delta, grid, covers=covers, rounds=len(self._charges))
 
     @failpoint("ledger.reserve")
     def reserve(

@@ -7,7 +7,6 @@ from importlib.metadata import version
 
 from fedloom.client.privacy.chain import CHARGED
 from fedloom.client.privacy.ledger import Ledger
-from fedloom.proto import accounting
 
 __all__ = ["statement"]
 
@@ -26,7 +25,7 @@ def statement(ledger: Ledger, budget: float, delta: float) -> dict[str, object]:
     Raises:
         ConfigError: There is no finite epsilon at this delta.
     """
-    stated = accounting.statement(ledger.spends(), delta, rounds=len(ledger.charges()))
+    stated = ledger.statement(delta)
     reserved = {entry.number: entry for entry in ledger.entries if entry.kind == CHARGED}
     charges: list[Mapping[str, object]] = [
         json.loads(reserved[charge.number].body)
