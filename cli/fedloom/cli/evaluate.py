@@ -9,7 +9,7 @@ from rich.table import Table
 
 from fedloom.cli.console import Json, out, print_json
 from fedloom.proto.errors import ConfigError, StoreError
-from fedloom.proto.run import LANGUAGE, RunConfig, load_run
+from fedloom.proto.run import LANGUAGE, load_run
 
 if TYPE_CHECKING:
     from fedloom.client.trainer import Score
@@ -74,9 +74,10 @@ def evaluate(
         now, start, rounds = held_out.score_exported(adapter), held_out.score_start(), None
     else:
         from fedloom.server.inspection import newest_state
+        from fedloom.simulation.federation import completed
         from fedloom.strategies.state import state_from_bytes
 
-        config = _as_served(config)
+        config = completed(config)
         content = newest_state(folder, config)
         held_out = HeldOut.load(config, source, split)
         reached = state_from_bytes(content, held_out.model.schema)
@@ -91,15 +92,6 @@ def evaluate(
     _show(scores, now.examples, source)
     if rounds is not None:
         out.print(f"after {rounds} of {config.run.rounds} rounds, from {folder}", markup=False)
-
-
-def _as_served(config: RunConfig) -> RunConfig:
-    """The run file with what a coordinator fills in."""
-    from fedloom.client.model import base_digest, resolve_base
-    from fedloom.server.launch import calibrated
-
-    digest = config.model.digest or base_digest(resolve_base(config.model.base))
-    return calibrated(config).model_copy(update={"model": config.model.model_copy(update={"digest": digest})})
 
 
 def _document(score: "Score", language: bool) -> dict[str, Any]:

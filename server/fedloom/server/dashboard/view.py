@@ -118,21 +118,14 @@ def _scores(records: Sequence[RoundRecord]) -> dict[str, Any]:
 
     A client scores the adapter that a round starts from, which is the one that the round before it has left.
     """
-    held_out = any(each.accuracy is not None for each in records)
-    told = [] if held_out else [(each.round - 1, each.federated) for each in records if each.federated is not None]
-    last = next((each.federated for each in reversed(records) if each.federated is not None), {})
+    held_out = [(each.round, each.accuracy, each.loss) for each in records if each.accuracy is not None]
+    told = [(each.round - 1, each.federated) for each in records if each.federated is not None]
+    points = held_out or [(number, score["accuracy"], score["loss"]) for number, score in told]
+    last = told[-1][1] if told else {}
     return {
         "scored_by": "held-out" if held_out else "clients" if told else None,
-        "accuracy": _curve(
-            [(each.round, each.accuracy) for each in records]
-            if held_out
-            else [(number, score["accuracy"]) for number, score in told]
-        ),
-        "loss": _curve(
-            [(each.round, each.loss) for each in records]
-            if held_out
-            else [(number, score["loss"]) for number, score in told]
-        ),
+        "accuracy": _curve([(number, accuracy) for number, accuracy, _ in points]),
+        "loss": _curve([(number, loss) for number, _, loss in points]),
         "standard_error": None if held_out else last.get("standard_error"),
         "personalised": last.get("personalised_accuracy"),
     }
