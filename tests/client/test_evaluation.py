@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
@@ -23,33 +22,19 @@ from fedloom.client.privacy.spool import Spooled, keep, kept
 from fedloom.client.trainer import Trainer, evaluate
 from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.errors import BudgetError, DataError, PolicyError
-from fedloom.proto.messages import Assignment, UpdateHeader
+from fedloom.proto.messages import UpdateHeader
 from fedloom.proto.run import FederatedEvaluationSection, Spec
-from fedloom.proto.schema import Array, Role
+from fedloom.proto.schema import Role
+from tests.client.rounds import Everyone, Floats, assignment, start
 
-ALL = frozenset({Role.LORA_A, Role.LORA_B, Role.HEAD})
 SHARE = 0.4
 
-Floats = npt.NDArray[np.float64]
 
-
-class Ones:
-    """Samples everything; all of its noise is 1."""
-
-    def uniform(self, count: int) -> Floats:
-        return np.zeros(count)
+class Ones(Everyone):
+    """Samples every example; all of its noise is 1."""
 
     def normal(self, count: int) -> Floats:
         return np.ones(count)
-
-
-def asked(round: int = 0) -> Assignment:
-    return Assignment(round, ALL, ALL, "0" * 64, 0)
-
-
-def start(model: AdapterModel, seed: int = 5) -> dict[str, Array]:
-    rng = np.random.default_rng(seed)
-    return {each.name: rng.normal(0, 0.3, each.shape).astype(np.float32) for each in model.schema.tensors}
 
 
 def evaluating(spec: Spec, private: bool = True, **section: Any) -> Spec:
@@ -143,7 +128,9 @@ def test_a_private_round_releases_noised_sums_and_pays_for_them(
 ) -> None:
     spec = evaluating(spec, noise_multiplier=9.0, personalised=personalised)
     values = start(tiny_model)
-    trained = Trainer(tiny_model, rows, spec, site, ledger, entropy_for=lambda _: Ones()).train("run", asked(), values)
+    trained = Trainer(tiny_model, rows, spec, site, ledger, entropy_for=lambda _: Ones()).train(
+        "run", assignment(), values
+    )
 
     encoded = encode(split(rows, SHARE)[1], tiny_model.tokenizer, 16)
     after = {name: value + trained.delta[name] for name, value in values.items()}
@@ -163,8 +150,8 @@ def test_the_noise_is_the_systems_own(
     tiny_model: AdapterModel, rows: Rows, spec: Spec, site: Policy, ledger: Ledger
 ) -> None:
     spec = evaluating(spec)
-    one = Trainer(tiny_model, rows, spec, site, ledger).train("one", asked(), start(tiny_model))
-    two = Trainer(tiny_model, rows, spec, site, ledger).train("two", asked(), start(tiny_model))
+    one = Trainer(tiny_model, rows, spec, site, ledger).train("one", assignment(), start(tiny_model))
+    two = Trainer(tiny_model, rows, spec, site, ledger).train("two", assignment(), start(tiny_model))
     assert len(one.score) == 3
     assert not set(one.score) & set(two.score)
 
@@ -176,7 +163,9 @@ def test_held_out_rows_are_not_trained_on(tiny_model: AdapterModel, rows: Rows, 
         [1 - label if text in held_out.texts else label for text, label in zip(rows.texts, rows.labels, strict=True)]
     )
     other = Rows(rows.texts, turned, rows.groups, rows.label_names)
-    one, two = (Trainer(tiny_model, each, plain, site, None).train("run", asked(), values) for each in (rows, other))
+    one, two = (
+        Trainer(tiny_model, each, plain, site, None).train("run", assignment(), values) for each in (rows, other)
+    )
     for name, delta in one.delta.items():
         assert np.array_equal(delta, two.delta[name])
     assert one.score[1] * np.sqrt(3) == pytest.approx(len(held_out) - two.score[1] * np.sqrt(3), abs=1e-5)
@@ -188,17 +177,21 @@ def test_a_round_is_evaluated_once(
 ) -> None:
     """A second look at the same rows would cost more than the run has planned for."""
     trainer = Trainer(tiny_model, rows, evaluating(spec), site, ledger)
-    assert len(trainer.train("run", asked(), start(tiny_model)).score) == 3
-    assert trainer.train("run", asked(), start(tiny_model)).score == ()
+    assert len(trainer.train("run", assignment(), start(tiny_model)).score) == 3
+    assert trainer.train("run", assignment(), start(tiny_model)).score == ()
     assert [charge.evaluation is None for charge in ledger.charges()] == [False, True]
-    assert len(trainer.train("run", asked(1), start(tiny_model)).score) == 3
+    assert len(trainer.train("run", assignment(round=1), start(tiny_model)).score) == 3
 
 
 def test_rounds_between_evaluations_release_and_cost_nothing_more(
     tiny_model: AdapterModel, rows: Rows, spec: Spec, site: Policy, ledger: Ledger
 ) -> None:
     trainer = Trainer(tiny_model, rows, evaluating(spec, every=2), site, ledger)
-    assert [len(trainer.train("run", asked(each), start(tiny_model)).score) for each in range(3)] == [3, 0, 3]
+    assert [len(trainer.train("run", assignment(round=each), start(tiny_model)).score) for each in range(3)] == [
+        3,
+        0,
+        3,
+    ]
     assert [charge.evaluation is None for charge in ledger.charges()] == [False, True, False]
 
 
@@ -208,7 +201,7 @@ def test_the_budget_covers_the_evaluation_too(
     training = epsilon([Spend(0.3, 1.0, 3)], site.privacy.delta)
     poor = site.model_copy(update={"privacy": site.privacy.model_copy(update={"epsilon": training + 1e-3})})
     with pytest.raises(BudgetError):
-        Trainer(tiny_model, rows, evaluating(spec), poor, ledger).train("run", asked(), start(tiny_model))
+        Trainer(tiny_model, rows, evaluating(spec), poor, ledger).train("run", assignment(), start(tiny_model))
     assert ledger.charges() == []
 
 
@@ -233,7 +226,7 @@ def test_no_held_out_row_is_noise_alone(
 ) -> None:
     trained, _ = split(rows, SHARE)
     trainer = Trainer(tiny_model, trained, evaluating(spec), site, ledger, entropy_for=lambda _: Ones())
-    assert trainer.train("run", asked(), start(tiny_model)).score == (10.0, 10.0, 10.0)
+    assert trainer.train("run", assignment(), start(tiny_model)).score == (10.0, 10.0, 10.0)
 
 
 def test_spooled_figures_are_sent_as_they_were(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
@@ -15,24 +14,9 @@ from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.trainer import Trainer
 from fedloom.proto.accounting import Spend
 from fedloom.proto.errors import BudgetError, DataError, PolicyError, ProtocolError
-from fedloom.proto.messages import Assignment
 from fedloom.proto.run import Spec
-from fedloom.proto.schema import Array, Role
-
-ALL = frozenset({Role.LORA_A, Role.LORA_B, Role.HEAD})
-
-
-Floats = npt.NDArray[np.float64]
-
-
-class Everyone:
-    """Samples every example and adds no noise, to look at the sum alone."""
-
-    def uniform(self, count: int) -> Floats:
-        return np.zeros(count)
-
-    def normal(self, count: int) -> Floats:
-        return np.zeros(count)
+from fedloom.proto.schema import Role
+from tests.client.rounds import Everyone, Floats, assignment, changed, start
 
 
 class NoOne(Everyone):
@@ -47,28 +31,6 @@ class NoOne(Everyone):
 
 class Killed(Exception):
     """Stands for the end of the process in the middle of a round."""
-
-
-def assignment(train: frozenset[Role] = ALL, **fields: Any) -> Assignment:
-    values: dict[str, Any] = {
-        "round": 0,
-        "broadcast_roles": ALL,
-        "broadcast_digest": "0" * 64,
-        "broadcast_bytes": 0,
-    } | fields
-    return Assignment(train=train, **values)
-
-
-def start(model: AdapterModel, seed: int = 5, rank: int | None = None) -> dict[str, Array]:
-    """A random adapter under the model's schema."""
-    rng = np.random.default_rng(seed)
-    schema = model.schema if rank is None else model.schema.with_rank(rank)
-    return {s.name: rng.normal(0, 0.3, s.shape).astype(np.float32) for s in schema.tensors}
-
-
-def changed(spec: Spec, **sections: dict[str, Any]) -> Spec:
-    tables = spec.model_dump()
-    return Spec.model_validate({name: table | sections.get(name, {}) for name, table in tables.items()})
 
 
 @pytest.fixture

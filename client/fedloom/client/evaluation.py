@@ -6,6 +6,7 @@ whatever the model says about it. The sums are released by the Gaussian mechanis
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from fedloom.client.losses import per_example, positions
 from fedloom.client.model import AdapterModel
 from fedloom.client.privacy.entropy import Entropy
 
-__all__ = ["released", "row_scores", "split"]
+__all__ = ["answers", "released", "row_scores", "split"]
 
 Table = npt.NDArray[np.float64]
 
@@ -32,9 +33,22 @@ def split(rows: Rows, share: float) -> tuple[Rows, Rows]:
     >>> [len(part) for part in split(rows, 0.1)], [len(part) for part in split(rows, 0.0)]
     ([903, 97], [1000, 0])
     """
+    if share == 0:
+        return rows, rows.take(np.zeros(0, np.int64))
     places = (hashlib.sha256(b"fedloom held out 1\\n" + text.encode()).digest() for text in rows.texts)
     chosen = np.array([int.from_bytes(place[:8], "big") < share * 2.0**64 for place in places], bool)
     return rows.take(np.flatnonzero(~chosen)), rows.take(np.flatnonzero(chosen))
+
+
+def answers(model: AdapterModel, encoded: Encoded, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the model as it is answers, at most `size` rows at a time, in the order of `microbatches`.
+
+    Returns:
+        Scores of shape (rows, places, classes) and labels of shape (rows, places), see `positions`.
+    """
+    for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, size):
+        batch = collate(encoded, part, model.tokenizer.pad_token_id)
+        yield positions(model.logits(batch), batch["labels"].to(model.device))
 
 
 def row_scores(model: AdapterModel, encoded: Encoded, size: int, max_loss: float) -> Table:
@@ -52,9 +66,7 @@ def row_scores(model: AdapterModel, encoded: Encoded, size: int, max_loss: float
     """
     parts = [np.zeros((0, 2))]
     with torch.inference_mode():
-        for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, size):
-            batch = collate(encoded, part, model.tokenizer.pad_token_id)
-            scores, labels = positions(model.logits(batch), batch["labels"].to(model.device))
+        for scores, labels in answers(model, encoded, size):
             labelled = labels != IGNORED
             right = ((scores.argmax(-1) == labels) & labelled).sum(1) / labelled.sum(1).clamp(min=1)
             loss = (per_example(scores, labels) / max_loss).nan_to_num(nan=1.0, posinf=1.0)

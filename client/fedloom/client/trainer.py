@@ -12,9 +12,9 @@ from torch import nn
 from fedloom.client.config import Policy, check_local
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches
-from fedloom.client.evaluation import Table, released, row_scores, split
+from fedloom.client.evaluation import Table, answers, released, row_scores, split
 from fedloom.client.fitting import Microbatch, fitting
-from fedloom.client.losses import per_example, positions
+from fedloom.client.losses import per_example
 from fedloom.client.model import AdapterModel
 from fedloom.client.privacy.entropy import Entropy, Seeded, System, poisson
 from fedloom.client.privacy.ledger import Ledger
@@ -89,7 +89,9 @@ class Trainer:
         if len(rows) == 0:
             raise DataError(f"data.held_out = {policy.data.held_out:g} leaves no example to train on; lower it")
         self.encoded: Encoded = encode(rows, model.tokenizer, spec.model.max_length)
-        self.held_out = encode(held_out, model.tokenizer, spec.model.max_length) if len(held_out) else None
+        # Rows that this run does not evaluate on are not worth their tokens.
+        scored = held_out if spec.federated_evaluation.enabled else held_out.take(np.zeros(0, np.int64))
+        self.held_out: Encoded = encode(scored, model.tokenizer, spec.model.max_length)
         self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
         self._personal: dict[str, Array] = {}
         if spec.privacy.enabled:
@@ -165,20 +167,19 @@ class Trainer:
 
     def _evaluates(self, run: str, round: int) -> bool:
         """Whether this round's update carries figures. If it is trained anew it does not: they were charged once."""
-        again = self.ledger is not None and self.ledger.evaluated(run, round)
-        return self.spec.federated_evaluation.due(round) and not again
+        if not self.spec.federated_evaluation.due(round):
+            return False
+        return self.ledger is None or not self.ledger.evaluated(run, round)
 
     def _row_scores(self) -> Table:
-        """What the model as it is says about the held-out rows."""
-        encoded, table = self.held_out, np.zeros((0, 2))
-        if encoded is None:  # held out by chance: no row fell on that side, which the noise hides
-            return table
+        """What the model as it is says about the held-out rows, of which chance may have left none."""
+        table = np.zeros((0, 2))
 
         def score(size: int) -> None:
             nonlocal table
-            table = row_scores(self.model, encoded, size, self.spec.federated_evaluation.max_loss)
+            table = row_scores(self.model, self.held_out, size, self.spec.federated_evaluation.max_loss)
 
-        self.microbatch.attempt(len(encoded), score)
+        self.microbatch.attempt(len(self.held_out), score)
         return table
 
     def _upload(self, assignment: Assignment, broadcast: Tensors) -> Schema:
@@ -326,13 +327,11 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) ->
         encoded: Rows with labels.
         batch: Rows in one forward pass; None takes `Encoded.evaluation_batch`.
     """
-    right, answers, loss = 0, 0, 0.0
+    right, total, loss = 0, 0, 0.0
     with torch.inference_mode():
-        for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, batch or encoded.evaluation_batch):
-            inputs = collate(encoded, part, model.tokenizer.pad_token_id)
-            scores, labels = positions(model.logits(inputs), inputs["labels"].to(model.device))
+        for scores, labels in answers(model, encoded, batch or encoded.evaluation_batch):
             labelled = labels != IGNORED
             right += int((scores.argmax(-1) == labels)[labelled].sum())
-            answers += int(labelled.sum())
+            total += int(labelled.sum())
             loss += float(per_example(scores, labels) @ labelled.sum(1).float())
-    return Score(right / max(1, answers), loss / max(1, answers), len(encoded))
+    return Score(right / max(1, total), loss / max(1, total), len(encoded))
