@@ -43,8 +43,9 @@ def bench_step(*, repeats: int) -> dict[str, Any]:
 
     Returns:
         ratio_ours and so on: median over the repetitions of the variant's time over the plain step's time in the
-        same repetition; each variant's median in milliseconds; and, where the system tells it, peak_memory_ratio_ours
-        and so on: the median `peak_bytes` of at most three over that of the plain step.
+        same repetition; each variant's median in milliseconds; noise_ms, the median time to draw a step's noise, and
+        noise_share, its share of our step; and, where the system tells it, peak_memory_ratio_ours and so on: the median
+        `peak_bytes` of at most three over that of the plain step.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -9,7 +9,8 @@ from torch import nn
 
 from fedloom.client.privacy.entropy import Entropy
 from fedloom.client.privacy.per_example import Tape
-from fedloom.proto.gaussian import deviation, longest
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.gaussian import LEAST_CLIP_NORM, deviation, longest
 
 __all__ = ["PrivateOptimizer"]
 
@@ -39,7 +40,13 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         clip_norm: float,
         expected_batch: float,
     ) -> None:
-        """`expected_batch` divides the noisy sum; it must be public (rate times the declared number of examples)."""
+        """`expected_batch` divides the noisy sum; it must be public (rate times the declared number of examples).
+
+        Raises:
+            ConfigError: `clip_norm` is so small or large that float32 could not measure a gradient against it.
+        """
+        if not LEAST_CLIP_NORM <= clip_norm <= 1 / LEAST_CLIP_NORM:
+            raise ConfigError(f"clip norm {clip_norm!r}; {LEAST_CLIP_NORM:g} to {1 / LEAST_CLIP_NORM:g} is allowed")
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
