@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.hours import until_open_s
+from fedloom.client.orders import check_order
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
 from fedloom.client.secagg import Delivery, check_assignment, membership
 from fedloom.client.training import RoundOver, Training, Underway, check_schema
@@ -255,6 +256,7 @@ class Participant:
         assert trainer is not None  # step is only called after join
         assert joined is not None
         check_assignment(joined.spec, assignment)
+        check_order(self.policy, joined.spec, joined.schema, assignment)
         secure = joined.spec.secure_aggregation
         incoming = codec(assignment.broadcast_codec)
         outgoing = secure.fixed_point if secure.enabled else codec(assignment.upload_codec)
