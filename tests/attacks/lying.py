@@ -83,7 +83,7 @@ class Liar(rpc.FederationServicer):
 def served(liar: Liar) -> Iterator[str]:
     """The address at which the liar answers."""
     server = grpc.server(ThreadPoolExecutor(4))
-    rpc.add_FederationServicer_to_server(liar, server)  # type: ignore[no-untyped-call]
+    rpc.add_FederationServicer_to_server(liar, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:

@@ -45,6 +45,21 @@ def test_an_honest_round_is_trained_and_charged(site: Site, spec: Spec) -> None:
     assert len(site.ledger.charges()) == 1
 
 
+def test_a_charged_round_is_answered_even_where_its_codec_cannot_carry_the_update(site: Site, spec: Spec) -> None:
+    """Otherwise the same round is asked for, charged and lost again whenever the client is started."""
+    liar = liar_of(site, spec, upload_codec="fp16")
+    liar.spec = edited(spec, train={"learning_rate": 1000.0}, privacy={"clip_norm": 1000.0}, wire={"upload": "fp16"})
+
+    site.hears(liar)
+
+    (sent,) = liar.updates
+    values = np.frombuffer(sent, "<f2")
+    assert np.isfinite(values).all()
+    assert np.abs(values).max() == 65504
+    (charge,) = site.ledger.charges()
+    assert charge.digest is not None
+
+
 @pytest.mark.parametrize("round", [2, 5000, 99_999])
 def test_a_round_after_the_runs_last_is_not_trained(site: Site, spec: Spec, round: int) -> None:
     liar = liar_of(site, spec, round=round)

@@ -208,8 +208,9 @@ class RoundsSection(Section):
     trains for it stops."""
     lease_s: float = Field(default=30.0, gt=0, le=1e8)
     """Seconds without a sign of life after which a client counts as gone."""
-    max_update_norm: float | None = Field(default=None, gt=0)
-    """L2 norm over all tensors beyond which one client's update is refused. None refuses none."""
+    max_update_norm: float | None = Field(default=None, ge=1e-9, le=1e30)
+    """L2 norm over all tensors beyond which one client's update is refused. None takes ten times what the run's
+    learning rate, steps, clip norm and noise can come to. Secure sums have secure_aggregation.max_change instead."""
     mode: Literal["synchronous", "buffered"] = "synchronous"
     """buffered (FedBuff): clients work at their own pace, and every clients_per_round updates make a round, those made
     for s rounds earlier counting 1/sqrt(1 + s). For linear strategies that keep their coordinates."""
