@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom.client.model import AdapterModel
+from fedloom.proto.gaussian import Integers
 from fedloom.proto.messages import Assignment
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Array, Role
@@ -22,8 +23,8 @@ class Everyone:
     def uniform(self, count: int) -> Floats:
         return np.zeros(count)
 
-    def normal(self, count: int) -> Floats:
-        return np.zeros(count)
+    def normal(self, deviation: int, count: int) -> Integers:
+        return np.zeros(count, np.int64)
 
 
 def assignment(train: frozenset[Role] = ALL, **fields: Any) -> Assignment:

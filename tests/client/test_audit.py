@@ -16,6 +16,7 @@ from fedloom.client.privacy.entropy import Entropy, Seeded
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.proto.accounting import epsilon
 from fedloom.proto.errors import ConfigError
+from fedloom.proto.gaussian import UNITS
 from fedloom.proto.run import Spec
 
 DELTA = 1e-5
@@ -45,7 +46,7 @@ class Sums(PrivateOptimizer):
     """Keeps the sum of a microbatch's gradients as a subclass says."""
 
     def clip_and_accumulate(self) -> None:
-        self._total += self.total(self.tape.flat)
+        self._total += (self.total(self.tape.flat) * (UNITS / self.max_grad_norm)).round().long()
 
     def total(self, flat: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

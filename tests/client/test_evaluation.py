@@ -22,10 +22,11 @@ from fedloom.client.privacy.spool import Spooled, keep, kept
 from fedloom.client.trainer import Trainer, evaluate
 from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.errors import BudgetError, DataError, PolicyError
+from fedloom.proto.gaussian import Integers
 from fedloom.proto.messages import UpdateHeader
 from fedloom.proto.run import FederatedEvaluationSection, Spec
 from fedloom.proto.schema import Role
-from tests.client.rounds import Everyone, Floats, assignment, start
+from tests.client.rounds import Everyone, assignment, start
 
 SHARE = 0.4
 
@@ -33,8 +34,8 @@ SHARE = 0.4
 class Ones(Everyone):
     """Samples every example; all of its noise is 1."""
 
-    def normal(self, count: int) -> Floats:
-        return np.ones(count)
+    def normal(self, deviation: int, count: int) -> Integers:
+        return np.full(count, deviation)
 
 
 def evaluating(spec: Spec, private: bool = True, **section: Any) -> Spec:
@@ -227,7 +228,7 @@ def test_no_held_out_row_is_noise_alone(
 ) -> None:
     trained, _ = split(rows, SHARE)
     trainer = Trainer(tiny_model, trained, evaluating(spec), site, ledger, entropy_for=lambda _: Ones())
-    assert trainer.train("run", assignment(), start(tiny_model)).score == (10.0, 10.0, 10.0)
+    assert trainer.train("run", assignment(), start(tiny_model)).score == pytest.approx((10, 10, 10), rel=2e-6)
 
 
 def test_spooled_figures_are_sent_as_they_were(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.per_example import hooked
 from fedloom.client.trainer import Trainer
 from fedloom.proto.errors import ModelError
+from fedloom.proto.gaussian import Integers
 from fedloom.proto.messages import Assignment
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Array, Role
@@ -46,9 +47,9 @@ class Counting(Seeded):
         self.samples += 1
         return super().uniform(count)
 
-    def normal(self, count: int) -> npt.NDArray[np.float64]:
+    def normal(self, deviation: int, count: int) -> Integers:
         self.noises += 1
-        return super().normal(count)
+        return super().normal(deviation, count)
 
 
 class Site:
@@ -172,10 +173,10 @@ def test_a_later_step_alone_is_done_again(site: Site) -> None:
 def test_no_example_is_counted_twice_or_lost(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everybody is sampled, nobody clipped and nothing noised: the step is then the plain sum of all gradients."""
     monkeypatch.setattr(Counting, "uniform", lambda self, count: np.zeros(count))
-    monkeypatch.setattr(Counting, "normal", lambda self, count: np.zeros(count))
+    monkeypatch.setattr(Counting, "normal", lambda self, deviation, count: np.zeros(count, np.int64))
     tables = site.spec.model_dump()
     tables["train"] |= {"steps": 1, "learning_rate": 1.0}
-    tables["privacy"] |= {"clip_norm": 1e6}
+    tables["privacy"] |= {"clip_norm": 20.0}
     site.spec = Spec.model_validate(tables)
     trainer, ledger = site.trainer(40, True)
     ledger.close()

@@ -22,6 +22,7 @@ from fedloom.client.privacy.entropy import Seeded
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import LAYERS, Tape, hooked, recording, scale
 from fedloom.proto.errors import ModelError
+from fedloom.proto.gaussian import deviation, longest
 from fedloom.proto.run import AdapterSection
 
 Batch = dict[str, torch.Tensor]
@@ -262,7 +263,7 @@ def test_a_step_moves_the_adapter_by_rate_times_update_and_nothing_else(family: 
         optimizer.release()
 
     clipped = (gradients * (clip / gradients.norm(dim=1)).clamp(max=1)[:, None]).sum(0)
-    noise = torch.from_numpy(Seeded(3).normal(len(clipped))).float() * 0.8 * clip
+    noise = torch.from_numpy(Seeded(3).normal(deviation(0.8), len(clipped)) / longest(len(clipped))).float() * clip
     moved = torch.cat([(p.detach() - s).reshape(-1) for p, s in zip(parameters, start, strict=True)])
     expected = -0.5 * (clipped + noise) / 4
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

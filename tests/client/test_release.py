@@ -20,6 +20,7 @@ from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.trainer import Trainer
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ModelError
+from fedloom.proto.gaussian import Integers
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader
 from fedloom.proto.run import FederatedEvaluationSection, Spec
 from fedloom.proto.schema import Role
@@ -76,8 +77,8 @@ class Silent:
     def uniform(self, count: int) -> npt.NDArray[np.float64]:
         return np.ones(count)
 
-    def normal(self, count: int) -> npt.NDArray[np.float64]:
-        return np.random.default_rng(count).standard_normal(count)
+    def normal(self, deviation: int, count: int) -> Integers:
+        return Seeded(count).normal(deviation, count)
 
 
 EntropyFor = Callable[[int], Entropy] | None

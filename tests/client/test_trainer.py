@@ -20,6 +20,7 @@ from fedloom.client.privacy.entropy import Seeded
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.trainer import Trainer, evaluate
 from fedloom.client.training import Trained
+from fedloom.proto.gaussian import deviation, longest
 from fedloom.proto.messages import upload_schema
 from fedloom.proto.run import AdapterSection, Spec
 from fedloom.proto.schema import LORA, Array, Role
@@ -107,7 +108,10 @@ def private_loop(model: AdapterModel, rows: Rows, spec: Spec, values: dict[str, 
             loss = F.cross_entropy(model.logits(one), one["labels"])
             flat = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)]).double()
             total += flat * min(1.0, privacy.clip_norm / float(flat.norm()))
-        total += torch.from_numpy(entropy.normal(len(total))) * privacy.noise_multiplier * privacy.clip_norm
+        total += (
+            torch.from_numpy(entropy.normal(deviation(privacy.noise_multiplier), len(total)) / longest(len(total)))
+            * privacy.clip_norm
+        )
         step = (total * train.learning_rate / (train.sampling_rate * 40)).float()
         with torch.no_grad():
             for p, part in zip(parameters, torch.split(step, [p.numel() for p in parameters]), strict=True):

@@ -10,10 +10,12 @@ import torch
 from fedloom.client.config import Policy
 from fedloom.client.data.rows import Rows
 from fedloom.client.model import AdapterModel
+from fedloom.client.privacy.entropy import Seeded
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.trainer import Trainer
 from fedloom.proto.accounting import Spend
 from fedloom.proto.errors import BudgetError, DataError, PolicyError, ProtocolError
+from fedloom.proto.gaussian import UNITS, Integers, longest
 from fedloom.proto.run import Spec
 from fedloom.proto.schema import Role
 from tests.client.rounds import Everyone, Floats, assignment, changed, start
@@ -25,8 +27,8 @@ class NoOne(Everyone):
     def uniform(self, count: int) -> Floats:
         return np.ones(count)
 
-    def normal(self, count: int) -> Floats:
-        return np.random.default_rng(count).standard_normal(count)
+    def normal(self, deviation: int, count: int) -> Integers:
+        return Seeded(count).normal(deviation, count)
 
 
 class Killed(Exception):
@@ -144,7 +146,9 @@ def test_an_empty_sample_is_pure_noise_in_private_and_no_step_otherwise(
     delta = moved.train("run", assignment(), values).delta
     flat = np.concatenate([delta[spec.name].reshape(-1) for spec in tiny_model.schema.tensors])
     scale = one.train.learning_rate * 1.0 * one.privacy.clip_norm / (1e-6 * 40)
-    np.testing.assert_allclose(flat, -scale * NoOne().normal(tiny_model.schema.size), rtol=1e-4, atol=1e-6 * scale)
+    size = tiny_model.schema.size
+    noise = NoOne().normal(UNITS, size) / longest(size)
+    np.testing.assert_allclose(flat, -scale * noise, rtol=1e-4, atol=1e-6 * scale)
 
 
 def test_a_tiny_rate_on_real_entropy_trains(

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.proto.errors import ConfigError, ProtocolError, UpdateRejected
+from fedloom.proto.gaussian import UNITS
 from fedloom.proto.schema import Role, Schema, TensorSpec
 from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.fedavg import FedAvg
@@ -36,7 +37,7 @@ PAIR = Schema(
 WIDE = Schema((TensorSpec("b", "m", Role.BIAS, (300, 500)),))
 SCALAR = Schema((TensorSpec("b", "m", Role.BIAS, (1,)),))
 QUIET = 1e-9
-"""A noise multiplier that leaves the clipped mean as it is to nine digits."""
+"""A noise multiplier that leaves the clipped mean as it is but for a step of the grid, S / 2^20."""
 
 
 def wrapped(inner: Strategy | None = None, **options: Any) -> UserLevel:
@@ -85,7 +86,7 @@ def test_the_adapter_moves_by_the_clipped_sum_over_the_cohort(mechanism: str) ->
 
     after = round_of(strategy, state, updates)
 
-    np.testing.assert_allclose(moved(state, after), expected / 4, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(moved(state, after), expected / 4, rtol=1e-5, atol=6 * 0.5 / UNITS / 4)
 
 
 INNERS = [FedAvg(), FFA(), FFA(orthonormal=True), FedSVD(), FedSVD(period=2), FedPEFT()]
@@ -94,7 +95,7 @@ INNERS = [FedAvg(), FFA(), FFA(orthonormal=True), FedSVD(), FedSVD(period=2), Fe
 @pytest.mark.parametrize("inner", INNERS, ids=repr)
 def test_a_linear_strategy_commits_what_it_would_without_the_wrapper(inner: Strategy) -> None:
     """Far from the clip norm, with as many clients as the denominator and next to no noise."""
-    strategy = wrapped(inner, cohort=3, clip_norm=1e3, noise_multiplier=1e-12)
+    strategy = wrapped(inner, cohort=3, clip_norm=20.0, noise_multiplier=1e-12)
     adapter = {n: each + np.float32(0.1) for n, each in starting_adapter(PAIR, 1).items()}
     ours, plain = strategy.init(PAIR, adapter, 1), inner.init(PAIR, adapter, 1)
     for stream in range(3):
@@ -103,7 +104,7 @@ def test_a_linear_strategy_commits_what_it_would_without_the_wrapper(inner: Stra
         ours, plain = round_of(strategy, ours, updates), round_of(inner, plain, updates)
 
         for name, tensor in plain.adapter.items():
-            np.testing.assert_allclose(ours.adapter[name], tensor, rtol=1e-5, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(ours.adapter[name], tensor, rtol=1e-4, atol=1e-4, err_msg=name)
         assert ours.round == plain.round
 
 
@@ -126,7 +127,7 @@ def test_one_client_moves_the_mean_by_at_most_its_share(one: list[float], two: l
             parts = np.split(np.array(values, np.float32), np.cumsum([math.prod(s.shape) for s in PAIR.tensors])[:-1])
             delta = {spec.name: part.reshape(spec.shape) for spec, part in zip(PAIR.tensors, parts, strict=True)}
             acc = strategy.fold(state, acc, Update("mine", 1.0, PAIR.zeros(), delta))
-        return np.concatenate([acc.total[name].ravel() for name in sorted(acc.total)]) / 4
+        return np.concatenate([acc.total[name].ravel() for name in sorted(acc.total)]) / UNITS * 0.5 / 4
 
     absent, zero, mine, replaced = total(None), total([0.0] * PAIR.size), total(one), total(two)
 
@@ -201,7 +202,7 @@ def test_tree_sums_are_exact_between_their_noises() -> None:
             state = round_of(strategy, state, [update(FedAvg(), state, client, stream) for client in ("a", "bb")])
         ends.append(moved(strategy.init(PAIR, PAIR.zeros(), 0), state))
 
-    np.testing.assert_allclose(ends[0], ends[1], atol=1e-6)
+    np.testing.assert_allclose(ends[0], ends[1], atol=1e-4)  # nine rounds of noise of a step or two, S / 2^20 each
 
 
 def test_clip_norm_shrinks_when_more_than_the_target_are_within_and_grows_otherwise() -> None:

@@ -1,7 +1,8 @@
 """Federated evaluation: sums over the rows a site holds out, to which one row adds no more than the noise covers.
 
 A row adds the vector (1, right, loss) / sqrt(3), each entry cut to [0, 1], so that its L2 norm is at most 1
-whatever the model says about it. The sums are released by the Gaussian mechanism; even the number of rows is noised.
+whatever the model says about it. The sums are released by the Gaussian mechanism on a grid, see `proto.gaussian`; even
+the number of rows is noised.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
 from fedloom.client.losses import per_example, positions
 from fedloom.client.model import AdapterModel
 from fedloom.client.privacy.entropy import Entropy
+from fedloom.proto.gaussian import UNITS, deviation
 
 __all__ = ["answers", "released", "row_scores", "split"]
 
@@ -89,10 +91,11 @@ def released(tables: list[Table], noise_multiplier: float | None, entropy: Entro
     >>> [round(each, 3) for each in released([np.array([[1.0, 0.5], [0.0, 0.25]])], None, System())]
     [1.155, 0.577, 0.433]
     """
-    count = np.array([float(len(tables[0]))])
-    sums = np.concatenate([count, *(table.sum(0) for table in tables)])
-    sums /= math.sqrt(len(sums))
-    if noise_multiplier is not None:
-        sums += noise_multiplier * entropy.normal(len(sums))
-    # As single floats, like the noised gradients: the lowest bits of a sum of doubles say more than its value does.
-    return tuple(float(each) for each in sums.astype(np.float32))
+    whole = np.concatenate([np.ones((len(tables[0]), 1)), *tables], axis=1)
+    figures = whole.shape[1]
+    if noise_multiplier is None:
+        return tuple(float(each) for each in (whole.sum(0) / math.sqrt(figures)).astype(np.float32))
+    # Each figure of a row in so many steps that all of them together are at most UNITS long; see proto.gaussian.
+    steps = math.isqrt(UNITS**2 // figures)
+    sums = np.floor(whole * steps).astype(np.int64).sum(0) + entropy.normal(deviation(noise_multiplier), figures)
+    return tuple(float(each) for each in (sums / (steps * math.sqrt(figures))).astype(np.float32))

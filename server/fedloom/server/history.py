@@ -40,6 +40,7 @@ from fedloom.server.submission import check_address, check_score, expected_bytes
 from fedloom.server.user_ledger import check_opening, check_strategy, eligible, participations
 from fedloom.strategies.api import State, Strategy, Update
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
+from fedloom.strategies.user_level import check_memory
 
 __all__ = ["SUM", "SUM_CODEC", "History", "agreed"]
 
@@ -99,6 +100,8 @@ class History:
         self.returning = (frozenset(cohorts[-1] if cohorts else ()) | self.rounds.cohort) - self.rounds.lost.keys()
         self._taken = participations(events)
         self.run = self._begin(starting) if self.rounds.created is None else self._continue(self.rounds.created)
+        if config.user_level.enabled:
+            check_memory(self.state)
         self.broadcasts = Broadcasts(config, schema, strategy, self.state)
         self._sweep()
 

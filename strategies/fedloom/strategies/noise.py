@@ -1,15 +1,17 @@
 """Gaussian noise that a secret decides: unpredictable without the secret, the same bits again with it.
 
 numpy's generators are not made to withstand an adversary, so the bits come from BLAKE2b and SHAKE256 (RFC 7693,
-FIPS 202). Values are float64 and continuous; attacks on the low bits of floating-point noise (Mironov, CCS 2012)
-are not ruled out.
+FIPS 202). Values are whole numbers, see `fedloom.proto.gaussian`.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+
+from fedloom.proto.gaussian import Integers, rounded_normal
 
 __all__ = ["KEY_BYTES", "derive", "normal"]
 
@@ -29,21 +31,23 @@ def derive(secret: bytes, parts: Iterable[bytes | memoryview]) -> bytes:
     return digest.digest()
 
 
-def normal(key: bytes, stream: int, count: int) -> npt.NDArray[np.float64]:
-    """`count` independent standard normal values, by the Box-Muller transform.
+def normal(key: bytes, stream: int, deviation: int, count: int) -> Integers:
+    """`count` independent draws of a normal variable of this deviation, each rounded to the nearest whole number.
 
     Args:
         key: 32 bytes.
         stream: 0 to 2**32 - 1; different streams of one key are independent.
+        deviation: Standard deviation, 1 to `LARGEST_DEVIATION`.
         count: Number of values.
 
-    >>> draws = normal(bytes(32), 0, 100_000)
-    >>> bool(abs(draws.mean()) < 0.02 and abs(draws.std() - 1) < 0.01)
+    >>> draws = normal(bytes(32), 0, 1000, 100_000)
+    >>> bool(abs(draws.mean()) < 20 and abs(draws.std() - 1000) < 10)
     True
     """
-    half = (count + 1) // 2
-    content = hashlib.shake_256(key + stream.to_bytes(4, "little")).digest(16 * half)
-    uniform = (np.frombuffer(content, "<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in [0, 1)
-    radius = np.sqrt(-2.0 * np.log1p(-uniform[:half]))  # 1 - u lies in (0, 1], so the logarithm is finite
-    angle = 2.0 * np.pi * uniform[half:]
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+    blocks = itertools.count()
+
+    def words(count: int) -> npt.NDArray[np.uint64]:
+        block = key + stream.to_bytes(4, "little") + next(blocks).to_bytes(8, "little")
+        return np.frombuffer(hashlib.shake_256(block).digest(8 * count), "<u8").astype(np.uint64)
+
+    return rounded_normal(words, deviation, count)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from fedloom.proto.errors import ConfigError, ProtocolError, UpdateRejected
+from fedloom.proto.gaussian import UNITS, Integers, deviation, longest
 from fedloom.proto.schema import Array, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.mean import check, uploaded
@@ -20,11 +20,11 @@ from fedloom.strategies.noise import KEY_BYTES, derive, normal
 from fedloom.strategies.norm_bound import norm
 from fedloom.strategies.tree import retired
 
-__all__ = ["Clipped", "UserLevel", "count_noise"]
+__all__ = ["Clipped", "UserLevel", "check_memory", "count_noise"]
 
 _PREFIX = "user_level/"
-_CLIP, _SECRET, _NODES = (_PREFIX + name for name in ("clip_norm", "secret", "nodes"))
-_COUNT_STREAM = 0
+_CLIP, _SECRET, _NODES, _GRID = (_PREFIX + name for name in ("clip_norm", "secret", "nodes", "grid"))
+_COUNT_STREAM, _COUNT_UNITS = 0, 1 << 10
 _ANYONE = ""
 """The client whose plan everybody gets: a plan that depended on the client would not be linear."""
 
@@ -37,8 +37,8 @@ class Clipped:
     """Updates so far."""
     within: int
     """How many of them the clip norm left as they were."""
-    total: Mapping[str, npt.NDArray[np.float64]]
-    """Sum of the clipped changes, by tensor name."""
+    total: Mapping[str, Integers]
+    """Sum of the clipped changes in steps of the grid, S being `UNITS` of them, by tensor name."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class UserLevel:
     (sum_k d_k min(1, S / |d_k|) + N(0, (z S)^2)) / m. The denominator is a public constant and weights are uniform,
     so replacing one client's update by zero moves the mean by at most S / m. A strategy is `linear` if
     its commit depends on the updates only through their uniform mean, and its plan not on the client; for those
-    this is exact, and others are refused.
+    this is exact, and others are refused. Clipped changes are rounded to a grid of S / `UNITS`, summed without error
+    and given noise in whole steps, see `fedloom.proto.gaussian`: rounding is part of the guarantee.
 
     - "gaussian": fresh noise in every round.
     - "tree": the sum over rounds carries the noise of a binary tree, see `fedloom.strategies.tree`. Its
@@ -108,6 +109,7 @@ class UserLevel:
                 f"user-level privacy with cohort {self.cohort}, clip norm, noise multiplier and rate {numbers} and a "
                 f"secret of {len(self.secret)} bytes; cohort from 1, positive numbers and {KEY_BYTES} bytes are needed"
             )
+        deviation(1.2 * self.noise_multiplier)  # with an adaptive clip norm the sum has up to 1.16 times as much
         if self.target_quantile is not None and not 0 < self.target_quantile < 1:
             raise ConfigError(f"target quantile {self.target_quantile} must lie in (0, 1)")
 
@@ -122,6 +124,7 @@ class UserLevel:
             _CLIP: np.array(self.clip_norm, np.float64),
             _SECRET: np.frombuffer(self.secret, np.uint8),
             _NODES: np.zeros((0, KEY_BYTES), np.uint8),
+            _GRID: np.array(UNITS),
         }
         return replace(state, memory={**state.memory, **ours})
 
@@ -144,12 +147,12 @@ class UserLevel:
             )
         clip = float(state.memory[_CLIP])
         length = norm(update)
-        factor = 1.0 if length <= clip else clip / length
-        clipped = ((name, np.multiply(each, factor, dtype=np.float64)) for name, each in update.delta.items())
+        scale = longest(sum(each.size for each in update.delta.values())) / max(length, clip)
+        clipped = {name: np.rint(np.multiply(each, scale, dtype=np.float64)) for name, each in update.delta.items()}
         if acc is None:
-            return Clipped(1, int(length <= clip), dict(clipped))
-        for name, more in clipped:
-            np.add(acc.total[name], more, out=acc.total[name])
+            return Clipped(1, int(length <= clip), {name: each.astype(np.int64) for name, each in clipped.items()})
+        for name, more in clipped.items():
+            np.add(acc.total[name], more, out=acc.total[name], casting="unsafe")  # whole numbers below 2^53
         return Clipped(acc.count + 1, acc.within + int(length <= clip), acc.total)
 
     def commit(self, state: State, acc: Clipped | None) -> State:
@@ -163,20 +166,22 @@ class UserLevel:
         clip, key = float(state.memory[_CLIP]), _key(state, acc)
         live = [each.tobytes() for each in state.memory[_NODES]]
         leaving = live[len(live) - retired(state.round) :]
-        noise_std = clip * self.noise_multiplier
+        multiplier = self.noise_multiplier
         if self.target_quantile is not None:
-            noise_std = clip * count_noise(self.noise_multiplier, self.cohort)[0]
+            multiplier, _ = count_noise(self.noise_multiplier, self.cohort)
+        wide = deviation(multiplier)
+        scale = clip / longest(sum(each.size for each in acc.total.values())) / self.cohort
         noised: dict[str, Array] = {}
         for stream, (name, total) in enumerate(sorted(acc.total.items()), _COUNT_STREAM + 1):
-            noise = normal(key, stream, total.size)
+            noise = normal(key, stream, wide, total.size)
             for gone in leaving:
-                noise -= normal(gone, stream, total.size)
-            noised[name] = ((total + noise_std * noise.reshape(total.shape)) / self.cohort).astype(np.float32)
+                noise -= normal(gone, stream, wide, total.size)
+            noised[name] = ((total + noise.reshape(total.shape)) * scale).astype(np.float32)
         inner = _inner(state)
         start = self.inner.plan(inner, state.round, _ANYONE).broadcast
         mean = Update("noised mean", 1.0, start, noised)
         after = self.inner.commit(inner, self.inner.fold(inner, None, mean))
-        ours = {_CLIP: np.array(self._moved(clip, acc, key)), _SECRET: state.memory[_SECRET]}
+        ours = {_CLIP: np.array(self._moved(clip, acc, key)), _SECRET: state.memory[_SECRET], _GRID: np.array(UNITS)}
         kept = [*live[: len(live) - len(leaving)], key] if self.mechanism == "tree" else []
         ours[_NODES] = np.frombuffer(b"".join(kept), np.uint8).reshape(-1, KEY_BYTES)
         return replace(after, memory={**after.memory, **ours})
@@ -185,9 +190,10 @@ class UserLevel:
         """The next clip norm: geometric steps towards the target quantile (Andrew et al., 2021)."""
         if self.target_quantile is None:
             return clip
-        _, deviation = count_noise(self.noise_multiplier, self.cohort)
         # Counted from one half, so that a client's presence moves the sum by 1/2 and its absence by nothing.
-        centred = acc.within - acc.count / 2 + deviation * float(normal(key, _COUNT_STREAM, 1)[0])
+        _, wide = count_noise(self.noise_multiplier, self.cohort)
+        steps = (2 * acc.within - acc.count) * _COUNT_UNITS
+        centred = int(steps + normal(key, _COUNT_STREAM, math.ceil(2 * wide * _COUNT_UNITS), 1)[0]) / (2 * _COUNT_UNITS)
         share = 0.5 + centred / self.cohort
         return clip * math.exp(-self.clip_rate * (share - self.target_quantile))
 
@@ -207,6 +213,19 @@ def count_noise(noise_multiplier: float, cohort: int) -> tuple[float, float]:
     """
     deviation = max(cohort / 20, noise_multiplier)
     return (noise_multiplier**-2 - (2 * deviation) ** -2) ** -0.5, deviation
+
+
+def check_memory(state: State) -> None:
+    """Refuse the state of a run whose tree holds noise that was drawn in another way, which could not be taken out.
+
+    Raises:
+        ConfigError: It was written by release 0.1 in the middle of a tree.
+    """
+    if len(state.memory[_NODES]) and _GRID not in state.memory:
+        raise ConfigError(
+            'this run was begun by fedloom 0.1 with user_level.mechanism = "tree", whose noise this release draws on a '
+            "grid; finish it with 0.1, or begin a new run from its exported adapter"
+        )
 
 
 def _inner(state: State) -> State:

@@ -33,6 +33,7 @@ from fedloom.client.privacy.per_example import Tape
 from fedloom.client.trainer import Trainer
 from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.errors import ConfigError
+from fedloom.proto.gaussian import Integers
 from fedloom.proto.messages import Assignment
 from fedloom.proto.run import Spec
 
@@ -258,8 +259,8 @@ class _Silent:
     def uniform(self, count: int) -> Floats:
         return np.zeros(count)
 
-    def normal(self, count: int) -> Floats:
-        return np.zeros(count)
+    def normal(self, deviation: int, count: int) -> Integers:
+        return np.zeros(count, np.int64)
 
 
 _TEXTS = ("the ward was quiet", "a long walk by the river in spring", "ten past nine", "nobody knew the answer yet")

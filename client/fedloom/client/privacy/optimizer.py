@@ -1,4 +1,4 @@
-"""Opacus's DPOptimizer with noise from our entropy and one flat clip over all trained parameters."""
+"""Opacus's DPOptimizer on whole numbers: one flat clip over all trained parameters, an exact sum, exact noise."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +9,7 @@ from torch import nn
 
 from fedloom.client.privacy.entropy import Entropy
 from fedloom.client.privacy.per_example import Tape
+from fedloom.proto.gaussian import deviation, longest
 
 __all__ = ["PrivateOptimizer"]
 
@@ -16,13 +17,16 @@ __all__ = ["PrivateOptimizer"]
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no types
     """One step = any number of `accumulate` calls, then exactly one `release`.
 
-    Guarantee: what `release` writes into the parameters is a function of sum + N(0, (sigma·C)²·I), where the
-    sum changes by at most C in L2 norm when one example is added to or removed from the logical batch.
+    Guarantee: what `release` writes into the parameters is a function of Z + N(0, s²·I) over the reals, where Z is a
+    vector of whole numbers that changes by at most `UNITS` in L2 norm when one example is added to or removed from the
+    logical batch, and s is at least sigma·`UNITS`. See `fedloom.proto.gaussian`; docs/privacy.md has the proof.
 
     Precondition: the tape's gradients come from a loss that is a sum of per-example losses.
 
-    Norms, sum and noise are float32 whatever the parameters' type. The memory of a step is that of its largest
-    microbatch and one vector of all trained parameters, however many microbatches it has.
+    Clipping and noise know no C: a gradient is brought to steps of the grid before, and the noised sum to units of C
+    after, in float32, whatever the parameters' type; by the same factor, so that rounding adds a little noise and no
+    bias. The memory of a step is that of its largest microbatch and one vector of all trained parameters, however many
+    microbatches it has.
     """
 
     def __init__(
@@ -47,7 +51,13 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         self.entropy = entropy
         self.masks: dict[nn.Parameter, torch.Tensor] = {}
         """Zero where a parameter is beyond the client's rank: neither gradient nor noise moves it there."""
-        self._total = torch.zeros(tape.width, device=tape.parameters[0].device)
+        self._deviation, self._longest = deviation(noise_multiplier) if noise_multiplier else 0, longest(tape.width)
+        self._total = torch.zeros(tape.width, dtype=torch.int64, device=tape.parameters[0].device)
+
+    @property
+    def clipped_sum(self) -> torch.Tensor:
+        """The step's sum so far, without noise, shape (P,), float32. For checks: it must not leave the machine."""
+        return self._total.float().mul_(self.max_grad_norm / self._longest)
 
     def restart(self) -> None:
         """Forget what the step under way has accumulated, so that its microbatches can be added anew."""
@@ -60,32 +70,33 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         self.tape.clear()
 
     def clip_and_accumulate(self) -> None:
-        """Scale each example's whole gradient to norm at most C; a non-finite one counts as zero.
+        """Add each example's whole gradient, scaled to norm at most C and rounded to the grid, to the sum.
 
-        A run that failed on a non-finite gradient would tell that such an example is there.
+        A non-finite one counts as zero: a run that failed on it would tell that such an example is there.
         """
         norms = self.tape.norms()
         finite = torch.isfinite(norms)
         if not bool(finite.all()):
             self.tape.drop(~finite)
             norms = torch.where(finite, norms, torch.zeros_like(norms))
-        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-        self.tape.add_weighted_sum(factors, self._total)
-        for parameter in self.tape.parameters:
-            parameter.summed_grad = self._part(self._total, parameter)  # type: ignore[attr-defined]  # Opacus's interface
-
-    def _part(self, flat: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-        """One parameter's share of a vector over all of them."""
-        return flat[self.tape.columns[parameter]].view_as(parameter)
+        self.tape.add_rounded_sum(self._longest / norms.clamp(min=self.max_grad_norm), self._total)
 
     def add_noise(self) -> None:
-        """One draw of the Gaussian mechanism over all parameters."""
-        drawn = torch.from_numpy(self.entropy.normal(self.tape.width)).to(self._total.device, torch.float32)
-        noisy = torch.add(self._total, drawn, alpha=self.noise_multiplier * self.max_grad_norm)
+        """One draw of the Gaussian mechanism over all parameters; then back from steps of the grid to gradients."""
+        self._add_normal()
+        noised = self.clipped_sum
         for parameter in self.tape.parameters:
-            grad = self._part(noisy, parameter)
+            grad = noised[self.tape.columns[parameter]].view_as(parameter)
             grad = grad * self.masks[parameter] if parameter in self.masks else grad
             parameter.grad = grad.to(parameter.dtype)
+
+    def _add_normal(self) -> None:
+        if self._deviation:
+            self._total += self._normal()
+
+    def _normal(self) -> torch.Tensor:
+        drawn = torch.from_numpy(self.entropy.normal(self._deviation, self.tape.width))
+        return drawn.to(self._total.device)
 
     def scale_grad(self) -> None:
         """Divide by the public expected batch size."""

@@ -1,6 +1,6 @@
 """What a backward pass leaves behind: every example's gradient, formed or as two factors."""
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -8,6 +8,9 @@ from torch import nn
 from fedloom.proto.errors import ModelError
 
 __all__ = ["Tape"]
+
+_MOST = 1024
+"""Examples whose rounded gradients are added in 32 bits; values whose squares are added in float32."""
 
 
 class Tape:
@@ -116,13 +119,13 @@ class Tape:
             )
 
     def norms(self) -> torch.Tensor:
-        """L2 norm of each example's gradient over all parameters, shape (batch,), float32."""
-        parts = [torch.linalg.vector_norm(each.flatten(1), dim=1) for each in self._formed.values()]
+        """L2 norm of each example's gradient over all parameters, shape (batch,), float32.
+
+        Within 2^-11 of the norm of the very values that `add_rounded_sum` adds: see `_norms`.
+        """
+        parts = [_norms(each) for each in self._formed.values()]
         parts += [_product_norms(left, right) for left, right in self._factors.values()]
-        if not parts:
-            return torch.zeros(self.batch, device=self.parameters[0].device)
-        whole: torch.Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
-        return whole
+        return _norms(torch.stack(parts, 1)) if parts else torch.zeros(self.batch, device=self.parameters[0].device)
 
     def drop(self, examples: torch.Tensor) -> None:
         """Set the gradients of some examples to zero, even if they are not finite; `examples` is a mask (batch,)."""
@@ -132,13 +135,19 @@ class Tape:
             mask = examples[:, None, None]
             self._factors[parameter] = left.masked_fill(mask, 0.0), right.masked_fill(mask, 0.0)
 
-    def add_weighted_sum(self, weights: torch.Tensor, total: torch.Tensor) -> None:
-        """Add the sum over examples of weight times gradient to `total`, shape (width,), float32."""
+    def add_rounded_sum(self, scales: torch.Tensor, total: torch.Tensor) -> None:
+        """Add round(scale times gradient), summed over the examples without any error, to `total`.
+
+        Args:
+            scales: Shape (batch,), float32; each brings its example's gradient to a norm of at most 2^20.
+            total: Shape (width,), int64.
+        """
         for parameter, gradient in self._formed.items():
-            total[self.columns[parameter]].addmv_(gradient.flatten(1).t(), weights)
+            for part, scale in zip(*(torch.split(each, _MOST) for each in (gradient.flatten(1), scales)), strict=True):
+                _add_rounded(part * scale[:, None], total[self.columns[parameter]])
         for parameter, (left, right) in self._factors.items():
-            weighted = (left.float() * weights[:, None, None]).flatten(0, 1)
-            total[self.columns[parameter]].view(parameter.shape).addmm_(weighted.t(), right.float().flatten(0, 1))
+            for part, product in _products(left, right):
+                _add_rounded(product.flatten(1).mul_(scales[part, None]), total[self.columns[parameter]])
 
     def gradient(self, parameter: nn.Parameter) -> torch.Tensor:
         """One parameter's gradients, shape (batch, *parameter.shape), float32; formed now if need be."""
@@ -166,7 +175,47 @@ class Tape:
 
 def _multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """leftᵀ·right for each example: (batch, T, m) and (batch, T, n) give (batch, m, n) in float32."""
+    if left.shape[1] == 1:
+        return left.float().transpose(1, 2) * right.float()  # exact but for rounding once, whatever a matmul may do
     return torch.bmm(left.float().transpose(1, 2), right.float())
+
+
+def _add_rounded(scaled: torch.Tensor, total: torch.Tensor) -> None:
+    """Round (n, m) in place, n up to `_MOST`, and add the sum over the first axis to `total`."""
+    # In float32 a whole number up to 2^24 is exact, and `_MOST` of up to 2^20 each add up to less than 2^31.
+    total += scaled.round_().to(torch.int32).sum(0, dtype=torch.int32)
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    """L2 norm of each example's values, shape (batch,).
+
+    In whatever order n squares are added in float32, their sum is within n·2^-24 of itself. So no more than 1024 are
+    added at a time, and the norms of the parts are values to take the norm of.
+    """
+    rows = rows.flatten(1)
+    while rows.shape[1] > _MOST:
+        rows = torch.cat([torch.linalg.vector_norm(each, dim=2) for each in _cut(rows)], dim=1)
+    norm: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norm
+
+
+def _cut(rows: torch.Tensor) -> list[torch.Tensor]:
+    """(batch, n) as (batch, n // _MOST, _MOST) and the rest, (batch, 1, n % _MOST)."""
+    whole = rows.shape[1] // _MOST * _MOST
+    parts = rows[:, :whole].reshape(len(rows), whole // _MOST, _MOST), rows[:, None, whole:]
+    return [each for each in parts if each.shape[2]]
+
+
+def _products(left: torch.Tensor, right: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Each example's leftᵀ·right, for as many examples at a time as take the room of the factors themselves.
+
+    Called twice with the same factors it makes the same calls, so that what is added is what was measured.
+    """
+    room = (left.numel() + right.numel()) // (left.shape[2] * right.shape[2])
+    count = min(max(1, room), _MOST)
+    for start in range(0, len(left), count):
+        part = slice(start, start + count)
+        yield part, _multiply(left[part], right[part])
 
 
 def _product_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -175,12 +224,6 @@ def _product_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     The way through Gram matrices (T² per example) would need no product at all, but its sum cancels: a norm that
     comes out too small is an example that is clipped too little.
     """
-    norm: Any = torch.linalg.vector_norm
     if left.shape[1] == 1:
-        outer: torch.Tensor = norm(left.float(), dim=(1, 2)) * norm(right.float(), dim=(1, 2))
-        return outer
-    # As many products at a time as take the room of the factors themselves.
-    per_example = left.shape[2] * right.shape[2]
-    count = max(1, (left.numel() + right.numel()) // per_example)
-    parts = zip(torch.split(left, count), torch.split(right, count), strict=True)
-    return torch.cat([norm(_multiply(*part), dim=(1, 2)) for part in parts])
+        return _norms(left.float()) * _norms(right.float())
+    return torch.cat([_norms(product) for _, product in _products(left, right)])
