@@ -163,7 +163,7 @@ class UserLevelSection(Section):
     """Delta of that guarantee; below 1 / cohort, and better far below 1 over all who could take part."""
     clip_norm: float = Field(default=1.0, ge=1e-6, le=1e6)
     """L2 bound S on one client's update over all trained tensors together; its start with target_quantile."""
-    noise_multiplier: float | None = Field(default=None, ge=0.01, le=1e6)
+    noise_multiplier: float | None = Field(default=None, ge=0.01, le=1000)
     """Noise standard deviation over S. None calibrates it from epsilon and delta for the whole run."""
     mechanism: Literal["gaussian", "tree"] = "gaussian"
     """gaussian: fresh noise every round. tree: noise that cancels over rounds; needs a small max_participations."""
