@@ -187,7 +187,8 @@ def test_a_round_is_evaluated_once(
 def test_rounds_between_evaluations_release_and_cost_nothing_more(
     tiny_model: AdapterModel, rows: Rows, spec: Spec, site: Policy, ledger: Ledger
 ) -> None:
-    trainer = Trainer(tiny_model, rows, evaluating(spec, every=2), site, ledger)
+    longer = spec.model_copy(update={"run": spec.run.model_copy(update={"rounds": 3})})
+    trainer = Trainer(tiny_model, rows, evaluating(longer, every=2), site, ledger)
     assert [len(trainer.train("run", assignment(round=each), start(tiny_model)).score) for each in range(3)] == [
         3,
         0,

@@ -3,8 +3,7 @@ from typing import Any
 
 import pytest
 
-from fedloom.client.config import Policy, check_local, check_spec, load_policy
-from fedloom.proto.checks import LOCAL_NAMES
+from fedloom.client.config import Policy, check_spec, load_policy
 from fedloom.proto.errors import ConfigError, PolicyError
 from fedloom.proto.run import Spec
 
@@ -30,8 +29,18 @@ def policy(**sections: dict[str, Any]) -> Policy:
     tables: dict[str, dict[str, Any]] = {
         "client": {"name": "hospital-a"},
         "data": {"source": "train.csv", "declared_examples": 1000},
-        "privacy": {"min_noise_multiplier": 0.8, "max_sampling_rate": 0.1},
-        "limits": {"adapter_kinds": ["lora"], "max_steps_per_round": 20, "max_rounds": 30},
+        "privacy": {
+            "min_noise_multiplier": 0.8,
+            "max_sampling_rate": 0.1,
+            "min_clip_norm": 0.5,
+            "max_clip_norm": 0.5,
+        },
+        "limits": {
+            "adapter_kinds": ["lora"],
+            "max_steps_per_round": 20,
+            "max_rounds": 30,
+            "max_learning_rate": 1.0,
+        },
     }
     return Policy.model_validate({name: tables.get(name, {}) | sections.get(name, {}) for name in tables | sections})
 
@@ -43,7 +52,7 @@ def spec(**sections: dict[str, Any]) -> Spec:
         "model": {"base": "x", "labels": ["a", "b"]},
         "adapter": {"kind": "lora"},
         "train": {"steps": 20, "sampling_rate": 0.1, "learning_rate": 1.0},
-        "privacy": {"noise_multiplier": 0.8},
+        "privacy": {"noise_multiplier": 0.8, "clip_norm": 0.5},
     }
     return Spec.model_validate({name: tables[name] | sections.get(name, {}) for name in tables})
 
@@ -61,6 +70,10 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "delta": ({"privacy": {"delta": 1e-3}}, "delta 0.001 (below 1/declared_examples = 0.001)"),
     "steps": ({"train": {"steps": 21}}, "21 steps a round (at most 20)"),
     "rounds": ({"run": {"rounds": 31}}, "31 rounds (at most 30)"),
+    "learning rate": ({"train": {"learning_rate": 1.1}}, "learning rate 1.1 (at most 1)"),
+    "head learning rate": ({"train": {"head_learning_rate": 1.2}}, "learning rate 1.2 (at most 1)"),
+    "small clip norm": ({"privacy": {"clip_norm": 0.4}}, "clip norm 0.4 (0.5 to 0.5)"),
+    "large clip norm": ({"privacy": {"clip_norm": 0.6}}, "clip norm 0.6 (0.5 to 0.5)"),
     "kind": ({"adapter": {"kind": "bias"}}, "adapter kind bias (allowed: lora)"),
 }
 
@@ -122,6 +135,13 @@ def test_all_problems_are_listed_at_once() -> None:
     assert listed.count(";") == 6  # five between the six problems, one inside the last
 
 
+def test_a_spec_that_nobody_has_checked_is_held_to_the_ranges_of_run_files() -> None:
+    unchecked = spec().model_copy(update={"privacy": spec().privacy.model_copy(update={"clip_norm": 2.0**-150})})
+
+    with pytest.raises(PolicyError, match=r"privacy\.clip_norm: Input should be greater than or equal to 0\.000001"):
+        check_spec(policy(privacy={"min_clip_norm": 1e-6}), unchecked)
+
+
 def test_the_shipped_policy_is_strict(file: Path) -> None:
     shipped = load_policy(file)
 
@@ -141,7 +161,10 @@ def test_the_shipped_policy_is_strict(file: Path) -> None:
         ("privacy.epsilon=inf", r"privacy\.epsilon: .*finite.*received inf"),
         ("privacy.delta=1.0", r"privacy\.delta: .*less than 1"),
         ("privacy.max_sampling_rate=1.01", r"privacy\.max_sampling_rate: .*less than or equal to 1"),
-        ("privacy.min_noise_multiplier=0", r"privacy\.min_noise_multiplier: .*greater than 0"),
+        ("privacy.min_noise_multiplier=0", r"privacy\.min_noise_multiplier: .*greater than or equal to 0\.01"),
+        ("privacy.min_clip_norm=1e-7", r"privacy\.min_clip_norm: .*greater than or equal to 0\.000001"),
+        ("limits.max_learning_rate=1e5", r"limits\.max_learning_rate: .*less than or equal to 10000"),
+        ("limits.max_weight=1e7", r"limits\.max_weight: .*less than or equal to 1000000"),
         ("limits.adapter_kinds=['prompt']", r"limits\.adapter_kinds\.0: .*received 'prompt'"),
         ("client.name='../x'", r"client\.name"),
     ],
@@ -178,33 +201,3 @@ def test_absolute_paths_and_packaged_names_stay(file: Path) -> None:
 def test_a_source_that_no_path_can_be_is_left_to_whoever_loads_it(file: Path) -> None:
     for source in ("x" * 300, "a\\u0000b"):
         assert len(load_policy(file, (f'data.source="{source}"',)).data.source) in (300, 3)
-
-
-def test_the_harmless_overrides_pass() -> None:
-    check_local({})
-    check_local(dict.fromkeys(LOCAL_NAMES, 0.5))
-
-
-@pytest.mark.parametrize(
-    "name", ["steps", "sampling_rate", "clip_norm", "noise_multiplier", "microbatch", "optimizer", ""]
-)
-def test_no_other_override_passes(name: str) -> None:
-    with pytest.raises(PolicyError, match="only learning_rate, momentum, proximal_mu may vary"):
-        check_local({"learning_rate": 0.1, name: 1.0})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("learning_rate", -0.1),
-        ("learning_rate", float("inf")),
-        ("learning_rate", float("nan")),
-        ("momentum", 1.0),
-        ("momentum", -0.1),
-        ("proximal_mu", -1.0),
-        ("proximal_mu", float("nan")),
-    ],
-)
-def test_values_out_of_range_do_not_pass(name: str, value: float) -> None:
-    with pytest.raises(PolicyError, match=f"sets {name} to {value!r} for one round"):
-        check_local({name: value})

@@ -219,7 +219,8 @@ class Line:
     slow_fetch: bool = False
 
     def join(self, client: str, declared_examples: int) -> Joined:
-        return Joined("run-1", 1, self.spec, SCHEMA)
+        longer = self.spec.run.model_copy(update={"rounds": 10})
+        return Joined("run-1", 1, self.spec.model_copy(update={"run": longer}), SCHEMA)
 
     def work(self) -> Answer:
         return self.answers.pop(0)

@@ -30,7 +30,7 @@ specs = st.builds(TensorSpec, names, names, st.sampled_from(Role), shapes)
 schemas = st.builds(
     Schema,
     st.lists(specs, max_size=6, unique_by=lambda spec: spec.name).map(tuple),
-    st.floats(1e-6, 1e6),
+    st.floats(1e-6, 1e4),
 )
 
 

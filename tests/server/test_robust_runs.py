@@ -60,7 +60,8 @@ def test_a_liar_moves_nothing_and_a_restart_changes_nothing(
     tmp_path: Path, federate: Any, configure: Callable[..., RunConfig], name: str
 ) -> None:
     """Two coordinators, one killed in the middle of a round and fed in another order, commit the same bytes."""
-    config = configure(length=1, strategy={"name": name}, rounds={"min_clients": 7})
+    rounds = {"min_clients": 7, "max_update_norm": 1e30}
+    config = configure(length=1, strategy={"name": name}, rounds=rounds)
     ends = []
     for restart, order in ((False, NAMES), (True, NAMES[::-1])):
         folder = tmp_path / f"state-{restart}"
@@ -90,7 +91,7 @@ def test_a_liar_moves_nothing_and_a_restart_changes_nothing(
 def test_a_run_files_bound_reaches_every_update(
     store: Store, federate: Any, configure: Callable[..., RunConfig]
 ) -> None:
-    config = configure(length=1, strategy={"norm_bound": 0.5})
+    config = configure(length=1, strategy={"norm_bound": 0.5}, rounds={"max_update_norm": 1e30})
     strategy = build_strategy(config)
     assert strategy == NormBound(FedAvg(), 0.5)
     federation = federate(store, config, strategy)

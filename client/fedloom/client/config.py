@@ -1,17 +1,16 @@
 """The client's own policy file: what this site allows, whatever a coordinator asks."""
 
-import math
 import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedloom.client.hours import check_hours
-from fedloom.proto.checks import LOCAL_NAMES
 from fedloom.proto.errors import PolicyError
+from fedloom.proto.limits import MAX_ROUNDS
 from fedloom.proto.run import Column, Spec
-from fedloom.proto.tables import Section, parse, read_toml
+from fedloom.proto.tables import Section, explain, parse, read_toml
 
 __all__ = [
     "SLOWEST_BYTES_PER_S",
@@ -23,7 +22,6 @@ __all__ = [
     "Policy",
     "PrivacyPolicy",
     "SecureAggregationPolicy",
-    "check_local",
     "check_spec",
     "load_policy",
 ]
@@ -85,14 +83,18 @@ class ModelPolicy(Section):
 class PrivacyPolicy(Section):
     """[privacy]: bounds that no coordinator can loosen."""
 
-    epsilon: float = Field(default=6.0, gt=0)
+    epsilon: float = Field(default=6.0, ge=1e-3, le=1e4)
     """Budget over the whole life of the data set, all runs together."""
-    delta: float = Field(default=1e-5, gt=0, lt=1)
+    delta: float = Field(default=1e-5, ge=1e-15, lt=1)
     """Delta of that budget; well below one over the number of examples."""
-    min_noise_multiplier: float = Field(default=0.3, gt=0)
+    min_noise_multiplier: float = Field(default=0.3, ge=0.01, le=1000)
     """Least noise accepted in any step."""
-    max_sampling_rate: float = Field(default=0.5, gt=0, le=1)
+    max_sampling_rate: float = Field(default=0.5, ge=1e-9, le=1)
     """Highest Poisson rate accepted."""
+    min_clip_norm: float = Field(default=1e-3, ge=1e-6, le=1e6)
+    """Least clip norm accepted."""
+    max_clip_norm: float = Field(default=1e3, ge=1e-6, le=1e6)
+    """Largest clip norm accepted."""
     allow_non_private: bool = False
     """Whether a run without differential privacy may train on this data."""
 
@@ -135,8 +137,14 @@ class LimitsPolicy(Section):
     """Adapter kinds accepted."""
     max_steps_per_round: int = Field(default=1000, ge=1)
     """Most optimiser steps in one round."""
-    max_rounds: int = Field(default=10_000, ge=1)
-    """Longest run accepted."""
+    max_rounds: int = Field(default=10_000, ge=1, le=MAX_ROUNDS)
+    """Longest run accepted; no round beyond it is trained, whatever the run says later."""
+    max_learning_rate: float = Field(default=1000.0, ge=1e-9, le=1e4)
+    """Highest learning rate accepted, of the adapter and of the head, in the run and in any of its rounds."""
+    max_weight: float = Field(default=100.0, ge=1.0, le=1e6)
+    """Largest absolute value accepted in an adapter from the coordinator, and in what its low-rank pairs and
+    corrections add to a frozen weight. Trained values are rarely beyond 10. A round with a larger one is refused
+    before it is charged."""
 
 
 class SecureAggregationPolicy(Section):
@@ -192,17 +200,29 @@ def check_spec(policy: Policy, spec: Spec) -> None:
     Raises:
         PolicyError: Lists every rule that the run breaks, with what was asked and what is allowed.
     """
-    problems = _privacy_problems(policy, spec) + _sum_problems(policy, spec)
+    problems = _range_problems(spec) + _privacy_problems(policy, spec) + _sum_problems(policy, spec)
     if spec.federated_evaluation.enabled and not policy.data.held_out:
         problems.append("evaluation by its clients (data.held_out = 0; set it, such as to 0.1, to take part in that)")
     if spec.train.steps > policy.limits.max_steps_per_round:
         problems.append(f"{spec.train.steps} steps a round (at most {policy.limits.max_steps_per_round})")
     if spec.run.rounds > policy.limits.max_rounds:
         problems.append(f"{spec.run.rounds} rounds (at most {policy.limits.max_rounds})")
+    rate = max(spec.train.learning_rate, spec.train.head_learning_rate or 0.0)
+    if rate > policy.limits.max_learning_rate:
+        problems.append(f"learning rate {rate:g} (at most {policy.limits.max_learning_rate:g})")
     if spec.adapter.kind not in policy.limits.adapter_kinds:
         problems.append(f"adapter kind {spec.adapter.kind} (allowed: {', '.join(policy.limits.adapter_kinds)})")
     if problems:
         raise PolicyError(f"this site's policy refuses run {spec.run.name!r}: " + "; ".join(problems))
+
+
+def _range_problems(spec: Spec) -> list[str]:
+    """What no run file may say; a spec that was not read from a message may never have been checked for it."""
+    try:
+        Spec.model_validate(spec.model_dump())
+    except ValidationError as error:
+        return [explain(error, Spec)]
+    return []
 
 
 def _privacy_problems(policy: Policy, spec: Spec) -> list[str]:
@@ -219,6 +239,8 @@ def _privacy_problems(policy: Policy, spec: Spec) -> list[str]:
         problems.append(
             f"noise multiplier {scored.noise_multiplier:g} in evaluations (at least {mine.min_noise_multiplier:g})"
         )
+    if not mine.min_clip_norm <= asked.clip_norm <= mine.max_clip_norm:
+        problems.append(f"clip norm {asked.clip_norm:g} ({mine.min_clip_norm:g} to {mine.max_clip_norm:g})")
     if spec.train.sampling_rate > mine.max_sampling_rate:
         problems.append(f"sampling rate {spec.train.sampling_rate:g} (at most {mine.max_sampling_rate:g})")
     if policy.data.declared_examples is None:
@@ -241,21 +263,3 @@ def _sum_problems(policy: Policy, spec: Spec) -> list[str]:
     if known + 1 < mine.min_clients:
         return [f"a secure sum of at least {mine.min_clients} with {known} peers in secure_aggregation.peers"]
     return []
-
-
-def check_local(asked: dict[str, float]) -> None:
-    """Refuse per-round overrides beyond the harmless ones, and values [train] would refuse.
-
-    Raises:
-        PolicyError: An override is not among `LOCAL_NAMES`, or its value is out of range.
-    """
-    extra = sorted(asked.keys() - LOCAL_NAMES)
-    if extra:
-        raise PolicyError(
-            f"the coordinator tries to set {', '.join(extra)} for one round; only "
-            f"{', '.join(sorted(LOCAL_NAMES))} may vary"
-        )
-    for name, value in asked.items():
-        if not 0 <= value < (1 if name == "momentum" else math.inf):
-            allowed = "0 to below 1" if name == "momentum" else "finite values from 0"
-            raise PolicyError(f"the coordinator sets {name} to {value!r} for one round; {allowed} allowed")

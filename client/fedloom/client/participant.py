@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.hours import until_open_s
+from fedloom.client.orders import check_order
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
 from fedloom.client.secagg import Delivery, check_assignment, membership
-from fedloom.client.training import RoundOver, Training, Underway, check_schema
+from fedloom.client.training import RoundOver, Training, Underway, check_schema, within
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import (
     FedloomError,
@@ -255,6 +256,7 @@ class Participant:
         assert trainer is not None  # step is only called after join
         assert joined is not None
         check_assignment(joined.spec, assignment)
+        check_order(self.policy, joined.spec, joined.schema, assignment)
         secure = joined.spec.secure_aggregation
         incoming = codec(assignment.broadcast_codec)
         outgoing = secure.fixed_point if secure.enabled else codec(assignment.upload_codec)
@@ -279,7 +281,7 @@ class Participant:
             task.proceed()  # nothing is kept, noted or sent, whatever the training made of being told
             reach("participant.trained")
             upload = upload_schema(joined.schema, assignment)
-            body = outgoing.encode(upload, trained.delta)
+            body = outgoing.encode(upload, within(outgoing.largest, trained.delta))
             digest = hashlib.sha256(body).hexdigest()
             about = assignment.round, upload.digest, assignment.upload_codec, len(body), digest
             header = UpdateHeader(self.name, *about, score=trained.score)

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedloom.client.config import Policy, check_local
+from fedloom.client.config import Policy
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches, uniform_microbatches
 from fedloom.client.evaluation import Table, answers, released, row_scores, split
 from fedloom.client.fitting import Microbatch, fitting
 from fedloom.client.losses import per_example
 from fedloom.client.model import AdapterModel
+from fedloom.client.orders import check_broadcast, check_order
 from fedloom.client.privacy.entropy import Entropy, Seeded, System, poisson
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.optimizer import PrivateOptimizer
@@ -24,7 +25,7 @@ from fedloom.client.privacy.probe import probe
 from fedloom.client.training import Proceed, Trained
 from fedloom.proto.errors import DataError, PolicyError, ProtocolError
 from fedloom.proto.messages import Assignment, upload_schema
-from fedloom.proto.run import Spec
+from fedloom.proto.run import Spec, TrainSection
 from fedloom.proto.schema import Array, Role, Schema, Tensors
 from fedloom.proto.spending import evaluation_spend, training_spend
 
@@ -134,11 +135,13 @@ class Trainer:
                 it reaches the next one.
 
         Raises:
-            PolicyError: The assignment overrides more than it may.
+            PolicyError: The assignment or the broadcast is beyond the run or the policy, see `orders`. Nothing was
+                charged.
             ProtocolError: It trains nothing this adapter has, or something without a broadcast value.
             BudgetError: The privacy budget does not cover the round; nothing was done.
         """
-        check_local(dict(assignment.local))
+        train = check_order(self.policy, self.spec, self.schema, assignment)
+        check_broadcast(self.policy, self.schema, broadcast)
         schema = self._upload(assignment, broadcast)
         evaluating = self._evaluates(run, assignment.round)
         charge = self._reserve(run, assignment.round, evaluating)
@@ -150,12 +153,11 @@ class Trainer:
         scores = [self._row_scores()] if evaluating else []
         parameters = self.model.trainable(assignment.train)
         entropy = self._entropy_for(assignment.round)
-        optimizer = self._optimizer(parameters, assignment)
-        prox = assignment.local.get("proximal_mu", self.spec.train.proximal_mu)
+        optimizer = self._optimizer(parameters, train, assignment.round)
         if self.spec.privacy.enabled:
-            self._private_steps(optimizer, parameters, entropy, prox, proceed)
+            self._private_steps(optimizer, parameters, entropy, train.proximal_mu, proceed)
         else:
-            self._plain_steps(optimizer, parameters, entropy, prox, proceed)
+            self._plain_steps(optimizer, parameters, entropy, train.proximal_mu, proceed)
         if assignment.personal:
             self._personal = self.model.read(self.model.schema.select(assignment.personal))
         if evaluating and self.spec.federated_evaluation.personalised:
@@ -215,10 +217,9 @@ class Trainer:
         spend = training_spend(self.spec)
         return self.ledger.reserve(run, round, spend, budget=mine.epsilon, delta=mine.delta, evaluation=evaluation)
 
-    def _optimizer(self, parameters: list[nn.Parameter], assignment: Assignment) -> torch.optim.Optimizer:
-        train = self.spec.train
-        rate = assignment.local.get("learning_rate", train.learning_rate)
-        left = 1 - assignment.round / self.spec.run.rounds if train.schedule == "linear" else 1.0
+    def _optimizer(self, parameters: list[nn.Parameter], train: TrainSection, round: int) -> torch.optim.Optimizer:
+        rate = train.learning_rate
+        left = 1 - round / self.spec.run.rounds if train.schedule == "linear" else 1.0
         head = self.model.parameters_of({Role.HEAD})
         groups = [
             {"params": [each for each in parameters if each not in head], "lr": left * rate},
@@ -226,7 +227,7 @@ class Trainer:
         ]
         if train.optimizer == "adam":
             return torch.optim.Adam(groups, lr=rate)
-        return torch.optim.SGD(groups, lr=rate, momentum=assignment.local.get("momentum", train.momentum))
+        return torch.optim.SGD(groups, lr=rate, momentum=train.momentum)
 
     def _sample(self, entropy: Entropy) -> Indices:
         """One Poisson sample: each example on its own with the public rate."""

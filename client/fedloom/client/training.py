@@ -1,14 +1,19 @@
 """What a participant needs of whoever trains: the seam between the protocol and torch."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from fedloom.proto.errors import SchemaError
 from fedloom.proto.messages import Assignment, Joined, Standing
 from fedloom.proto.schema import Array, Schema, Tensors
 
-__all__ = ["Proceed", "RoundOver", "Trained", "Training", "Underway", "check_schema"]
+__all__ = ["Proceed", "RoundOver", "Trained", "Training", "Underway", "check_schema", "within"]
+
+log = logging.getLogger(__name__)
 
 Proceed = Callable[[], None]
 """Called between two steps of a training; raises RoundOver when it is to stop."""
@@ -82,3 +87,15 @@ def check_schema(trainer: Training, joined: Joined) -> None:
             f"base model gives {len(trainer.schema.tensors)} (schema {trainer.schema.digest[:12]}); use "
             "the base model and adapter section that the run names"
         )
+
+
+def within(largest: float, delta: Tensors) -> dict[str, Array]:
+    """The change with what is beyond the largest value that its codec carries cut to that.
+
+    A round that has been charged must be answered: refused here, it would be asked for, charged and refused again. What
+    is cut has been noised, so this costs no privacy.
+    """
+    beyond = [name for name, tensor in delta.items() if np.abs(tensor).max() > largest]
+    if beyond:
+        log.warning("values of %s, such as %r, are beyond %g and cut to it", len(beyond), beyond[0][:64], largest)
+    return {name: np.clip(each, -largest, largest) if name in beyond else each for name, each in delta.items()}

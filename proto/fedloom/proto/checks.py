@@ -4,18 +4,20 @@ A name, number or digest that no honest peer would send is a `ProtocolError`. Wh
 state of the run (right round, right client, right length) is for the coordinator and the client to say.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+from pydantic import ValidationError
+
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ProtocolError
-from fedloom.proto.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES
+from fedloom.proto.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES, MAX_RANK, MAX_ROUNDS
 from fedloom.proto.messages import Assignment, Joined, UpdateHeader
-from fedloom.proto.run import Spec
+from fedloom.proto.run import Spec, TrainSection
 from fedloom.proto.schema import Role, Schema
 from fedloom.proto.secagg.steps import MASKED
+from fedloom.proto.tables import explain
 
 __all__ = [
     "LOCAL_NAMES",
@@ -27,10 +29,14 @@ __all__ = [
     "checked_header",
     "checked_joined",
     "checked_size",
+    "overridden",
 ]
 
 LOCAL_NAMES = frozenset({"learning_rate", "momentum", "proximal_mu"})
 """Local hyper-parameters an assignment may change. Nothing that the privacy account depends on is here."""
+
+_ANY_RUN = TrainSection(steps=1, sampling_rate=1.0, learning_rate=1.0)
+"""A [train] to check overrides against before it is known which run they are for."""
 
 _MOST_FIGURES, _LARGEST_FIGURE = 5, 1e12
 
@@ -114,7 +120,8 @@ def checked_assignment(fields: AssignmentFields) -> Assignment:
     """One round's work.
 
     Raises:
-        ProtocolError: A role, a digest, a length or a local hyper-parameter is none, or it trains nothing.
+        ProtocolError: A role, a digest, a length, a rank, a round or a local hyper-parameter is none, or it trains
+            nothing.
         CodecError: It names an unknown codec.
     """
     train, personal = _roles(fields.train), _roles(fields.personal)
@@ -123,12 +130,13 @@ def checked_assignment(fields: AssignmentFields) -> Assignment:
             f"assignment trains {sorted(train)} and keeps {sorted(personal)}; it must train something "
             "and may keep only what it trains"
         )
+    if not 0 <= fields.round < MAX_ROUNDS or not 0 <= fields.rank <= MAX_RANK or fields.base_rank < 0:
+        raise ProtocolError(
+            f"assignment for round {fields.round} at rank {fields.rank} and base rank {fields.base_rank}; a round from "
+            f"0 to below {MAX_ROUNDS}, a rank of at most {MAX_RANK} and no negative number are allowed"
+        )
     local = dict(fields.local)
-    for name, value in local.items():
-        if name not in LOCAL_NAMES or not math.isfinite(value) or value < 0:
-            raise ProtocolError(
-                f"assignment sets {name[:64]!r} to {value}; finite values of {sorted(LOCAL_NAMES)} allowed"
-            )
+    overridden(_ANY_RUN, local)
     return Assignment(
         round=fields.round,
         train=train,
@@ -161,6 +169,27 @@ def checked_header(fields: HeaderFields) -> UpdateHeader:
         attempt=fields.attempt,
         score=_score(fields.score),
     )
+
+
+def overridden(train: TrainSection, local: Mapping[str, float]) -> TrainSection:
+    """[train] with what an assignment overrides for its round, in the ranges that hold for every [train].
+
+    Raises:
+        ProtocolError: A name is not among `LOCAL_NAMES`, or its value is none that a run file may have.
+    """
+    extra = sorted(local.keys() - LOCAL_NAMES)
+    if extra:
+        shown = ", ".join(name[:64] for name in extra[:3])
+        raise ProtocolError(
+            f"the coordinator tries to set {shown} for one round; only {', '.join(sorted(LOCAL_NAMES))} may vary"
+        )
+    try:
+        return TrainSection.model_validate({**train.model_dump(), **local})
+    except ValidationError as error:
+        name = str(error.errors(include_url=False)[0]["loc"][0])
+        raise ProtocolError(
+            f"the coordinator sets {name} to {local[name]!r} for one round; {explain(error, TrainSection)}"
+        ) from error
 
 
 def checked_digest(text: str, what: str) -> str:

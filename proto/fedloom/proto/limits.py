@@ -4,10 +4,13 @@ __all__ = [
     "CHUNK_BYTES",
     "HTTP2_FRAME_BYTES",
     "LONG_POLL_S",
+    "MAX_CLIENTS",
     "MAX_MESSAGE_BYTES",
     "MAX_NAME_LENGTH",
     "MAX_PAYLOAD_BYTES",
+    "MAX_RANK",
     "MAX_REQUEST_BYTES",
+    "MAX_ROUNDS",
     "MAX_SCHEMA_BYTES",
     "MAX_SPEC_BYTES",
     "MAX_TENSORS",
@@ -58,3 +61,12 @@ MAX_NAME_LENGTH = 256
 
 LONG_POLL_S = 45.0
 """Longest `Work` poll, below the 60 s at which hospital proxies cut an idle request."""
+
+MAX_CLIENTS = 10_000
+"""Most client names one run admits."""
+
+MAX_ROUNDS = 100_000
+"""Longest run; no assignment is for a later round."""
+
+MAX_RANK = 512
+"""Highest rank of a low-rank pair."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from fedloom.proto.errors import ConfigError
-from fedloom.proto.limits import MAX_SPEC_BYTES
+from fedloom.proto.limits import MAX_CLIENTS, MAX_RANK, MAX_ROUNDS, MAX_SPEC_BYTES
 from fedloom.proto.secagg.fixed import FixedPoint
 from fedloom.proto.tables import Section, explain, parse, read_toml
 
@@ -49,7 +49,7 @@ class RunSection(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Name of the run; results go to runs/NAME."""
-    rounds: int = Field(ge=1, le=100_000)
+    rounds: int = Field(ge=1, le=MAX_ROUNDS)
     """Number of federated rounds."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything public: starting adapter, cohort, partition. Never of private noise."""
@@ -106,9 +106,9 @@ class AdapterSection(Section):
 
     kind: Literal["lora", "bias", "head"] = "lora"
     """lora: low-rank pairs. bias: every bias vector of the encoder (BitFit). head: the head alone."""
-    rank: int = Field(default=8, ge=1, le=512)
+    rank: int = Field(default=8, ge=1, le=MAX_RANK)
     """LoRA rank r."""
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
     """LoRA alpha; the scale is alpha / rank."""
     targets: tuple[str, ...] = ("query", "value")
     """Names (suffixes) of the linear layers that get a pair."""
@@ -119,21 +119,21 @@ class TrainSection(Section):
 
     steps: int = Field(ge=1, le=100_000)
     """Optimiser steps per round: public, the same for every client."""
-    sampling_rate: float = Field(gt=0, le=1)
+    sampling_rate: float = Field(ge=1e-9, le=1)
     """Poisson rate q: each step includes each example with this probability. Public."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Local optimiser; its state starts anew each round."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(ge=1e-9, le=1e4)
     """Local learning rate."""
-    head_learning_rate: float | None = Field(default=None, gt=0)
+    head_learning_rate: float | None = Field(default=None, ge=1e-9, le=1e4)
     """Learning rate of the head alone; None is learning_rate. A fresh head often needs a larger one."""
     schedule: Literal["constant", "linear"] = "constant"
     """linear: both learning rates fall by equal steps from the first round's to the last's, which is 1/rounds of it."""
-    momentum: float = Field(default=0.0, ge=0, lt=1)
+    momentum: float = Field(default=0.0, ge=0, le=0.9999)
     """SGD momentum."""
-    proximal_mu: float = Field(default=0.0, ge=0)
+    proximal_mu: float = Field(default=0.0, ge=0, le=1e4)
     """FedProx: mu/2 times the squared distance to the broadcast adapter is added to the loss."""
-    microbatch: int = Field(default=64, ge=1)
+    microbatch: int = Field(default=64, ge=1, le=1024)
     """Most examples in one forward pass; a client with less memory takes fewer. Only memory and speed depend on it."""
 
 
@@ -142,13 +142,13 @@ class PrivacySection(Section):
 
     enabled: bool = True
     """False trains without any privacy; the client's policy must allow it."""
-    epsilon: float = Field(default=6.0, gt=0)
+    epsilon: float = Field(default=6.0, ge=1e-3, le=1e4)
     """Total epsilon of one client that takes part in every round."""
-    delta: float = Field(default=1e-5, gt=0, lt=1)
+    delta: float = Field(default=1e-5, ge=1e-15, lt=1)
     """Delta of that guarantee."""
-    clip_norm: float = Field(default=1.0, gt=0)
+    clip_norm: float = Field(default=1.0, ge=1e-6, le=1e6)
     """L2 bound C on one example's gradient over all trained tensors together."""
-    noise_multiplier: float | None = Field(default=None, gt=0)
+    noise_multiplier: float | None = Field(default=None, ge=0.01, le=1000)
     """Noise standard deviation over C. None calibrates it from epsilon, rate and steps of the whole run."""
 
 
@@ -157,23 +157,23 @@ class UserLevelSection(Section):
 
     enabled: bool = False
     """Bound every client's update and add noise to the sum of each round, beside what [privacy] does."""
-    epsilon: float = Field(default=8.0, gt=0)
+    epsilon: float = Field(default=8.0, ge=1e-3, le=1e4)
     """Total epsilon of one client over the whole run; a run that would cost more is refused."""
-    delta: float = Field(default=1e-6, gt=0, lt=1)
+    delta: float = Field(default=1e-6, ge=1e-15, lt=1)
     """Delta of that guarantee; below 1 / cohort, and better far below 1 over all who could take part."""
-    clip_norm: float = Field(default=1.0, gt=0, le=1e6)
+    clip_norm: float = Field(default=1.0, ge=1e-6, le=1e6)
     """L2 bound S on one client's update over all trained tensors together; its start with target_quantile."""
-    noise_multiplier: float | None = Field(default=None, gt=0, le=1e6)
+    noise_multiplier: float | None = Field(default=None, ge=0.01, le=1000)
     """Noise standard deviation over S. None calibrates it from epsilon and delta for the whole run."""
     mechanism: Literal["gaussian", "tree"] = "gaussian"
     """gaussian: fresh noise every round. tree: noise that cancels over rounds; needs a small max_participations."""
-    cohort: int | None = Field(default=None, ge=1)
+    cohort: int | None = Field(default=None, ge=1, le=1_000_000)
     """Number m the sum of a round is divided by, however many updates come. None is rounds.clients_per_round."""
     max_participations: int | None = Field(default=None, ge=1, le=1000)
     """Rounds that may use one client's updates; after them it is no longer asked. None charges every round."""
-    target_quantile: float | None = Field(default=None, gt=0, lt=1)
+    target_quantile: float | None = Field(default=None, ge=0.001, le=0.999)
     """Share of updates that S should leave as they are: S follows it. None keeps S."""
-    clip_rate: float = Field(default=0.2, gt=0, le=10)
+    clip_rate: float = Field(default=0.2, ge=1e-6, le=10)
     """With target_quantile, the learning rate of the logarithm of S."""
 
 
@@ -184,7 +184,7 @@ class StrategySection(Section):
     """Name of a registered strategy; see `fedloom strategies list`."""
     weighting: Literal["uniform", "examples"] = "uniform"
     """uniform: every client counts the same. examples: by the number of examples each client declares."""
-    norm_bound: float | None = Field(default=None, gt=0, le=1e30)
+    norm_bound: float | None = Field(default=None, ge=1e-6, le=1e30)
     """Longest change of one client over all trained tensors together; a longer one is scaled down. None bounds none."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Keyword arguments of the strategy."""
@@ -193,9 +193,9 @@ class StrategySection(Section):
 class RoundsSection(Section):
     """[rounds]: when a round opens and closes."""
 
-    min_clients: int = Field(default=2, ge=1)
+    min_clients: int = Field(default=2, ge=1, le=MAX_CLIENTS)
     """Clients that must have joined before a round opens, and updates a round needs to be committed."""
-    clients_per_round: int | None = Field(default=None, ge=1)
+    clients_per_round: int | None = Field(default=None, ge=1, le=MAX_CLIENTS)
     """Updates wanted in a round, which closes as soon as it has them; so many clients are drawn by the run's seed.
     None takes every joined client."""
     dropout_rate: float = Field(default=0.0, ge=0, le=0.9)
@@ -203,19 +203,20 @@ class RoundsSection(Section):
     completion_probability: 24 for 10 at a rate of 0.3."""
     completion_probability: float = Field(default=0.999, gt=0, lt=1)
     """Probability with which enough of them answer, if they fail independently."""
-    deadline_s: float = Field(default=600.0, gt=0)
+    deadline_s: float = Field(default=600.0, gt=0, le=1e8)
     """Seconds after which a round closes with the updates it has, if they are at least min_clients. A client that still
     trains for it stops."""
-    lease_s: float = Field(default=30.0, gt=0)
+    lease_s: float = Field(default=30.0, gt=0, le=1e8)
     """Seconds without a sign of life after which a client counts as gone."""
-    max_update_norm: float | None = Field(default=None, gt=0)
-    """L2 norm over all tensors beyond which one client's update is refused. None refuses none."""
+    max_update_norm: float | None = Field(default=None, ge=1e-9, le=1e30)
+    """L2 norm over all tensors beyond which one client's update is refused. None takes ten times what the run's
+    learning rate, steps, clip norm and noise can come to. Secure sums have secure_aggregation.max_change instead."""
     mode: Literal["synchronous", "buffered"] = "synchronous"
     """buffered (FedBuff): clients work at their own pace, and every clients_per_round updates make a round, those made
     for s rounds earlier counting 1/sqrt(1 + s). For linear strategies that keep their coordinates."""
     max_staleness: int = Field(default=4, ge=0, le=50)
     """buffered: rounds that may have passed since an update's start; an older one is refused."""
-    concurrency: int | None = Field(default=None, ge=1)
+    concurrency: int | None = Field(default=None, ge=1, le=MAX_CLIENTS)
     """buffered: clients at work at a time. None asks every client that asks for work."""
 
 
@@ -236,12 +237,12 @@ class SecureAggregationSection(Section):
     pinned each other's keys."""
     threshold: float = Field(default=2 / 3, gt=0.5, le=1)
     """Share of a cohort that must last to the end of a sum; so many clients together could unmask an update."""
-    max_change: float = Field(default=4.0, gt=0, le=1e6)
+    max_change: float = Field(default=4.0, ge=1e-6, le=1e6)
     """Largest absolute change of one value in one round. Values are rounded to steps of about max_change times
     max_clients / 2³¹."""
     max_clients: int = Field(default=256, ge=3, le=1000)
     """Most clients in one sum."""
-    step_deadline_s: float = Field(default=60.0, gt=0)
+    step_deadline_s: float = Field(default=60.0, gt=0, le=1e8)
     """Seconds after which a step of the sum goes on without those who are missing."""
 
     @property
@@ -255,13 +256,13 @@ class FederatedEvaluationSection(Section):
 
     enabled: bool = False
     """True asks for it; a client whose policy has no data.held_out refuses the run."""
-    every: int = Field(default=1, ge=1)
+    every: int = Field(default=1, ge=1, le=MAX_ROUNDS)
     """Evaluate in the first round and every so many rounds after it, before training: the adapter as broadcast."""
     personalised: bool = False
     """Evaluate after training too: the adapter as this client's own steps leave it."""
-    noise_multiplier: float = Field(default=10.0, gt=0)
+    noise_multiplier: float = Field(default=10.0, ge=0.01, le=1000)
     """Noise standard deviation over the most that one row adds to the released sums, which is 1. Private runs only."""
-    max_loss: float = Field(default=10.0, gt=0)
+    max_loss: float = Field(default=10.0, ge=1e-3, le=1e4)
     """Loss in nats at which that of one row is cut."""
 
     def due(self, round: int) -> bool:
@@ -281,7 +282,7 @@ class DataSection(Section):
     """Name of a packaged data set (sentiment, newsgroups, fashion-mnist), or a folder; see data.md for its layouts."""
     columns: dict[Column, str] = Field(default_factory=dict)
     """The files' names of columns: body for text is `text = "body"`. One left out has its own name."""
-    clients: int = Field(default=4, ge=1, le=10_000)
+    clients: int = Field(default=4, ge=1, le=MAX_CLIENTS)
     """Number of simulated clients."""
     partition: Literal["iid", "dirichlet", "group", "pathological", "size"] = "iid"
     """iid: at random. dirichlet: label skew. group: by the group column, each group split by Dirichlet. pathological:

@@ -44,6 +44,9 @@ class Role(StrEnum):
 LORA = frozenset({Role.LORA_A, Role.LORA_B})
 """Both factors of a low-rank pair."""
 
+_LEAST_SCALE, _MOST_SCALE = 1e-7, 1e4
+"""What [adapter] alpha over rank can be, from 1e-4 / 512 to 1e4 / 1."""
+
 _RANKED_AXIS = {Role.LORA_A: 0, Role.BASE_A: 0, Role.LORA_B: 1, Role.BASE_B: 1}
 
 
@@ -96,8 +99,10 @@ class Schema:
                 raise SchemaError(f"tensor {spec.name!r} has shape {spec.shape}; 1 to 4 positive sizes allowed")
         if 4 * self.size > MAX_PAYLOAD_BYTES:
             raise SchemaError(f"adapter of {self.size} values exceeds {MAX_PAYLOAD_BYTES} bytes; lower the rank")
-        if not np.isfinite(self.scale) or self.scale <= 0:
-            raise SchemaError(f"LoRA scale {self.scale!r} must be a positive finite number")
+        if not _LEAST_SCALE <= self.scale <= _MOST_SCALE:
+            raise SchemaError(
+                f"LoRA scale {self.scale!r} is not within {_LEAST_SCALE:g} to {_MOST_SCALE:g}; change adapter.alpha"
+            )
 
     @cached_property
     def size(self) -> int:

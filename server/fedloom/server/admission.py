@@ -2,17 +2,14 @@
 
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import ConfigError, ProtocolError
-from fedloom.proto.limits import MAX_NAME_LENGTH
+from fedloom.proto.limits import MAX_CLIENTS, MAX_NAME_LENGTH
 from fedloom.proto.messages import PROTOCOL_VERSION
 from fedloom.proto.run import RunConfig
 from fedloom.server.buffered import check_buffered
 from fedloom.server.members import Member, Members
 from fedloom.strategies.api import Strategy
 
-__all__ = ["MAX_CLIENTS", "MAX_EXAMPLES", "admitted", "check_config", "check_join", "check_room", "check_work"]
-
-MAX_CLIENTS = 10_000
-"""Most client names one run admits, the upper end of [data] clients."""
+__all__ = ["MAX_EXAMPLES", "admitted", "check_config", "check_join", "check_room", "check_work"]
 
 MAX_EXAMPLES = 10**12
 """Most examples one client may declare; more is a typing error or an attack on the weights."""

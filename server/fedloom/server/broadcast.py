@@ -2,11 +2,11 @@
 
 import hashlib
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from fedloom.proto.checks import overridden
 from fedloom.proto.codec import codec
-from fedloom.proto.errors import CodecError, ConfigError, SchemaError
+from fedloom.proto.errors import CodecError, ConfigError, ProtocolError, SchemaError
 from fedloom.proto.failpoints import failpoint
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
 from fedloom.proto.run import RunConfig
@@ -68,11 +68,20 @@ class Broadcasts:
         return self._orders[client]
 
     @failpoint("broadcast.prepare")
-    def prepare(self, clients: Iterable[str]) -> None:
-        """Encode ahead of time what these clients will ask for; what cannot be encoded fails when it is asked for."""
-        with suppress(ConfigError, SchemaError, CodecError):
+    def prepare(self, clients: Iterable[str]) -> CodecError | None:
+        """Encode ahead of time what these clients will ask for; other errors than the codec's are left until then.
+
+        Returns:
+            Why the broadcast cannot be encoded; None if it can.
+        """
+        try:
             for client in clients:
                 self.order(client)
+        except CodecError as error:
+            return error
+        except (ConfigError, SchemaError):
+            pass
+        return None
 
     def payload(self, order: Order) -> bytes:
         """The broadcast's bytes."""
@@ -123,6 +132,10 @@ class Broadcasts:
             )
         if Role.HEAD in plan.train and self._config.model.head == "frozen":
             raise ConfigError('the strategy trains the head, but model.head = "frozen"; set it to "train"')
+        try:
+            overridden(self._config.train, plan.local)
+        except ProtocolError as error:
+            raise ConfigError(f"no client would take the strategy's plan: {error}; look at its options") from error
 
     def _role(self, name: str) -> Role:
         """The role of a broadcast tensor; one the schema does not know can only be a correction factor."""

@@ -224,10 +224,10 @@ class Coordinator:
         with ExitStack() as landing:
             with self._lock:
                 landing.enter_context(self._history.arriving(header.digest))
-                order, update = self._history.draft(client, self._members[client].declared_examples)
+                order, update, limit = self._history.draft(client, self._members[client].declared_examples)
                 state = self.state
             try:
-                update = decoded(self._strategy, state, order, payload, update, self.config.rounds.max_update_norm)
+                update = decoded(self._strategy, state, order, payload, update, limit)
                 self._store.put_blob(payload, header.digest)
             except UpdateRejected as error:
                 rejection = error

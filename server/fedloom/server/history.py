@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from fedloom.proto.schema import Schema, Tensors
 from fedloom.server.broadcast import Broadcasts, Order, final
 from fedloom.server.buffered import discounted
 from fedloom.server.decisions import asking, decision
+from fedloom.server.honest import largest_norm
 from fedloom.server.rounds import (
     AdapterCommitted,
     ClientLost,
@@ -150,11 +152,12 @@ class History:
         """
         return self._version(self.rounds.started(client)).order(client)
 
-    def draft(self, client: str, declared_examples: int) -> tuple[Order, Update]:
-        """What this client was asked to do, and its update but for the change."""
+    def draft(self, client: str, declared_examples: int) -> tuple[Order, Update, float]:
+        """What this client was asked to do, its update but for the change, and the bound on that change's norm."""
         order = self.order(client)
         weight = 1.0 if self._config.strategy.weighting == "uniform" else float(declared_examples)
-        return order, Update(client, weight, self._version(self.rounds.started(client)).start(order), {})
+        limit = self._config.rounds.max_update_norm or largest_norm(self._config, order, declared_examples)
+        return order, Update(client, weight, self._version(self.rounds.started(client)).start(order), {}), limit
 
     @contextmanager
     def arriving(self, digest: str) -> Iterator[None]:
@@ -252,14 +255,7 @@ class History:
             )
             raise self._broken
         reach("history.stepped")
-        # Who took part will ask again at once: its broadcast is encoded while the disk takes the state.
-        writing = self._writer.submit(self._store.put_blob, state_to_bytes(state))
-        broadcasts = Broadcasts(self._config, self._schema, self._strategy, state)
-        try:
-            if state.round < self._config.run.rounds:
-                broadcasts.prepare(self.rounds.folding)
-        finally:
-            digest = writing.result()
+        state, broadcasts, digest = self._stored(state)
         reach("history.stored")
         if self.rounds.starts:
             self._older[self.rounds.round] = self.broadcasts
@@ -267,6 +263,35 @@ class History:
         reach("history.committed")
         self.state, self.broadcasts = state, broadcasts
         return state
+
+    def _stored(self, state: State) -> tuple[State, Broadcasts, str]:
+        """The next state with its broadcasts and the digest of its blob; one whose adapter can be sent to clients.
+
+        An update that leads to any other by itself was refused (`submission.decoded`); several may do it together,
+        where a strategy rewrites its factors. The round is then void and the adapter stays, since a run whose adapter
+        no client can have is lost.
+
+        Raises:
+            StoreError: The disk refuses, or what the strategy remembers cannot be sent either.
+        """
+        for adapter in (state.adapter, self.state.adapter):
+            candidate = replace(state, adapter=adapter)
+            # Who took part will ask again at once: its broadcast is encoded while the disk takes the state.
+            writing = self._writer.submit(self._store.put_blob, state_to_bytes(candidate))
+            broadcasts = Broadcasts(self._config, self._schema, self._strategy, candidate)
+            last = candidate.round >= self._config.run.rounds
+            try:
+                unsendable = None if last else broadcasts.prepare(self.rounds.folding)
+            finally:
+                digest = writing.result()
+            if unsendable is None:
+                return candidate, broadcasts, digest
+            _log.error("round %d is void, the adapter stays as it was: %s", self.rounds.round + 1, unsendable)
+        self._broken = StoreError(
+            f"round {self.rounds.round} would give a broadcast that wire.broadcast = "
+            f'"{self._config.wire.broadcast}" cannot carry; nothing is committed, begin a run with "fp32"'
+        )
+        raise self._broken
 
     @failpoint("history.reread")
     def _reread(self, client: str) -> Update:

@@ -17,9 +17,8 @@ from grpc import aio
 from fedloom.proto.address import host_of, loopback_host
 from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.failpoints import reach
-from fedloom.proto.limits import HTTP2_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
+from fedloom.proto.limits import HTTP2_FRAME_BYTES, MAX_CLIENTS, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
-from fedloom.server.admission import MAX_CLIENTS
 from fedloom.server.audit import Audit
 from fedloom.server.auth import Gate
 from fedloom.server.authority import Authority

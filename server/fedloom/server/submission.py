@@ -110,41 +110,66 @@ def check_payload(header: UpdateHeader, payload: bytes, size_bytes: int) -> None
 
 
 @failpoint("submission.decode")
-def decoded(
-    strategy: Strategy, state: State, order: Order, payload: bytes, update: Update, max_norm: float | None = None
-) -> Update:
+def decoded(strategy: Strategy, state: State, order: Order, payload: bytes, update: Update, max_norm: float) -> Update:
     """The update with the payload's values, once it is sure that they may be folded.
 
     Args:
         strategy: Folds the update once for trial, so that what it would refuse is refused before it counts.
-        state: Its state at the start of the round.
+        state: Its state in the round that the update would count in.
         order: What the client was asked to do.
         payload: The encoded change, of the right length.
         update: Client, weight and start; the payload's values take the place of its `delta`.
-        max_norm: Bound on the L2 norm over all tensors; None is none.
+        max_norm: Bound on the L2 norm over all tensors.
 
     Raises:
-        UpdateRejected: The values are not finite, do not decode, are beyond the bound, or the strategy refuses them.
+        UpdateRejected: The values are not finite, do not decode, are beyond the bound, lead where the codec of
+            broadcasts cannot follow, or the strategy refuses them.
     """
     try:
         delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
-        for name, tensor in delta.items():
-            # A square sum is finite only if every value is; it overflows for some that are, which then are looked at.
-            if not np.isfinite(np.vdot(tensor, tensor)) and not np.isfinite(tensor).all():
-                raise UpdateRejected(
-                    f"update of client {update.client!r} holds NaN or Inf in {name!r}; "
-                    "the round goes on without it, lower the learning rate"
-                )
-        if max_norm is not None and not (norm := _norm(delta)) <= max_norm:
-            raise UpdateRejected(
-                f"update of client {update.client!r} has L2 norm {norm:.4g}; rounds.max_update_norm = {max_norm:g} "
-                "is allowed, lower the learning rate or the number of steps"
-            )
         update = replace(update, delta=delta)
+        _check_size(update, max_norm)
+        _check_sendable(codec(order.assignment.broadcast_codec).largest, state.adapter, update)
         strategy.fold(state, None, update)
     except (CodecError, SchemaError) as error:
         raise UpdateRejected(str(error)) from error
     return update
+
+
+def _check_size(update: Update, max_norm: float) -> None:
+    squares = 0.0
+    for name, tensor in update.delta.items():
+        # A square sum is finite only if every value is; it overflows for some that are, which then are looked at.
+        square = float(np.vdot(tensor, tensor))
+        squares += square
+        if not math.isfinite(square) and not np.isfinite(tensor).all():
+            raise UpdateRejected(
+                f"update of client {update.client!r} holds NaN or Inf in {name!r}; "
+                "the round goes on without it, lower the learning rate"
+            )
+    # The sums above are float32's; near the bound and beyond it they are made anew.
+    if not math.sqrt(squares) <= 0.99 * max_norm and not (norm := _norm(update.delta)) <= max_norm:
+        raise UpdateRejected(
+            f"update of client {update.client!r} has L2 norm {norm:.4g}; rounds.max_update_norm = {max_norm:g} "
+            "is allowed, which the run file sets or the run's rates, steps and noise give; lower the learning rate or "
+            "the number of steps"
+        )
+
+
+def _check_sendable(largest: float, adapter: Tensors, update: Update) -> None:
+    """Refuse an update that alone would move a value beyond what the codec of broadcasts carries.
+
+    A mean, a median or another choice between updates that pass is not beyond it either.
+    """
+    if largest >= float(np.finfo(np.float32).max):
+        return
+    for name, delta in update.delta.items():
+        before = adapter[name][tuple(slice(0, size) for size in delta.shape)]
+        if not np.abs(before + delta).max() <= largest:
+            raise UpdateRejected(
+                f"update of client {update.client!r} moves {name!r} beyond {largest:g}, the most that wire.broadcast "
+                "of this run carries; the round goes on without it, lower the learning rate"
+            )
 
 
 def _norm(delta: Tensors) -> float:

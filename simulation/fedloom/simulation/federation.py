@@ -188,14 +188,17 @@ def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
             "privacy": {
                 "epsilon": spec.privacy.epsilon,
                 "delta": spec.privacy.delta,
-                "min_noise_multiplier": spec.privacy.noise_multiplier or spec.privacy.epsilon,
+                "min_noise_multiplier": spec.privacy.noise_multiplier or 1.0,
                 "max_sampling_rate": spec.train.sampling_rate,
+                "min_clip_norm": spec.privacy.clip_norm,
+                "max_clip_norm": spec.privacy.clip_norm,
                 "allow_non_private": not spec.privacy.enabled,
             },
             "limits": {
                 "adapter_kinds": [spec.adapter.kind],
                 "max_steps_per_round": spec.train.steps,
                 "max_rounds": spec.run.rounds,
+                "max_learning_rate": 1e4,  # a strategy may set another one than the run file
             },
         }
     )

@@ -330,7 +330,7 @@ def _noisy_sum(model: AdapterModel, rows: Rows, spec: Spec, entropy: Entropy) ->
             {
                 "client": {"name": "audit", "state": folder},
                 "data": {"source": "made-up", "declared_examples": 1},
-                "privacy": {"epsilon": 1e9, "delta": spec.privacy.delta},
+                "privacy": {"epsilon": 1e4, "delta": spec.privacy.delta},
             }
         )
         trainer = Trainer(model, rows, step, policy, ledger, entropy_for=lambda _: entropy)

@@ -17,6 +17,10 @@ class Codec(Protocol):
     def name(self) -> str:
         """Name used in run files and on the wire."""
 
+    @property
+    def largest(self) -> float:
+        """Largest absolute value that can be encoded."""
+
     def encoded_size(self, schema: Schema) -> int:
         """Exact payload length in bytes, a pure function of the schema."""
 

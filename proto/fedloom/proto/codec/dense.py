@@ -17,6 +17,11 @@ class Dense:
     name: str
     dtype: str
 
+    @property
+    def largest(self) -> float:
+        """Largest finite value of the format."""
+        return float(np.finfo(self.dtype).max)
+
     def encoded_size(self, schema: Schema) -> int:
         """Number of values times the width of one."""
         return schema.size * np.dtype(self.dtype).itemsize
@@ -36,7 +41,7 @@ class Dense:
         with np.errstate(over="ignore"):  # an overflow is found below and reported by tensor
             values = np.ascontiguousarray(tensor, self.dtype)
         if values.itemsize < 4 and np.isinf(values).any() and np.isfinite(tensor).all():
-            raise CodecError(f"{name!r} has a value beyond {np.finfo(self.dtype).max:g} of {self.name}; use fp32")
+            raise CodecError(f"{name!r} has a value beyond {self.largest:g} of {self.name}; use fp32")
         return values.reshape(-1).view(np.uint8).data
 
     def decode(self, schema: Schema, payload: bytes) -> dict[str, Array]:

@@ -73,6 +73,11 @@ class FixedPoint:
         """Difference of neighbouring values. Rounding moves a value, and a mean of values, by at most half of it."""
         return self.max_change / self.levels
 
+    @property
+    def largest(self) -> float:
+        """Largest absolute value that can be encoded."""
+        return self.max_change
+
     def check(self, clients: int) -> None:
         """Refuse a cohort whose sum could overflow.
 
