@@ -15,6 +15,7 @@ state = "state"
 
 [data]
 source = "train.csv"
+labels = ["a", "b"]
 declared_examples = 1000
 """
 
@@ -29,7 +30,7 @@ def file(tmp_path: Path) -> Path:
 def policy(**sections: dict[str, Any]) -> Policy:
     tables: dict[str, dict[str, Any]] = {
         "client": {"name": "hospital-a"},
-        "data": {"source": "train.csv", "declared_examples": 1000},
+        "data": {"source": "train.csv", "labels": ["a", "b"], "declared_examples": 1000},
         "privacy": {"min_noise_multiplier": 0.8, "max_sampling_rate": 0.1},
         "limits": {"adapter_kinds": ["lora"], "max_steps_per_round": 20, "max_rounds": 30},
     }
@@ -61,6 +62,14 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "delta": ({"privacy": {"delta": 1e-3}}, "delta 0.001 (below 1/declared_examples = 0.001)"),
     "steps": ({"train": {"steps": 21}}, "21 steps a round (at most 20)"),
     "rounds": ({"run": {"rounds": 31}}, "31 rounds (at most 30)"),
+    "task": (
+        {"model": {"task": "token-classification"}},
+        "task token-classification (data.task = text-classification)",
+    ),
+    "labels": (
+        {"model": {"labels": ["b", "a"]}},
+        "model.labels ['b', 'a'] (data.labels = ['a', 'b']; name and order must be the same)",
+    ),
     "kind": ({"adapter": {"kind": "bias"}}, "adapter kind bias (allowed: lora)"),
 }
 
