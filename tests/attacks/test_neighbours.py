@@ -82,9 +82,8 @@ class Site:
             }
         )
         scripted = _coordinator(self.spec, spec or self.spec, rounds)
-        with listening(scripted) as address, closing(GrpcConnection(address)) as line:
-            with suppress(FedloomError):
-                _life(policy, line, scripted)
+        with listening(scripted) as address, closing(GrpcConnection(address)) as line, suppress(FedloomError):
+            _life(policy, line, scripted)
         return scripted.heard, scripted.beats
 
 
