@@ -182,7 +182,7 @@ def test_a_folder_has_one_file_for_each_split(tmp_path: Path) -> None:
             b"text,label\nfine,positive\npoor,bad\n",
             r"line 3: a label is not among those expected; use 'negative'",
         ),
-        ("a.csv", b"text,label\nfine,2\n", "line 2: a label is none of.* index from 0 to 1"),
+        ("a.csv", b"text,label\nfine,2\n", "line 2: a label is not among those expected.* index from 0 to 1"),
         ("a.csv", b"text,label\n  ,positive\n", "line 2: the text is empty"),
         ("a.csv", b"text,label\nfine\n", "line 2: 2 fields are needed"),
         ("a.csv", b"text,label\nfine, really,positive\n", "line 2: 2 fields are needed"),
