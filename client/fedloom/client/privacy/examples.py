@@ -56,13 +56,8 @@ def claim(anchors: Path, account: str, texts: Sequence[str], *, written: bool = 
                     _refuse_shared(path, pairs)
                     _refuse_alike(path, mine)
             own = anchors / f"{account}.examples"
-            before, digests = _read(own), {each for pair in pairs for each in pair}
-            if not digests <= before:
-                write_durably(own, *sorted(digests | before))
-            drawn = _read_sketches(own)
-            both = np.unique(np.concatenate([drawn, mine]), axis=0)  # sorted: they do not tell the order of the rows
-            if len(both) > len(drawn):
-                write_durably(own.with_suffix(".sketches"), both.astype("<u2").tobytes())
+            _add(own, {each for pair in pairs for each in pair}, _SIZE)
+            _add(own.with_suffix(".sketches"), {each.tobytes() for each in mine}, mine.itemsize * SIZE)
     except OSError as error:
         raise LedgerError(f"the records of examples in {anchors} cannot be used: {error}") from error
 
@@ -72,7 +67,7 @@ def _digest(text: str, key: bytes) -> bytes:
 
 
 def _refuse_shared(path: Path, pairs: list[tuple[bytes, bytes]]) -> None:
-    known = _read(path)
+    known = _read(path, _SIZE)
     if shared := sum(exact in known or plain in known for exact, plain in pairs):
         raise LedgerError(
             f"{shared} of {len(pairs)} texts are charged to another account of this machine, whose anchor "
@@ -82,7 +77,9 @@ def _refuse_shared(path: Path, pairs: list[tuple[bytes, bytes]]) -> None:
 
 
 def _refuse_alike(path: Path, mine: Sketches) -> None:
-    known = _read_sketches(path)
+    # The first release kept no sketches.
+    known = np.frombuffer(b"".join(_read(path.with_suffix(".sketches"), mine.itemsize * SIZE)), mine.dtype)
+    known = known.reshape(-1, SIZE)
     close = int(alike(mine, known).sum())
     if close and close >= _SHARE * min(len(mine), len(known)):
         raise LedgerError(
@@ -113,17 +110,16 @@ def _key(path: Path) -> bytes:
     return key
 
 
-def _read(path: Path) -> set[bytes]:
+def _read(path: Path, size: int) -> set[bytes]:
+    """The records of one file, each of `size` bytes; none if there is no file."""
     content = path.read_bytes() if path.exists() else b""
-    if len(content) % _SIZE:
+    if len(content) % size:
         raise LedgerError(f"{path} is cut off; restore it from a backup")
-    return {content[start : start + _SIZE] for start in range(0, len(content), _SIZE)}
+    return {content[start : start + size] for start in range(0, len(content), size)}
 
 
-def _read_sketches(examples: Path) -> Sketches:
-    """Those beside a file of digests; the first release kept none."""
-    path = examples.with_suffix(".sketches")
-    content = path.read_bytes() if path.exists() else b""
-    if len(content) % (2 * SIZE):
-        raise LedgerError(f"{path} is cut off; restore it from a backup")
-    return np.frombuffer(content, "<u2").astype(np.uint16).reshape(-1, SIZE)
+def _add(path: Path, records: set[bytes], size: int) -> None:
+    """Add to a file what it lacks. Records are sorted, so that they do not tell the order of the rows."""
+    before = _read(path, size)
+    if not records <= before:
+        write_durably(path, *sorted(records | before))

@@ -75,7 +75,7 @@ def sketches(texts: Iterable[str], key: bytes) -> Sketches:
     drawn = np.frombuffer(hashlib.shake_256(b"fedloom sketch 1\n" + key).digest(8 * (SIZE + 2)), np.uint64)
     orders, mixing = drawn[:SIZE] | np.uint64(1), drawn[SIZE:] | np.uint64(1)
     found = [_sketch([_hashed(word, key, known) for word in _words(text)], orders, mixing) for text in texts]
-    return np.array(found, np.uint16).reshape(-1, SIZE)
+    return np.array(found, "<u2").reshape(-1, SIZE)  # of one byte order, whatever machine reads them again
 
 
 def _words(text: str) -> list[str]:
