@@ -89,10 +89,12 @@ class Trainer:
         rows, held_out = split(rows, policy.data.held_out)
         if len(rows) == 0:
             raise DataError(f"data.held_out = {policy.data.held_out:g} leaves no example to train on; lower it")
-        self.encoded: Encoded = encode(rows, model.tokenizer, spec.model.max_length)
+        # What a private run's settings make of a row must not end the run: that would tell that there is such a row.
+        strict = not spec.privacy.enabled
+        self.encoded: Encoded = encode(rows, model.tokenizer, spec.model.max_length, strict=strict)
         # Rows that this run does not evaluate on are not worth their tokens.
         scored = held_out if spec.federated_evaluation.enabled else held_out.take(np.zeros(0, np.int64))
-        self.held_out: Encoded = encode(scored, model.tokenizer, spec.model.max_length)
+        self.held_out: Encoded = encode(scored, model.tokenizer, spec.model.max_length, strict=strict)
         self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
         self._personal: dict[str, Array] = {}
         if spec.privacy.enabled:

@@ -61,7 +61,9 @@ class Encoded:
         return 8 if self.targets else 64
 
 
-def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase | Pictures, max_length: int) -> Encoded:
+def encode(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase | Pictures, max_length: int, *, strict: bool = True
+) -> Encoded:
     """Tokenize every row once, keeping at most `max_length` tokens of each, special tokens included.
 
     token-classification: the first token of each word has its tag. causal-lm: each token has the next one's id, if
@@ -69,16 +71,22 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase | Pictures, max_length
     likewise, in the tokenizer's chat template, if the next token is of an assistant's turn. Pictures are brought to
     their size.
 
+    Args:
+        rows: The rows.
+        tokenizer: The model's.
+        max_length: Tokens kept of a text.
+        strict: False makes a single padding token, with nothing to learn, of a text that cannot be encoded: whether a
+            text can be depends on the tokenizer that a run names, and an error would tell that there is such a text.
+
     Raises:
-        DataError: A row gives no token, is no picture, or does not fit the chat template.
+        DataError: A row gives no token, is no picture, or does not fit the chat template, and `strict`.
     """
     if isinstance(tokenizer, Pictures):
         prepared = tuple(tokenizer.pixels(data, f"picture {number}") for number, data in enumerate(rows.images, 1))
         return Encoded((), rows.labels, pixels=prepared, pictures=tokenizer)
     pairs: list[tuple[Ids, Ids]] = []
     for start in range(0, len(rows), _CHUNK):
-        chunk = rows.take(np.arange(start, min(start + _CHUNK, len(rows))))
-        pairs += _ENCODERS[rows.task](chunk, tokenizer, max_length)
+        pairs += _encoded(rows.take(np.arange(start, min(start + _CHUNK, len(rows)))), tokenizer, max_length, strict)
     input_ids = tuple(ids for ids, _ in pairs)
     if not all(map(len, input_ids)):
         number = next(number for number, ids in enumerate(input_ids, 1) if not len(ids))
@@ -89,6 +97,24 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase | Pictures, max_length
     if idle := sum(bool((row == IGNORED).all()) for row in targets):
         log.warning("%d of %d examples have nothing to learn within model.max_length", idle, len(rows))
     return Encoded(input_ids, rows.labels, targets)
+
+
+def _encoded(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, strict: bool) -> list[tuple[Ids, Ids]]:
+    """Ids and targets of each row. Where that fails and is not to, halves are tried, until the row is found."""
+    encoder = _ENCODERS[rows.task]
+    if strict:
+        return list(encoder(rows, tokenizer, max_length))
+    blank = np.array([tokenizer.pad_token_id], np.int32), np.array([IGNORED], np.int32)
+    try:
+        found = list(encoder(rows, tokenizer, max_length))
+    except Exception:
+        if len(rows) == 1:
+            log.warning("a row cannot be encoded and gives nothing to learn; see `fedloom data check` with --run")
+            return [blank]
+        middle = len(rows) // 2
+        halves = (rows.take(np.arange(*bounds)) for bounds in ((0, middle), (middle, len(rows))))
+        return [pair for half in halves for pair in _encoded(half, tokenizer, max_length, strict)]
+    return [pair if len(pair[0]) else blank for pair in found]
 
 
 def _whole(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[Ids, Ids]]:
