@@ -199,7 +199,7 @@ def policy(tmp_path: Path) -> Policy:
     return Policy.model_validate(
         {
             "client": {"name": "site-a", "state": str(tmp_path / "state")},
-            "data": {"source": "unused.csv", "declared_examples": 40},
+            "data": {"source": "unused.csv", "labels": ("negative", "positive"), "declared_examples": 40},
             "privacy": {"epsilon": 50.0, "allow_non_private": True},
         }
     )

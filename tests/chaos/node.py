@@ -31,7 +31,7 @@ def policy_of(name: str, folder: Path) -> Policy:
     return Policy.model_validate(
         {
             "client": {"name": name, "state": str(folder), "anchors": str(folder / "anchors")},
-            "data": {"source": "none", "declared_examples": 100},
+            "data": {"source": "none", "labels": ["a", "b"], "declared_examples": 100},
             "privacy": {"epsilon": BUDGET, "delta": DELTA, "allow_non_private": True},
         }
     )

@@ -38,6 +38,7 @@ name = "site"
 
 [data]
 source = "mine.csv"
+labels = ["negative", "positive"]
 declared_examples = 100
 
 [privacy]

@@ -9,8 +9,13 @@ import pytest
 
 POLICY = """
 client = { name = "hospital", state = "state", anchors = "anchors" }
-data = { source = "notes.tsv", columns = { text = "note", label = "mood" }, declared_examples = 20 }
-privacy = { delta = 1e-3 }
+[data]
+source = "notes.tsv"
+columns = { text = "note", label = "mood" }
+labels = ["no", "yes"]
+declared_examples = 20
+[privacy]
+delta = 1e-3
 """
 RUN = """
 run = { name = "flu", rounds = 4 }

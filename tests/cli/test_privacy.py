@@ -22,7 +22,7 @@ privacy = { epsilon = 5.0, delta = 1e-5, noise_multiplier = 1.2 }
 """
 POLICY = """
 client = { name = "hospital" }
-data = { source = "none.csv", declared_examples = 3000 }
+data = { source = "none.csv", labels = ["no", "yes"], declared_examples = 3000 }
 privacy = { epsilon = 1.5, delta = 1e-6 }
 """
 EACH = Spend(0.05, 1.2, 5)

@@ -58,17 +58,19 @@ def test_the_same_examples_get_no_fresh_budget_in_another_folder(policy: Policy,
 def test_the_records_do_not_tell_which_texts_they_are_about(policy: Policy) -> None:
     open_account(policy, rows("a", "b")).close()
     (record,) = default_anchors().glob("*.examples")
-    first = record.read_bytes()
-    assert len(first) == 32
+    sketched = record.with_suffix(".sketches")
+    first, drawn = record.read_bytes(), sketched.read_bytes()
+    assert (len(first), len(drawn)) == (32, 128)
 
-    record.unlink()
-    (default_anchors() / "examples.key").unlink()
+    for path in (record, sketched, default_anchors() / "examples.key"):
+        path.unlink()
     open_account(policy, rows("a", "b")).close()
 
     assert not {first[:16], first[16:]} & {record.read_bytes()[:16], record.read_bytes()[16:]}
+    assert not {drawn[:64], drawn[64:]} & {sketched.read_bytes()[:64], sketched.read_bytes()[64:]}
 
 
-@pytest.mark.parametrize("name", ["examples.key", "*.examples"])
+@pytest.mark.parametrize("name", ["examples.key", "*.examples", "*.sketches"])
 def test_records_that_were_cut_are_refused(policy: Policy, tmp_path: Path, name: str) -> None:
     open_account(policy, rows("a")).close()
     (path,) = default_anchors().glob(name)

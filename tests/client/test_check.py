@@ -34,6 +34,11 @@ def site(
     )
 
 
+def unnamed(policy: Policy) -> Policy:
+    """A policy that does not say what its rows are for."""
+    return policy.model_copy(update={"data": policy.data.model_copy(update={"labels": ()})})
+
+
 def said(report: Report, level: str) -> list[str]:
     return [finding.text for finding in report.findings if finding.level == level]
 
@@ -82,7 +87,7 @@ def test_every_fault_is_counted_with_the_place_of_the_first(policy: Policy, spec
     assert "line 3: the text is empty" in errors
     assert "1 row, the first at" in errors
     assert "2 fields are needed" in errors
-    assert "2 labels are none of the run's ('negative', 'positive'): '7', 'neutral'" in errors
+    assert "2 labels are not among those expected ('negative', 'positive'): '7', 'neutral'" in errors
     for oddity in ("the same content again", "read as Latin-1", "U+FFFD", "control characters"):
         assert oddity in warnings
     assert "line 8: the same content" in warnings
@@ -146,11 +151,22 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...], str]] = [
 def test_without_a_run_the_columns_tell_the_task(
     header: tuple[str, ...], row: tuple[str, ...], task: str, policy: Policy, tmp_path: Path
 ) -> None:
-    report = check(site(policy, tmp_path, [row], header), None)
+    report = check(unnamed(site(policy, tmp_path, [row], header)), None)
 
     assert report.survey.task == task
     assert report.sound
     assert (report.lengths, report.cost) == (None, None)
+
+
+def test_the_policy_and_not_the_run_says_which_labels_are_known(policy: Policy, spec: Spec, tmp_path: Path) -> None:
+    policy = site(policy, tmp_path, unlike(GOOD))
+    renamed = spec.model_copy(update={"model": spec.model.model_copy(update={"labels": ("bad", "good")})})
+
+    report = check(policy, renamed)
+
+    assert not report.survey.unknown
+    (error,) = said(report, "error")
+    assert "model.labels ['bad', 'good'] (data.labels = ['negative', 'positive']" in error
 
 
 def test_without_a_run_other_formats_are_told_apart_too(policy: Policy, tmp_path: Path) -> None:
@@ -161,7 +177,7 @@ def test_without_a_run_other_formats_are_told_apart_too(policy: Policy, tmp_path
     for task, row in rows.items():
         path = tmp_path / f"{task}.jsonl"
         path.write_text(json.dumps(row) + "\n")
-        data = policy.data.model_copy(update={"source": str(path)})
+        data = policy.data.model_copy(update={"source": str(path), "labels": ()})
         assert check(policy.model_copy(update={"data": data}), None).survey.task == task
 
 

@@ -93,7 +93,9 @@ def test_sentiment_follows_the_order_of_the_run_files_labels(sentiment: tuple[Ro
 
 
 def test_sentiment_with_other_label_names_is_refused() -> None:
-    with pytest.raises(DataError, match=r"GroundTruth\.txt line \d+: a label is none of the run's; use 'bad', 'good'"):
+    with pytest.raises(
+        DataError, match=r"GroundTruth\.txt line \d+: a label is not among those expected; use 'bad', 'good'"
+    ):
         load_rows("sentiment", ("bad", "good"), "train")
 
 
@@ -175,8 +177,12 @@ def test_a_folder_has_one_file_for_each_split(tmp_path: Path) -> None:
         ("a.csv", b"", r"columns \(none\) but not text and label"),
         ("a.csv", b"text,label\n", "has no rows"),
         ("a.csv", b"text,tag\nfine,positive\n", "columns text, tag but not label"),
-        ("a.csv", b"text,label\nfine,positive\npoor,bad\n", r"line 3: a label is none of the run's; use 'negative'"),
-        ("a.csv", b"text,label\nfine,2\n", "line 2: a label is none of.* index from 0 to 1"),
+        (
+            "a.csv",
+            b"text,label\nfine,positive\npoor,bad\n",
+            r"line 3: a label is not among those expected; use 'negative'",
+        ),
+        ("a.csv", b"text,label\nfine,2\n", "line 2: a label is not among those expected.* index from 0 to 1"),
         ("a.csv", b"text,label\n  ,positive\n", "line 2: the text is empty"),
         ("a.csv", b"text,label\nfine\n", "line 2: 2 fields are needed"),
         ("a.csv", b"text,label\nfine, really,positive\n", "line 2: 2 fields are needed"),

@@ -104,7 +104,7 @@ def test_documents_are_read_back_as_the_same_rows(task: Task, tmp_path: Path) ->
         (
             "token-classification",
             {"tokens": ["a"], "tags": ["LOC"]},
-            "line 2: a label is none of the run's; use 'O', 'P",
+            "line 2: a label is not among those expected; use 'O', 'P",
         ),
         ("token-classification", {"tokens": ["\ud800"], "tags": ["O"]}, "half of a surrogate pair"),
         ("token-classification", {"tokens": ["a"], "tags": ["O"], "text": "a"}, "both text and tokens; keep one"),

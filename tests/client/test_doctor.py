@@ -139,7 +139,7 @@ def _half_weights(home: Home) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Home], None], tuple[str, ...], str, str]] = {
     "empty data": (_no_data, (), "data", "is empty"),
-    "a row of another label": (_damaged_row, (), "rows", "line 2: a label is none"),
+    "a row of another label": (_damaged_row, (), "rows", "line 2: a label is not among"),
     "another base": (_other_weights, (), "base model", "this site allows"),
     "no base": (_no_weights, (), "base model", r"no \*\.safetensors"),
     "a base cut short": (_half_weights, ("model.digests=[]",), "base model", "cannot be read"),

@@ -14,6 +14,7 @@ state = "state"
 
 [data]
 source = "train.csv"
+labels = ["a", "b"]
 declared_examples = 1000
 """
 
@@ -28,7 +29,7 @@ def file(tmp_path: Path) -> Path:
 def policy(**sections: dict[str, Any]) -> Policy:
     tables: dict[str, dict[str, Any]] = {
         "client": {"name": "hospital-a"},
-        "data": {"source": "train.csv", "declared_examples": 1000},
+        "data": {"source": "train.csv", "labels": ["a", "b"], "declared_examples": 1000},
         "privacy": {
             "min_noise_multiplier": 0.8,
             "max_sampling_rate": 0.1,
@@ -74,6 +75,14 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "head learning rate": ({"train": {"head_learning_rate": 1.2}}, "learning rate 1.2 (at most 1)"),
     "small clip norm": ({"privacy": {"clip_norm": 0.4}}, "clip norm 0.4 (0.5 to 0.5)"),
     "large clip norm": ({"privacy": {"clip_norm": 0.6}}, "clip norm 0.6 (0.5 to 0.5)"),
+    "task": (
+        {"model": {"task": "token-classification"}},
+        "task token-classification (data.task = text-classification)",
+    ),
+    "labels": (
+        {"model": {"labels": ["b", "a"]}},
+        "model.labels ['b', 'a'] (data.labels = ['a', 'b']; name and order must be the same)",
+    ),
     "kind": ({"adapter": {"kind": "bias"}}, "adapter kind bias (allowed: lora)"),
 }
 

@@ -173,7 +173,7 @@ def test_a_failed_probe_is_told_as_a_refusal_and_no_more(
     ):
         Participant(recorder, policy, lambda _: Trainer(tiny_model, rows, spec, policy, ledger)).run()
 
-    assert recorder.messages == [("join", "site-a", 0), ("leave", "refused: ModelError")]
+    assert recorder.messages == [("join", "site-a", 0), ("leave", "refused")]
 
 
 # What a message to the coordinator may hold. A field that is added here needs a reason why it is public, or noise.

@@ -200,7 +200,7 @@ def test_a_damaged_update_is_never_sent_and_its_round_never_computed_again(
     with pytest.raises(PolicyError, match="round 1 of run 'run-1' was answered before"):
         started(line, policy, trainer, tmp_path).run()
 
-    assert line.reasons == ["refused: LedgerError", "refused: PolicyError"]
+    assert line.reasons == ["refused", "refused"]
     assert len(line.sent) == len(ledger.charges()) == trainer.trained == 1
 
 
@@ -245,7 +245,7 @@ def test_a_round_that_is_refused_again_and_again_ends_the_clients_part(
 
     assert len(line.sent) == 6
     assert len(set(line.sent)) == len(ledger.charges()) == 1
-    assert line.reasons == ["refused: PolicyError"]
+    assert line.reasons == ["refused"]
 
 
 @pytest.mark.parametrize("failure", [None, UpdateRejected("NaN")], ids=["taken", "rejected"])

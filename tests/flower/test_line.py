@@ -136,7 +136,7 @@ def test_one_who_leaves_in_the_middle_keeps_nobody_else_from_an_answer(
 def test_a_request_that_is_none_is_refused(served: Path) -> None:
     head, payload = ask(served, NOBODY, b"{}", b"")
 
-    assert (reply_from_json(head).refusal, payload) == ("ProtocolError", b"")
+    assert (reply_from_json(head).refusal, payload) == ("refused", b"")
 
 
 def test_a_trainer_ends_with_its_parent_or_when_idle_and_leaves_no_socket(policy: Policy, short: Path) -> None:

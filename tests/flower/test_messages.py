@@ -35,7 +35,7 @@ def test_a_request_comes_back_as_it_was(work: Callable[[int], Request]) -> None:
 
 
 def test_a_reply_comes_back_as_it_was() -> None:
-    for reply in (Reply("site-a", 40), Reply("site-a", 40, HEADER), Reply("", refusal="PolicyError")):
+    for reply in (Reply("site-a", 40), Reply("site-a", 40, HEADER), Reply("", refusal="refused")):
         assert reply_from_json(reply_to_json(reply)) == reply
 
 

@@ -169,7 +169,7 @@ def test_a_site_that_refuses_is_not_asked_again_and_the_round_goes_on_without_it
 
     def change(node: int, request: Request) -> tuple[bytes, bytes] | None:
         if node == 0 and request.assignment is not None:
-            return reply_to_json(Reply("client-2", refusal="BudgetError")), b""
+            return reply_to_json(Reply("client-2", refusal="refused")), b""
         return None
 
     sites.change = change

@@ -55,12 +55,15 @@ def client(
     from fedloom.client.connection import GrpcConnection
     from fedloom.client.enrolment import renewing
     from fedloom.client.export import save_final
+    from fedloom.client.own import own_data
+    from fedloom.client.pace import AT_ONCE, Pace
     from fedloom.client.participant import Participant
     from fedloom.client.prepare import prepare
     from fedloom.client.privacy.account import spool_folder
     from fedloom.client.privacy.spool import kept
     from fedloom.client.trainer import Trainer
 
+    own = own_data(site)  # whatever is wrong with the data is found before a coordinator hears of this client
     upload, download = site.compute.upload_bytes_per_s, site.compute.download_bytes_per_s
     connection = GrpcConnection(server, folder, upload=upload, download=download)
     spool, name = spool_folder(site), site.client.name
@@ -74,7 +77,7 @@ def client(
         rounds = joined.spec.run.rounds
         rest = pace(rounds)
         participant.delivered = lambda number: tell(f"round {number}/{rounds} sent{rest(number)}")
-        made.append(prepare(site, joined.spec, announce=tell, owing=kept(spool, joined.run, name) is not None))
+        made.append(prepare(site, joined.spec, own, announce=tell, owing=kept(spool, joined.run, name) is not None))
         return made[-1]
 
     def save(tensors: "Tensors") -> None:
@@ -82,7 +85,8 @@ def client(
         save_final(made[-1].model, made[-1].spec, tensors, adapter)
         tell(f"the run's adapter is in {adapter}")
 
-    participant = Participant(connection, site, ready, spool=spool)
+    # Whoever can reach the loopback interface can watch this process work.
+    participant = Participant(connection, site, ready, spool=spool, pace=AT_ONCE if insecure else Pace())
     out.print(f"{participant.name}: joining {server}", markup=False)
     with closing(connection), renewing(server, folder) if folder else nullcontext():
         finished = participant.run(ended=save if adapter is not None else None)

@@ -76,7 +76,7 @@ def init(
     rate = _rate(source, words, limit is not None)
     texts = {path: _run_file(path, chosen, words, model, limit, source, rate)}
     if policy is not None:
-        texts[policy] = _policy_file(policy, path, limit, rate)
+        texts[policy] = _policy_file(policy, path, words, limit, rate)
     for target in texts:
         if target.exists():
             raise ConfigError(f"{target} exists and is left as it is; give another name, or move it away")
@@ -217,15 +217,16 @@ def _run_file(
     return preface + _checked(RunConfig, tables, path)
 
 
-def _policy_file(path: Path, run: Path, epsilon: float | None, rate: float) -> str:
+def _policy_file(path: Path, run: Path, labels: tuple[str, ...], epsilon: float | None, rate: float) -> str:
     """A whole policy file, which `load_policy` takes and which allows the run."""
     from fedloom.client.config import Policy
 
     privacy: dict[str, Any] = {"epsilon": epsilon or 6.0, "delta": 1e-5, "min_noise_multiplier": 0.3}
+    named = {"labels": list(labels)} if labels else {}
     privacy |= {"max_sampling_rate": max(0.1, rate), "allow_non_private": epsilon is None}
     tables: dict[str, dict[str, Any]] = {
         "client": {"name": "site-a", "state": "fedloom-state"},
-        "data": {"source": "train.csv", "declared_examples": 1000},
+        "data": {"source": "train.csv", "task": _task(labels), **named, "declared_examples": 1000},
         "privacy": privacy,
         "limits": {"max_steps_per_round": 100, "max_rounds": 100},
         "compute": {"device": "auto"},

@@ -85,8 +85,10 @@ def check(policy: Policy, spec: Spec | None) -> Report:
         DataError: The data cannot be read at all.
     """
     names, source = policy.data.columns, policy.data.source
-    task = spec.model.task if spec else guess_task(source, names)
-    labels = spec.model.labels if spec else ()
+    task, labels = policy.data.own_task, policy.data.labels
+    if task is None:
+        task = spec.model.task if spec else guess_task(source, names)
+        labels = spec.model.labels if spec else ()
     report = Report(survey(source, labels, Layout(task, names)))
     _judge_rows(report, labels)
     if spec is None:
@@ -96,7 +98,7 @@ def check(policy: Policy, spec: Spec | None) -> Report:
     except PolicyError as error:
         report.findings.append(Finding("error", str(error)))
     if report.survey.usable:
-        _judge_lengths(report, policy, spec)
+        _judge_lengths(report, policy, spec, labels)
     if spec.privacy.enabled:
         _judge_size(report, policy, spec)
         _judge_cost(report, policy, spec)
@@ -113,7 +115,8 @@ def _judge_rows(report: Report, labels: tuple[str, ...]) -> None:
         add(
             Finding(
                 "error",
-                f"{found.unknown.total()} labels are none of the run's ({_some([repr(each) for each in labels])}): "
+                f"{found.unknown.total()} labels are not among those expected "
+                f"({_some([repr(each) for each in labels])}): "
                 f"{_some([repr(each) for each in sorted(found.unknown)])}; correct them in the data",
             )
         )
@@ -124,13 +127,13 @@ def _judge_rows(report: Report, labels: tuple[str, ...]) -> None:
         add(Finding("warning", f"no row has the label {_some([repr(each) for each in absent])}"))
 
 
-def _judge_lengths(report: Report, policy: Policy, spec: Spec) -> None:
+def _judge_lengths(report: Report, policy: Policy, spec: Spec, labels: tuple[str, ...]) -> None:
     add, most = report.findings.append, spec.model.max_length
     try:
         folder = allowed_base(policy, spec)
-        if spec.model.task == "image-classification":
+        if report.survey.task == "image-classification":
             return
-        found = report.lengths = lengths(report.survey, spec.model.labels, load_tokenizer(folder), most)
+        found = report.lengths = lengths(report.survey, labels, load_tokenizer(folder), most)
     except (DataError, ModelError, PolicyError) as error:
         add(Finding("error", str(error)))
         return

@@ -1,15 +1,16 @@
 """The client's own policy file: what this site allows, whatever a coordinator asks."""
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedloom.client.hours import check_hours
 from fedloom.proto.errors import PolicyError
 from fedloom.proto.limits import MAX_ROUNDS
-from fedloom.proto.run import Column, Spec
+from fedloom.proto.run import LANGUAGE, Column, Spec, Task
 from fedloom.proto.tables import Section, explain, parse, read_toml
 
 __all__ = [
@@ -59,6 +60,13 @@ class DataPolicy(Section):
     source: str
     """A file (.csv, .tsv, .jsonl or .parquet), a folder with such a file called train, a folder that Hugging Face's
     save_to_disk wrote, or pictures in a folder for each class. The columns of each task are in data.md."""
+    task: Task | None = None
+    """What the rows are for, as model.task of a run: other runs are refused. Left out beside labels it is
+    text-classification. A private run needs this and labels: what makes a row malformed is never a coordinator's to
+    say."""
+    labels: tuple[str, ...] = Field(default=(), max_length=10_000)
+    """Label names, at least 2, which a run must have as model.labels, in this order. A label in the data is one of
+    these, or its index. causal-lm and instruct have none."""
     columns: dict[Column, str] = Field(default_factory=dict)
     """The files' names of columns: body for text is `text = "body"`. One left out has its own name. If it names what
     rows are about (text, tokens, prompt, messages or image), nothing else of that kind is read, whatever is asked."""
@@ -68,6 +76,21 @@ class DataPolicy(Section):
     held_out: float = Field(default=0.0, ge=0, le=0.5)
     """Share of the rows that is never trained on but evaluated on, in runs that ask for it: [federated_evaluation]. A
     row's text decides its side. 0 holds none out and refuses such runs. declared_examples leaves these rows out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.task in LANGUAGE and self.labels:
+            raise ValueError(f"data.labels has {len(self.labels)} names but {self.task} predicts tokens; remove them")
+        if len(self.labels) == 1:
+            raise ValueError("data.labels has one name; name at least 2, in the order of the run's model.labels")
+        return self
+
+    @property
+    def own_task(self) -> Task | None:
+        """The task that the rows are read for whatever a run asks; None where this policy does not say all of it."""
+        if self.labels or self.task in LANGUAGE:
+            return self.task or "text-classification"
+        return None
 
 
 class ModelPolicy(Section):
@@ -200,7 +223,8 @@ def check_spec(policy: Policy, spec: Spec) -> None:
     Raises:
         PolicyError: Lists every rule that the run breaks, with what was asked and what is allowed.
     """
-    problems = _range_problems(spec) + _privacy_problems(policy, spec) + _sum_problems(policy, spec)
+    problems = _range_problems(spec) + _data_problems(policy, spec)
+    problems += _privacy_problems(policy, spec) + _sum_problems(policy, spec)
     if spec.federated_evaluation.enabled and not policy.data.held_out:
         problems.append("evaluation by its clients (data.held_out = 0; set it, such as to 0.1, to take part in that)")
     if spec.train.steps > policy.limits.max_steps_per_round:
@@ -223,6 +247,25 @@ def _range_problems(spec: Spec) -> list[str]:
     except ValidationError as error:
         return [explain(error, Spec)]
     return []
+
+
+def _data_problems(policy: Policy, spec: Spec) -> list[str]:
+    """Compares two public things, so that the answer says nothing of the rows."""
+    mine, asked = policy.data, spec.model
+    if mine.own_task is None and not spec.privacy.enabled:
+        return []
+    if mine.own_task is None:
+        keys = f"task = {json.dumps(asked.task)}"
+        keys += f" and labels = {json.dumps(list(asked.labels), ensure_ascii=False)}" if asked.labels else ""
+        return [f"a private run without data.task and data.labels in this policy; add {keys} to [data] if they are so"]
+    problems = []
+    if asked.task != mine.own_task:
+        problems.append(f"task {asked.task} (data.task = {mine.own_task})")
+    if asked.labels != mine.labels:
+        problems.append(
+            f"model.labels {list(asked.labels)} (data.labels = {list(mine.labels)}; name and order must be the same)"
+        )
+    return problems
 
 
 def _privacy_problems(policy: Policy, spec: Spec) -> list[str]:

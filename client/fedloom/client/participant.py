@@ -12,24 +12,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fedloom.client.config import Policy, check_spec
+from fedloom.client.heartbeat import heartbeats
 from fedloom.client.hours import until_open_s
 from fedloom.client.orders import check_order
+from fedloom.client.pace import AT_ONCE, Pace
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
 from fedloom.client.secagg import Delivery, check_assignment, membership
 from fedloom.client.training import RoundOver, Training, Underway, check_schema, within
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import (
+    ConfigError,
     FedloomError,
     IdentityError,
     LedgerError,
+    ModelError,
     Overloaded,
     PolicyError,
     ProtocolError,
+    SchemaError,
     Unavailable,
     UpdateRejected,
 )
 from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.messages import (
+    REFUSED,
     Assignment,
     Finished,
     Joined,
@@ -53,6 +59,9 @@ _HEARTBEAT_S = 5.0
 _BACKOFF_S = (0.25, 5.0)
 _REST_S = 60.0
 """Longest sleep outside the hours: the clock may be set meanwhile."""
+_TOLD = (PolicyError, ModelError, SchemaError, ProtocolError, ConfigError, LedgerError)
+"""What a client says that it refuses for: functions of the run, the policy, the base model and what was spent. On other
+errors, which may be the data's doing, it falls silent like a machine that died."""
 _MOST_REFUSALS = 3
 """How often one update may be refused for its round and asked for again: a round may close while it is on its way."""
 
@@ -66,6 +75,7 @@ class Participant:
         prepare: Makes the trainer once the run is known and allowed; the base model is loaded here, once.
         spool: Folder of finished updates, so that a client that is started again sends the same bytes again.
             None keeps them in memory only, and the answer to an unfinished round is then lost with the process.
+        pace: When the messages of a private run leave that follow work on the data.
     """
 
     def __init__(
@@ -75,8 +85,9 @@ class Participant:
         prepare: Callable[[Joined], Training],
         *,
         spool: Path | None = None,
+        pace: Pace = AT_ONCE,
     ) -> None:
-        self.connection, self.policy, self.spool = connection, policy, spool
+        self.connection, self.policy, self.spool, self.pace = connection, policy, spool, pace
         self.rounds_trained = 0
         self.delivered: Callable[[int], None] = lambda number: None
         """Called with the number of a round, from 1, once the coordinator has this client's update for it."""
@@ -106,16 +117,17 @@ class Participant:
         """
         if self._trainer is None:
             first = self.connection.join(self.name, 0)
-            with self._leaving_on(FedloomError):
+            with self._leaving_on(*_TOLD):
                 check_spec(self.policy, first.spec)
-                trainer = self._prepare(first)
-                check_schema(trainer, first)
-                self._pending = self._left_over(trainer, first.run)
+                with self._pace(first).preparing():
+                    trainer = self._prepare(first)
+                    check_schema(trainer, first)
+                    self._pending = self._left_over(trainer, first.run)
             self._trainer, self._joined = trainer, first
             reach("participant.prepared")
         # Joining again tells the declared size, which is known once the data set is read.
         joined = self.connection.join(self.name, self._trainer.declared_examples)
-        with self._leaving_on(FedloomError):
+        with self._leaving_on(ProtocolError):
             _check_same_run(self._joined, joined)
         self._joined = joined
         return joined
@@ -141,7 +153,7 @@ class Participant:
             return None  # the hours ended while it asked; `run` leaves the round to others
         with self._leaving_on(PolicyError):
             try:
-                self._pending = self._answered(answer.round) or self._train(answer)
+                self._pending = self._answered(answer.round) or self._work(answer)
             except RoundOver as word:
                 log.info("round %d: it was closed without this client; %s", answer.round + 1, word)
                 time.sleep(random.uniform(0, _BACKOFF_S[0]))
@@ -162,7 +174,7 @@ class Participant:
             PolicyError: The policy refuses the run, or the privacy budget is spent.
         """
         last_contact, attempt, joined = time.monotonic(), 0, False
-        with self._heartbeats():
+        with heartbeats(self.connection, self._busy, lambda: self._task, _HEARTBEAT_S):
             while True:
                 try:
                     if self._pending is None and (closed_s := self._closed_s()):
@@ -249,6 +261,16 @@ class Participant:
             )
         return update
 
+    def _work(self, assignment: Assignment) -> Spooled:
+        """The update for an assignment, or RoundOver, at a coarse time and with signs of life until then."""
+        assert self._joined is not None  # step is only called after join
+        self._busy.set()
+        try:
+            with self._pace(self._joined).training():
+                return self._train(assignment)
+        finally:
+            self._busy.clear()
+
     @failpoint("participant.train")
     def _train(self, assignment: Assignment) -> Spooled:
         """The update for an assignment, or RoundOver."""
@@ -267,7 +289,6 @@ class Participant:
                 f"{incoming.encoded_size(schema)}"
             )
         self._task = task = Underway(assignment.round)
-        self._busy.set()
         try:
             try:
                 payload = self._insist(
@@ -293,7 +314,6 @@ class Participant:
             trainer.release(trained.charge, digest)
             reach("participant.released")
         finally:
-            self._busy.clear()
             self._task = None
         return update
 
@@ -353,44 +373,22 @@ class Participant:
             self.join()
             return call()
 
-    @contextmanager
-    def _leaving_on(self, kind: type[FedloomError]) -> Iterator[None]:
-        """On an error of `kind`, tell the coordinator not to wait; the error goes on.
+    def _pace(self, joined: Joined) -> Pace:
+        return self.pace if joined.spec.privacy.enabled else AT_ONCE
 
-        The peer learns the kind of refusal, not its text: that may name files of this site.
+    @contextmanager
+    def _leaving_on(self, *kinds: type[FedloomError]) -> Iterator[None]:
+        """On an error of these kinds, tell the coordinator not to wait; the error goes on.
+
+        The peer learns that this client refuses and not why: that may name files of this site, or say what is in them.
         """
         try:
             yield
-        except kind as error:
+        except kinds:
             # A line that fails now must not hide why the client leaves; the lease runs out on its own.
             with suppress(Unavailable, ProtocolError, IdentityError):
-                self.connection.leave(f"refused: {type(error).__name__}")
+                self.connection.leave(REFUSED)
             raise
-
-    @contextmanager
-    def _heartbeats(self) -> Iterator[None]:
-        """Keep the lease alive from a thread of its own whenever work holds this one, and hear if it is for nothing."""
-        stop = threading.Event()
-
-        def beat() -> None:
-            while not stop.wait(_HEARTBEAT_S):
-                if not self._busy.is_set():
-                    continue
-                task = self._task  # before the call: what it answers is not about a later one
-                try:
-                    standing = self.connection.heartbeat()
-                    if task is not None:
-                        task.hear(standing)
-                except FedloomError as error:
-                    log.info("heartbeat: %s", error)
-
-        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
 
 
 def _check_same_run(known: Joined | None, joined: Joined) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from fedloom.client.config import Policy
-from fedloom.client.data.load import load_rows
 from fedloom.client.model import allowed_base, load_model
+from fedloom.client.own import Own, own_rows
 from fedloom.client.privacy.account import open_account
 from fedloom.client.privacy.budget import check_affordable, outlook
 from fedloom.client.trainer import Trainer
@@ -18,29 +18,39 @@ __all__ = ["prepare"]
 log = logging.getLogger(__name__)
 
 
-def prepare(policy: Policy, spec: Spec, *, announce: Callable[[str], None] = log.info, owing: bool = False) -> Trainer:
+def prepare(
+    policy: Policy,
+    spec: Spec,
+    own: Own | None = None,
+    *,
+    announce: Callable[[str], None] = log.info,
+    owing: bool = False,
+) -> Trainer:
     """Load everything a client needs, the cheapest check first.
 
     Args:
         policy: The site's policy.
         spec: The run, already checked against it.
+        own: The site's data, read before it joined; None reads them here.
         announce: Gets one line on the budget and what it buys of the run, before anything is trained.
         owing: Whether an update that was paid for still waits to be sent in this run, so that joining is of use
             even if the budget buys nothing more.
 
     Raises:
         BudgetError: The budget does not buy even one round of the run.
-        DataError: The data set is missing or malformed.
+        DataError: The data set is missing or malformed. It never is in a private run whose data were read before.
         PolicyError: The base model is not one this site allows.
         ModelError: The base model cannot be loaded.
         LedgerError: The ledger is in use or cannot be trusted, or the data belongs to another account.
     """
-    rows = load_rows(policy.data.source, spec.model.labels, "train", spec.model.task, policy.data.columns)
-    base = str(allowed_base(policy, spec))
     with ExitStack() as on_failure:
-        ledger = None
+        rows = own.rows if own else own_rows(policy, spec)
+        ledger = own.ledger if own else None
+        if ledger is not None:
+            on_failure.enter_context(ledger)
+        base = str(allowed_base(policy, spec))
         if spec.privacy.enabled:
-            ledger = on_failure.enter_context(open_account(policy, rows))
+            ledger = ledger or on_failure.enter_context(open_account(policy, rows))
             standing = outlook(ledger, spec, policy.privacy)
             announce(str(standing))
             if not owing:

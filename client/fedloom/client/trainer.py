@@ -11,7 +11,7 @@ from torch import nn
 
 from fedloom.client.config import Policy
 from fedloom.client.data.rows import Indices, Rows
-from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches
+from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches, uniform_microbatches
 from fedloom.client.evaluation import Table, answers, released, row_scores, split
 from fedloom.client.fitting import Microbatch, fitting
 from fedloom.client.losses import per_example
@@ -89,10 +89,12 @@ class Trainer:
         rows, held_out = split(rows, policy.data.held_out)
         if len(rows) == 0:
             raise DataError(f"data.held_out = {policy.data.held_out:g} leaves no example to train on; lower it")
-        self.encoded: Encoded = encode(rows, model.tokenizer, spec.model.max_length)
+        # What a private run's settings make of a row must not end the run: that would tell that there is such a row.
+        strict = not spec.privacy.enabled
+        self.encoded: Encoded = encode(rows, model.tokenizer, spec.model.max_length, strict=strict)
         # Rows that this run does not evaluate on are not worth their tokens.
         scored = held_out if spec.federated_evaluation.enabled else held_out.take(np.zeros(0, np.int64))
-        self.held_out: Encoded = encode(scored, model.tokenizer, spec.model.max_length)
+        self.held_out: Encoded = encode(scored, model.tokenizer, spec.model.max_length, strict=strict)
         self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
         self._personal: dict[str, Array] = {}
         if spec.privacy.enabled:
@@ -233,8 +235,8 @@ class Trainer:
         """One Poisson sample: each example on its own with the public rate."""
         return poisson(entropy, len(self.encoded), self.spec.train.sampling_rate)
 
-    def _loss(self, indices: Indices) -> torch.Tensor:
-        return self._batch_loss(collate(self.encoded, indices, self.model.tokenizer.pad_token_id))
+    def _loss(self, indices: Indices, length: int | None = None) -> torch.Tensor:
+        return self._batch_loss(collate(self.encoded, indices, self.model.tokenizer.pad_token_id, length))
 
     def _batch_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Sum of per-example losses; no term of one example depends on another."""
@@ -278,10 +280,10 @@ class Trainer:
     def _sum(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices, size: int) -> None:
         """The clipped sum of one step, from nothing: what an attempt that failed has added is gone."""
         optimizer.restart()
-        for part in microbatches(sample, self.encoded, size):
-            tape.begin(len(part))
-            torch.autograd.backward(self._loss(part))
-            optimizer.accumulate()
+        for part in uniform_microbatches(sample, self.encoded, size, self.spec.model.max_length):
+            tape.begin(len(part.rows))
+            torch.autograd.backward(self._loss(part.rows, part.length))
+            optimizer.accumulate(part.real)
 
     def _plain_steps(
         self,

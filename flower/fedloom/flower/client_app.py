@@ -15,6 +15,7 @@ from fedloom.flower.line import ask, socket_path
 from fedloom.flower.messages import Reply, reply_to_json
 from fedloom.flower.records import packed, unpacked
 from fedloom.proto.errors import ConfigError
+from fedloom.proto.messages import REFUSED
 
 __all__ = ["answer", "app"]
 
@@ -25,9 +26,9 @@ def answer(message: Message, context: Context) -> Message:
     """What the site's resident trainer says; an error's text stays on this machine, since it may name files."""
     try:
         head, payload = _asked(message, context)
-    except Exception as error:
+    except Exception:
         log.exception("the resident trainer was not asked")
-        head, payload = reply_to_json(Reply("", refusal=type(error).__name__)), b""
+        head, payload = reply_to_json(Reply("", refusal=REFUSED)), b""
     return Message(packed(head, payload), reply_to=message)
 
 

@@ -10,11 +10,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from fedloom.client.config import Policy
+from fedloom.client.pace import Pace
 from fedloom.flower.line import listening, receive, send, socket_path
 from fedloom.flower.messages import Reply, reply_to_json, request_from_json
 from fedloom.flower.resident import Resident
 from fedloom.proto.durable import make_folder
 from fedloom.proto.errors import FedloomError
+from fedloom.proto.messages import REFUSED
 
 __all__ = ["run", "serve"]
 
@@ -53,6 +55,7 @@ def run(policy: Policy, idle_s: float, parent: int | None) -> bool:
             policy,
             lambda joined: prepare(policy, joined.spec, owing=kept(spool, joined.run, name) is not None),
             spool,
+            Pace(),
         )
         with closing(listening(path)) as server, closing(resident):
             log.info("%s: listening at %s", name, path)
@@ -86,7 +89,7 @@ def _answer(line: socket.socket, resident: Resident) -> None:
         request = request_from_json(head)
     except FedloomError as error:
         log.warning("a request is refused: %s", error)
-        send(line, reply_to_json(Reply("", refusal=type(error).__name__)), b"")
+        send(line, reply_to_json(Reply("", refusal=REFUSED)), b"")
         return
     reply, update = resident.answer(request, payload)
     send(line, reply_to_json(reply), update)

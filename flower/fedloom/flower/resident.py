@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.client.config import Policy
+from fedloom.client.pace import AT_ONCE, Pace
 from fedloom.client.participant import Participant
 from fedloom.client.training import Training
 from fedloom.flower.messages import Reply, Request
 from fedloom.proto.errors import CodecError, FedloomError, PolicyError, ProtocolError, Unavailable
-from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader
+from fedloom.proto.messages import REFUSED, Answer, Assignment, Finished, Joined, Standing, UpdateHeader
 from fedloom.proto.secagg.steps import StepMessage, StepResult
 
 __all__ = ["Resident"]
@@ -91,10 +92,17 @@ class Resident:
         policy: The site's policy.
         prepare: Makes the trainer once the run is known and allowed.
         spool: Folder of finished updates; None keeps them in memory only.
+        pace: When private runs are answered.
     """
 
-    def __init__(self, policy: Policy, prepare: Callable[[Joined], Training], spool: Path | None) -> None:
-        self._policy, self._prepare, self._spool = policy, prepare, spool
+    def __init__(
+        self,
+        policy: Policy,
+        prepare: Callable[[Joined], Training],
+        spool: Path | None,
+        pace: Pace = AT_ONCE,
+    ) -> None:
+        self._policy, self._prepare, self._spool, self._pace = policy, prepare, spool, pace
         self._run = ""
         self._participant: Participant | None = None
         self._relay: _Relay | None = None
@@ -107,11 +115,11 @@ class Resident:
             return self._answer(request, payload)
         except FedloomError as error:
             log.warning("run %.8s: %s: %s", request.joined.run, type(error).__name__, error)
-            return Reply(name, refusal=type(error).__name__), b""
-        except Exception as error:
+            return Reply(name, refusal=REFUSED), b""
+        except Exception:
             log.exception("run %.8s: everything is loaded anew for the next message", request.joined.run)
             self.close()
-            return Reply(name, refusal=type(error).__name__), b""
+            return Reply(name, refusal=REFUSED), b""
 
     def close(self) -> None:
         """Let go of the model and the ledger; what is spooled stays."""
@@ -143,7 +151,9 @@ class Resident:
             self.close()
         relay = self._relay or _Relay(request.joined)
         relay.offer(request, payload)
-        participant = self._participant or Participant(relay, self._policy, self._prepared, spool=self._spool)
+        participant = self._participant or Participant(
+            relay, self._policy, self._prepared, spool=self._spool, pace=self._pace
+        )
         try:
             participant.join()
         except BaseException:

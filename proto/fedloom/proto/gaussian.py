@@ -23,7 +23,16 @@ import numpy.typing as npt
 
 from fedloom.proto.errors import ConfigError
 
-__all__ = ["LARGEST_DEVIATION", "UNITS", "Integers", "Words", "deviation", "longest", "rounded_normal"]
+__all__ = [
+    "LARGEST_DEVIATION",
+    "LEAST_CLIP_NORM",
+    "UNITS",
+    "Integers",
+    "Words",
+    "deviation",
+    "longest",
+    "rounded_normal",
+]
 
 Integers = npt.NDArray[np.int64]
 Words = Callable[[int], npt.NDArray[np.uint64]]
@@ -35,6 +44,10 @@ the clipping norm for d values (0.03 % for 339,000), and the noise is thousands 
 
 LARGEST_DEVIATION = (1 << 31) - 1
 """Widest noise in steps that the 64-bit arithmetic here holds: a noise multiplier of 2047."""
+
+LEAST_CLIP_NORM = 1e-6
+"""Smallest clipping norm; one over it is the largest. Values whose squares underflow in float32 are then far below a
+step of the grid, and no factor overflows."""
 
 _SLACK = 2.0**-12
 """Relative error allowed for in a norm that was computed in float32, and in scaling by it: see `longest`."""

@@ -8,6 +8,7 @@ from fedloom.proto.schema import Role, Schema
 
 __all__ = [
     "PROTOCOL_VERSION",
+    "REFUSED",
     "Answer",
     "Assignment",
     "Finished",
@@ -21,6 +22,9 @@ __all__ = [
 
 PROTOCOL_VERSION = 1
 """Version of the messages; a coordinator refuses a client that speaks another major version."""
+
+REFUSED = "refused"
+"""All that a peer hears of why a client does not take part. One word, whatever the reason: reasons are about data."""
 
 
 @dataclass(frozen=True)

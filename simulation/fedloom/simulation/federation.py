@@ -181,6 +181,8 @@ def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
             },
             "data": {
                 "source": "train.jsonl",
+                "task": spec.model.task,
+                "labels": spec.model.labels,
                 "declared_examples": declared_size(round((1 - held_out) * count)),
                 "held_out": held_out,
             },

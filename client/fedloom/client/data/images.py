@@ -118,6 +118,11 @@ class Pictures:
         """The picture's pixels, uint8, shape (3, side, side)."""
         picture, side = decode(data, where), self.side
         if self.resized:
+            # What is cut off anyway is cut off first: the rest of a long stripe would grow to gigabytes on its way.
+            most = 8 * min(picture.size)
+            wide, high = (min(length, most) for length in picture.size)
+            left, top = (picture.width - wide) // 2, (picture.height - high) // 2
+            picture = picture.crop((left, top, left + wide, top + high))
             scale = self.resized / min(picture.size)
             wide, high = (max(side, round(length * scale)) for length in picture.size)
             left, top = (wide - side) // 2, (high - side) // 2

@@ -101,8 +101,9 @@ def class_index(labels: tuple[str, ...]) -> dict[str, int]:
 def _classes(names: tuple[str, ...], index: dict[str, int], labels: tuple[str, ...], where: str) -> Indices:
     if not all(name in index for name in names):
         raise DataError(
-            f"{where}: a label is none of the run's; use {_some(labels)} or an index from 0 to {len(labels) - 1}, or "
-            "correct model.labels. `fedloom data check` lists the labels that it finds"
+            f"{where}: a label is not among those expected; use {_some(labels)} or an index from 0 to "
+            f"{len(labels) - 1}, or correct data.labels of the policy (of a simulation, model.labels of the run). "
+            "`fedloom data check` lists the labels that it finds"
         )
     return np.array([index[name] for name in names], np.int64)
 

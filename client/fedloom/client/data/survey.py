@@ -53,7 +53,7 @@ class Survey:
     labels: Counter[str] = field(default_factory=Counter)
     """Known labels by name, of rows or, for token-classification, of words."""
     unknown: Counter[str] = field(default_factory=Counter)
-    """Labels that the run does not have, likewise."""
+    """Labels that are not expected, likewise."""
     unreadable: dict[str, Fault] = field(default_factory=dict)
     """By what is wrong: training refuses the data set as long as it has such a row."""
     doubtful: dict[str, Fault] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def survey(source: str, labels: tuple[str, ...], layout: Layout) -> Survey:
 
     Args:
         source: As in the policy.
-        labels: The run's label names; none takes every label as known.
+        labels: The label names that are expected; none takes every label as known.
         layout: The task and its columns.
 
     Raises:

@@ -6,10 +6,10 @@ from contextlib import closing
 from pathlib import Path
 
 from fedloom.client.config import Policy, check_spec
-from fedloom.client.data.load import load_rows
 from fedloom.client.doctor import machine, network, site
 from fedloom.client.doctor.finding import Finding, failed, ok
 from fedloom.client.model import AdapterModel, load_model
+from fedloom.client.own import own_rows
 from fedloom.client.privacy.account import existing_account
 from fedloom.client.privacy.budget import check_affordable, outlook
 from fedloom.client.privacy.per_example import recording
@@ -95,9 +95,8 @@ def _run(policy: Policy, spec: Spec, loadable: bool) -> Iterator[Finding]:
     except FedloomError as error:
         yield failed("budget", str(error))
     try:
-        data = policy.data
-        rows = load_rows(data.source, spec.model.labels, "train", spec.model.task, data.columns)
-        yield ok("rows", f"every row fits {spec.model.task}")
+        rows = own_rows(policy, spec)
+        yield ok("rows", f"every row fits {rows.task}")
     except FedloomError as error:
         yield failed("rows", str(error))
         return

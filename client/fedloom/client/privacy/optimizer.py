@@ -9,7 +9,8 @@ from torch import nn
 
 from fedloom.client.privacy.entropy import Entropy
 from fedloom.client.privacy.per_example import Tape
-from fedloom.proto.gaussian import deviation, longest
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.gaussian import LEAST_CLIP_NORM, deviation, longest
 
 __all__ = ["PrivateOptimizer"]
 
@@ -39,7 +40,13 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         clip_norm: float,
         expected_batch: float,
     ) -> None:
-        """`expected_batch` divides the noisy sum; it must be public (rate times the declared number of examples)."""
+        """`expected_batch` divides the noisy sum; it must be public (rate times the declared number of examples).
+
+        Raises:
+            ConfigError: `clip_norm` is so small or large that float32 could not measure a gradient against it.
+        """
+        if not LEAST_CLIP_NORM <= clip_norm <= 1 / LEAST_CLIP_NORM:
+            raise ConfigError(f"clip norm {clip_norm!r}; {LEAST_CLIP_NORM:g} to {1 / LEAST_CLIP_NORM:g} is allowed")
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -63,9 +70,15 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         """Forget what the step under way has accumulated, so that its microbatches can be added anew."""
         self._total.zero_()
 
-    def accumulate(self) -> None:
-        """Clip the tape's examples, add them to the step's sum and clear the tape. No examples add nothing."""
+    def accumulate(self, real: int | None = None) -> None:
+        """Clip the tape's examples, add them to the step's sum and clear the tape. No examples add nothing.
+
+        Args:
+            real: How many of the examples count; those after them fill a microbatch up. None counts all.
+        """
         self.tape.finish()
+        if real is not None:
+            self.tape.drop(torch.arange(self.tape.batch, device=self._total.device) >= real)
         self.clip_and_accumulate()
         self.tape.clear()
 

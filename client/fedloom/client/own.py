@@ -1,0 +1,68 @@
+"""A site's own data, read and checked against its policy alone, before a coordinator has said a word."""
+
+from dataclasses import dataclass
+
+from fedloom.client.config import Policy
+from fedloom.client.data.load import load_rows
+from fedloom.client.data.rows import Rows
+from fedloom.client.evaluation import split
+from fedloom.client.privacy.account import open_account
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.proto.errors import DataError, PolicyError
+from fedloom.proto.run import Spec
+
+__all__ = ["Own", "own_data", "own_rows"]
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a site brings to a run."""
+
+    rows: Rows
+    """All training rows of the source, those included that the policy holds out."""
+    ledger: Ledger | None
+    """Their open account; None where the policy also allows runs without one."""
+
+
+def own_data(policy: Policy) -> Own | None:
+    """Read the site's data and open their account, as far as the policy alone says how.
+
+    Whatever is wrong with the data comes out here, before anything is sent: a client that joined first and then failed
+    would answer any question about its rows that a coordinator can put into a run.
+
+    Returns:
+        None where only a run can say what the rows are for, which a policy with privacy.allow_non_private may leave
+        to it.
+
+    Raises:
+        DataError: See `own_rows`.
+        LedgerError: See `open_account`.
+        PolicyError: The policy does not say what the rows are for.
+    """
+    if policy.data.own_task is None:
+        if policy.privacy.allow_non_private:
+            return None
+        raise PolicyError(
+            'this policy does not say what its rows are for; add `labels = ["...", "..."]` to its section [data], the '
+            "label names in the order of the run's model.labels, and `task` unless it is text-classification"
+        )
+    rows = own_rows(policy)
+    return Own(rows, None if policy.privacy.allow_non_private else open_account(policy, rows))
+
+
+def own_rows(policy: Policy, spec: Spec | None = None) -> Rows:
+    """Read the site's rows by the policy's task and labels, or, where it has none, by those of a run without privacy.
+
+    Raises:
+        DataError: The data set is missing or malformed, or leaves no row to train on.
+        PolicyError: The policy has no task and labels, and there is no run without privacy either.
+    """
+    data, task, labels = policy.data, policy.data.own_task, policy.data.labels
+    if task is None:
+        if spec is None or spec.privacy.enabled:
+            raise PolicyError("data.task and data.labels of the policy say how rows are read; add them to [data]")
+        task, labels = spec.model.task, spec.model.labels
+    rows = load_rows(data.source, labels, "train", task, data.columns)
+    if not len(split(rows, data.held_out)[0]):
+        raise DataError(f"data.held_out = {data.held_out:g} leaves no example to train on; lower it")
+    return rows
