@@ -304,7 +304,7 @@ def check_ranges(spec: Spec, local: dict[str, float]) -> None:
 @pytest.fixture
 def site(tiny_model: AdapterModel, rows: Rows, spec: Spec, policy: Policy, tmp_path: Any) -> Iterator[Trainer]:
     """A site with the default policy, whose trainer stops where it would charge a round."""
-    data = {"source": "x", "declared_examples": 1000, "held_out": 0.1}
+    data = {"source": "x", "labels": spec.model.labels, "declared_examples": 1000, "held_out": 0.1}
     strict = Policy.model_validate({"client": {"name": "a", "state": str(tmp_path)}, "data": data})
     scored = spec.federated_evaluation.model_copy(update={"enabled": True})
     with Ledger(tmp_path / "ledger", "sha256:" + "0" * 64) as ledger:

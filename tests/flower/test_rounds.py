@@ -65,7 +65,10 @@ NAMES = ("client-0", "client-1", "client-2")
 @pytest.fixture
 def config(spec: Spec) -> RunConfig:
     """A private two-round run of three clients."""
-    document = spec.model_dump() | {"rounds": {"min_clients": 3}, "strategy": {"weighting": "examples"}}
+    document = spec.model_dump() | {
+        "rounds": {"min_clients": 3, "max_update_norm": 1e30},
+        "strategy": {"weighting": "examples"},
+    }
     return RunConfig.model_validate(document)
 
 

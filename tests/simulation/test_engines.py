@@ -335,7 +335,8 @@ def test_bad_input_is_one_clear_error_and_no_adapter(  # type: ignore[no-untyped
 def test_updates_that_diverge_end_the_run_with_an_error(config: RunConfig, tmp_path: Path, engine: str) -> None:
     """Nobody else will come into a simulation, so a round that is short of updates would stay open for ever."""
     sections = {
-        "train": config.train.model_copy(update={"learning_rate": 1e30}),
+        "train": config.train.model_copy(update={"learning_rate": 1e4}),
+        "rounds": config.rounds.model_copy(update={"max_update_norm": 10.0}),
         "engine": config.engine.model_copy(update={"kind": engine}),
     }
 
