@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedloom.proto.errors import SchemaError
+from fedloom.proto.errors import ProtocolError, SchemaError
 from fedloom.proto.messages import Assignment, Joined, Standing
 from fedloom.proto.schema import Array, Schema, Tensors
 
-__all__ = ["Proceed", "RoundOver", "Trained", "Training", "Underway", "check_schema"]
+__all__ = ["Proceed", "RoundOver", "Trained", "Training", "Underway", "check_same_run", "check_schema"]
 
 Proceed = Callable[[], None]
 """Called between two steps of a training; raises RoundOver when it is to stop."""
@@ -82,3 +82,15 @@ def check_schema(trainer: Training, joined: Joined) -> None:
             f"base model gives {len(trainer.schema.tensors)} (schema {trainer.schema.digest[:12]}); use "
             "the base model and adapter section that the run names"
         )
+
+
+def check_same_run(known: Joined, joined: Joined) -> None:
+    """Refuse a coordinator that comes back with another run than the one this client checked and prepared for.
+
+    Its name counts too: what a client remembers of its secure sums, it remembers by that name.
+
+    Raises:
+        ProtocolError: It is another one.
+    """
+    if (joined.run, joined.spec, joined.schema) != (known.run, known.spec, known.schema):
+        raise ProtocolError("the coordinator changed the run while this client was away; start the client anew")
