@@ -66,7 +66,7 @@ def client(
     spool, name = spool_folder(site), site.client.name
 
     def tell(line: str) -> None:
-        out.print(f"{name}: {line}", markup=False)
+        out.print(f"{name}: {line}")
 
     made: list[Trainer] = []
 
@@ -83,7 +83,7 @@ def client(
         tell(f"the run's adapter is in {adapter}")
 
     participant = Participant(connection, site, ready, spool=spool)
-    out.print(f"{participant.name}: joining {server}", markup=False)
+    out.print(f"{participant.name}: joining {server}")
     with closing(connection), renewing(server, folder) if folder else nullcontext():
         finished = participant.run(ended=save if adapter is not None else None)
     out.print(f"{participant.name}: run over after {finished.rounds} rounds; trained {participant.rounds_trained}")

@@ -77,7 +77,7 @@ def scored(config: RunConfig, source: str | None) -> "Iterator[Scorer | None]":
     from fedloom.client.scorer import scoring
 
     with scoring(config, source) as score:
-        out.print(f"{source} is scored after every {config.evaluation.every} rounds and the last", markup=False)
+        out.print(f"{source} is scored after every {config.evaluation.every} rounds and the last")
         yield score
 
 
@@ -113,12 +113,12 @@ def showing(
     host_of(listen)
     shown, new = load_tokens(tokens)
     with hosting(Board(coordinator, observation, runs), listen, shown, pem=tls) as hosted:
-        out.print(f"dashboard at {hosted.url}", markup=False)
+        out.print(f"dashboard at {hosted.url}")
         if new:
             if not hosted.open_to_observers:
-                out.print(f"  to look:  {hosted.url}#token={shown.observer}", markup=False)
-            out.print(f"  to stop:  {hosted.url}#token={shown.operator}", markup=False)
-        out.print(f"  tokens in {tokens / TOKENS_FILE}", markup=False)
+                out.print(f"  to look:  {hosted.url}#token={shown.observer}")
+            out.print(f"  to stop:  {hosted.url}#token={shown.operator}")
+        out.print(f"  tokens in {tokens / TOKENS_FILE}")
         if not (hosted.open_to_observers or hosted.encrypted):
             out.print("  not encrypted: put a proxy with TLS in front of it, or give --dashboard-tls")
         yield
