@@ -22,7 +22,7 @@ from fedloom.proto.errors import ConfigError, FedloomError
 from fedloom.proto.identity import Identity, MemberRole
 from fedloom.proto.run import RunConfig, load_run
 from fedloom.server.authority import AUTHORITY_FILE, Authority, create
-from fedloom.server.dashboard.access import load_tokens
+from fedloom.server.dashboard.access import LINKS_FILE, load_tokens, write_links
 
 __all__ = ["SEATS", "main", "offer", "settled"]
 
@@ -128,8 +128,9 @@ def main() -> None:
         tokens, _ = load_tokens(home / "certs")
         write_durably(home / "observer.token", tokens.observer.encode())
         page = f"http://127.0.0.1:{os.environ.get('DASHBOARD_PORT', '8080')}/"
-        print(f"dashboard, to look:  {page}#token={tokens.observer}")
-        print(f"dashboard, to stop:  {page}#token={tokens.operator}", flush=True)
+        write_links(home, page, tokens)
+        # What a container prints is kept in its log; the token of whoever may stop the run is not.
+        print(f"dashboard at {page}; links with a token: compose exec {_HOST} cat {home / LINKS_FILE}", flush=True)
         command += ["--dashboard", address]
     sys.argv = ["fedloom", *command]
     fedloom()

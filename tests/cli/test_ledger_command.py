@@ -106,7 +106,7 @@ def test_verify_says_what_it_found(charged: Path) -> None:
     assert "2 charges, 1 of them released" in done.stdout
     assert "0 updates wait to be sent" in done.stdout
 
-    keep(spool, Spooled("run", 2, header, b"oops"))  # the digest is not that of the payload
+    keep(spool, Spooled("run", 2, header, b"oops", None))  # the digest is not that of the payload
     done = ledger("verify", charged)
     assert done.exit_code == 1
     assert "is damaged" in done.stderr

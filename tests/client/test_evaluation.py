@@ -234,6 +234,6 @@ def test_no_held_out_row_is_noise_alone(
 def test_spooled_figures_are_sent_as_they_were(tmp_path: Path) -> None:
     header = UpdateHeader("site", 0, "0" * 64, "fp32", 2, hashlib.sha256(b"ab").hexdigest())
     for score in ((), (0.1, -2.5, 1e-17)):
-        update = Spooled("run", 1, UpdateHeader(**{**vars(header), "score": score}), b"ab")
+        update = Spooled("run", 1, UpdateHeader(**{**vars(header), "score": score}), b"ab", None)
         keep(tmp_path, update)
         assert kept(tmp_path, "run", "site") == update

@@ -309,14 +309,14 @@ def test_a_spent_budget_ends_the_clients_part(
     assert len(ledger.charges()) == 1
 
 
+@pytest.mark.parametrize("changed", ["spec", "run"])
 def test_a_coordinator_that_comes_back_with_another_run_is_refused(
-    script: Script, policy: Policy, trainer: Trainer, spec: Spec
+    script: Script, policy: Policy, trainer: Trainer, spec: Spec, changed: str
 ) -> None:
     participant = Participant(script, policy, giving(trainer))
     participant.join()
-    script.joined = replace(
-        script.joined, spec=spec.model_copy(update={"train": spec.train.model_copy(update={"steps": 4})})
-    )
+    longer = spec.model_copy(update={"train": spec.train.model_copy(update={"steps": 4})})
+    script.joined = replace(script.joined, **({"spec": longer} if changed == "spec" else {"run": "tiny-2"}))
 
     with pytest.raises(ProtocolError, match="changed the run while this client was away"):
         participant.join()

@@ -9,14 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.client.privacy.spool import Spooled, check_spool, drop, keep, kept
+from fedloom.client.privacy.terms import Terms
 from fedloom.proto.durable import make_folder, write_durably
 from fedloom.proto.errors import LedgerError
 from fedloom.proto.messages import UpdateHeader
 
+TERMS = Terms('{"run": "as\\nJSON"}', "e" * 64, 3, {"b": "0" * 64})
+
 
 def update(payload: bytes = b"\n payload \0", run: str = "run-1", client: str = "a", round: int = 4) -> Spooled:
     digest = hashlib.sha256(payload).hexdigest()
-    return Spooled(run, 7, UpdateHeader(client, round, "f" * 64, "fp32", len(payload), digest), payload)
+    return Spooled(run, 7, UpdateHeader(client, round, "f" * 64, "fp32", len(payload), digest), payload, TERMS)
 
 
 def test_what_is_kept_comes_back_byte_for_byte_and_once_dropped_no_more(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def from_disk(folder: Path) -> Iterator[Decoder]:
     payload = b"\n payload \0"
     ready = UpdateHeader("a", 4, "f" * 64, "fp32", len(payload), hashlib.sha256(payload).hexdigest())
     spool = folder / "spool"
-    spool_module.keep(spool, spool_module.Spooled("run-1", 7, ready, payload))
+    spool_module.keep(spool, spool_module.Spooled("run-1", 7, ready, payload, None))
     (spooled,) = spool.iterdir()
     note = {"run": "run-1", "charge": 7, "header": dataclasses.asdict(ready)}
 

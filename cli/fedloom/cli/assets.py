@@ -36,4 +36,4 @@ def assets(
     if not names:
         for name, asset in ASSETS.items():
             state = "in the cache" if (cache_dir() / name).is_dir() else "not fetched"
-            out.print(f"[bold]{name}[/]  {asset.about}  ({asset.requirement}; {state})")
+            out.print(f"[bold]{name}[/]  {asset.about}  ({asset.requirement}; {state})", markup=True)

@@ -86,8 +86,7 @@ def _load(config: "RunConfig", site: "Policy | None") -> "AdapterModel":
 def _show(config: "RunConfig", result: "Audit") -> None:
     out.print(
         f"{config.run.name}: {result.parameters:,} trained values, clip norm {result.clip_norm:g}, noise multiplier "
-        f"{result.noise_multiplier:g}, delta {result.delta:g}; bounds hold together at 99 %",
-        markup=False,
+        f"{result.noise_multiplier:g}, delta {result.delta:g}; bounds hold together at 99 %"
     )
     table = Table("check", "trials", "steps", "rate", "claimed", "at least", "noise ≤", "", box=None, pad_edge=False)
     for check in result.checks:
@@ -95,7 +94,7 @@ def _show(config: "RunConfig", result: "Audit") -> None:
         counts = (str(check.trials), str(check.steps), f"{check.sampling_rate:g}")
         table.add_row(check.name, *counts, *figures, check.verdict)
     out.print(table)
-    out.print(f"{result.verdict}: {_EXPLAINED[result.verdict]}", markup=False)
+    out.print(f"{result.verdict}: {_EXPLAINED[result.verdict]}")
 
 
 def _figure(value: float) -> str:

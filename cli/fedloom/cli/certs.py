@@ -77,7 +77,7 @@ def invite(
         write_durably(target, made.encode("ascii"), b"\n")
     except OSError as error:
         raise ConfigError(f"cannot write {target}: {error}") from error
-    out.print(f"join token of {name} in {target}; it is good once, for {hours:g} hours", markup=False)
+    out.print(f"join token of {name} in {target}; it is good once, for {hours:g} hours")
 
 
 @app.command()
@@ -104,7 +104,7 @@ def enrol(
         raise ConfigError(f"cannot read the join token from {token}: {error}") from error
     folder = certs_folder(policy, certs)
     found = enrol(Token.from_text(text), server, folder)
-    out.print(f"enrolled as {found.role} {found.name}; key and certificate in {folder}", markup=False)
+    out.print(f"enrolled as {found.role} {found.name}; key and certificate in {folder}")
 
 
 @app.command("list")
@@ -156,7 +156,7 @@ def revoke(
         number = authority.identities.revoke(name)
     finally:
         authority.close()
-    out.print(f"{name}: {number} certificates and invites revoked", markup=False)
+    out.print(f"{name}: {number} certificates and invites revoked")
 
 
 @app.command()
@@ -181,7 +181,7 @@ def renew(
 
         folder = certs_folder(policy, certs)
         found = renew(server, folder)
-        out.print(f"renewed the certificate of {found.role} {found.name} in {folder}", markup=False)
+        out.print(f"renewed the certificate of {found.role} {found.name} in {folder}")
         return
     from fedloom.server.authority import Authority
 

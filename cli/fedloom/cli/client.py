@@ -69,7 +69,7 @@ def client(
     spool, name = spool_folder(site), site.client.name
 
     def tell(line: str) -> None:
-        out.print(f"{name}: {line}", markup=False)
+        out.print(f"{name}: {line}")
 
     made: list[Trainer] = []
 
@@ -87,7 +87,7 @@ def client(
 
     # Whoever can reach the loopback interface can watch this process work.
     participant = Participant(connection, site, ready, spool=spool, pace=AT_ONCE if insecure else Pace())
-    out.print(f"{participant.name}: joining {server}", markup=False)
+    out.print(f"{participant.name}: joining {server}")
     with closing(connection), renewing(server, folder) if folder else nullcontext():
         finished = participant.run(ended=save if adapter is not None else None)
     out.print(f"{participant.name}: run over after {finished.rounds} rounds; trained {participant.rounds_trained}")

@@ -8,26 +8,40 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from fedloom.proto.accounting import Statement
+from fedloom.proto.text import clean_lines
 
 __all__ = ["INSECURE", "Json", "failed", "megabytes", "out", "pace", "print_json", "terms", "version"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON only.")]
 
-out = Console(highlight=False, soft_wrap=True)
-"""Standard output: results."""
+
+class _Plain(Console):
+    """A console on which words are words: a peer's are neither markup nor anything that a terminal obeys."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """What every string that is printed goes through, those in a table too."""
+        return super().render_str(clean_lines(text), **options)
+
+
+out = _Plain()
+"""Standard output: results. Markup is for our own words, with `markup=True`."""
 
 INSECURE = "insecure: nothing is encrypted and every name is believed; this machine only"
 """What a command says that was told to do without certificates."""
 
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_err = _Plain(stderr=True)
 
 
 def failed(error: object) -> None:
     """Say what went wrong, on standard error."""
-    _err.print("[bold red]error:[/]", end=" ")
-    _err.print(str(error), markup=False)
+    _err.print("[bold red]error:[/]", end=" ", markup=True)
+    _err.print(str(error))
 
 
 def megabytes(size_bytes: int) -> str:

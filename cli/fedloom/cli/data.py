@@ -60,11 +60,9 @@ def check(
 def _show(report: "Report") -> None:
     found = report.survey
     groups = f" in {_counted(found.groups, 'group')}" if found.groups else ""
-    out.print(
-        f"{_counted(found.rows, 'row')}{groups} for {found.task}, {len(found.usable):,} of them usable", markup=False
-    )
+    out.print(f"{_counted(found.rows, 'row')}{groups} for {found.task}, {len(found.usable):,} of them usable")
     for name, count in found.labels.most_common(_SHOWN):
-        out.print(f"  {count:>9,}  {name}", markup=False)
+        out.print(f"  {count:>9,}  {name}")
     if len(found.labels) > _SHOWN:
         out.print(f"  and {_counted(len(found.labels) - _SHOWN, 'label')} more")
     if report.lengths:
@@ -77,8 +75,8 @@ def _show(report: "Report") -> None:
             f"{cost.after:.4f} of {cost.budget:g}, at delta {cost.delta:g}"
         )
     for finding in report.findings:
-        out.print(f"[bold {'red' if finding.level == 'error' else 'yellow'}]{finding.level}:[/] ", end="")
-        out.print(finding.text, markup=False)
+        out.print(f"[bold {'red' if finding.level == 'error' else 'yellow'}]{finding.level}:[/] ", end="", markup=True)
+        out.print(finding.text)
     out.print("training would take this data" if report.sound else "training would refuse this data; see the errors")
 
 

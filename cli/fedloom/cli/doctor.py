@@ -54,10 +54,10 @@ def doctor(
     for finding in examine(site, server=server, certs=folder, spec=None if run is None else _spec(run)):
         findings.append(finding)
         if not as_json:
-            out.print(f"[{_MARKS[finding.level]}]{finding.level:>7}[/]  {finding.check:<12}", end="")
-            out.print(finding.text, markup=False)
+            out.print(f"[{_MARKS[finding.level]}]{finding.level:>7}[/]  {finding.check:<12}", end="", markup=True)
+            out.print(finding.text)
             if finding.remedy:
-                out.print(f"{'':23}{finding.remedy}", markup=False)
+                out.print(f"{'':23}{finding.remedy}")
     levels = [finding.level for finding in findings]
     status = 2 if "failed" in levels else 1 if strict and "warning" in levels else 0
     if as_json:

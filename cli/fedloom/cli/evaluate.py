@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from fedloom.cli.console import Json, out, print_json
 from fedloom.proto.errors import ConfigError, StoreError
@@ -91,7 +92,7 @@ def evaluate(
         return
     _show(scores, now.examples, source)
     if rounds is not None:
-        out.print(f"after {rounds} of {config.run.rounds} rounds, from {folder}", markup=False)
+        out.print(f"after {rounds} of {config.run.rounds} rounds, from {folder}")
 
 
 def _document(score: "Score", language: bool) -> dict[str, Any]:
@@ -105,9 +106,9 @@ def _document(score: "Score", language: bool) -> dict[str, Any]:
 def _show(scores: dict[str, dict[str, Any]], examples: int, source: str) -> None:
     start, now = scores["start"], scores["now"]
     table = Table("", "start", "now", box=None, pad_edge=False)
-    table.add_row("accuracy", f"{start['accuracy']:.1%}", f"[bold]{now['accuracy']:.1%}[/]")
+    table.add_row("accuracy", f"{start['accuracy']:.1%}", Text(f"{now['accuracy']:.1%}", "bold"))
     table.add_row("loss", f"{start['loss']:.3f}", f"{now['loss']:.3f}")
     if "perplexity" in now:
         table.add_row("perplexity", f"{start['perplexity']:.2f}", f"{now['perplexity']:.2f}")
     out.print(table)
-    out.print(f"{examples:,} examples of {source}", markup=False)
+    out.print(f"{examples:,} examples of {source}")

@@ -39,14 +39,14 @@ def export(
     document = read_json(path) if path.exists() else derive(config)
     config = calibrated(with_prepared(config, document, run)[0])
     export_app(folder, config, document)
-    out.print(f"wrote the app {folder}; `flwr run {folder}` runs it", markup=False)
+    out.print(f"wrote the app {folder}; `flwr run {folder}` runs it")
     if clients is not None:
         from fedloom.simulation.federation import build, write_client
 
         federation = build(config, clients)
         for name, rows in federation.clients.items():
             policy = write_client(federation.policies[name], rows, clients / name)
-            out.print(f"  {name}: {policy}", markup=False)
+            out.print(f"  {name}: {policy}")
 
 
 @app.command()
@@ -72,4 +72,4 @@ def node(
     from fedloom.flower.node import run
 
     if not run(site, idle_s, parent):
-        out.print(f"{site.client.name}: another process listens already; this one is not needed", markup=False)
+        out.print(f"{site.client.name}: another process listens already; this one is not needed")

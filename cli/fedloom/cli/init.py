@@ -86,8 +86,8 @@ def init(
                 stream.write(text)
         except OSError as error:
             raise ConfigError(f"cannot write {target}: {error}; give a folder that exists and is yours") from error
-        out.print(f"wrote {target}", markup=False)
-    out.print(f"next: fedloom simulate {path}", markup=False)
+        out.print(f"wrote {target}")
+    out.print(f"next: fedloom simulate {path}")
 
 
 def _ask(given: str | None, question: str, default: str, read: Callable[[str], T]) -> T:
@@ -175,14 +175,13 @@ def _rate(source: str, labels: tuple[str, ...], private: bool) -> float:
 
         rows = sum(1 for _ in records(source, "train", Layout(_task(labels), {})))
     except (ModuleNotFoundError, DataError) as error:
-        out.print(f"{source} cannot be counted, so train.sampling_rate is a guess: {error}", markup=False)
+        out.print(f"{source} cannot be counted, so train.sampling_rate is a guess: {error}")
         return least
     each = max(1, rows // _CLIENTS)
     rate = float(f"{min(_MOST_RATE, max(least, batch / each)):.1g}")
     out.print(
         f"{rows:,} rows to train on, {each:,} for each of {_CLIENTS} clients: train.sampling_rate = {rate:g} puts "
-        f"about {round(rate * each):,} of them into a step",
-        markup=False,
+        f"about {round(rate * each):,} of them into a step"
     )
     return rate
 

@@ -48,7 +48,7 @@ def show(
             print_json(None if ledger is None else _document(ledger, site, None if round is None else _spend(round)))
             return
         if ledger is None:
-            out.print(f"no account in {site.client.state / 'ledger'}: nothing has been charged", markup=False)
+            out.print(f"no account in {site.client.state / 'ledger'}: nothing has been charged")
             return
         _charges(ledger)
         _standing(ledger, site, None if round is None else _spend(round))
@@ -97,7 +97,7 @@ def verify(policy: PolicyFile, json_only: Json = False) -> None:
         print_json(document)
     else:
         for line in lines:
-            out.print(line, markup=False)
+            out.print(line)
         for line in trouble:
             failed(line)
     if trouble:
@@ -127,7 +127,7 @@ def export(
         typer.echo(text)
         return
     output.write_text(text + "\n", encoding="utf-8")
-    out.print(f"wrote {output}", markup=False)
+    out.print(f"wrote {output}")
 
 
 @app.command()
@@ -154,14 +154,14 @@ def adopt(
     declared = None if spent is None else [_spend(each) for each in spent if each != "nothing"]
     done = adopted(ledger_folder(site), anchors_folder(site), reason=reason, spent=declared)
     if done.found:
-        out.print(f"found: {done.found}", markup=False)
+        out.print(f"found: {done.found}")
     if done.aside is not None:
-        out.print(f"the untrusted file is kept as {done.aside}", markup=False)
+        out.print(f"the untrusted file is kept as {done.aside}")
     for word, spends in (("restored", done.restored), ("declared", done.declared)):
         for spend in spends:
             figures = f"{spend.steps} steps at rate {spend.sampling_rate:g} and noise {spend.noise_multiplier:g}"
-            out.print(f"{word} and charged: {figures}", markup=False)
-    out.print(f"{done.path} is the account's ledger again", markup=False)
+            out.print(f"{word} and charged: {figures}")
+    out.print(f"{done.path} is the account's ledger again")
 
 
 def _spend(text: str) -> "Spend":
@@ -211,7 +211,7 @@ def _charges(ledger: "Ledger") -> None:
         figures = (f"{spend.sampling_rate:g}", f"{spend.noise_multiplier:g}", str(spend.steps), about)
         released = charge.digest[:12] if charge.digest else "no"
         table.add_row(str(charge.number), charge.run, str(charge.round + 1), *figures, released)
-    out.print(f"account {ledger.path}", markup=False)
+    out.print(f"account {ledger.path}")
     out.print(table)
 
 
@@ -233,5 +233,5 @@ def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:
             f"{spend.noise_multiplier:g}"
         )
     stated = ledger.statement(mine.delta, GRID)
-    out.print(terms(stated), markup=False)
+    out.print(terms(stated))
     out.print("a charge counts from the moment it is reserved")

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-__all__ = ["JsonLines", "LogFormat", "LogLevel", "write_logs"]
+from fedloom.proto.text import clean, clean_lines
+
+__all__ = ["JsonLines", "LogFormat", "LogLevel", "TextLines", "write_logs"]
 
 LogFormat = Annotated[
     Literal["text", "json"], typer.Option("--log-format", help="json: one object a line on stderr, for programs.")
@@ -20,6 +22,23 @@ LogLevel = Annotated[
 ]
 
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_MOST_LETTERS = 8000
+"""Longest message; longer than what is kept of a peer's text, so that our own words around it stay."""
+
+
+class TextLines(logging.Formatter):
+    """One line for each record, and indented ones for its traceback: nothing a peer says looks like a record."""
+
+    def __init__(self) -> None:
+        super().__init__(_TEXT)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line for a record."""
+        record.message, record.asctime = clean(record.getMessage(), _MOST_LETTERS), self.formatTime(record)
+        text = self.formatMessage(record)
+        if record.exc_info:
+            text += "\n" + clean_lines(self.formatException(record.exc_info))
+        return text.replace("\n", "\n    ")
 
 
 class JsonLines(logging.Formatter):
@@ -31,14 +50,14 @@ class JsonLines(logging.Formatter):
             "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": clean(record.getMessage(), _MOST_LETTERS),
         }
         if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
+            line["error"] = clean_lines(self.formatException(record.exc_info))
         for argument in record.args if isinstance(record.args, tuple) else ():
             if is_dataclass(argument) and not isinstance(argument, type):  # such as an event of the run's log
                 line["event"] = {"kind": type(argument).__name__, **asdict(argument)}
-        return json.dumps(line, default=str)
+        return json.dumps(line, default=str)  # in ASCII, whatever an event holds
 
 
 def write_logs(form: str = "text", level: str | None = None) -> None:
@@ -49,6 +68,6 @@ def write_logs(form: str = "text", level: str | None = None) -> None:
         level: Least severity; None leaves what is in force.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if form == "json" else logging.Formatter(_TEXT))
+    handler.setFormatter(JsonLines() if form == "json" else TextLines())
     root = logging.getLogger()
     logging.basicConfig(level=level.upper() if level else root.level, handlers=[handler], force=True)

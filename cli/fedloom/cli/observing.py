@@ -1,5 +1,6 @@
 """The options by which a run is watched: the dashboard, and what records are sent to."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +78,7 @@ def scored(config: RunConfig, source: str | None) -> "Iterator[Scorer | None]":
     from fedloom.client.scorer import scoring
 
     with scoring(config, source) as score:
-        out.print(f"{source} is scored after every {config.evaluation.every} rounds and the last", markup=False)
+        out.print(f"{source} is scored after every {config.evaluation.every} rounds and the last")
         yield score
 
 
@@ -106,19 +107,18 @@ def showing(
     if listen is None:
         yield
         return
-    from fedloom.server.dashboard.access import TOKENS_FILE, load_tokens
+    from fedloom.server.dashboard.access import LINKS_FILE, load_tokens, write_links
     from fedloom.server.dashboard.board import Board
     from fedloom.server.dashboard.hosting import hosting
 
     host_of(listen)
-    shown, new = load_tokens(tokens)
+    shown, _ = load_tokens(tokens)
     with hosting(Board(coordinator, observation, runs), listen, shown, pem=tls) as hosted:
-        out.print(f"dashboard at {hosted.url}", markup=False)
-        if new:
-            if not hosted.open_to_observers:
-                out.print(f"  to look:  {hosted.url}#token={shown.observer}", markup=False)
-            out.print(f"  to stop:  {hosted.url}#token={shown.operator}", markup=False)
-        out.print(f"  tokens in {tokens / TOKENS_FILE}", markup=False)
+        out.print(f"dashboard at {hosted.url}")
+        links = write_links(tokens, hosted.url, shown)
+        if sys.stdout.isatty():
+            out.print(links, end="")
+        out.print(f"  links with a token in {tokens / LINKS_FILE}")
         if not (hosted.open_to_observers or hosted.encrypted):
             out.print("  not encrypted: put a proxy with TLS in front of it, or give --dashboard-tls")
         yield

@@ -61,11 +61,11 @@ def calibrate(
         figures = {"noise_multiplier": noise, "epsilon_before": before, "epsilon_after": after}
         print_json({**figures, "privacy": stated.document()})
         return
-    out.print(f"noise multiplier [bold]{noise:g}[/]")
+    out.print(f"noise multiplier [bold]{noise:g}[/]", markup=True)
     out.print(f"epsilon {stated.epsilon:.4f} for a client that joins all {rounds:,} rounds")
     if prior:
         out.print(f"epsilon {before:.4f} was spent before; {after:.4f} of {target:g} will be")
-    out.print(terms(stated), markup=False)
+    out.print(terms(stated))
 
 
 @app.command()
@@ -176,8 +176,7 @@ def _print_plan(found: dict[str, Any]) -> None:
     out.print(
         f"run {found['run']}: {rounds:,} rounds of {found['steps']:,} steps, rate {found['sampling_rate']:g}, "
         f"noise multiplier {found['noise_multiplier']:g}"
-        + (f"; {found['evaluations']:,} evaluations are counted too" if found["evaluations"] else ""),
-        markup=False,
+        + (f"; {found['evaluations']:,} evaluations are counted too" if found["evaluations"] else "")
     )
     heads = [(row["adjacency"], row["delta"]) for row in rows if row["rounds"] == rows[0]["rounds"]]
     shown = Table("joined", *(f"{adjacency},\ndelta {at:g}" for adjacency, at in heads), box=None, pad_edge=False)

@@ -60,7 +60,7 @@ def listing(
     if json_only:
         print_json(rows)
     else:
-        out.print("\n".join(lines) or f"no state directories in {folder}", markup=False)
+        out.print("\n".join(lines) or f"no state directories in {folder}")
 
 
 @app.command()
@@ -92,7 +92,7 @@ def show(state: State, json_only: Json = False) -> None:
     lines.append("events: " + (", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"))
     lines.append("audit: " + (", ".join(f"{count} {kind}" for kind, count in sorted(noted.items())) or "nothing"))
     lines += [f"  {record.at} {record.kind} {record.client!r} {record.detail!r}" for record in snapshot.audit[-_LAST:]]
-    out.print("\n".join(lines), markup=False)
+    out.print("\n".join(lines))
 
 
 @app.command()
@@ -157,8 +157,8 @@ def resume(
         raise StoreError(
             f"all {done} rounds of {state} are committed; `fedloom export {run} --state {state}` writes its adapter"
         )
-    out.print(f"{state} is what was written; {done} of {config.run.rounds} rounds are committed", markup=False)
-    out.print(f"fedloom server {shlex.quote(str(run))} --state {shlex.quote(str(state))}", markup=False)
+    out.print(f"{state} is what was written; {done} of {config.run.rounds} rounds are committed")
+    out.print(f"fedloom server {shlex.quote(str(run))} --state {shlex.quote(str(state))}")
 
 
 @app.command()
@@ -174,7 +174,7 @@ def stop(
 
     process = holder(state)
     if process is None:
-        out.print(f"no coordinator works on {state}", markup=False)
+        out.print(f"no coordinator works on {state}")
         return
     try:
         os.kill(process, signal.SIGTERM)
@@ -185,7 +185,7 @@ def stop(
         if time.monotonic() > end_s:
             raise StoreError(f"process {process} has not ended within {wait_s:g} s of being told to; look at its log")
         time.sleep(_PAUSE_S)
-    out.print(f"stopped; `fedloom server` goes on with {state}", markup=False)
+    out.print(f"stopped; `fedloom server` goes on with {state}")
 
 
 def _standing(snapshot: "Snapshot") -> dict[str, Any]:

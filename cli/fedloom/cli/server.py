@@ -54,8 +54,8 @@ def prepare(run: RunFile, overrides: Overrides = None) -> None:
         path.chmod(0o644)  # nothing in it is secret, and the coordinator may be another user
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
-    out.print(f"wrote {path}", markup=False)
-    out.print(f"base model {document['digest']}", markup=False)
+    out.print(f"wrote {path}")
+    out.print(f"base model {document['digest']}")
 
 
 def server(
@@ -116,7 +116,7 @@ def server(
             write_config(folder.parent, config)
 
         def ready(address: str) -> None:
-            out.print(f"listening on {address}; state in {folder}", markup=False)
+            out.print(f"listening on {address}; state in {folder}")
 
         others = None if state else folder.parent.parent
         with showing(coordinator, observation, dashboard, folder if insecure else certs, others, dashboard_tls):
@@ -129,11 +129,9 @@ def server(
                 return
             try:
                 saved = _save(coordinator, store, folder.parent / "adapter")
-                out.print(f"run over; adapter in {saved}", markup=False)
+                out.print(f"run over; adapter in {saved}")
             except ModuleNotFoundError:
-                out.print(
-                    f"run over; `fedloom export {run} --state {folder}` writes the adapter where torch is", markup=False
-                )
+                out.print(f"run over; `fedloom export {run} --state {folder}` writes the adapter where torch is")
             if stay:
                 out.print("the dashboard stays until it is stopped")
                 _until_told(observation)
@@ -176,7 +174,7 @@ def export(
         print_json({"path": str(path), "format": format, "rounds": done, "of": rounds})
         return
     what = "model" if format == "merged" else "adapter"
-    out.print(f"{what} after {done} of {rounds} rounds in {path}", markup=False)
+    out.print(f"{what} after {done} of {rounds} rounds in {path}")
 
 
 def _opened(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fedloom.cli.console import megabytes, out, terms
 from fedloom.cli.observing import ReportTo, reports
@@ -72,13 +73,14 @@ def _introduce(federation: "Federation", folder: Path) -> None:
     """Say what is about to run, before it takes minutes."""
     config, schema = federation.config, federation.model.schema
     out.print(
-        f"[bold]{folder.name}[/]: {config.strategy.name}, {len(federation.clients)} clients, {config.engine.kind}"
+        f"[bold]{folder.name}[/]: {config.strategy.name}, {len(federation.clients)} clients, {config.engine.kind}",
+        markup=True,
     )
     trained = f"{config.adapter.kind}, head {config.model.head}"
-    out.print(f"  base {config.model.base}; adapter of {schema.size:,} values ({trained})", markup=False)
+    out.print(f"  base {config.model.base}; adapter of {schema.size:,} values ({trained})")
     for name, rows in federation.clients.items():
         groups = ", ".join(sorted(set(rows.groups) - {""}))
-        out.print(f"  {name}: {len(rows):,} examples {groups}", markup=False)
+        out.print(f"  {name}: {len(rows):,} examples {groups}")
     privacy = config.privacy
     if privacy.enabled:
         out.print(
@@ -87,7 +89,7 @@ def _introduce(federation: "Federation", folder: Path) -> None:
             f"{config.train.steps * config.run.rounds} steps"
         )
     else:
-        out.print("  [yellow]not private[/]: updates leave the clients without noise")
+        out.print("  [yellow]not private[/]: updates leave the clients without noise", markup=True)
     user = config.user_level
     if user.enabled:
         out.print(
@@ -107,7 +109,7 @@ def _line(config: RunConfig, record: "RoundRecord") -> None:
     spent = f"  epsilon {_range(record.epsilon.values())}" if record.epsilon else ""
     spent += f"  user-level {record.user_epsilon:.2f}" if record.user_epsilon is not None else ""
     traffic = f"  {record.clients} clients  up {megabytes(record.bytes_up)}  down {megabytes(record.bytes_down)}"
-    out.print(f"{label}  {score}{spent}{traffic if record.round else ''}  {record.seconds:.0f} s", markup=False)
+    out.print(f"{label}  {score}{spent}{traffic if record.round else ''}  {record.seconds:.0f} s")
 
 
 def _range(epsilons: Collection[float]) -> str:
@@ -119,7 +121,7 @@ def _range(epsilons: Collection[float]) -> str:
 def _summary(config: RunConfig, result: "Result") -> None:
     """The closing table and where everything is."""
     table = Table("", "start", "end", box=None, pad_edge=False)
-    table.add_row("held-out accuracy", f"{result.start.accuracy:.1%}", f"[bold]{result.final.accuracy:.1%}[/]")
+    table.add_row("held-out accuracy", f"{result.start.accuracy:.1%}", Text(f"{result.final.accuracy:.1%}", "bold"))
     table.add_row("held-out loss", f"{result.start.loss:.3f}", f"{result.final.loss:.3f}")
     up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
     table.add_row("sent by all clients", "", f"{megabytes(up)} up, {megabytes(down)} down")
@@ -132,8 +134,8 @@ def _summary(config: RunConfig, result: "Result") -> None:
     out.print()
     out.print(table)
     if result.privacy:
-        out.print(f"\n{terms(max(result.privacy.values(), key=lambda each: each.epsilon))}", markup=False)
-    out.print(f"\nadapter  {result.folder / 'adapter'}", markup=False)
+        out.print(f"\n{terms(max(result.privacy.values(), key=lambda each: each.epsilon))}")
+    out.print(f"\nadapter  {result.folder / 'adapter'}")
     out.print(f"         reloaded with PeftModel.from_pretrained: {result.agreement:.1%} of predictions the same")
-    out.print(f"metrics  {result.folder / 'metrics.jsonl'}", markup=False)
-    out.print(f"plot     {result.folder / 'curves.png'}", markup=False)
+    out.print(f"metrics  {result.folder / 'metrics.jsonl'}")
+    out.print(f"plot     {result.folder / 'curves.png'}")

@@ -51,7 +51,7 @@ def show(
         ]
         print_json({"name": name, "description": inspect.getdoc(made_by) or "", "options": rows})
         return
-    out.print(inspect.getdoc(made_by) or "", markup=False)
+    out.print(inspect.getdoc(made_by) or "")
     table = Table("option", "type", "default", box=None, pad_edge=False)
     for option in options:
         table.add_row(

@@ -27,6 +27,7 @@ from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unfra
 from fedloom.proto.limits import LONG_POLL_S, TRANSFER_S
 from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, Standing, UpdateHeader
 from fedloom.proto.secagg.steps import StepMessage, StepResult
+from fedloom.proto.text import clean
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
 from fedloom.proto.wire import (
@@ -269,7 +270,7 @@ def translated(address: str) -> Iterator[None]:
 
 def _translate(error: grpc.RpcError, address: str) -> NoReturn:
     """A gRPC failure as one of our errors, by the same table that the coordinator uses."""
-    status, details = error.code().name, error.details() or ""
+    status, details = error.code().name, clean(error.details() or "")
     for each in error.trailing_metadata() or ():
         if each.key == RETRY_AFTER:
             raise overloaded(f"coordinator {address} is busy: {details}", str(each.value)) from error

@@ -17,8 +17,9 @@ from fedloom.client.hours import until_open_s
 from fedloom.client.orders import check_order
 from fedloom.client.pace import AT_ONCE, Pace
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
+from fedloom.client.privacy.terms import check_terms, terms_of
 from fedloom.client.secagg import Delivery, check_assignment, membership
-from fedloom.client.training import RoundOver, Training, Underway, check_schema, within
+from fedloom.client.training import RoundOver, Training, Underway, check_same_run, check_schema, within
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import (
     ConfigError,
@@ -112,6 +113,7 @@ class Participant:
 
         Raises:
             PolicyError: The policy refuses the run; the coordinator is told that this client leaves.
+            ProtocolError: It is not the run that was joined before.
             SchemaError: The run's schema is not the one the base model gives here.
             LedgerError: An update that waits in the spool is damaged, or is not the one in the ledger.
         """
@@ -128,7 +130,8 @@ class Participant:
         # Joining again tells the declared size, which is known once the data set is read.
         joined = self.connection.join(self.name, self._trainer.declared_examples)
         with self._leaving_on(ProtocolError):
-            _check_same_run(self._joined, joined)
+            assert self._joined is not None  # it was set with the trainer
+            check_same_run(self._joined, joined)
         self._joined = joined
         return joined
 
@@ -306,7 +309,7 @@ class Participant:
             digest = hashlib.sha256(body).hexdigest()
             about = assignment.round, upload.digest, assignment.upload_codec, len(body), digest
             header = UpdateHeader(self.name, *about, score=trained.score)
-            update = Spooled(joined.run, trained.charge, header, body)
+            update = Spooled(joined.run, trained.charge, header, body, terms_of(self.policy, joined))
             # First the bytes, then the word that they leave: what is released can always be sent again.
             if self.spool is not None:
                 keep(self.spool, update)
@@ -341,14 +344,16 @@ class Participant:
         self._pending = self._delivery = None
 
     def _send(self, pending: Spooled) -> bool:
-        """Whether the update is where it belongs."""
+        """Whether the update is where it belongs. Nothing of one leaves but through here."""
         joined = self._joined
         assert joined is not None  # there is an update
+        check_terms(pending, joined)
         if not joined.spec.secure_aggregation.enabled:
             self.connection.submit(pending.header, pending.payload)
             return True
         if self._delivery is None:
-            self._delivery = Delivery(membership(self.policy, joined.spec), pending.header, pending.payload)
+            member = membership(self.policy, joined.spec, pending.terms)
+            self._delivery = Delivery(member, pending.header, pending.payload)
         self._busy.set()  # the masks of a large adapter take longer than a lease
         try:
             return self._delivery.advance(self.connection, joined)
@@ -389,9 +394,3 @@ class Participant:
             with suppress(Unavailable, ProtocolError, IdentityError):
                 self.connection.leave(REFUSED)
             raise
-
-
-def _check_same_run(known: Joined | None, joined: Joined) -> None:
-    """Refuse a coordinator that comes back with another run than the one this client checked and prepared for."""
-    if known is None or (joined.spec, joined.schema) != (known.spec, known.schema):
-        raise ProtocolError("the coordinator changed the run while this client was away; start the client anew")

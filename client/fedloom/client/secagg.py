@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedloom.client.config import Policy, SecureAggregationPolicy
 from fedloom.client.identity import load_identity
+from fedloom.client.privacy.terms import Terms, binding
 from fedloom.client.revealed import remember
 from fedloom.proto.errors import PolicyError, ProtocolError
 from fedloom.proto.messages import Assignment, Joined, UpdateHeader
@@ -59,16 +60,20 @@ class Member:
     section: SecureAggregationSection
 
 
-def membership(policy: Policy, spec: Spec) -> Member:
+def membership(policy: Policy, spec: Spec, terms: Terms | None) -> Member:
     """This site as a member.
+
+    Args:
+        policy: The site's policy.
+        spec: The run.
+        terms: Those of the update; what the policy was then binds too.
 
     Raises:
         ConfigError: Its identity key cannot be read.
     """
     client = policy.client
-    return Member(
-        client.name, load_identity(client.state), client.state, policy.secure_aggregation, spec.secure_aggregation
-    )
+    bound = binding(policy.secure_aggregation, terms)
+    return Member(client.name, load_identity(client.state), client.state, bound, spec.secure_aggregation)
 
 
 def check_assignment(spec: Spec, assignment: Assignment) -> None:
@@ -240,8 +245,9 @@ class Attempt:
         known = self._member.policy.peers.get(name)
         if known is None:
             raise PolicyError(
-                f"peer {name!r} is in the cohort but not in this site's policy; add the key that its "
-                "`fedloom identity` prints to secure_aggregation.peers if you know it"
+                f"peer {name!r} is in the cohort but not in this site's policy, or was not when this update was made; "
+                "add the key that its `fedloom identity` prints to secure_aggregation.peers if you know it, before the "
+                "next round"
             )
         return bytes.fromhex(known)
 

@@ -7,11 +7,20 @@ from typing import Protocol
 
 import numpy as np
 
-from fedloom.proto.errors import SchemaError
+from fedloom.proto.errors import ProtocolError, SchemaError
 from fedloom.proto.messages import Assignment, Joined, Standing
 from fedloom.proto.schema import Array, Schema, Tensors
 
-__all__ = ["Proceed", "RoundOver", "Trained", "Training", "Underway", "check_schema", "within"]
+__all__ = [
+    "Proceed",
+    "RoundOver",
+    "Trained",
+    "Training",
+    "Underway",
+    "check_same_run",
+    "check_schema",
+    "within",
+]
 
 log = logging.getLogger(__name__)
 
@@ -99,3 +108,15 @@ def within(largest: float, delta: Tensors) -> dict[str, Array]:
     if beyond:
         log.warning("values of %s, such as %r, are beyond %g and cut to it", len(beyond), beyond[0][:64], largest)
     return {name: np.clip(each, -largest, largest) if name in beyond else each for name, each in delta.items()}
+
+
+def check_same_run(known: Joined, joined: Joined) -> None:
+    """Refuse a coordinator that comes back with another run than the one this client checked and prepared for.
+
+    Its name counts too: what a client remembers of its secure sums, it remembers by that name.
+
+    Raises:
+        ProtocolError: It is another one.
+    """
+    if (joined.run, joined.spec, joined.schema) != (known.run, known.spec, known.schema):
+        raise ProtocolError("the coordinator changed the run while this client was away; start the client anew")

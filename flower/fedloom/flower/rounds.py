@@ -13,6 +13,7 @@ from typing import Protocol
 from fedloom.flower.messages import Reply, Request, reply_from_json, request_to_json
 from fedloom.proto.errors import ConfigError, FedloomError, ProtocolError, StoreError
 from fedloom.proto.messages import Assignment, Joined
+from fedloom.proto.text import clean
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.local import LocalConnection
 
@@ -182,14 +183,14 @@ def _submit(site: _Site, reply: Reply, payload: bytes) -> None:
 def _failed(site: _Site, reason: str) -> None:
     """The same message goes out again, if it is still wanted; the site answers it with the same bytes."""
     site.tries += 1
-    log.warning("node %d (%s): %s", site.node, site.client or "not known yet", reason)
+    log.warning("node %d (%s): %s", site.node, site.client or "not known yet", clean(reason))
     if site.tries >= _MOST_TRIES:
         _dismiss(site, f"failed {site.tries} times")
 
 
 def _dismiss(site: _Site, reason: str) -> None:
     """Do not ask this node again before it has been away."""
-    log.warning("node %d (%s) is left out: %s", site.node, site.client or "not known yet", reason)
+    log.warning("node %d (%s) is left out: %s", site.node, site.client or "not known yet", clean(reason))
     site.dismissed = True
     if site.line is not None:
         site.line.leave(reason)

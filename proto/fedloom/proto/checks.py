@@ -105,8 +105,10 @@ def checked_joined(fields: JoinedFields) -> Joined:
         ConfigError: The spec is not one.
         SchemaError: The schema is not one.
     """
-    if not 0 < len(fields.run) <= MAX_NAME_LENGTH or fields.epoch < 1:
-        raise ProtocolError(f"join reply names run {fields.run[:64]!r}, epoch {fields.epoch}; both are needed")
+    if not 0 < len(fields.run) <= MAX_NAME_LENGTH or not fields.run.isprintable() or fields.epoch < 1:
+        raise ProtocolError(
+            f"join reply names run {fields.run[:64]!r}, epoch {fields.epoch}; both are needed, the name printable"
+        )
     schema = Schema.from_json(fields.schema)
     if schema.digest != fields.schema_digest:
         raise ProtocolError(

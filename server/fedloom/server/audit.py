@@ -13,6 +13,7 @@ from typing import Literal, Protocol, get_args
 
 from fedloom.proto.errors import StoreError
 from fedloom.proto.limits import MAX_NAME_LENGTH
+from fedloom.proto.text import clean
 
 __all__ = ["Audit", "AuditKind", "AuditRecord", "Notebook", "record_from_json", "record_to_json"]
 
@@ -106,7 +107,7 @@ class Audit:
 
     def _add(self, kind: AuditKind, client: str, detail: str) -> None:
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        name, text = client[:MAX_NAME_LENGTH], detail[:_DETAIL_LENGTH]
+        name, text = clean(client, MAX_NAME_LENGTH), clean(detail, _DETAIL_LENGTH)
         self._notes.append(AuditRecord(at, self._notebook.epoch, kind, name, text))
 
 

@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from fedloom.client.privacy.terms import Terms
 from fedloom.proto.durable import make_folder, sync_folder, write_durably
 from fedloom.proto.errors import LedgerError
 from fedloom.proto.failpoints import failpoint, reach
@@ -29,12 +30,14 @@ class Spooled:
         charge: Number of the ledger's charge; None without privacy.
         header: What precedes the payload.
         payload: The exact bytes.
+        terms: Under what it may leave, see `terms`; None if the first release has spooled it.
     """
 
     run: str
     charge: int | None
     header: UpdateHeader
     payload: bytes
+    terms: Terms | None
 
 
 @failpoint("spool.keep")
@@ -45,7 +48,10 @@ def keep(folder: Path, update: Spooled) -> None:
         LedgerError: The disk refuses; nothing may be sent.
     """
     path = _path(folder, update.run, update.header.client)
-    note = json.dumps({"run": update.run, "charge": update.charge, "header": asdict(update.header)}).encode()
+    content = {"run": update.run, "charge": update.charge, "header": asdict(update.header)}
+    if update.terms is not None:
+        content["terms"] = asdict(update.terms)
+    note = json.dumps(content).encode()
     digest = hashlib.sha256(note).hexdigest().encode()
     try:
         make_folder(folder)
@@ -108,7 +114,8 @@ def _read(path: Path) -> Spooled:
         content = json.loads(note)
         header = UpdateHeader(**content["header"])
         header = replace(header, score=tuple(header.score))  # a list in JSON
-        update = Spooled(content["run"], content["charge"], header, payload)
+        terms = Terms(**content["terms"]) if "terms" in content else None
+        update = Spooled(content["run"], content["charge"], header, payload, terms)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, str(error)) from error
     found = hashlib.sha256(payload).hexdigest()

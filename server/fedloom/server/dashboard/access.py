@@ -16,12 +16,27 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fedloom.proto.durable import make_folder, write_durably
 from fedloom.proto.errors import ConfigError
 
-__all__ = ["ACTION", "ALLOWED", "TOKENS_FILE", "Access", "Role", "Tokens", "cookie", "load_tokens", "may"]
+__all__ = [
+    "ACTION",
+    "ALLOWED",
+    "LINKS_FILE",
+    "TOKENS_FILE",
+    "Access",
+    "Role",
+    "Tokens",
+    "cookie",
+    "load_tokens",
+    "may",
+    "write_links",
+]
 
 Role = Literal["nobody", "observer", "operator"]
 
 TOKENS_FILE = "dashboard.json"
 """Name of the file with the two tokens; only its owner can read it."""
+
+LINKS_FILE = "dashboard.links"
+"""Name of the file with a link for each token; only its owner can read it."""
 
 ACTION = "x-fedloom-action"
 """Header that everything but reading must carry. No form and no link of another page can set it."""
@@ -93,6 +108,23 @@ def load_tokens(folder: Path) -> tuple[Tokens, bool]:
     if min(len(tokens.observer), len(tokens.operator)) < 32 or tokens.observer == tokens.operator:
         raise ConfigError(f"{path} does not hold two different tokens of 32 characters or more; delete it")
     return tokens, False
+
+
+def write_links(folder: Path, url: str, tokens: Tokens) -> str:
+    """Write a link for each token to a file: what a service prints ends up in a journal that many can read.
+
+    Returns:
+        The lines of the file.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    lines = f"to look:  {url}#token={tokens.observer}\nto stop:  {url}#token={tokens.operator}\n"
+    try:
+        write_durably(folder / LINKS_FILE, lines.encode())
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder / LINKS_FILE}: {error}; make its folder writable") from error
+    return lines
 
 
 def cookie(tokens: Tokens) -> str:

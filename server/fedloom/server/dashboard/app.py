@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -164,10 +164,13 @@ def _guarded(handler: Callable[..., Any], least: Role) -> Callable[[Request], Aw
 async def _token(request: Request) -> str:
     """The token in the body of a request; empty if there is none."""
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > _BODY_BYTES:
-            return ""
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > _BODY_BYTES:
+                return ""
+    except ClientDisconnect:  # it was too slow, or has left: nobody reads the answer
+        return ""
     try:
         shown = json.loads(body)["token"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -3,11 +3,14 @@
 import ipaddress
 import logging
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import uvicorn
 
@@ -16,10 +19,10 @@ from fedloom.proto.errors import ConfigError
 from fedloom.server.dashboard.access import Tokens
 from fedloom.server.dashboard.app import application
 from fedloom.server.dashboard.board import Board
+from fedloom.server.dashboard.connections import Door, Limits, Visitor
 
 __all__ = ["Hosted", "hosting"]
 
-_CONNECTIONS = 64
 _STOP_S = 5.0
 _log = logging.getLogger(__name__)
 
@@ -36,7 +39,9 @@ class Hosted:
 
 
 @contextmanager
-def hosting(board: Board, listen: str, tokens: Tokens, *, pem: Path | None = None) -> Iterator[Hosted]:
+def hosting(
+    board: Board, listen: str, tokens: Tokens, *, pem: Path | None = None, limits: Limits | None = None
+) -> Iterator[Hosted]:
     """Serve the dashboard for the length of a `with` block. What goes wrong in it later is logged and stops nobody.
 
     Args:
@@ -44,6 +49,7 @@ def hosting(board: Board, listen: str, tokens: Tokens, *, pem: Path | None = Non
         listen: HOST:PORT; port 0 takes a free one.
         tokens: Who shows one has its role. On a loopback address, others may look.
         pem: Key and certificates, for TLS.
+        limits: How many may connect, and how long they may say nothing; None is the usual.
 
     Raises:
         ConfigError: The address cannot be bound, or the key or the certificate cannot be used.
@@ -51,21 +57,21 @@ def hosting(board: Board, listen: str, tokens: Tokens, *, pem: Path | None = Non
     host, port = host_of(listen), int(listen.rpartition(":")[2])
     is_open = _loopback(host)
     app = application(board, tokens, open_to_observers=is_open, encrypted=pem is not None)
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=_CONNECTIONS,
-        timeout_graceful_shutdown=1,
-        ssl_certfile=pem,
-        ssl_keyfile=pem,
-    )
     try:
+        door = Door(limits or Limits(), None if pem is None else _secure(pem))
+        # uvicorn calls it as it would the class that it asks for.
+        visitor = cast("type[Any]", partial(Visitor, door))
+        config = uvicorn.Config(
+            app,
+            http=visitor,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=1,
+        )
         config.load()
         bound = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -88,6 +94,12 @@ def _run(server: uvicorn.Server, bound: socket.socket) -> None:
         server.run([bound])
     except Exception:
         _log.exception("the dashboard has stopped; the run goes on without it")
+
+
+def _secure(pem: Path) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pem)
+    return context
 
 
 def _loopback(host: str) -> bool:
