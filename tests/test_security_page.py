@@ -37,3 +37,17 @@ def test_its_table_of_roles_is_that_of_the_code() -> None:
     assert {role: listed[role] for role in MemberRole} == {
         role: {method for method, roles in ALLOWED.items() if role in roles} for role in MemberRole
     }
+
+
+def test_every_attack_in_the_track_record_names_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "track-record.md").read_text(encoding="utf-8")
+    rows = [
+        each for each in page.partition("## Attacks on privacy")[2].partition("\n## ")[0].splitlines() if "| " in each
+    ]
+
+    assert len(rows) > 12
+    for row in rows[1:]:
+        named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", row)
+        assert named, row
+        for file, function in named:
+            assert (f"def {function}(" if function else "def test_") in (ROOT / file).read_text(encoding="utf-8"), file
