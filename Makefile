@@ -40,8 +40,11 @@ test: setup flower
 	pytest
 
 # Everything that is too heavy for every change, at full size.
+# The attacks write their report as chaos does.
 prove: setup
-	FEDLOOM_PROVE=1 pytest -m prove
+	FEDLOOM_PROVE=1 pytest -m prove --ignore tests/attacks
+	PYTHONPATH=. python benchmarks/chaos.py --only "attacks: low bits of the noise" \
+		--only "attacks: neighbouring data sets" --only "attacks: hostile numbers"
 
 # Kills, stops and confuses every process at full size; writes benchmarks/chaos.json and docs/track-record.md.
 chaos: setup

@@ -119,6 +119,9 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "R16: compatibility": ("tests/proto/test_golden.py", "tests/server/test_old_state.py"),
     "R18: revocation": ("tests/simulation/test_revocation.py",),
     "each safeguard taken out is missed by its test": ("tests/mutations", "-k", _removals()),
+    "attacks: low bits of the noise": ("tests/attacks/test_low_bits.py", "tests/attacks/test_denormal_clip_norm.py"),
+    "attacks: neighbouring data sets": ("tests/attacks/test_neighbours.py",),
+    "attacks: hostile numbers": ("tests/attacks/test_fuzz_hostile.py",),
 }
 """Goals that tests reach by themselves, at full size with FEDLOOM_PROVE=1."""
 

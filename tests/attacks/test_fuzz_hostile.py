@@ -347,6 +347,7 @@ def test_whatever_is_sent_is_refused_uncharged_or_keeps_its_noise(
             raise AssertionError(f"neither refused nor accepted: {text} {fields}")
 
     noise.check()
+    print(f"{CASES} cases: {outcomes['accepted']} accepted and with their noise, the others refused before a charge")
     assert outcomes["accepted"] > 0.05 * CASES, outcomes
     for kind in ("ConfigError", "PolicyError", "ProtocolError", "CodecError"):
         assert outcomes[kind] > 0, outcomes
