@@ -63,7 +63,8 @@ def client(
     from fedloom.client.privacy.spool import kept
     from fedloom.client.trainer import Trainer
 
-    own = own_data(site)  # whatever is wrong with the data is found before a coordinator hears of this client
+    grid = AT_ONCE if insecure else Pace()  # whoever can reach the loopback interface can watch this process work
+    own = own_data(site, grid)  # whatever is wrong with the data is found before a coordinator hears of this client
     upload, download = site.compute.upload_bytes_per_s, site.compute.download_bytes_per_s
     connection = GrpcConnection(server, folder, upload=upload, download=download)
     spool, name = spool_folder(site), site.client.name
@@ -85,8 +86,7 @@ def client(
         save_final(made[-1].model, made[-1].spec, tensors, adapter)
         tell(f"the run's adapter is in {adapter}")
 
-    # Whoever can reach the loopback interface can watch this process work.
-    participant = Participant(connection, site, ready, spool=spool, pace=AT_ONCE if insecure else Pace())
+    participant = Participant(connection, site, ready, spool=spool, pace=grid)
     out.print(f"{participant.name}: joining {server}")
     with closing(connection), renewing(server, folder) if folder else nullcontext():
         finished = participant.run(ended=save if adapter is not None else None)

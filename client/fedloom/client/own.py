@@ -6,6 +6,7 @@ from fedloom.client.config import Policy
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.rows import Rows
 from fedloom.client.evaluation import split
+from fedloom.client.pace import AT_ONCE, Pace
 from fedloom.client.privacy.account import open_account
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.proto.errors import DataError, PolicyError
@@ -24,11 +25,15 @@ class Own:
     """Their open account; None where the policy also allows runs without one."""
 
 
-def own_data(policy: Policy) -> Own | None:
+def own_data(policy: Policy, pace: Pace = AT_ONCE) -> Own | None:
     """Read the site's data and open their account, as far as the policy alone says how.
 
     Whatever is wrong with the data comes out here, before anything is sent: a client that joined first and then failed
     would answer any question about its rows that a coordinator can put into a run.
+
+    Args:
+        policy: The site's policy.
+        pace: When the client goes on: a service that is started again and again would tell how long its data are.
 
     Returns:
         None where only a run can say what the rows are for, which a policy with privacy.allow_non_private may leave
@@ -46,8 +51,13 @@ def own_data(policy: Policy) -> Own | None:
             'this policy does not say what its rows are for; add `labels = ["...", "..."]` to its section [data], the '
             "label names in the order of the run's model.labels, and `task` unless it is text-classification"
         )
+    begun = pace.clock()
     rows = own_rows(policy)
-    return Own(rows, None if policy.privacy.allow_non_private else open_account(policy, rows))
+    if policy.privacy.allow_non_private:
+        return Own(rows, None)
+    own = Own(rows, open_account(policy, rows))
+    pace.read(begun)
+    return own
 
 
 def own_rows(policy: Policy, spec: Spec | None = None) -> Rows:

@@ -32,6 +32,10 @@ class Pace:
     sleep: Callable[[float], None] = time.sleep
     coarse: bool = True
 
+    def read(self, begun: float) -> None:
+        """Wait once data that were begun to be read at `begun` are read, for 5, 10, 20, 40 ... seconds in all."""
+        self._wait(begun, _PREPARED_S, 1)
+
     @contextmanager
     def preparing(self) -> Iterator[None]:
         """A block that reads private data; it lasts 5, 10, 20, 40 ... seconds."""

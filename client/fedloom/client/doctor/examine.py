@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from fedloom.client.config import Policy, check_spec
+from fedloom.client.data.rows import Rows
 from fedloom.client.doctor import machine, network, site
 from fedloom.client.doctor.finding import Finding, failed, ok
 from fedloom.client.model import AdapterModel, load_model
@@ -57,6 +58,8 @@ def examine(
     yield model
     if spec is not None:
         yield from _run(policy, spec, model.level != "failed")
+    elif policy.data.own_task is not None:
+        yield _rows(policy, None)[0]
 
 
 def _network(policy: Policy, server: str, certs: Path | None, known: dict[str, dt.datetime]) -> Iterator[Finding]:
@@ -94,13 +97,9 @@ def _run(policy: Policy, spec: Spec, loadable: bool) -> Iterator[Finding]:
         pass  # said before, as the ledger's own finding
     except FedloomError as error:
         yield failed("budget", str(error))
-    try:
-        rows = own_rows(policy, spec)
-        yield ok("rows", f"every row fits {rows.task}")
-    except FedloomError as error:
-        yield failed("rows", str(error))
-        return
-    if not loadable:
+    found, rows = _rows(policy, spec)
+    yield found
+    if rows is None or not loadable:
         return
     base = policy.model.folder or spec.model.base
     try:
@@ -115,6 +114,15 @@ def _run(policy: Policy, spec: Spec, loadable: bool) -> Iterator[Finding]:
         yield ok("batch", f"{size} examples at a time ({spec.train.microbatch} asked for)")
     except FedloomError as error:
         yield failed("model", str(error))
+
+
+def _rows(policy: Policy, spec: Spec | None) -> tuple[Finding, Rows | None]:
+    """The rows by the policy's own task and labels, as a client reads them before it joins."""
+    try:
+        rows = own_rows(policy, spec)
+        return ok("rows", f"every row fits {rows.task}"), rows
+    except FedloomError as error:
+        return failed("rows", str(error)), None
 
 
 def _private(model: AdapterModel) -> Iterator[Finding]:

@@ -69,7 +69,7 @@ def ledger(policy: Policy) -> tuple[list[Finding], dt.datetime | None]:
 
 
 def data(source: str) -> Finding:
-    """Whether the data is there, not empty and readable; what is in it takes a run file to tell."""
+    """Whether the data is there, not empty and readable."""
     if source in PACKAGED:
         return ok("data", f"packaged data set {source}")
     path = Path(source)
@@ -83,7 +83,7 @@ def data(source: str) -> Finding:
             os.close(os.open(each, os.O_RDONLY))
     except OSError as error:
         return failed("data", f"{source} cannot be read: {error}", "make it readable for this user")
-    return ok("data", f"{source} is there and readable; with --run its rows are checked too")
+    return ok("data", f"{source} is there and readable")
 
 
 def base_model(policy: Policy, base: str | None, pinned: str | None) -> tuple[Finding, int | None]:
