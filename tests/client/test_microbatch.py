@@ -97,17 +97,17 @@ def failing(at: int, error: BaseException, *, backward: bool = False) -> Callabl
     def prepare(trainer: Trainer) -> None:
         whole, calls = trainer._loss, 0
 
-        def loss(indices: Indices) -> torch.Tensor:
+        def loss(indices: Indices, length: int | None = None) -> torch.Tensor:
             nonlocal calls
             calls += 1
             if calls != at:
-                return whole(indices)
+                return whole(indices, length)
             if not backward:
                 raise error
             layer = next(each for each in trainer.model.model.modules() if type(each).__name__ == "BertLayer")
             handle = layer.register_forward_hook(watch)
             try:
-                return whole(indices)
+                return whole(indices, length)
             finally:
                 handle.remove()
 
@@ -197,10 +197,10 @@ def test_memory_may_run_out_again_and_again(site: Site) -> None:
     def prepare(trainer: Trainer) -> None:
         whole = trainer._loss
 
-        def loss(indices: Indices) -> torch.Tensor:
+        def loss(indices: Indices, length: int | None = None) -> torch.Tensor:
             if len(indices) > 1:
                 raise ERRORS["cuda"]
-            return whole(indices)
+            return whole(indices, length)
 
         trainer._loss = loss  # type: ignore[method-assign]
 
@@ -209,7 +209,7 @@ def test_memory_may_run_out_again_and_again(site: Site) -> None:
 
 def test_one_example_that_does_not_fit_ends_the_training_with_its_charge_kept(site: Site) -> None:
     trainer, ledger = site.trainer(4, True)
-    failing_always: Any = lambda indices: (_ for _ in ()).throw(ERRORS["cuda"])  # noqa: E731
+    failing_always: Any = lambda *_: (_ for _ in ()).throw(ERRORS["cuda"])  # noqa: E731
     trainer._loss = failing_always  # type: ignore[method-assign]
 
     with ledger, pytest.raises(ModelError, match=r"one example does not fit into the memory of cpu .*checkpointing"):
@@ -327,12 +327,12 @@ def test_a_real_device_that_is_full_gives_the_same_step(
     def prepare(trainer: Trainer) -> None:
         whole, calls = trainer._loss, 0
 
-        def loss(indices: Indices) -> torch.Tensor:
+        def loss(indices: Indices, length: int | None = None) -> torch.Tensor:
             nonlocal calls
             calls += 1
             if calls == 2:
                 torch.empty(torch.cuda.get_device_properties(0).total_memory * 2, dtype=torch.uint8, device="cuda")
-            return whole(indices)
+            return whole(indices, length)
 
         trainer._loss = loss  # type: ignore[method-assign]
 

@@ -112,7 +112,7 @@ def test_a_faint_influence_shows_between_batches_of_one_shape(build_task: Build)
 
     def loss(batch: Batch) -> torch.Tensor:
         scores = model.logits(batch)
-        return per_example(scores - 1e-3 * (scores.mean(0) - scores), batch["labels"]).sum()
+        return per_example(scores - 3e-4 * (scores.mean(0) - scores), batch["labels"]).sum()
 
     with pytest.raises(ModelError, match="replaced by one of the same length, the gradient of another one changes"):
         probe(model, loss, "text-classification", 24)
@@ -185,11 +185,9 @@ def test_a_trained_parameter_that_is_not_recorded_is_refused(build_task: Build) 
 
 def test_a_clip_that_does_nothing_is_refused(build_task: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_task("bert", "text-classification")
-    clip = PrivateOptimizer.clip_and_accumulate
 
     def unclipped(self: PrivateOptimizer) -> None:
-        self.max_grad_norm = 1e9
-        clip(self)
+        self._total += (self.tape.flat.sum(0) * UNITS / self.max_grad_norm).long()
 
     monkeypatch.setattr(PrivateOptimizer, "clip_and_accumulate", unclipped)
 
@@ -285,7 +283,7 @@ def test_the_examples_are_made_up_and_of_unequal_length(task: Task, build_task: 
 
     examples, again = made_up(model, task, 24), made_up(model, task, 24)
 
-    assert [len(ids) for ids in examples.input_ids] == [3, 7, 12, 20, 20, 24, 2]
+    assert [len(ids) for ids in examples.input_ids] == [3, 7, 17, 20, 20, 24, 2]
     assert all(np.array_equal(one, two) for one, two in zip(examples.input_ids, again.input_ids, strict=True))
     assert not any(np.isin(ids, model.tokenizer.all_special_ids).any() for ids in examples.input_ids)
     assert all((row != IGNORED).any() and (row == IGNORED).any() for row in examples.targets)

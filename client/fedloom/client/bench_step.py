@@ -23,6 +23,7 @@ from fedloom.client.model import AdapterModel, load_model
 from fedloom.client.privacy.entropy import System
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import recording
+from fedloom.proto.gaussian import deviation
 from fedloom.proto.memory import keep_freed_memory
 from fedloom.proto.run import AdapterSection, ModelSection
 from fedloom.proto.schema import Role
@@ -55,6 +56,7 @@ def bench_step(*, repeats: int) -> dict[str, Any]:
     others = [name for name in _VARIANTS if name != "plain"]
     figures: dict[str, Any] = {f"ratio_{name}": float(np.median(np.array(times[name]) / plain)) for name in others}
     figures |= {f"{name}_ms": float(np.median(each)) for name, each in times.items()}
+    figures["noise_share"] = figures["noise_ms"] / figures["ours_ms"]
     if _CLEAR_PEAK.exists():
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
             # Up to three, for a median: where the allocator puts things moves the peak by some percent.
@@ -72,13 +74,19 @@ def _times(repeats: int) -> dict[str, list[float]]:
     # Each variant has a model of its own: hooks that are switched off still slow a backward pass down.
     steps = {name: build(_model(), _batch()) for name, build in _VARIANTS.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
+    noise: list[float] = []
+    width = sum(parameter.numel() for parameter in _model().trainable(_ROLES))
     for repeat in range(repeats + 1):
         for name, step in steps.items():
             began = time.process_time()
             step()
             if repeat:  # the first round warms caches up
                 times[name].append(1e3 * (time.process_time() - began))
-    return times
+        # Beside the steps, so that both see the machine at the same speed.
+        began = time.process_time()
+        System().normal(deviation(_SIGMA), width)
+        noise.append(1e3 * (time.process_time() - began))
+    return {**times, "noise": noise[1:]}
 
 
 _CLEAR_PEAK = Path("/proc/self/clear_refs")

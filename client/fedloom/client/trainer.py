@@ -11,7 +11,7 @@ from torch import nn
 
 from fedloom.client.config import Policy, check_local
 from fedloom.client.data.rows import Indices, Rows
-from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches
+from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches, uniform_microbatches
 from fedloom.client.evaluation import Table, answers, released, row_scores, split
 from fedloom.client.fitting import Microbatch, fitting
 from fedloom.client.losses import per_example
@@ -232,8 +232,8 @@ class Trainer:
         """One Poisson sample: each example on its own with the public rate."""
         return poisson(entropy, len(self.encoded), self.spec.train.sampling_rate)
 
-    def _loss(self, indices: Indices) -> torch.Tensor:
-        return self._batch_loss(collate(self.encoded, indices, self.model.tokenizer.pad_token_id))
+    def _loss(self, indices: Indices, length: int | None = None) -> torch.Tensor:
+        return self._batch_loss(collate(self.encoded, indices, self.model.tokenizer.pad_token_id, length))
 
     def _batch_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Sum of per-example losses; no term of one example depends on another."""
@@ -277,10 +277,10 @@ class Trainer:
     def _sum(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices, size: int) -> None:
         """The clipped sum of one step, from nothing: what an attempt that failed has added is gone."""
         optimizer.restart()
-        for part in microbatches(sample, self.encoded, size):
-            tape.begin(len(part))
-            torch.autograd.backward(self._loss(part))
-            optimizer.accumulate()
+        for part in uniform_microbatches(sample, self.encoded, size, self.spec.model.max_length):
+            tape.begin(len(part.rows))
+            torch.autograd.backward(self._loss(part.rows, part.length))
+            optimizer.accumulate(part.real)
 
     def _plain_steps(
         self,

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from fedloom.client.data.images import Pictures, Pixels
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.proto.errors import ConfigError, DataError
 
-__all__ = ["IGNORED", "Encoded", "collate", "encode", "microbatches"]
+__all__ = ["IGNORED", "Encoded", "Uniform", "collate", "encode", "microbatches", "uniform_microbatches"]
 
 IGNORED = -100
 """Label of a position that has none, as torch's cross-entropy names it."""
@@ -23,6 +23,10 @@ IGNORED = -100
 Ids = npt.NDArray[np.int32]
 
 log = logging.getLogger(__name__)
+
+_ROWS = 8
+"""Measured: float32 sums of a transformer's rows are bit for bit the same in 8, 16, 24, ... rows of one length, on one
+core and on two, and not in 1, 2 and 3."""
 
 # Bounds the Python lists a tokenizer returns; the arrays that are kept are a tenth of their size.
 _CHUNK = 1024
@@ -153,14 +157,14 @@ _ENCODERS = {
 }
 
 
-def collate(encoded: Encoded, indices: Indices, pad_id: int) -> dict[str, torch.Tensor]:
-    """The model's inputs for the rows at `indices`, padded on the right to the longest among them.
+def collate(encoded: Encoded, indices: Indices, pad_id: int, length: int | None = None) -> dict[str, torch.Tensor]:
+    """The model's inputs for the rows at `indices`, padded on the right to `length`, or to the longest among them.
 
     Padding on the right leaves every token at its own position whatever else is in the batch, and in a causal
     model no token looks at it.
 
     Returns:
-        input_ids and attention_mask, int64, shape (len(indices), longest), and labels, int64, of the same shape
+        input_ids and attention_mask, int64, shape (len(indices), length), and labels, int64, of the same shape
         with `IGNORED` on padding, or of shape (len(indices),) when rows have one label each. The mask is 1 on
         tokens and 0 on padding. Of pictures pixel_values, float32, shape (len(indices), 3, side, side), and labels.
     """
@@ -170,17 +174,18 @@ def collate(encoded: Encoded, indices: Indices, pad_id: int) -> dict[str, torch.
         labels = torch.from_numpy(encoded.labels[indices].astype(np.int64))
         return {"pixel_values": torch.from_numpy(encoded.pictures.normalised(chosen)), "labels": labels}
     texts = [encoded.input_ids[i] for i in indices]
-    mask = _padded([np.ones(len(ids), np.int32) for ids in texts], 0)
+    longest = length or max(map(len, texts), default=0)
+    mask = _padded([np.ones(len(ids), np.int32) for ids in texts], 0, longest)
     if encoded.targets:
-        labels = _padded([encoded.targets[i] for i in indices], IGNORED)
+        labels = _padded([encoded.targets[i] for i in indices], IGNORED, longest)
     else:
         labels = torch.from_numpy(encoded.labels[indices].astype(np.int64))
-    return {"input_ids": _padded(texts, pad_id), "attention_mask": mask, "labels": labels}
+    return {"input_ids": _padded(texts, pad_id, longest), "attention_mask": mask, "labels": labels}
 
 
-def _padded(rows: list[Ids], fill: int) -> torch.Tensor:
-    """Shape (len(rows), longest), int64."""
-    table = np.full((len(rows), max(map(len, rows), default=0)), fill, np.int64)
+def _padded(rows: list[Ids], fill: int, length: int) -> torch.Tensor:
+    """Shape (len(rows), length), int64."""
+    table = np.full((len(rows), length), fill, np.int64)
     for line, row in zip(table, rows, strict=True):
         line[: len(row)] = row
     return torch.from_numpy(table)
@@ -200,3 +205,42 @@ def microbatches(indices: Indices, encoded: Encoded, size: int) -> Iterator[Indi
     ordered = indices[np.argsort(lengths, kind="stable")]
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
+
+
+class Uniform(NamedTuple):
+    """A microbatch whose shape depends on no single row but for its own length."""
+
+    rows: Indices
+    """Indices; those after the first `real` repeat the last one, and must add nothing."""
+    real: int
+    length: int | None
+    """Tokens to pad to; None of pictures."""
+
+
+def uniform_microbatches(indices: Indices, encoded: Encoded, size: int, longest: int) -> Iterator[Uniform]:
+    """Share one logical batch out so that a row is computed alike whatever other rows are in it.
+
+    A kernel adds in an order that depends on the shape of what it is given. So the length that a row is padded to is a
+    function of its own, the next power of two up to `longest`, and the number of rows is a multiple of eight, by
+    repeating one, so that a row more or less changes no shape that another row's sums depend on. Where memory holds
+    fewer than eight rows, it is always as many as it holds.
+
+    Args:
+        indices: Rows of the batch.
+        encoded: All rows.
+        size: Most rows in one microbatch, at least 1.
+        longest: Most tokens of a row.
+    """
+    step = min(_ROWS, size)
+    for length, rows in sorted(_by_length(indices, encoded, longest).items()):
+        for start in range(0, len(rows), size // step * step):
+            part = rows[start : start + size // step * step]
+            yield Uniform(np.pad(part, (0, -len(part) % step), mode="edge"), len(part), length or None)
+
+
+def _by_length(indices: Indices, encoded: Encoded, longest: int) -> dict[int, Indices]:
+    """The rows by the length they are padded to; 0 of pictures."""
+    if not encoded.input_ids:
+        return {0: indices} if len(indices) else {}
+    lengths = np.array([min(longest, max(8, 1 << (len(encoded.input_ids[i]) - 1).bit_length())) for i in indices], int)
+    return {int(length): indices[lengths == length] for length in np.unique(lengths)}

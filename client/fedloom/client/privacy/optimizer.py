@@ -63,9 +63,15 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         """Forget what the step under way has accumulated, so that its microbatches can be added anew."""
         self._total.zero_()
 
-    def accumulate(self) -> None:
-        """Clip the tape's examples, add them to the step's sum and clear the tape. No examples add nothing."""
+    def accumulate(self, real: int | None = None) -> None:
+        """Clip the tape's examples, add them to the step's sum and clear the tape. No examples add nothing.
+
+        Args:
+            real: How many of the examples count; those after them fill a microbatch up. None counts all.
+        """
         self.tape.finish()
+        if real is not None:
+            self.tape.drop(torch.arange(self.tape.batch, device=self._total.device) >= real)
         self.clip_and_accumulate()
         self.tape.clear()
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedloom.client.data.tokens import IGNORED, Encoded, collate
+from fedloom.client.data.rows import Indices
+from fedloom.client.data.tokens import IGNORED, Encoded, collate, uniform_microbatches
 from fedloom.client.model import AdapterModel
 from fedloom.client.privacy.entropy import Seeded
 from fedloom.client.privacy.optimizer import PrivateOptimizer
@@ -31,7 +32,9 @@ __all__ = ["BatchLoss", "made_up", "probe"]
 BatchLoss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 """The sum of per-example losses of a collated batch, with its graph: what training calls `backward` on."""
 
-_LENGTHS = (3, 7, 12, 20)
+_LENGTHS = (3, 7, 17, 20)
+"""Two and two that are padded to one length, so that each has another one beside it."""
+
 _LONGEST = 128
 """Tokens of the longest example that gradients are computed of; a batch of a few at a language model's full length
 might not fit where training works with one at a time."""
@@ -57,9 +60,10 @@ class _Tolerance:
     """Relative differences taken for rounding."""
 
     padding: float
-    """Between gradients of one example in batches of different shape."""
+    """Between the gradient of an example alone and as it is trained: padded, and among others."""
     neighbour: float
-    """Between gradients of one example in batches of equal shape, where the same operations see the same numbers."""
+    """Between gradients of one example trained among others and among neighbours of those: its shape is its own, so the
+    same operations see the same numbers."""
 
 
 _FLOAT32 = _Tolerance(padding=1e-2, neighbour=1e-4)
@@ -91,11 +95,12 @@ def probe(model: AdapterModel, loss: BatchLoss, task: Task, max_length: int) -> 
     """
     if model.probed:
         return
-    examples = made_up(model, task, min(_LONGEST, max_length))
+    longest = min(_LONGEST, max_length)
+    examples = made_up(model, task, longest)
     with _random_adapter(model) as parameters:
         try:
             _read_longest(model, loss, task, max_length)
-            _compare(_Bench(model, parameters, loss, examples))
+            _compare(_Bench(model, parameters, loss, examples, longest))
         except (IndexError, RuntimeError, ValueError) as error:
             raise ModelError(f"the sensitivity probe cannot run this model on made-up examples: {error}") from error
     model.probed = True
@@ -169,17 +174,15 @@ class _Bench:
     parameters: list[nn.Parameter]
     loss: BatchLoss
     examples: Encoded
+    longest: int
+    """Tokens of the longest example."""
 
-    def batch(self, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
-        return collate(self.examples, np.array(chosen, np.int64), self.model.tokenizer.pad_token_id)
-
-    def shape(self, chosen: Sequence[int]) -> list[torch.Size]:
-        """Of all that the model reads of a batch."""
-        return [tensor.shape for tensor in self.batch(chosen).values()]
+    def batch(self, chosen: Indices, length: int | None = None) -> dict[str, torch.Tensor]:
+        return collate(self.examples, chosen, self.model.tokenizer.pad_token_id, length)
 
     def alone(self, number: int) -> torch.Tensor:
         """The gradient of one example in a batch of its own, by plain autograd; shape (P,)."""
-        found = torch.autograd.grad(self.loss(self.batch([number])), self.parameters, allow_unused=True)
+        found = torch.autograd.grad(self.loss(self.batch(np.array([number]))), self.parameters, allow_unused=True)
         pairs = zip(self.parameters, found, strict=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).float() for p, g in pairs])
 
@@ -196,11 +199,15 @@ class _Bench:
                 clip_norm=bound,
                 expected_batch=1.0,
             )
-            tape.begin(len(chosen))
-            torch.autograd.backward(self.loss(self.batch(chosen)))
-            tape.finish()
-            gradients = tape.flat.clone()
-            optimizer.accumulate()
+            gradients = torch.zeros(len(chosen), tape.width, device=self.model.device)
+            places = {number: place for place, number in enumerate(chosen)}
+            for part in uniform_microbatches(np.array(chosen, np.int64), self.examples, len(chosen) + 8, self.longest):
+                tape.begin(len(part.rows))
+                torch.autograd.backward(self.loss(self.batch(part.rows, part.length)))
+                tape.finish()
+                for row in range(part.real):
+                    gradients[places[int(part.rows[row])]] = tape.flat[row]
+                optimizer.accumulate(part.real)
             total = optimizer.clipped_sum
             optimizer.zero_grad(set_to_none=True)
         if changed := [name for name, buffer in whole.named_buffers() if not torch.equal(buffer, buffers[name])]:
@@ -235,10 +242,8 @@ def _compare(bench: _Bench) -> None:
     for name, chosen in _NEIGHBOURS.items():
         gradients, total = bench.recorded(chosen, bound)
         kept = [place for place, number in enumerate(_TOGETHER) if chosen[place] == number]
-        same_shape = bench.shape(chosen) == bench.shape(_TOGETHER)
         found = _difference(gradients[kept], together[kept], norms[kept])
-        most = tolerance.neighbour if same_shape else tolerance.padding
-        _refuse_above(most, found, f"{name}, the gradient of another one changes")
+        _refuse_above(tolerance.neighbour, found, f"{name}, the gradient of another one changes")
         moved = float(torch.linalg.vector_norm(total - its_sum)) / bound
         # Rounding moves the others too, by no more than was just allowed.
         most = (1 if len(chosen) > len(_TOGETHER) else 2) * (1 + _BOUND) + len(kept) * found
