@@ -9,9 +9,13 @@ from torch import nn
 
 from fedloom.client.privacy.entropy import Entropy
 from fedloom.client.privacy.per_example import Tape
+from fedloom.proto.errors import ConfigError
 from fedloom.proto.gaussian import deviation, longest
 
 __all__ = ["PrivateOptimizer"]
+
+_CLIP_NORMS = (2.0**-40, 2.0**40)
+"""Least and largest C. Squares of float32 values below 2^-75 are zero: next to C all of them together are nothing."""
 
 
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no types
@@ -39,7 +43,14 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         clip_norm: float,
         expected_batch: float,
     ) -> None:
-        """`expected_batch` divides the noisy sum; it must be public (rate times the declared number of examples)."""
+        """`expected_batch` divides the noisy sum; it must be public (rate times the declared number of examples).
+
+        Raises:
+            ConfigError: The clip norm or the noise multiplier is one that the arithmetic here does not hold.
+        """
+        least, most = _CLIP_NORMS
+        if not least <= clip_norm <= most:
+            raise ConfigError(f"clip norm {clip_norm!r}; {least:.0e} to {most:.0e} is allowed")
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
