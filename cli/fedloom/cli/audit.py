@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,9 @@ def audit(
     trials: Annotated[
         int, typer.Option(help="Releases with the canary, and as many without. More give a tighter bound.", min=100)
     ] = 1000,
+    adversarial: Annotated[
+        bool, typer.Option("--adversarial", help="Also attack the step as a coordinator that lies would.")
+    ] = False,
     json_only: Annotated[bool, typer.Option("--json", help="Print only one line of JSON.")] = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key, such as privacy.noise_multiplier=0.5.")
@@ -44,8 +48,9 @@ def audit(
 ) -> None:
     """Attack the private step that a run file asks for, and bound its epsilon from below.
 
-    The attacker knows all but one example, chose that example, and sees every noisy sum. No private data is read,
-    no account charged, nothing sent. Exit status 1 when the claim is refuted or the audit could not have refuted it.
+    The attacker knows all but one example, chose that example, and sees every noisy sum. With --adversarial it also
+    chooses weights and settings, and looks for correlated noise and telling low bits. No private data is read, no
+    account charged, nothing sent. Exit status 1 when the claim is refuted or the audit could not have refuted it.
 
     Example: fedloom audit examples/sentiment.toml
     """
@@ -53,6 +58,7 @@ def audit(
     site = _site(policy)
     # Loads torch, which takes seconds: a mistake in a file should not have to wait for it.
     from fedloom.client.config import check_spec
+    from fedloom.client.privacy.adversarial import adversarial as attacks
     from fedloom.client.privacy.audit import audit as attack
     from fedloom.server.launch import calibrated
 
@@ -60,7 +66,10 @@ def audit(
     if site is not None:
         check_spec(site, config.spec)
     delta = config.privacy.delta if site is None else site.privacy.delta
-    result = attack(_load(config, site), config.spec, delta, trials=trials)
+    model = _load(config, site)
+    result = attack(model, config.spec, delta, trials=trials)
+    if adversarial:
+        result = replace(result, attacks=attacks(model, config.spec))
     if not json_only:
         _show(config, result)
     typer.echo(json.dumps(_document(config, result)))
@@ -94,7 +103,17 @@ def _show(config: "RunConfig", result: "Audit") -> None:
         counts = (str(check.trials), str(check.steps), f"{check.sampling_rate:g}")
         table.add_row(check.name, *counts, *figures, check.verdict)
     out.print(table)
+    if result.attacks:
+        _show_attacks(result)
     out.print(f"{result.verdict}: {_EXPLAINED[result.verdict]}")
+
+
+def _show_attacks(result: "Audit") -> None:
+    table = Table("attack", "tries", "found", "allowed", "counted in", "", box=None, pad_edge=False)
+    for each in result.attacks:
+        found = (_figure(each.found), f"{each.allowed:g}")
+        table.add_row(each.name, str(each.tries), *found, each.figure, each.verdict)
+    out.print(table)
 
 
 def _figure(value: float) -> str:
@@ -117,6 +136,18 @@ def _document(config: "RunConfig", result: "Audit") -> dict[str, Any]:
         }
         for check in result.checks
     ]
+    attacks = [
+        {
+            "name": each.name,
+            "verdict": each.verdict,
+            "tries": each.tries,
+            "counted_in": each.figure,
+            "found": each.found if math.isfinite(each.found) else None,
+            "allowed": each.allowed,
+            "control_seen": each.control_seen,
+        }
+        for each in result.attacks
+    ]
     return {
         "audit": config.run.name,
         "verdict": result.verdict,
@@ -126,4 +157,5 @@ def _document(config: "RunConfig", result: "Audit") -> dict[str, Any]:
         "noise_multiplier": result.noise_multiplier,
         "parameters": result.parameters,
         "checks": checks,
+        "attacks": attacks,
     }

@@ -17,6 +17,7 @@ from fedloom.client.fitting import Microbatch, fitting
 from fedloom.client.losses import per_example
 from fedloom.client.model import AdapterModel
 from fedloom.client.orders import check_broadcast, check_order
+from fedloom.client.privacy.attacks import rehearse
 from fedloom.client.privacy.entropy import Entropy, Seeded, System, poisson
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.optimizer import PrivateOptimizer
@@ -79,7 +80,8 @@ class Trainer:
             DataError: There is no example.
             PolicyError: The run is private and there is no ledger or no declared size.
             ModelError: The run is private and one example could move this model's clipped sum by more than the
-                noise covers, see `probe`; or one example does not fit into memory.
+                noise covers, see `probe`; or an attack on the private step succeeds, see `rehearse`; or one example
+                does not fit into memory.
         """
         if len(rows) == 0:
             raise DataError(f"client {policy.client.name!r} has no training example; check data.source in its policy")
@@ -99,6 +101,8 @@ class Trainer:
         self._personal: dict[str, Array] = {}
         if spec.privacy.enabled:
             self.check_sensitivity()
+            assert spec.privacy.noise_multiplier is not None  # checked when the spec met the policy
+            rehearse(spec.privacy.noise_multiplier, spec.privacy.clip_norm)
         self.microbatch = Microbatch(fitting(model, self._batch_loss, spec, policy.compute.memory_mib), model.device)
 
     def check_sensitivity(self) -> None:

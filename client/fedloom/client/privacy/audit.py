@@ -11,10 +11,8 @@ A bound below the claim is consistent with it. It is no proof of privacy: anothe
 
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +23,7 @@ from fedloom.client.config import Policy
 from fedloom.client.data.images import noise_picture
 from fedloom.client.data.rows import Rows
 from fedloom.client.model import AdapterModel
+from fedloom.client.privacy.attacks import Attack, Make, Verdict
 from fedloom.client.privacy.entropy import Entropy, System, poisson
 from fedloom.client.privacy.evidence import Family, gaussian_epsilon, least_separation, rates
 from fedloom.client.privacy.ledger import Ledger
@@ -36,12 +35,11 @@ from fedloom.proto.errors import ConfigError
 from fedloom.proto.gaussian import Integers
 from fedloom.proto.messages import Assignment
 from fedloom.proto.run import Spec
+from fedloom.proto.schema import Tensors
 
-__all__ = ["CONFIDENCE", "LEAST_TRIALS", "Audit", "Check", "Verdict", "audit"]
+__all__ = ["CONFIDENCE", "LEAST_TRIALS", "Audit", "Check", "Silent", "audit", "made_up_rows", "noisy_sum"]
 
 Floats = npt.NDArray[np.float64]
-Make = Callable[..., PrivateOptimizer]
-Verdict = Literal["consistent", "blind", "VIOLATION"]
 
 CONFIDENCE = 0.99
 """Of all bounds of one audit together: a right mechanism is called a violation in at most one audit in a hundred."""
@@ -93,11 +91,13 @@ class Audit:
     clip_norm: float
     parameters: int
     """Trained values."""
+    attacks: tuple[Attack, ...] = ()
+    """What `adversarial` adds."""
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of the checks'."""
-        found = {check.verdict for check in self.checks}
+        """The worst of the checks' and the attacks'."""
+        found = {*(check.verdict for check in self.checks), *(attack.verdict for attack in self.attacks)}
         return "VIOLATION" if "VIOLATION" in found else "blind" if "blind" in found else "consistent"
 
 
@@ -253,20 +253,22 @@ def _steps(spec: Spec) -> int:
     return min(wanted, high, spec.run.rounds * spec.train.steps)
 
 
-class _Silent:
+class Silent:
     """Samples every example and adds no noise."""
 
     def uniform(self, count: int) -> Floats:
+        """Zeros."""
         return np.zeros(count)
 
     def normal(self, deviation: int, count: int) -> Integers:
+        """Zeros."""
         return np.zeros(count, np.int64)
 
 
 _TEXTS = ("the ward was quiet", "a long walk by the river in spring", "ten past nine", "nobody knew the answer yet")
 
 
-def _made_up(spec: Spec) -> Rows:
+def made_up_rows(spec: Spec) -> Rows:
     """`_TEXTS`, or as many pictures of noise, as examples of the run's task; the labels go round."""
     task, names = spec.model.task, spec.model.labels
     count, none = len(_TEXTS), ("",) * len(_TEXTS)
@@ -293,14 +295,14 @@ def _through_the_model(model: AdapterModel, spec: Spec, entropy: Entropy, delta:
     weaker than the others; it is there to see what lies before the mechanism: loss, backward pass, batching.
     """
     assert spec.privacy.noise_multiplier is not None  # audit() has checked
-    everyone = _made_up(spec)
+    everyone = made_up_rows(spec)
     others = everyone.take(np.arange(len(_TEXTS) - 1))
-    canary = _noisy_sum(model, everyone, spec, _Silent()) - _noisy_sum(model, others, spec, _Silent())
+    canary = noisy_sum(model, everyone, spec, Silent()) - noisy_sum(model, others, spec, Silent())
     length = float(np.linalg.norm(canary))
     unit = canary / max(length, 1e-12)
 
     def scores(rows: Rows) -> Floats:
-        return np.array([_noisy_sum(model, rows, spec, entropy) @ unit for _ in range(_MODEL_TRIALS)])
+        return np.array([noisy_sum(model, rows, spec, entropy) @ unit for _ in range(_MODEL_TRIALS)])
 
     # Without noise the contribution itself is seen; it may not be longer than C. 1e-3 is for float32 and for
     # padding, which moves a text's gradient by rounding when its batch changes.
@@ -318,13 +320,27 @@ def _through_the_model(model: AdapterModel, spec: Spec, entropy: Entropy, delta:
     )
 
 
-def _noisy_sum(model: AdapterModel, rows: Rows, spec: Spec, entropy: Entropy) -> Floats:
-    """What one step of a round over all `rows` adds up to, shape (P,): the negative of the delta at rate 1."""
+def noisy_sum(
+    model: AdapterModel, rows: Rows, spec: Spec, entropy: Entropy, start: Tensors | None = None, rate: float = 1.0
+) -> Floats:
+    """What one step of a round over all `rows` adds up to, shape (P,): the negative of the delta over the rate.
+
+    Args:
+        model: Left as it was.
+        rows: Made-up examples.
+        spec: The run.
+        entropy: Of the step.
+        start: The broadcast; None is the adapter as it is.
+        rate: Learning rate, for a start beside which a smaller change would be rounded off.
+
+    Raises:
+        PolicyError: A client refuses to train from this start.
+    """
     roles = model.schema.roles
-    one = {"steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0, "head_learning_rate": None, "optimizer": "sgd"}
+    one = {"steps": 1, "sampling_rate": 1.0, "learning_rate": rate, "head_learning_rate": None, "optimizer": "sgd"}
     still = {"schedule": "constant", "momentum": 0.0, "proximal_mu": 0.0, "microbatch": 2}
     step = spec.model_copy(update={"train": spec.train.model_copy(update=one | still)})
-    start = model.read(model.schema)
+    before = model.read(model.schema)
     with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder), "sha256:" + "0" * 64) as ledger:
         policy = Policy.model_validate(
             {
@@ -335,9 +351,11 @@ def _noisy_sum(model: AdapterModel, rows: Rows, spec: Spec, entropy: Entropy) ->
         )
         trainer = Trainer(model, rows, step, policy, ledger, entropy_for=lambda _: entropy)
         order = Assignment(0, roles, roles, broadcast_digest="", broadcast_bytes=0)
-        delta = trainer.train(spec.run.name, order, start).delta
-    model.load(start)
-    return -np.concatenate([delta[each.name].reshape(-1) for each in model.schema.tensors]).astype(np.float64)
+        try:
+            delta = trainer.train(spec.run.name, order, before if start is None else start).delta
+        finally:
+            model.load(before)
+    return -np.concatenate([delta[each.name].reshape(-1) for each in model.schema.tensors]).astype(np.float64) / rate
 
 
 def _inverse(mu: float) -> float:

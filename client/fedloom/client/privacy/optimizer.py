@@ -43,7 +43,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         """`expected_batch` divides the noisy sum; it must be public (rate times the declared number of examples).
 
         Raises:
-            ConfigError: `clip_norm` is so small or large that float32 could not measure a gradient against it.
+            ConfigError: The clip norm or the noise multiplier is one that the arithmetic here does not hold.
         """
         if not LEAST_CLIP_NORM <= clip_norm <= 1 / LEAST_CLIP_NORM:
             raise ConfigError(f"clip norm {clip_norm!r}; {LEAST_CLIP_NORM:g} to {1 / LEAST_CLIP_NORM:g} is allowed")

@@ -225,5 +225,6 @@ def _product_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     comes out too small is an example that is clipped too little.
     """
     if left.shape[1] == 1:
-        return _norms(left.float()) * _norms(right.float())
+        # In float32 the squares of one factor may vanish that the other one makes up for.
+        return (_norms(left.double()) * _norms(right.double())).float()
     return torch.cat([_norms(product) for _, product in _products(left, right)])
