@@ -147,7 +147,7 @@ class Site:
     def policy(self, **sections: dict[str, Any]) -> Policy:
         tables: dict[str, dict[str, Any]] = {
             "client": {"name": "ann", "state": self.folder / "ann"},
-            "data": {"source": "none", "declared_examples": 40, "held_out": 0.1},
+            "data": {"source": "none", "labels": ["no", "yes"], "declared_examples": 40, "held_out": 0.1},
             "privacy": {"allow_non_private": True},
             "secure_aggregation": {"peers": {name: public_text(self.key(name)) for name in PEERS}},
         }

@@ -45,9 +45,9 @@ the clipping norm for d values (0.03 % for 339,000), and the noise is thousands 
 LARGEST_DEVIATION = (1 << 31) - 1
 """Widest noise in steps that the 64-bit arithmetic here holds: a noise multiplier of 2047."""
 
-LEAST_CLIP_NORM = 1e-6
-"""Smallest clipping norm; one over it is the largest. Values whose squares underflow in float32 are then far below a
-step of the grid, and no factor overflows."""
+LEAST_CLIP_NORM = 2.0**-40
+"""Smallest clipping norm; one over it is the largest. Values whose squares underflow in float32 are then below half a
+step of the grid, and no factor overflows. A run's own bounds are narrower."""
 
 _SLACK = 2.0**-12
 """Relative error allowed for in a norm that was computed in float32, and in scaling by it: see `longest`."""

@@ -347,6 +347,7 @@ def noisy_sum(
                 "client": {"name": "audit", "state": folder},
                 "data": {"source": "made-up", "declared_examples": 1},
                 "privacy": {"epsilon": 1e4, "delta": spec.privacy.delta},
+                "limits": {"max_learning_rate": 1e4},
             }
         )
         trainer = Trainer(model, rows, step, policy, ledger, entropy_for=lambda _: entropy)
