@@ -11,6 +11,7 @@ from fedloom.client.privacy.attacks import Make, Singles
 from fedloom.client.privacy.entropy import Seeded, poisson
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.proto.errors import ConfigError
+from fedloom.proto.gaussian import LEAST_CLIP_NORM
 from tests.attacks.float_mechanism import FloatMechanism
 from tests.attacks.heads import Head
 
@@ -32,7 +33,10 @@ def test_float_noise_is_nothing_at_a_denormal_clip_norm() -> None:
     assert released(FloatMechanism, DENORMAL, there=True).any(), "the row shows"
 
 
-@pytest.mark.parametrize("clip_norm", [DENORMAL, 2.0**-149, 2.0**-126, 2.0**-41, 2.0**41, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "clip_norm",
+    [DENORMAL, 2.0**-149, 2.0**-126, 0.99 * LEAST_CLIP_NORM, 1.01 / LEAST_CLIP_NORM, float("inf"), float("nan")],
+)
 def test_a_clip_norm_that_the_arithmetic_does_not_hold_is_refused(clip_norm: float) -> None:
     with pytest.raises(ConfigError, match="is allowed"):
         released(PrivateOptimizer, clip_norm, there=False)
@@ -40,8 +44,8 @@ def test_a_clip_norm_that_the_arithmetic_does_not_hold_is_refused(clip_norm: flo
 
 def test_the_least_clip_norm_keeps_its_noise_with_the_row_and_without_it() -> None:
     for there in (True, False):
-        values = released(PrivateOptimizer, 2.0**-40, there)
-        spread = values.astype(np.float64) / 3e38 * 0.5 / 2.0**-40
+        values = released(PrivateOptimizer, LEAST_CLIP_NORM, there)
+        spread = values.astype(np.float64) / 3e38 * 0.5 / LEAST_CLIP_NORM
         # 300 steps of deviation 0.9, which the row's three or so steps of at most 1 do not change.
         assert np.isfinite(spread).all()
         assert spread.std() == pytest.approx(0.9 * np.sqrt(STEPS), rel=0.15)

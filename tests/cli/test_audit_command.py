@@ -1,6 +1,7 @@
 """`fedloom audit` on a small model: what it prints, and its exit status."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fedloom.cli.main import app
+from fedloom.client.privacy import adversarial as adversarial_module
 from fedloom.client.privacy import audit as module
+from fedloom.client.privacy.attacks import Attack
 from fedloom.client.privacy.audit import Audit, Check
 from fedloom.proto.errors import ConfigError, PolicyError
 
@@ -119,3 +122,20 @@ def test_what_cannot_be_audited_is_refused(run_file: Path, tmp_path: Path) -> No
     assert "set privacy.enabled = true" in str(open_run)
     assert isinstance(strict, PolicyError)
     assert "noise multiplier 1 (at least 2)" in str(strict)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_attacks_are_printed_and_count(fails: bool, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Attack("low bits", 100, "standard errors", math.inf if fails else 1.5, 8.0, control_seen=True)
+    monkeypatch.setattr(module, "audit", lambda *_, **__: result(4.0))
+    monkeypatch.setattr(adversarial_module, "adversarial", lambda *_, **__: (seen,))
+
+    plain = CliRunner().invoke(app, ["audit", str(run_file)])
+    done = CliRunner().invoke(app, ["audit", str(run_file), "--adversarial"])
+
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads(plain.stdout.splitlines()[-1])["attacks"] == []
+    assert document["attacks"][0]["found"] == (None if fails else 1.5)
+    assert document["verdict"] == ("VIOLATION" if fails else "consistent")
+    assert done.exit_code == int(fails)
+    assert "low bits" in done.stdout
