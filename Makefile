@@ -11,7 +11,7 @@ CLIENTS ?= 4
 IDS := $(shell id -u):$(shell id -g)
 export FEDLOOM_USER ?= $(if $(filter 0:%,$(IDS)),10001:10001,$(IDS))
 
-.PHONY: setup flower demo test prove chaos check fix proto docs bench study-small compose compose-test image-wheels wheels wheels-test clean
+.PHONY: setup flower demo test prove chaos check fix proto docs bench study-small compose compose-test image-wheels lock wheels wheels-test clean
 
 setup: $(VENV)/.ready
 
@@ -95,6 +95,10 @@ compose-test: setup
 # What the images install, for builds without a network.
 image-wheels: setup
 	python -m docker.wheels
+
+# The hashes of what images and bundles install; after a change of constraints.txt or pyproject.toml. Takes minutes.
+lock:
+	$(PYTHON) -m docker.lock
 
 # Everything a site without internet needs, for machines like this one; EXTRA=client or server.
 EXTRA ?= client

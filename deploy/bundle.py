@@ -1,5 +1,8 @@
 """Gather everything a site without internet needs to install fedloom: wheels, pinned by hash. `make wheels` runs it.
 
+Every wheel must be one of docker/locks, by its SHA-256, except fedloom's own, torch and what comes with torch alone:
+which build of torch a machine needs depends on the machine. Those are named at the end.
+
     python deploy/bundle.py dist/server --extra server
     python deploy/bundle.py dist/jetson --extra client --platform manylinux_2_28_aarch64
 
@@ -8,12 +11,13 @@ The folder has wheels/, requirements.txt (each wheel's version and SHA-256), SHA
 
 import argparse
 import hashlib
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
-__all__ = ["digest", "gather", "main", "requirements", "write_manifest"]
+__all__ = ["check", "digest", "gather", "main", "requirements", "write_manifest"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,8 +39,11 @@ def main() -> None:
     if wheels.is_dir() and any(wheels.iterdir()):
         sys.exit(f"{wheels} has files already; a bundle is made whole, so give another folder or remove it")
     gather(wheels, asked.extra, asked.platform)
+    unlocked = check(wheels)
     write_manifest(asked.folder, asked.extra)
     sys.stdout.write(f"{asked.folder}: {len(list(wheels.iterdir()))} wheels; copy it over and follow INSTALL\n")
+    if unlocked:
+        sys.stdout.write(f"not in docker/locks, so taken as the index gave them: {', '.join(unlocked)}\n")
 
 
 def gather(wheels: Path, extra: str, platform: str | None) -> None:
@@ -48,6 +55,34 @@ def gather(wheels: Path, extra: str, platform: str | None) -> None:
     command = [*pip, "download", "--quiet", "--dest", str(wheels), "--only-binary", ":all:"]
     command += ["--constraint", str(ROOT / "constraints.txt"), f"{mine}[{extra}]"]
     subprocess.run(command + (["--platform", platform] if platform else []), check=True)
+
+
+def check(wheels: Path, locks: Path = ROOT / "docker" / "locks") -> list[str]:
+    """Stop if a wheel is not what the locks say of it.
+
+    Returns:
+        Names of the wheels that no lock has; fedloom's own is not among them.
+    """
+    text = "".join(each.read_text(encoding="utf-8") for each in sorted(locks.glob("*.txt")))
+    known: dict[str, set[str]] = {}
+    for name, hashes in re.findall(r"^(\S+)==\S+((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.M):
+        known.setdefault(_folded(name), set()).update(re.findall("[0-9a-f]{64}", hashes))
+    unlocked = []
+    for wheel in sorted(wheels.glob("*.whl")):
+        name = wheel.name.partition("-")[0]
+        if _folded(name) not in known:
+            unlocked += [] if name == "fedloom" else [name]
+        elif digest(wheel) not in known[_folded(name)]:
+            sys.exit(
+                f"{wheel.name} has SHA-256 {digest(wheel)}, which is none that docker/locks has for {name}; the index "
+                "gave another file than the registry's, or `make lock` was not run after constraints.txt changed"
+            )
+    return unlocked
+
+
+def _folded(name: str) -> str:
+    """A package's name in the one form that compares."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def write_manifest(folder: Path, extra: str) -> None:

@@ -6,25 +6,37 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=i
 if ls /wheels/*.whl >/dev/null 2>&1; then
     export PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels
 fi
-install() { python3 -m pip --python "$target/bin/python" install --quiet -c constraints.txt "$@"; }
+install() { python3 -m pip --python "$target/bin/python" install --quiet "$@"; }
+locked() { install --require-hashes --no-deps -r "$1"; }
 step=$1
 shift
 case $step in
 packages)
     python3 -m venv --without-pip "$target"
-    if [ -n "${2:-}" ]; then
-        install --index-url "$2" --no-deps torch
-    fi
     # Without fedloom itself, so that a change of its code does not install all of this again.
-    python3 requirements.py "$1" >packages.txt
-    install -r packages.txt
+    locked "locks/$1.txt"
+    # Which build of torch depends on the machine, so no lock has it; `make image-wheels` pins the one it downloads.
+    if [ "$1" != client ]; then
+        :
+    elif [ -f /wheels/torch.txt ]; then
+        locked /wheels/torch.txt
+    elif [ -n "${2:-}" ]; then
+        install -c constraints.txt --index-url "$2" --no-deps torch
+    else
+        install -c constraints.txt torch
+    fi
+    python3 -m pip --python "$target/bin/python" check
     # Tests of their own, a good part of the two.
     for package in numpy scipy; do
         find "$target" -type d -name tests -path "*/site-packages/$package/*" -prune -exec rm -rf {} +
     done
     ;;
 fedloom)
-    install --no-deps .
+    # Its wheel is built apart, by what the lock has and not by what an index has today.
+    python3 -m venv --without-pip /builder
+    python3 -m pip --python /builder/bin/python install --quiet --require-hashes --no-deps -r locks/build.txt
+    /builder/bin/python -m hatchling build --target wheel --directory /built
+    install --no-deps --no-index /built/fedloom-*.whl
     ;;
 assets)
     # By the base image's Python, which has pip; this module needs nothing that is not in the tree.

@@ -81,3 +81,22 @@ def test_a_bundle_is_not_mixed_with_another(folder: Path, bundle: Any, monkeypat
 
     with pytest.raises(SystemExit, match="has files already"):
         bundle.main()
+
+
+def test_a_wheel_that_the_index_has_changed_gets_into_no_bundle(tmp_path: Path, bundle: Any) -> None:
+    """The lock knows the registry's; of what it does not know, such as torch, the names are told."""
+    wheels, locks = tmp_path / "wheels", tmp_path / "locks"
+    wheels.mkdir()
+    locks.mkdir()
+    for name in ("fedloom", "Some_needed", "torch"):
+        wheel(wheels, name)
+    (path,) = wheels.glob("Some_needed-*")
+    hashes = f" \\\n    --hash=sha256:{'0' * 64} \\\n    --hash=sha256:{bundle.digest(path)}\n"
+    (locks / "client.txt").write_text(f"# made\nsome-needed==1.2{hashes}other==3{hashes}")
+
+    assert bundle.check(wheels, locks) == ["torch"]
+
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("evil.py", "")
+    with pytest.raises(SystemExit, match=r"Some_needed-1.2.* has SHA-256 .*, which is none that docker/locks has"):
+        bundle.check(wheels, locks)
