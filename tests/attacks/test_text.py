@@ -177,7 +177,8 @@ def test_a_coordinator_s_refusal_is_not_longer_than_anybody_reads() -> None:
 def test_a_client_s_terminal_and_log_obey_no_coordinator(tmp_path: Path, form: str) -> None:
     """The command itself: what it logs while it tries again, and the error it ends with."""
     policy = tmp_path / "client.toml"
-    policy.write_text('[client]\nname = "ann"\n[data]\nsource = "none"\n')
+    (tmp_path / "rows.csv").write_text("text,label\nsunny,good\nrainy,bad\n")
+    policy.write_text('[client]\nname = "ann"\n[data]\nsource = "rows.csv"\nlabels = ["good", "bad"]\n')
     with coordinator(grpc.StatusCode.FAILED_PRECONDITION, HOSTILE) as address:
         command = [sys.executable, "-m", "fedloom.cli.main", "client", "--insecure-loopback", "--server", address]
         command += ["--policy", str(policy), "--log-format", form, "--log-level", "info"]
