@@ -50,7 +50,9 @@ def gather(wheels: Path, extra: str, platform: str | None) -> None:
     """Build fedloom's own wheel, and download those it needs in the versions that constraints.txt has."""
     wheels.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip"]
-    subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), str(ROOT)], check=True)
+    # By the hatchling that is installed here: in an environment of its own pip would take the newest of an index.
+    build = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(ROOT)]
+    subprocess.run(build, check=True)
     (mine,) = wheels.glob("fedloom-*.whl")
     command = [*pip, "download", "--quiet", "--dest", str(wheels), "--only-binary", ":all:"]
     command += ["--constraint", str(ROOT / "constraints.txt"), f"{mine}[{extra}]"]

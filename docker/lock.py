@@ -24,8 +24,8 @@ TORCH = "torch"
 _BUILD = ("hatchling", "setuptools", "wheel")
 """What builds fedloom's own wheel, and the demo data's."""
 
-_GLIBC = (28, 36, 39)
-"""Minor versions of glibc: a machine takes the newest wheel that its own allows."""
+_GLIBC = (28, 31, 35, 39)
+"""Minor versions of the C library: of several wheels a machine takes the one for the newest that it has."""
 _HEAD = "# Made by `make lock` from constraints.txt: every wheel that an image or a bundle may install.\n"
 
 
@@ -68,7 +68,8 @@ def _hashes(pins: list[str]) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for arch in ("x86_64", "aarch64"):
         for newest in _GLIBC:
-            tags = [f"manylinux_2_{minor}_{arch}" for minor in range(newest, 4, -1)]  # the first that fits is taken
+            # The first that fits is taken.
+            tags = [f"manylinux_2_{minor}_{arch}" for minor in range(newest, 4, -1)]
             tags += [f"{old}_{arch}" for old in ("manylinux2014", "manylinux2010", "manylinux1")]
             target = ["--python-version", "3.11", "--implementation", "cp"]
             target += [word for abi in ("cp311", "abi3", "none") for word in ("--abi", abi)]
