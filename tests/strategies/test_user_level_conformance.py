@@ -16,12 +16,12 @@ from fedloom.strategies.ffa import FFA
 from fedloom.strategies.user_level import UserLevel
 
 MAKE = {
-    "fedavg": lambda: UserLevel(FedAvg(), bytes(32), 3, 1e3, 1e-11),
-    "fedavg, tree": lambda: UserLevel(FedAvg(), bytes(32), 3, 1e3, 1e-11, "tree"),
-    "fedavg, frozen head": lambda: UserLevel(FedAvg(train_head=False), bytes(32), 3, 1e3, 1e-11),
-    "ffa, tree": lambda: UserLevel(FFA(), bytes(32), 3, 1e3, 1e-11, "tree"),
-    "fedsvd, adaptive": lambda: UserLevel(FedSVD(), bytes(32), 3, 1e3, 1e-11, target_quantile=0.5),
-    "fedpeft": lambda: UserLevel(FedPEFT(), bytes(32), 3, 1e3, 1e-11),
+    "fedavg": lambda: UserLevel(FedAvg(), bytes(32), 3, 0.5, 1e-11),
+    "fedavg, tree": lambda: UserLevel(FedAvg(), bytes(32), 3, 0.5, 1e-11, "tree"),
+    "fedavg, frozen head": lambda: UserLevel(FedAvg(train_head=False), bytes(32), 3, 0.5, 1e-11),
+    "ffa, tree": lambda: UserLevel(FFA(), bytes(32), 3, 0.5, 1e-11, "tree"),
+    "fedsvd, adaptive": lambda: UserLevel(FedSVD(), bytes(32), 3, 0.5, 1e-11, target_quantile=0.5),
+    "fedpeft": lambda: UserLevel(FedPEFT(), bytes(32), 3, 0.5, 1e-11),
 }
 
 
@@ -34,7 +34,9 @@ class TestUserLevel(StrategyConformance):
         return MAKE[self.name]()
 
     def respond(self, schema: Schema, plan: Plan, client: str, stream: int) -> Update:
-        return replace(respond(schema, plan, client, stream), weight=1.0)
+        """Within the clip norm of 0.5, of which a step of the grid is 5e-7."""
+        update = respond(schema, plan, client, stream)
+        return replace(update, weight=1.0, delta={name: np.float32(0.05) * each for name, each in update.delta.items()})
 
     def test_one_client_becomes_the_model(self) -> None:
         """One client of a cohort of three moves the model by a third of its change."""
