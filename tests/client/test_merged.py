@@ -41,7 +41,7 @@ def test_merged_weights_predict_the_same(build_task: Any, tmp_path: Path, archit
 
     plain = MODELS[task].from_pretrained(tmp_path / "model").eval()
     found = logits(plain, AutoTokenizer.from_pretrained(tmp_path / "model"))
-    assert torch.allclose(found, expected, atol=1e-5, rtol=0)
+    assert torch.allclose(found, expected, atol=5e-5, rtol=0)
     assert not [name for name, _ in plain.named_parameters() if "lora" in name]
     assert json.loads((tmp_path / "model" / "fedloom.json").read_text())["run"] == "r"
     assert MODELS[task].__name__ in (tmp_path / "model" / "README.md").read_text()
