@@ -15,7 +15,6 @@ from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoTokenizer,
     BertConfig,
-    BertForSequenceClassification,
     BertModel,
     Dinov2Config,
     Dinov2Model,
@@ -66,7 +65,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        BertForSequenceClassification(config).save_pretrained(folder)
+        BertModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
 

@@ -39,7 +39,7 @@ TALK: Turns = (("user", "the film"), ("assistant", "very good"), ("user", "plot"
 def chat_base(small_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama with a chat template."""
     folder = tmp_path_factory.mktemp("chat")
-    base, tokenizer = load_base(small_bases["llama"], "causal-lm")
+    base, tokenizer, *_ = load_base(small_bases["llama"], "causal-lm")
     tokenizer.chat_template = CHATML
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertModel
 
 from fedloom.client import bandwidth as bandwidth_module
 from fedloom.client.bandwidth import Bucket
@@ -179,7 +179,7 @@ def test_a_base_of_four_bits_trains_privately(
     config = BertConfig.from_pretrained(wide, hidden_size=128, intermediate_size=128)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        BertForSequenceClassification(config).save_pretrained(wide)
+        BertModel(config).save_pretrained(wide)
         section = model_section.model_copy(update={"base": str(wide)})
         exact, lean = (load_model(section, LORA, compute(quantization=each)) for each in ("none", "4bit"))
     base = next(p for n, p in lean.model.named_parameters() if n.endswith("query.base_layer.weight"))

@@ -114,7 +114,7 @@ def test_a_language_model_is_rebuilt_with_its_tokenizer_and_template(tmp_path: P
 
     CONVERSIONS["gguf"](tmp_path / "package" / "model.gguf", tmp_path / "made")
 
-    base, tokenizer = load_base(tmp_path / "made", "instruct")
+    base, tokenizer, *_ = load_base(tmp_path / "made", "instruct")
     weights = base.state_dict()
     found = weights["model.layers.0.mlp.down_proj.weight"].numpy()
     np.testing.assert_allclose(found, values["blk.0.ffn_down"], rtol=1e-2)

@@ -17,7 +17,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from fedloom.client.adapters import lora
+from fedloom.client.adapters import Head, lora
 from fedloom.client.privacy.entropy import Seeded
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import LAYERS, Tape, hooked, recording, scale
@@ -74,7 +74,7 @@ def build(family: str, kind: str, dtype: torch.dtype = torch.float32) -> tuple[n
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        model = lora.attach(make().to(dtype), AdapterSection(rank=3, targets=targets), "SEQ_CLS").eval()
+        model = lora.attach(make().to(dtype), AdapterSection(rank=3, targets=targets), "SEQ_CLS", Head()).eval()
     parameters = []
     for name, parameter in model.named_parameters():
         chosen = KINDS[kind](name) and ".original_module." not in name

@@ -125,7 +125,7 @@ def test_a_model_that_sees_what_it_must_predict_is_no_language_model(build_task:
 def test_a_tokenizer_without_padding_gets_one_and_without_an_end_is_refused(
     small_bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    _, tokenizer = load_base(small_bases["gpt2"], "text-classification", ("a", "b"))
+    _, tokenizer, *_ = load_base(small_bases["gpt2"], "text-classification", ("a", "b"))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
 
     bare = Path(shutil.copytree(small_bases["gpt2"], tmp_path / "bare"))
@@ -137,7 +137,7 @@ def test_a_tokenizer_without_padding_gets_one_and_without_an_end_is_refused(
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(small_bases: dict[str, Path], tmp_path: Path) -> None:
     larger = Path(shutil.copytree(small_bases["llama"], tmp_path / "larger"))
-    _, tokenizer = load_base(larger, "causal-lm")
+    _, tokenizer, *_ = load_base(larger, "causal-lm")
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(larger)
 

@@ -133,6 +133,8 @@ def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
     labels = facts.get("labels", ())
     kind = MODELS[facts.get("task", "text-classification")].__name__
     arguments = f", num_labels={len(labels)}" if labels else ""
+    if model.head.resized:
+        arguments += ", ignore_mismatched_sizes=True"  # the base model's own head is for other labels
     (folder / "README.md").write_text(_CARD.format(name=facts.get("run", "adapter"), kind=kind, arguments=arguments))
     (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -201,7 +203,7 @@ def load_exported(
     base: Path, adapter: Path, labels: int, task: Task = "text-classification", image_size: int | None = None
 ) -> PeftModel:
     """What a user gets who follows the card: the plain base model with the saved adapter."""
-    plain, _ = load_base(base, task, tuple(f"LABEL_{index}" for index in range(labels)), image_size)
+    plain = load_base(base, task, tuple(f"LABEL_{index}" for index in range(labels)), image_size).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers deprecates an attribute that peft reads
         return PeftModel.from_pretrained(plain, str(adapter)).eval()

@@ -3,15 +3,15 @@
 import hashlib
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import transformers
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,14 +25,15 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from fedloom.client.adapters import Slot, attach
+from fedloom.client.adapters import Head, Slot, attach, check_labels, find_head
 from fedloom.client.assets import ASSETS, fetch
+from fedloom.client.base_checks import check_base
 from fedloom.client.compute import prepare_device
 from fedloom.client.config import ComputePolicy, Policy
-from fedloom.client.data.images import Pictures, picture_settings
+from fedloom.client.data.images import picture_settings
 from fedloom.client.precision import keep_float32, loading, recompute_layers
 from fedloom.proto.errors import ModelError, PolicyError
-from fedloom.proto.run import LANGUAGE, AdapterSection, ModelSection, Spec, Task
+from fedloom.proto.run import AdapterSection, ModelSection, Spec, Task
 from fedloom.proto.schema import Array, Role, Schema, Tensors
 
 __all__ = [
@@ -63,6 +64,8 @@ ON_CPU = ComputePolicy(device="cpu")
 _FLOAT32: Mapping[str, Any] = {"dtype": torch.float32}
 _HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is downloaded, and no code that lies with a model is run: left open, transformers asks at the terminal."""
+_REPORTED: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""What a checkpoint lacks, or has in another shape, is looked at by `find_head`."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _DIGESTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
@@ -133,6 +136,20 @@ def allowed_base(policy: Policy, spec: Spec) -> Path:
     return folder
 
 
+_NO_HEAD = Head()
+
+
+class Base(NamedTuple):
+    """A base model as it was loaded."""
+
+    model: PreTrainedModel
+    reader: Any
+    """Its tokenizer, or its `Pictures`."""
+    head: Head
+    names: dict[int, str]
+    """The label names of its checkpoint; LABEL_0 and so on where it has none."""
+
+
 class AdapterModel:
     """A frozen base model with a swappable adapter.
 
@@ -140,8 +157,17 @@ class AdapterModel:
     parameters alone, whatever else is in its batch.
     """
 
-    def __init__(self, model: PeftModel, tokenizer: Any, slots: list[Slot], scale: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: Any,
+        slots: list[Slot],
+        scale: float,
+        device: torch.device,
+        head: Head = _NO_HEAD,
+    ) -> None:
         """Use `load_model`; the parts must belong together."""
+        self.head = head
         self.model = model.to(device).eval()
         self.tokenizer = tokenizer
         """What turns rows into the model's numbers; of a model of pictures their `Pictures`."""
@@ -263,12 +289,23 @@ def load_model(model: ModelSection, adapter: AdapterSection, compute: ComputePol
         )
     device = prepare_device(compute)
     options = loading(compute, adapter, device)
-    base, tokenizer = load_base(folder, model.task, model.labels, model.image_size, options)
-    peft_model, slots = attach(base, adapter, model.task)
+    base, tokenizer, head, names = load_base(
+        folder, model.task, model.labels, model.image_size, options, model.max_length
+    )
+    check_labels(head, names, model.labels, folder)
+    if model.head == "frozen" and head.new:
+        raise ModelError(
+            f'model.head = "frozen" keeps the head that base model {folder} has, and it has none for {model.task} '
+            f'({", ".join(head.modules)}); set model.head = "train"'
+        )
+    with _repeatable():
+        peft_model, slots = attach(base, adapter, model.task, head)
+    if model.head == "train" and not any(slot.spec.role is Role.HEAD for slot in slots):
+        raise ModelError(f"{type(base).__name__} in {folder} has no head that could be trained; take another model")
     keep_float32(peft_model, slots)
     if compute.gradient_checkpointing:
         recompute_layers(peft_model)
-    return AdapterModel(peft_model, tokenizer, slots, adapter.alpha / adapter.rank, device)
+    return AdapterModel(peft_model, tokenizer, slots, adapter.alpha / adapter.rank, device, head)
 
 
 def load_base(
@@ -277,46 +314,43 @@ def load_base(
     labels: tuple[str, ...] = (),
     image_size: int | None = None,
     options: Mapping[str, Any] = _FLOAT32,
-) -> tuple[PreTrainedModel, Any]:
+    max_length: int = 8,
+) -> Base:
     """The plain base model of a local folder, and its tokenizer, or its `Pictures`.
 
-    It is in float32 unless `options` of from_pretrained say otherwise.
+    It is in float32 unless `options` of from_pretrained say otherwise. What the checkpoint lacks is the same in every
+    process.
 
     Raises:
-        ModelError: The folder has no model for the task, or its tokenizer or its pictures do not fit the model.
+        ModelError: The folder has no model for the task, its weights are not those of the model that it describes, or
+            its tokenizer, its pictures or texts of `max_length` tokens do not fit the model.
     """
     reader = picture_settings(folder, image_size) if task == "image-classification" else load_tokenizer(folder)
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
             config = AutoConfig.from_pretrained(folder, **_HERE)
+            names = dict(config.id2label)
             config.use_cache = False  # keys and values of earlier calls serve generation only
             if labels:
                 config.id2label = dict(enumerate(labels))
                 config.label2id = {name: index for index, name in enumerate(labels)}
-            if task == "text-classification":
-                # A decoder scores a text at its last token, which it finds by the id of the padding.
-                config.pad_token_id = reader.pad_token_id
-            base = MODELS[task].from_pretrained(folder, config=config, use_safetensors=True, **_HERE, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            kind, given = MODELS[task], {"config": config, **_REPORTED, **_HERE, **options}
+            with _repeatable():
+                base, report = kind.from_pretrained(folder, use_safetensors=True, **given)
+    except Exception as error:  # whatever another's code makes of another's files
         if any(folder.glob("*.py")):
             raise ModelError(
                 f"base model {folder} brings code of its own, which is never run, and cannot be loaded for {task} "
                 "without it; take a model of a kind that transformers knows"
             ) from error
         raise ModelError(f"base model {folder} cannot be loaded for {task}: {error}") from error
-    if isinstance(reader, Pictures):
-        _check_side(base, folder, reader.side)
-        return base, reader
-    if task in LANGUAGE and not _causal(base):
-        raise ModelError(f"{type(base).__name__} in {folder} sees the tokens it is to predict; take a language model")
-    if task == "instruct" and not reader.chat_template:
-        raise ModelError(f"the tokenizer in {folder} has no chat template; take an instruct model, or task causal-lm")
-    known = base.get_input_embeddings().weight.shape[0]
-    if len(reader) > known:
-        # A text with such a token would end a run half-way, which tells that it is there.
-        raise ModelError(f"the tokenizer in {folder} has {len(reader)} tokens, the model {known}; get files that fit")
-    return base, reader
+    if task == "text-classification":
+        # A decoder scores a text at its last token, which it finds by the id of the padding. Set now: some encoders
+        # count positions by the id that they were built with.
+        base.config.pad_token_id = reader.pad_token_id
+    check_base(base, reader, task, folder, max_length)
+    return Base(base, reader, find_head(base, report, task, folder), names)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -342,24 +376,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_side(base: PreTrainedModel, folder: Path, side: int) -> None:
-    try:
-        with torch.no_grad():
-            base.eval()(pixel_values=torch.zeros(1, 3, side, side))
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"{type(base).__name__} in {folder} cannot read colour pictures of {side} by {side} pixels; remove "
-            f"model.image_size, or take another model ({error})"
-        ) from error
-
-
-def _causal(base: PreTrainedModel) -> bool:
-    """Whether the scores at a token are a function of it and the tokens before it."""
-    ids = torch.arange(4).expand(2, -1).clone()
-    ids[1, -1] += 1
-    with torch.no_grad():
-        first, second = base.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
-    return torch.allclose(first, second, rtol=1e-4, atol=1e-4)
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """A block whose random values are the same in every process; those of the caller go on as if it were not there."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 class quiet:

@@ -20,7 +20,7 @@ from fedloom.proto.schema import Role
 __all__ = ["keep_float32", "loading", "recompute_layers"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_HEADS = ["classifier", "score", "lm_head"]
+_HEADS = ["classifier", "score", "lm_head", "pooler", "head", "summary", "logits_proj", "pre_classifier"]
 """Layers that are left whole: heads are trained, or give scores whose small differences count."""
 
 

@@ -30,7 +30,7 @@ from fedloom.proto.run import Spec, TrainSection
 from fedloom.proto.schema import Array, Role, Schema, Tensors
 from fedloom.proto.spending import evaluation_spend, training_spend
 
-__all__ = ["EntropyFor", "Score", "Trainer", "evaluate"]
+__all__ = ["EntropyFor", "Score", "Trainer", "batch_loss", "evaluate"]
 
 EntropyFor = Callable[[int], Entropy]
 """Gives the randomness of one round (counted from 0)."""
@@ -243,8 +243,7 @@ class Trainer:
         return self._batch_loss(collate(self.encoded, indices, self.model.tokenizer.pad_token_id, length))
 
     def _batch_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Sum of per-example losses; no term of one example depends on another."""
-        return per_example(self.model.logits(batch), batch["labels"].to(self.model.device)).sum()
+        return batch_loss(self.model, batch)
 
     def _private_steps(
         self,
@@ -313,6 +312,11 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         for part in microbatches(sample, self.encoded, size):
             torch.autograd.backward(self._loss(part) / len(sample))
+
+
+def batch_loss(model: AdapterModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Sum of per-example losses; no term of one example depends on another."""
+    return per_example(model.logits(batch), batch["labels"].to(model.device)).sum()
 
 
 def _system(_: int) -> Entropy:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fedloom.proto.errors import SchemaError
 from fedloom.proto.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES, MAX_SCHEMA_BYTES, MAX_TENSORS
 
-__all__ = ["LORA", "Array", "Pair", "Role", "Schema", "TensorSpec", "Tensors"]
+__all__ = ["LORA", "Array", "Pair", "Role", "Schema", "Start", "TensorSpec", "Tensors"]
 
 Array = npt.NDArray[np.floating]
 Tensors = Mapping[str, Array]
@@ -34,11 +34,20 @@ class Role(StrEnum):
     BIAS = "bias"
     """Change of a bias vector of the base model, shape (out,); zero at the start."""
     HEAD = "head"
-    """Task head that the base model does not have; its start value travels with the adapter."""
+    """Task head. One that the checkpoint lacks is drawn at the start; one that it has travels as its change."""
     BASE_A = "base_A"
     """Right factor of a correction to the frozen weight, W = W0 + scale * base_B @ base_A (FedEx, FLoRA)."""
     BASE_B = "base_B"
     """Left factor of that correction, shape (out, k)."""
+
+
+class Start(StrEnum):
+    """What a tensor is before the first round."""
+
+    DRAWN = "drawn"
+    """As its role says: see `strategies.start`."""
+    ZERO = "zero"
+    """Zero, because it travels as a change of what the base model's checkpoint has."""
 
 
 LORA = frozenset({Role.LORA_A, Role.LORA_B})
@@ -58,6 +67,7 @@ class TensorSpec:
     module: str
     role: Role
     shape: tuple[int, ...]
+    start: Start = Start.DRAWN
 
     @property
     def size(self) -> int:
@@ -188,7 +198,9 @@ class Schema:
 
     def to_json(self) -> str:
         """The canonical JSON form: the digest is over exactly these characters."""
-        rows = [[s.name, s.module, s.role.value, list(s.shape)] for s in self.tensors]
+        # What starts as its role says has no word for it, so that the digest of an older schema stays what it was.
+        words = {Start.DRAWN: [], Start.ZERO: [Start.ZERO.value]}
+        rows = [[s.name, s.module, s.role.value, list(s.shape), *words[s.start]] for s in self.tensors]
         return json.dumps({"version": 1, "scale": float(self.scale), "tensors": rows}, separators=(",", ":"))
 
     @classmethod
@@ -205,8 +217,8 @@ class Schema:
             if document["version"] != 1:
                 raise SchemaError(f"schema version {document['version']!r}; this build reads version 1")
             specs = tuple(
-                TensorSpec(str(name), str(module), Role(role), tuple(int(n) for n in shape))
-                for name, module, role, shape in document["tensors"]
+                TensorSpec(str(name), str(module), Role(role), tuple(int(n) for n in shape), *map(Start, start))
+                for name, module, role, shape, *start in document["tensors"]
             )
             schema = cls(specs, float(document["scale"]))
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from fedloom.client.data.rows import digest
 from fedloom.client.export import facts, load_exported, predict, save_adapter
 from fedloom.client.model import resolve_base
 from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.trainer import Score, evaluate
+from fedloom.client.privacy.probe import probe
+from fedloom.client.trainer import Score, batch_loss, evaluate
 from fedloom.proto.accounting import Statement
-from fedloom.proto.errors import FedloomError
+from fedloom.proto.errors import FedloomError, ModelError
 from fedloom.proto.run import RunConfig
 from fedloom.server.admission import check_config
 from fedloom.server.coordinator import Coordinator
@@ -95,6 +97,10 @@ class _Tape:
                 return self.seen
 
 
+_AGREEMENT = 0.995
+"""Share of held-out predictions that the exported adapter must repeat; rounding may turn a tie."""
+
+
 def simulate(
     config: RunConfig, out: Path, watcher: Watcher | None = None, *, report_to: tuple[ReportTo, ...] = ()
 ) -> Result:
@@ -118,6 +124,10 @@ def simulate(
     _set_threads(config.engine.threads)
     try:
         federation = build(config, folder)
+        if config.privacy.enabled:
+            # Every client would refuse such a model too, but once the run has begun.
+            model, section = federation.model, config.model
+            probe(model, partial(batch_loss, model), section.task, section.max_length)
     except BaseException:
         shutil.rmtree(folder)  # nothing has run, so there is nothing to keep
         raise
@@ -231,6 +241,12 @@ def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, sta
             "bytes_down": sum(r.bytes_down for r in tape.records),
         },
     )
+    if agreement < _AGREEMENT:
+        raise ModelError(
+            f"the adapter in {folder / 'adapter'} gives {agreement:.1%} of the held-out predictions of the model that "
+            f"was trained, at least {_AGREEMENT:.1%} must be the same; do not use it: loaded by transformers and PEFT, "
+            "this base model is another one than in the run"
+        )
     return result
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedloom.proto.schema import Array, Role, Schema, TensorSpec
+from fedloom.proto.schema import Array, Role, Schema, Start, TensorSpec
 
 __all__ = ["starting_adapter"]
 
@@ -15,7 +15,8 @@ def starting_adapter(schema: Schema, seed: int) -> dict[str, Array]:
 
     - lora_A, shape (r, in): uniform in +-1/sqrt(in), which is Kaiming-uniform with a = sqrt(5) as in PEFT.
     - lora_B, bias and the correction factors: zero, so that the model starts as the base model.
-    - head: normal with standard deviation 0.02, and zero for vectors (the biases of the head).
+    - head: normal with standard deviation 0.02, and zero for vectors (the biases of the head) and for a head that the
+      checkpoint has, whose change it is.
 
     Args:
         schema: Schema of the whole adapter.
@@ -35,6 +36,6 @@ def _draw(spec: TensorSpec, seed: int, index: int) -> Array:
     if spec.role is Role.LORA_A:
         bound = 1.0 / np.sqrt(spec.shape[1])
         return generator.uniform(-bound, bound, spec.shape).astype(np.float32)
-    if spec.role is Role.HEAD and len(spec.shape) > 1:
+    if spec.role is Role.HEAD and len(spec.shape) > 1 and spec.start is Start.DRAWN:
         return generator.normal(0.0, HEAD_STD, spec.shape).astype(np.float32)
     return np.zeros(spec.shape, np.float32)

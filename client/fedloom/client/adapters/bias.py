@@ -9,19 +9,20 @@ from transformers import PreTrainedModel
 
 from fedloom.client.adapters import lora
 from fedloom.client.adapters.api import Slot, schema_name
+from fedloom.client.adapters.head import Head
 from fedloom.proto.run import AdapterSection
 from fedloom.proto.schema import Role, TensorSpec
 
 __all__ = ["attach", "slots"]
 
 
-def attach(base: PreTrainedModel, section: AdapterSection, task_type: str | None) -> PeftModel:
+def attach(base: PreTrainedModel, section: AdapterSection, task_type: str | None, head: Head) -> PeftModel:
     """A PeftModel that saves all biases.
 
     Raises:
         ModelError: No layer has one of the target names (the carrier needs one).
     """
-    return lora.attach(base, section.model_copy(update={"rank": 1}), task_type, bias="all")
+    return lora.attach(base, section.model_copy(update={"rank": 1}), task_type, head, bias="all")
 
 
 def slots(model: PeftModel) -> list[Slot]:

@@ -7,27 +7,33 @@ B: out×r; PEFT notes the storage as fan_in_fan_out.
 import warnings
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as _KNOWN
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.client.adapters.api import Slot, schema_name
+from fedloom.client.adapters.head import PEFT_HEADS, Head
 from fedloom.proto.errors import ModelError
-from fedloom.proto.run import AdapterSection
+from fedloom.proto.run import AdapterSection, Wanted
 from fedloom.proto.schema import Role, TensorSpec
 
 __all__ = ["attach", "linear_targets", "slots"]
 
 
-def attach(base: PreTrainedModel, section: AdapterSection, task_type: str | None, bias: str = "none") -> PeftModel:
-    """A PeftModel with one pair on every target layer; `bias` says which biases PEFT saves with it, none or all.
+def attach(
+    base: PreTrainedModel, section: AdapterSection, task_type: str | None, head: Head, bias: str = "none"
+) -> PeftModel:
+    """A PeftModel with one pair on every target layer, which saves the head with them.
 
-    Without a task type the module called classifier is saved with it.
+    `bias` says which biases PEFT saves with it, none or all.
 
     Raises:
         ModelError: No layer has one of the target names, or a target is not a linear layer.
     """
-    names = linear_targets(base, section.targets)
+    names = linear_targets(base, section.targets, head)
+    # PEFT adds the names it knows to those it is given, and does so again where they are given.
+    heads = [name for name in head.modules if not task_type or name not in PEFT_HEADS]
     transposed = any(isinstance(base.get_submodule(name), Conv1D) for name in names)
     config = LoraConfig(
         r=section.rank,
@@ -36,7 +42,7 @@ def attach(base: PreTrainedModel, section: AdapterSection, task_type: str | None
         lora_dropout=0.0,
         bias=bias,
         task_type=task_type,
-        modules_to_save=None if task_type else ["classifier"],
+        modules_to_save=heads or None,
         fan_in_fan_out=transposed,
     )
     with warnings.catch_warnings():
@@ -45,19 +51,37 @@ def attach(base: PreTrainedModel, section: AdapterSection, task_type: str | None
         return get_peft_model(base, config)
 
 
-def linear_targets(base: PreTrainedModel, targets: tuple[str, ...]) -> list[str]:
-    """Full names of the linear layers whose last name is one of `targets`.
+def linear_targets(base: PreTrainedModel, targets: tuple[str, ...] | Wanted, head: Head) -> list[str]:
+    """Full names of the linear layers that get a pair; never any of the head.
+
+    Args:
+        base: The model.
+        targets: Last names of layers; "all-linear" for each but the output layer; "auto" for those that PEFT has for
+            this kind of model, and all where it has none.
+        head: The model's head, which is trained whole.
 
     Raises:
         ModelError: A target name matches nothing; the message lists what the model has.
     """
-    linear = {name: module for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linear = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and not any(name == each or name.startswith(f"{each}.") for each in head.modules)
+    ]
     last = {name.rpartition(".")[2] for name in linear}
+    if isinstance(targets, str):
+        output = base.get_output_embeddings()
+        linear = [name for name in linear if base.get_submodule(name) is not output]
+        last = {name.rpartition(".")[2] for name in linear}
+        known = _KNOWN.get(base.config.model_type, ()) if targets == "auto" else ()
+        wanted = last.intersection(known if isinstance(known, list) else ()) or last
+        return [name for name in linear if name.rpartition(".")[2] in wanted]
     unknown = sorted(set(targets) - last)
     if unknown:
         raise ModelError(
             f"adapter.targets {', '.join(unknown)}: {type(base).__name__} has no such linear layer; "
-            f"it has {', '.join(sorted(last))}"
+            f'it has {", ".join(sorted(last))}; name some of these, or set adapter.targets = "auto"'
         )
     return [name for name in linear if name.rpartition(".")[2] in targets]
 
