@@ -40,6 +40,7 @@ __all__ = [
     "MODELS",
     "ON_CPU",
     "AdapterModel",
+    "Base",
     "allowed_base",
     "base_digest",
     "load_base",

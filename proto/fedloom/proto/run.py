@@ -29,7 +29,6 @@ __all__ = [
     "Task",
     "TrainSection",
     "UserLevelSection",
-    "Wanted",
     "WireSection",
     "load_run",
 ]
@@ -102,10 +101,6 @@ class ModelSection(Section):
         return found
 
 
-Wanted = Literal["auto", "all-linear"]
-"""Layers to adapt, where they are not named one by one."""
-
-
 class AdapterSection(Section):
     """[adapter]: which parameters are trained."""
 
@@ -115,7 +110,7 @@ class AdapterSection(Section):
     """LoRA rank r."""
     alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
     """LoRA alpha; the scale is alpha / rank."""
-    targets: tuple[str, ...] | Wanted = ("query", "value")
+    targets: tuple[str, ...] | Literal["auto", "all-linear"] = ("query", "value")
     """Names (suffixes) of the linear layers that get a pair. "all-linear": every linear layer but the head and the
     output. "auto": those that PEFT has for the base model's kind, and all where it has none."""
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fedloom.client.adapters.api import Slot, schema_name
 from fedloom.client.adapters.head import PEFT_HEADS, Head
 from fedloom.proto.errors import ModelError
-from fedloom.proto.run import AdapterSection, Wanted
+from fedloom.proto.run import AdapterSection
 from fedloom.proto.schema import Role, TensorSpec
 
 __all__ = ["attach", "linear_targets", "slots"]
@@ -51,7 +51,7 @@ def attach(
         return get_peft_model(base, config)
 
 
-def linear_targets(base: PreTrainedModel, targets: tuple[str, ...] | Wanted, head: Head) -> list[str]:
+def linear_targets(base: PreTrainedModel, targets: tuple[str, ...] | str, head: Head) -> list[str]:
     """Full names of the linear layers that get a pair; never any of the head.
 
     Args:
