@@ -4,16 +4,20 @@ import json
 import time
 from collections.abc import Callable
 from importlib.metadata import version as distribution_version
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from fedloom.proto.accounting import Statement
 from fedloom.proto.text import clean_lines
 
-__all__ = ["INSECURE", "Json", "failed", "megabytes", "out", "pace", "print_json", "terms", "version"]
+if TYPE_CHECKING:
+    from fedloom.client.classes import Confusion
+
+__all__ = ["INSECURE", "Json", "failed", "megabytes", "out", "pace", "print_json", "show_classes", "terms", "version"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON only.")]
 
@@ -103,3 +107,23 @@ def version(asked: bool) -> None:
     if asked:
         typer.echo(f"fedloom {distribution_version('fedloom')}")
         raise typer.Exit
+
+
+def show_classes(confusion: "Confusion", labels: tuple[str, ...]) -> None:
+    """Precision, recall and F1 of each class, and a word on those that are never found; nothing without classes."""
+    from fedloom.client.classes import class_scores, missed
+
+    if not confusion or not labels:
+        return
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    table = Table("class", "examples", "precision", "recall", "F1", box=None, pad_edge=False)
+    for each in class_scores(confusion, labels):
+        table.add_row(each.label, f"{each.examples:,}", share(each.precision), share(each.recall), share(each.f1))
+    out.print()
+    out.print(table)
+    if never := missed(confusion, labels):
+        out.print("[yellow]never found[/]:", end=" ", markup=True)
+        out.print(", ".join(never))

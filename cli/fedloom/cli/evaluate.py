@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.cli.console import Json, out, print_json
+from fedloom.cli.console import Json, out, print_json, show_classes
 from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.run import LANGUAGE, load_run
 
@@ -85,12 +85,18 @@ def evaluate(
         # In this order: what a run's strategy adds to the base model stays there.
         start, now, rounds = held_out.score_start(), held_out.score(reached.adapter), reached.round
     language = config.model.task in LANGUAGE
+    labels = config.model.labels
     scores = {"start": _document(start, language), "now": _document(now, language)}
+    from fedloom.client.classes import classes_document
+
     if json_only:
         scored = {"adapter": str(adapter)} if adapter is not None else {"state": str(folder), "rounds": rounds}
-        print_json({**scored, "data": source, "examples": now.examples, **scores})
+        print_json(
+            {**scored, "data": source, "examples": now.examples, **scores, **classes_document(now.confusion, labels)}
+        )
         return
     _show(scores, now.examples, source)
+    show_classes(now.confusion, labels)
     if rounds is not None:
         out.print(f"after {rounds} of {config.run.rounds} rounds, from {folder}")
 

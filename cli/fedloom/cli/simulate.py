@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.cli.console import megabytes, out, terms
+from fedloom.cli.console import megabytes, out, show_classes, terms
 from fedloom.cli.observing import ReportTo, reports
 from fedloom.proto.run import RunConfig, load_run
 
@@ -77,6 +77,8 @@ def _introduce(federation: "Federation", folder: Path) -> None:
         markup=True,
     )
     trained = f"{config.adapter.kind}, head {config.model.head}"
+    if modules := federation.model.head.modules:
+        trained += f": {'new' if federation.model.head.new else 'from the checkpoint'} {', '.join(modules)}"
     out.print(f"  base {config.model.base}; adapter of {schema.size:,} values ({trained})")
     for name, rows in federation.clients.items():
         groups = ", ".join(sorted(set(rows.groups) - {""}))
@@ -133,6 +135,7 @@ def _summary(config: RunConfig, result: "Result") -> None:
         table.add_row("user-level epsilon", "0", f"{result.user_epsilon:.3f} at delta {config.user_level.delta:g}")
     out.print()
     out.print(table)
+    show_classes(result.final.confusion, config.model.labels)
     if result.privacy:
         out.print(f"\n{terms(max(result.privacy.values(), key=lambda each: each.epsilon))}")
     out.print(f"\nadapter  {result.folder / 'adapter'}")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedloom.client.classes import MOST_CLASSES, Confusion, count
 from fedloom.client.config import Policy
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches, uniform_microbatches
@@ -45,6 +46,8 @@ class Score:
     loss: float
     """Mean cross-entropy of the same, in nats; of a language model the logarithm of its perplexity."""
     examples: int
+    confusion: Confusion = ()
+    """Examples, or labelled tokens, by true and predicted class; empty where there are more than `MOST_CLASSES`."""
 
 
 class Trainer:
@@ -338,11 +341,16 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) ->
         encoded: Rows with labels.
         batch: Rows in one forward pass; None takes `Encoded.evaluation_batch`.
     """
-    right, total, loss = 0, 0, 0.0
+    right, total, loss, classes = 0, 0, 0.0, 0
+    pairs: list[torch.Tensor] = []
     with torch.inference_mode():
         for scores, labels in answers(model, encoded, batch or encoded.evaluation_batch):
             labelled = labels != IGNORED
-            right += int((scores.argmax(-1) == labels)[labelled].sum())
+            predicted, classes = scores.argmax(-1), scores.shape[-1]
+            right += int((predicted == labels)[labelled].sum())
+            pairs += [torch.stack([labels[labelled], predicted[labelled]]).cpu()] * (classes <= MOST_CLASSES)
             total += int(labelled.sum())
             loss += float(per_example(scores, labels) @ labelled.sum(1).float())
-    return Score(right / max(1, total), loss / max(1, total), len(encoded))
+    true, told = torch.cat(pairs, 1).numpy() if pairs else np.zeros((2, 0), np.int64)
+    confusion = count(true, told, classes) if pairs else ()
+    return Score(right / max(1, total), loss / max(1, total), len(encoded), confusion)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedloom.client.classes import classes_document
 from fedloom.client.data.rows import digest
 from fedloom.client.export import facts, load_exported, predict, save_adapter
 from fedloom.client.model import resolve_base
@@ -232,6 +233,7 @@ def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, sta
             "accuracy": final.accuracy,
             "loss": final.loss,
             "held_out_examples": final.examples,
+            **classes_document(final.confusion, config.model.labels),
             "epsilon": result.epsilon,
             "privacy": {name: stated.document() for name, stated in spent.items()},
             "user_epsilon": result.user_epsilon,
