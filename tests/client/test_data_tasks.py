@@ -51,7 +51,7 @@ def test_tagged_words_are_read(tmp_path: Path) -> None:
     source = write(
         tmp_path / "a.jsonl",
         {"tokens": ["Ada", "wrote"], "tags": ["PER", "O"], "group": "ward"},
-        {"tokens": ["it"], "tags": [0], "id": 7},
+        {"tokens": ["it"], "tags": ["O"], "id": 7},
     )
 
     rows = load_rows(source, LABELS, "train", "token-classification")
