@@ -117,14 +117,9 @@ def _judge_rows(report: Report, labels: tuple[str, ...]) -> None:
     if found.labelling:
         add(Finding("note", str(found.labelling)))
     if found.unknown:
-        add(
-            Finding(
-                "error",
-                f"{found.unknown.total()} labels are not among those expected "
-                f"({_expected(found.labelling)}): "
-                f"{_some([repr(each) for each in sorted(found.unknown)])}; correct them in the data, where all must be names or all positions",
-            )
-        )
+        unknown = _some([repr(each) for each in sorted(found.unknown)])
+        text = f"{found.unknown.total()} labels are not among those expected ({_expected(found.labelling)}): {unknown}"
+        add(Finding("error", f"{text}; correct them in the data, where all must be names or all positions"))
     for what, fault in found.doubtful.items():
         add(Finding("warning", f"{_rows(fault)}: {what}"))
     tell_of(found.notes, lambda level, text: add(Finding("warning" if level == logging.WARNING else "note", text)))

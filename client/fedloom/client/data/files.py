@@ -174,4 +174,5 @@ def readable(path: Path) -> Iterator[None]:
         byte = error.object[error.start]
         raise DataError(f"{path} is not UTF-8 (it has a byte 0x{byte:02x} out of place); save it as UTF-8") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
+        why = error.strerror or type(error).__name__
+        raise DataError(f"{path} cannot be read: {why}; check that it is whole, and its permissions") from error
