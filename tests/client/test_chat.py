@@ -89,7 +89,11 @@ def test_a_conversation_is_cut_at_its_end(tokenizer: PreTrainedTokenizerBase) ->
 
 
 @pytest.mark.parametrize(
-    ("template", "message"), [(FORGETFUL, "give each row one assistant's turn"), (PICKY, r"refuses a conversation \(")]
+    ("template", "message"),
+    [
+        (FORGETFUL, 'give each row one assistant\'s turn, the last, or add answers = "last"'),
+        (PICKY, r"refuses a conversation \(TemplateError\)"),
+    ],
 )
 def test_a_template_that_does_not_fit_is_refused_without_quoting_the_row(
     template: str, message: str, tokenizer: PreTrainedTokenizerBase

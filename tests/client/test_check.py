@@ -71,10 +71,10 @@ def test_every_fault_is_counted_with_the_place_of_the_first(policy: Policy, spec
     rows += [
         ("sad", "neutral"),
         ("poor", "7"),
-        ("good", "1"),
-        ("caf\u00c3\u00a9", "0"),
-        ("a\ufffdb", "0"),
-        ("a\x00b", "0"),
+        ("good", "positive"),
+        ("caf\u00c3\u00a9", "negative"),
+        ("a\ufffdb", "negative"),
+        ("a\x00b", "negative"),
     ]
     policy = site(policy, tmp_path, rows)
 

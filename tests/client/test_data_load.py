@@ -130,7 +130,9 @@ def test_newsgroups_damage_is_located(newsgroups: Path) -> None:
 
 def test_csv_columns_may_come_in_any_order_and_span_lines(tmp_path: Path) -> None:
     path = tmp_path / "notes.csv"
-    path.write_text('\ufeffid,group,label,text\n1,ward, positive,"fine,\n""really"""\n2,,0,poor\n', encoding="utf-8")
+    path.write_text(
+        '\ufeffid,group,label,text\n1,ward, positive,"fine,\n""really"""\n2,,negative,poor\n', encoding="utf-8"
+    )
 
     rows = load_rows(str(path), LABELS, "train")
 
@@ -142,18 +144,13 @@ def test_csv_columns_may_come_in_any_order_and_span_lines(tmp_path: Path) -> Non
 
 def test_jsonl_labels_may_be_names_or_indices(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
-    path.write_text('{"text": "fine", "label": "positive", "group": "ward"}\n\n{"text": "poor", "label": 0}\n')
+    path.write_text('{"text": "fine", "label": "positive", "group": "ward"}\n\n{"text": "poor", "label": "negative"}\n')
+    (tmp_path / "indices.jsonl").write_text('{"text": "fine", "label": 1}\n{"text": "poor", "label": "0"}\n')
 
-    rows = load_rows(str(path), LABELS, "train")
+    rows, indices = (load_rows(str(tmp_path / f"{name}.jsonl"), LABELS, "train") for name in ("notes", "indices"))
 
     assert (rows.texts, rows.labels.tolist(), rows.groups) == (("fine", "poor"), [1, 0], ("ward", ""))
-
-
-def test_a_label_name_wins_over_an_index(tmp_path: Path) -> None:
-    path = tmp_path / "stars.csv"
-    path.write_text("text,label\nfine,1\n")
-
-    assert load_rows(str(path), ("1", "0"), "train").labels.tolist() == [0]
+    assert indices.labels.tolist() == [1, 0]
 
 
 def test_a_folder_has_one_file_for_each_split(tmp_path: Path) -> None:
@@ -186,7 +183,7 @@ def test_a_folder_has_one_file_for_each_split(tmp_path: Path) -> None:
         ("a.csv", b"text,label\n  ,positive\n", "line 2: the text is empty"),
         ("a.csv", b"text,label\nfine\n", "line 2: 2 fields are needed"),
         ("a.csv", b"text,label\nfine, really,positive\n", "line 2: 2 fields are needed"),
-        ("a.csv", b'text,label\n"fine,positive\n', r"line \d is not valid CSV"),
+        ("a.csv", b'text,label\n"fine,positive\n', "line 2: the row that begins there is not valid CSV"),
         ("a.csv", b"text,label\ncaf\xe9,positive\n", "not UTF-8 .*0xe9"),
         ("a.jsonl", b"", "has no rows"),
         ("a.jsonl", b'{"text": "fine", "label": 1}\n{"text": \n', "line 2 is not valid JSON"),

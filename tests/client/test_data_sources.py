@@ -15,7 +15,8 @@ from pyarrow import ipc, parquet
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.rows import digest
 from fedloom.proto.errors import DataError
-from fedloom.proto.run import Column, Task
+from fedloom.proto.form import Column, Form
+from fedloom.proto.run import Task
 
 LABELS = ("negative", "positive")
 SECRET = "Mrs Miller of Elm Street"
@@ -23,7 +24,7 @@ SECRET = "Mrs Miller of Elm Street"
 COLUMNS: dict[Column, str] = {"text": "note", "label": "stars", "group": "ward"}
 TABLE: list[dict[str, Any]] = [
     {"id": 1, "note": "fine, really", "stars": "positive", "ward": "a"},
-    {"id": 2, "note": "poor", "stars": "0"},
+    {"id": 2, "note": "poor", "stars": "negative"},
 ]
 
 
@@ -69,7 +70,7 @@ def write(folder: Path, kind: str) -> str:
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "saved"])
 def test_every_format_gives_the_same_rows_under_the_owners_names(kind: str, tmp_path: Path) -> None:
-    rows = load_rows(write(tmp_path, kind), LABELS, "train", columns=COLUMNS)
+    rows = load_rows(write(tmp_path, kind), LABELS, "train", form=Form(columns=COLUMNS))
 
     assert rows.texts == ("fine, really", "poor")
     assert rows.labels.tolist() == [1, 0]
@@ -83,7 +84,7 @@ def test_a_table_without_the_column_is_refused_by_name(kind: str, tmp_path: Path
     with pytest.raises(DataError, match=r"has the columns .*note, stars.* but not text and label; .*data\.columns"):
         load_rows(source, LABELS, "train")
     with pytest.raises(DataError, match="but not rating"):
-        load_rows(source, LABELS, "train", columns={**COLUMNS, "label": "rating"})
+        load_rows(source, LABELS, "train", form=Form(columns={**COLUMNS, "label": "rating"}))
 
 
 def test_class_numbers_of_a_saved_data_set_count_in_its_own_order(tmp_path: Path) -> None:
@@ -178,12 +179,12 @@ def test_naming_the_contents_column_hides_the_others(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "a", "prompt": "b", "completion": "c", "label": "negative"}) + "\n")
     names: dict[Column, str] = {"text": "text"}
 
-    assert load_rows(str(path), (), "train", "causal-lm", names).texts == ("a",)
-    assert load_rows(str(path), (), "train", "causal-lm", {"completion": "completion"}).texts == ("bc",)
+    assert load_rows(str(path), (), "train", "causal-lm", Form(columns=names)).texts == ("a",)
+    assert load_rows(str(path), (), "train", "causal-lm", Form(columns={"completion": "completion"})).texts == ("bc",)
     with pytest.raises(DataError, match="both text and prompt; keep one, so that the row has one privacy account, or"):
         load_rows(str(path), (), "train", "causal-lm")
     with pytest.raises(DataError, match="has no 'messages'"):
-        load_rows(str(path), (), "train", "instruct", names)
+        load_rows(str(path), (), "train", "instruct", Form(columns=names))
 
 
 def test_conversations_are_read_and_a_prompt_is_one(tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_conversations_are_read_and_a_prompt_is_one(tmp_path: Path) -> None:
     parquet.write_table(arrow.Table.from_pylist([{"chat": turns}]), path)
     (tmp_path / "b.csv").write_text("prompt,completion\nQ ,A\n")
 
-    rows = load_rows(str(path), (), "train", "instruct", {"messages": "chat"})
+    rows = load_rows(str(path), (), "train", "instruct", Form(columns={"messages": "chat"}))
     pair = load_rows(str(tmp_path / "b.csv"), (), "train", "instruct")
 
     assert rows.turns == ((("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello")),)
@@ -255,4 +256,4 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "pyarrow", None)
 
     with pytest.raises(DataError, match=r"needs pyarrow.*pip install 'fedloom\[arrow\]'"):
-        load_rows(source, LABELS, "train", columns=COLUMNS)
+        load_rows(source, LABELS, "train", form=Form(columns=COLUMNS))

@@ -51,7 +51,7 @@ def test_tagged_words_are_read(tmp_path: Path) -> None:
     source = write(
         tmp_path / "a.jsonl",
         {"tokens": ["Ada", "wrote"], "tags": ["PER", "O"], "group": "ward"},
-        {"tokens": ["it"], "tags": [0], "id": 7},
+        {"tokens": ["it"], "tags": ["O"], "id": 7},
     )
 
     rows = load_rows(source, LABELS, "train", "token-classification")
@@ -242,9 +242,12 @@ def test_labels_are_padded_with_what_is_ignored(tokenizer: PreTrainedTokenizerBa
 def test_a_row_without_a_token_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     class Mute:
         eos_token_id = None
+        pad_token_id = 0
 
         def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
             return {"input_ids": [[] for _ in texts], "offset_mapping": [[] for _ in texts]}
 
-    with pytest.raises(DataError, match="example 1 has no token under this model's tokenizer"):
+    with pytest.raises(
+        DataError, match="1 of 1 rows, the first at example 1: it has no token under this model's tokenizer"
+    ):
         encode(language(("", "\u200b")), Mute(), 8)

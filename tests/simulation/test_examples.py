@@ -39,7 +39,7 @@ def test_its_data_are_split_and_held_out(path: Path, monkeypatch: pytest.MonkeyP
     assert config.data is not None
 
     clients = shares(config, config.data)
-    held_out = load_rows(config.data.source, config.model.labels, "test", config.model.task, config.data.columns)
+    held_out = load_rows(config.data.source, config.model.labels, "test", config.model.task, config.data)
 
     trained = [text for rows in clients.values() for text in rows.texts]
     assert len(clients) == config.data.clients

@@ -17,6 +17,8 @@ app = typer.Typer(help="This site's own data.", no_args_is_help=True)
 
 _SHOWN = 30
 
+_COLOURS = {"error": "bold red", "warning": "bold yellow", "note": "bold"}
+
 
 @app.callback()
 def _group() -> None:
@@ -75,7 +77,7 @@ def _show(report: "Report") -> None:
             f"{cost.after:.4f} of {cost.budget:g}, at delta {cost.delta:g}"
         )
     for finding in report.findings:
-        out.print(f"[bold {'red' if finding.level == 'error' else 'yellow'}]{finding.level}:[/] ", end="", markup=True)
+        out.print(f"[{_COLOURS[finding.level]}]{finding.level}:[/] ", end="", markup=True)
         out.print(finding.text)
     out.print("training would take this data" if report.sound else "training would refuse this data; see the errors")
 

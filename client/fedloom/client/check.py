@@ -1,11 +1,13 @@
 """What a data owner wants to know before joining a run: will my data be taken, what is lost, what does it cost?"""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from fedloom.client.config import Policy, check_spec
-from fedloom.client.data.records import Layout
+from fedloom.client.data.labels import Labelling
+from fedloom.client.data.load import Tally, tell_of
 from fedloom.client.data.survey import Lengths, Survey, guess_task, lengths, survey
 from fedloom.client.model import allowed_base, load_tokenizer
 from fedloom.client.privacy.account import existing_account
@@ -23,8 +25,8 @@ _SHOWN = 20
 class Finding(NamedTuple):
     """One thing the owner should know."""
 
-    level: Literal["error", "warning"]
-    """error: the run would be refused here, or would stop. warning: it would go on."""
+    level: Literal["error", "warning", "note"]
+    """error: the run would be refused here, or would stop. warning: it would go on. note: there is nothing to do."""
     text: str
 
 
@@ -68,6 +70,7 @@ class Report:
             "groups": found.groups,
             "labels": dict(found.labels),
             "unknown_labels": dict(found.unknown),
+            "labels_as": found.labelling.labels_as if found.labelling else None,
             "tokens": asdict(self.lengths) if self.lengths else None,
             "privacy": asdict(self.cost) if self.cost else None,
             "findings": [finding._asdict() for finding in self.findings],
@@ -84,12 +87,12 @@ def check(policy: Policy, spec: Spec | None) -> Report:
     Raises:
         DataError: The data cannot be read at all.
     """
-    names, source = policy.data.columns, policy.data.source
+    data = policy.data
     task, labels = policy.data.own_task, policy.data.labels
     if task is None:
-        task = spec.model.task if spec else guess_task(source, names)
+        task = spec.model.task if spec else guess_task(data.source, data)
         labels = spec.model.labels if spec else ()
-    report = Report(survey(source, labels, Layout(task, names)))
+    report = Report(survey(data.source, labels, task, data))
     _judge_rows(report, labels)
     if spec is None:
         return report
@@ -110,18 +113,16 @@ def _judge_rows(report: Report, labels: tuple[str, ...]) -> None:
     if not found.rows:
         add(Finding("error", "there is no row"))
     for what, fault in found.unreadable.items():
-        add(Finding("error", f"{_rows(fault.rows)}, the first at {fault.first}: {what}"))
+        add(Finding("error", f"{_rows(fault)}: {what}"))
+    if found.labelling:
+        add(Finding("note", str(found.labelling)))
     if found.unknown:
-        add(
-            Finding(
-                "error",
-                f"{found.unknown.total()} labels are not among those expected "
-                f"({_some([repr(each) for each in labels])}): "
-                f"{_some([repr(each) for each in sorted(found.unknown)])}; correct them in the data",
-            )
-        )
+        unknown = _some([repr(each) for each in sorted(found.unknown)])
+        text = f"{found.unknown.total()} labels are not among those expected ({_expected(found.labelling)}): {unknown}"
+        add(Finding("error", f"{text}; correct them in the data, where all must be names or all positions"))
     for what, fault in found.doubtful.items():
-        add(Finding("warning", f"{_rows(fault.rows)}, the first at {fault.first}: {what}"))
+        add(Finding("warning", f"{_rows(fault)}: {what}"))
+    tell_of(found.notes, lambda level, text: add(Finding("warning" if level == logging.WARNING else "note", text)))
     absent = [name for name in labels if name not in found.labels]
     if absent and found.rows:
         add(Finding("warning", f"no row has the label {_some([repr(each) for each in absent])}"))
@@ -133,15 +134,19 @@ def _judge_lengths(report: Report, policy: Policy, spec: Spec, labels: tuple[str
         folder = allowed_base(policy, spec)
         if report.survey.task == "image-classification":
             return
-        found = report.lengths = lengths(report.survey, labels, load_tokenizer(folder), most)
+        found = report.lengths = lengths(report.survey, labels, load_tokenizer(folder), most, policy.data)
     except (DataError, ModelError, PolicyError) as error:
         add(Finding("error", str(error)))
         return
+    # A private run learns nothing of such rows: a refusal would tell of them.
+    stops = not spec.privacy.enabled or sum(each.count for each in found.refused.values()) == len(report.survey.usable)
+    for what, fault in found.refused.items():
+        add(Finding("error" if stops else "warning", f"{_rows(fault)}: {what}"))
     if found.cut:
         share = found.cut / len(report.survey.usable)
-        add(Finding("warning", f"{_rows(found.cut)} ({share:.1%}) lose their end at model.max_length = {most}"))
+        add(Finding("warning", f"{_counted(found.cut)} ({share:.1%}) lose their end at model.max_length = {most}"))
     if found.idle:
-        add(Finding("warning", f"{_rows(found.idle)} have nothing to learn within model.max_length = {most}"))
+        add(Finding("warning", f"{_counted(found.idle)} have nothing to learn within model.max_length = {most}"))
 
 
 def _judge_size(report: Report, policy: Policy, spec: Spec) -> None:
@@ -174,7 +179,16 @@ def _judge_cost(report: Report, policy: Policy, spec: Spec) -> None:
         add(Finding("warning" if paid else "error", text))
 
 
-def _rows(count: int) -> str:
+def _expected(way: Labelling | None) -> str:
+    names = _some([repr(each) for each in way.names]) if way else ""
+    return f"0 to {len(way.names) - 1}, the positions of {names}" if way and way.labels_as == "positions" else names
+
+
+def _rows(fault: Tally) -> str:
+    return f"{_counted(fault.count)}, the first at {fault.first}"
+
+
+def _counted(count: int) -> str:
     return f"{count:,} row{'s' * (count > 1)}"
 
 

@@ -9,9 +9,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedloom.client.hours import check_hours
 from fedloom.proto.errors import PolicyError
+from fedloom.proto.form import Form
 from fedloom.proto.limits import MAX_ROUNDS
-from fedloom.proto.run import LANGUAGE, Column, Spec, Task
-from fedloom.proto.tables import Section, explain, parse, read_toml
+from fedloom.proto.run import LANGUAGE, Spec, Task
+from fedloom.proto.tables import FileName, FilePath, Section, explain, parse, read_toml
 
 __all__ = [
     "SLOWEST_BYTES_PER_S",
@@ -39,9 +40,9 @@ class ClientSection(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Name shown to the coordinator."""
-    state: Path = Path("fedloom-state")
+    state: FilePath = Path("fedloom-state")
     """Folder of the privacy ledger; keep it as long as the data. All data of one folder is one account."""
-    anchors: Path | None = None
+    anchors: FilePath | None = None
     """Folder outside `state` of what the ledger is checked against; keep it as long. By default `fedloom` in
     $XDG_STATE_HOME or ~/.local/state."""
 
@@ -54,10 +55,10 @@ class ClientSection(Section):
         return values
 
 
-class DataPolicy(Section):
+class DataPolicy(Form):
     """[data]: the private data set."""
 
-    source: str
+    source: FileName
     """A file (.csv, .tsv, .jsonl or .parquet), a folder with such a file called train, a folder that Hugging Face's
     save_to_disk wrote, or pictures in a folder for each class. The columns of each task are in data.md."""
     task: Task | None = None
@@ -65,11 +66,8 @@ class DataPolicy(Section):
     text-classification. A private run needs this and labels: what makes a row malformed is never a coordinator's to
     say."""
     labels: tuple[str, ...] = Field(default=(), max_length=10_000)
-    """Label names, at least 2, which a run must have as model.labels, in this order. A label in the data is one of
-    these, or its index. causal-lm and instruct have none."""
-    columns: dict[Column, str] = Field(default_factory=dict)
-    """The files' names of columns: body for text is `text = "body"`. One left out has its own name. If it names what
-    rows are about (text, tokens, prompt, messages or image), nothing else of that kind is read, whatever is asked."""
+    """Label names, at least 2, which a run must have as model.labels, in this order. The labels in the data are these
+    names, or all of them positions in this list, see labels_as. causal-lm and instruct have none."""
     declared_examples: int | None = Field(default=None, ge=1)
     """A public number of examples, independent of the exact count. A private run needs it: it divides the
     noisy sum and may weight the update. Round it, and never derive it from the data at run time."""
@@ -96,7 +94,7 @@ class DataPolicy(Section):
 class ModelPolicy(Section):
     """[model]: the base model as this site has it."""
 
-    folder: str | None = None
+    folder: FileName | None = None
     """Where the base model lies here; None takes the run's name for it."""
     digests: tuple[str, ...] = ()
     """Base models this site is willing to load; `fedloom prepare` prints a model's digest. Empty allows any that

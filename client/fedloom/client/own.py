@@ -1,9 +1,10 @@
 """A site's own data, read and checked against its policy alone, before a coordinator has said a word."""
 
+import logging
 from dataclasses import dataclass
 
 from fedloom.client.config import Policy
-from fedloom.client.data.load import load_rows
+from fedloom.client.data.load import Tell, load_rows
 from fedloom.client.data.rows import Rows
 from fedloom.client.evaluation import split
 from fedloom.client.pace import AT_ONCE, Pace
@@ -13,6 +14,8 @@ from fedloom.proto.errors import DataError, PolicyError
 from fedloom.proto.run import Spec
 
 __all__ = ["Own", "own_data", "own_rows"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,13 @@ def own_data(policy: Policy, pace: Pace = AT_ONCE) -> Own | None:
     return own
 
 
-def own_rows(policy: Policy, spec: Spec | None = None) -> Rows:
+def own_rows(policy: Policy, spec: Spec | None = None, tell: Tell = log.log) -> Rows:
     """Read the site's rows by the policy's task and labels, or, where it has none, by those of a run without privacy.
+
+    Args:
+        policy: The site's policy.
+        spec: The run, where the policy leaves its task and labels to it.
+        tell: Gets a line on what was read and on what was passed over, which stays on this machine.
 
     Raises:
         DataError: The data set is missing or malformed, or leaves no row to train on.
@@ -72,7 +80,7 @@ def own_rows(policy: Policy, spec: Spec | None = None) -> Rows:
         if spec is None or spec.privacy.enabled:
             raise PolicyError("data.task and data.labels of the policy say how rows are read; add them to [data]")
         task, labels = spec.model.task, spec.model.labels
-    rows = load_rows(data.source, labels, "train", task, data.columns)
+    rows = load_rows(data.source, labels, "train", task, data, tell=tell)
     if not len(split(rows, data.held_out)[0]):
         raise DataError(f"data.held_out = {data.held_out:g} leaves no example to train on; lower it")
     return rows

@@ -28,15 +28,14 @@ def held_out(config: RunConfig, source: str, split: Split = "test") -> Rows:
     """At most evaluation.max_examples rows of a data set, drawn by the run's seed: the same in every process.
 
     Args:
-        config: The run file; its [data] section, if there is one, names the columns.
+        config: The run file; its [data] section, if there is one, says how the files are read.
         source: A packaged data set, or a file or folder, see docs/data.md.
         split: Which part of it.
 
     Raises:
         DataError: See `load_rows`.
     """
-    columns = config.data.columns if config.data else None
-    rows = load_rows(source, config.model.labels, split, config.model.task, columns)
+    rows = load_rows(source, config.model.labels, split, config.model.task, config.data)
     rng = np.random.default_rng([config.run.seed, 1])
     return rows.take(np.sort(rng.permutation(len(rows))[: config.evaluation.max_examples]))
 

@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from fedloom.proto.errors import ConfigError
+from fedloom.proto.form import Form
 from fedloom.proto.limits import MAX_CLIENTS, MAX_RANK, MAX_ROUNDS, MAX_SPEC_BYTES
 from fedloom.proto.secagg.fixed import FixedPoint
-from fedloom.proto.tables import Section, explain, parse, read_toml
+from fedloom.proto.tables import FileName, Section, explain, parse, read_toml
 
 __all__ = [
     "LANGUAGE",
     "AdapterSection",
-    "Column",
     "DataSection",
     "EngineSection",
     "EvaluationSection",
@@ -40,9 +40,6 @@ Task = Literal["text-classification", "token-classification", "causal-lm", "inst
 LANGUAGE: frozenset[Task] = frozenset({"causal-lm", "instruct"})
 """Tasks that predict the next token: they have no labels and no head of their own."""
 
-Column = Literal["text", "label", "group", "tokens", "tags", "prompt", "completion", "messages", "image"]
-"""What a task reads of a row."""
-
 
 class RunSection(Section):
     """[run]: identity and length."""
@@ -58,7 +55,7 @@ class RunSection(Section):
 class ModelSection(Section):
     """[model]: the frozen base model every client holds."""
 
-    base: str
+    base: FileName
     """Local folder in Hugging Face format, a name from `fedloom assets` such as minilm-l6, or ORG/NAME in this
     machine's hub cache."""
     digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
@@ -68,7 +65,8 @@ class ModelSection(Section):
     token of each text, or of each completion alone where the rows have prompts. instruct: the assistant's turns of a
     conversation in the base model's chat template. image-classification: one label for each picture."""
     labels: tuple[str, ...] = Field(default=(), max_length=10_000)
-    """Label names, at least 2; a label in the data is one of these, or its index. causal-lm and instruct have none."""
+    """Label names, at least 2, which the labels in the data are, or the positions of. causal-lm and instruct have
+    none."""
     max_length: int = Field(default=64, ge=8, le=8192)
     """Tokens kept of each text; its end is cut off."""
     image_size: int | None = Field(default=None, ge=8, le=1024)
@@ -276,13 +274,11 @@ class FederatedEvaluationSection(Section):
         return 5 if self.personalised else 3
 
 
-class DataSection(Section):
+class DataSection(Form):
     """[data]: the simulated federation's data; a real client's data is named in its own policy."""
 
-    source: str
+    source: FileName
     """Name of a packaged data set (sentiment, newsgroups, fashion-mnist), or a folder; see data.md for its layouts."""
-    columns: dict[Column, str] = Field(default_factory=dict)
-    """The files' names of columns: body for text is `text = "body"`. One left out has its own name."""
     clients: int = Field(default=4, ge=1, le=MAX_CLIENTS)
     """Number of simulated clients."""
     partition: Literal["iid", "dirichlet", "group", "pathological", "size"] = "iid"

@@ -4,15 +4,16 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from fedloom.proto.errors import ConfigError
 
-__all__ = ["Section", "explain", "parse", "read_json", "read_toml"]
+__all__ = ["FileName", "FilePath", "Section", "explain", "parse", "read_json", "read_toml"]
 
 M = TypeVar("M", bound=BaseModel)
+P = TypeVar("P", str, Path)
 
 
 class Section(BaseModel):
@@ -22,17 +23,39 @@ class Section(BaseModel):
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file.
+    """The tables of a TOML file, with or without a byte-order mark.
 
     Raises:
-        ConfigError: The file is missing or not TOML.
+        ConfigError: The file is missing or not TOML in UTF-8.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        # utf-8-sig and the line ends: as editors and shells of Windows leave them.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the path of a TOML file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read as TOML: it is not in UTF-8; save it as UTF-8") from error
+    except (OSError, ValueError, RecursionError) as error:
+        said = str(error)
+        hint = f". {_BACKSLASHES}" if "\\" in said or "hex value" in said else ""
+        raise ConfigError(f"{path} cannot be read as TOML: {said}{hint}") from error
+
+
+_BACKSLASHES = (
+    "A backslash between double quotes begins an escape: write a path of Windows with / or between single quotes, "
+    "'C:\\data\\train.csv'"
+)
+
+
+def _plain(value: P) -> P:
+    """Refuse what an escape made of a path of Windows, such as a line break of the beginning of new.csv.
+
+    Raises:
+        ValueError: It has control characters.
+    """
+    if any(character < " " or character == "\x7f" for character in str(value)):
+        raise ValueError(f"a path has a control character. {_BACKSLASHES}")
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -42,12 +65,19 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing or is not a JSON object.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path} holds a JSON {type(document).__name__}; an object is needed")
     return document
+
+
+FileName = Annotated[str, AfterValidator(_plain)]
+"""A file or folder, or the name of one that is fetched."""
+
+FilePath = Annotated[Path, AfterValidator(_plain)]
+"""A file or folder."""
 
 
 def parse(model: type[M], tables: dict[str, Any], overrides: tuple[str, ...] = (), *, source: str) -> M:
@@ -72,7 +102,7 @@ def _apply(tables: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} must look like section.key=value, e.g. run.rounds=5")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     table = tables
     for key in keys[:-1]:

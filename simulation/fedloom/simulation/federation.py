@@ -111,7 +111,7 @@ def shares(config: RunConfig, data: DataSection) -> dict[str, Rows]:
         ConfigError: There are more clients than rows.
         DataError: The data cannot be loaded.
     """
-    rows = load_rows(data.source, config.model.labels, "train", config.model.task, data.columns)
+    rows = load_rows(data.source, config.model.labels, "train", config.model.task, data)
     if data.max_examples is not None and data.max_examples < len(rows):
         rng = np.random.default_rng([config.run.seed, 1])
         rows = rows.take(np.sort(rng.permutation(len(rows))[: data.max_examples]))
@@ -140,6 +140,7 @@ def write_client(policy: Policy, rows: Rows, folder: Path) -> Path:
         path.write_bytes(image)
     tables = policy.model_dump(mode="json", exclude_none=True)
     tables["client"] |= {"state": ".", "anchors": "ledger"}
+    tables["data"] |= {"answers": rows.answers, **({"labels_as": "names"} if rows.label_names else {})}
     path = folder / "policy.toml"
     path.write_text(tomli_w.dumps(tables), encoding="utf-8")
     return path

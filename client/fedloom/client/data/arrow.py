@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedloom.client.data.files import Row, check_columns, readable
+from fedloom.client.data.files import Note, Row, check_columns, readable
 from fedloom.client.data.records import Layout
 from fedloom.proto.errors import DataError
 
@@ -40,13 +40,30 @@ def saved_rows(folder: Path, layout: Layout) -> Iterator[Row]:
         DataError: It cannot be read, lacks a column, or pyarrow is not installed.
     """
     arrow = _arrow(folder)
-    for path in _saved_files(folder):
+    files = _saved_files(folder)
+    with readable(folder):
+        beside = sorted(path for path in folder.glob("*.arrow") if path not in files)
+    yield from ((str(path), Note("an Arrow file that state.json does not name, passed over")) for path in beside)
+    for path in files:
+        _check_whole(path)
         try:
             with readable(path), arrow.OSFile(str(path)) as file, arrow.ipc.open_stream(file) as stream:
                 check_columns(path, stream.schema.names, layout)
                 yield from _rows(path, stream, _names(stream.schema), layout.wanted(stream.schema.names))
         except arrow.ArrowException as error:
             raise DataError(f"{path} cannot be read as Arrow; save the data set again ({_short(error)})") from error
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a stream without the mark that ends it: pyarrow takes one that was cut between two batches as whole.
+
+    Raises:
+        DataError: The mark is not there, or the file cannot be read.
+    """
+    with readable(path), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4))
+        if file.read() != bytes(4):
+            raise DataError(f"{path} cannot be read as Arrow: its end is missing; copy it or save the data set again")
 
 
 def _saved_files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from fedloom.client.data.files import Row
+from fedloom.client.data.files import Note, Row, readable
 from fedloom.proto.errors import DataError, ModelError
 
 __all__ = [
+    "HIDDEN",
     "SUFFIXES",
     "Pictures",
     "Pixels",
@@ -27,39 +29,86 @@ __all__ = [
     "picture_settings",
 ]
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Ends of the names of picture files."""
+SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Ends of the names of picture files, in small letters."""
+
+HIDDEN = Note("a hidden file or folder, passed over")
 
 # Named, so that no other of Pillow's readers, some of which start programs, is tried on a file.
 _FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 
 _MOST_PIXELS = 50_000_000
 
+_EIGHT_BITS = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
+"""Pillow's modes of which nothing is lost in RGB."""
+
+_BITS, _PHOTOMETRIC = 258, 262
+"""Numbers of TIFF's tags BitsPerSample and PhotometricInterpretation; 0 of the latter says that 0 is white."""
+
+_SEE_THROUGH = ("LA", "La", "PA", "RGBA", "RGBa")
+
 Pixels = npt.NDArray[np.uint8]
 
 
 def folder_rows(folder: Path, image: str, label: str) -> Iterator[Row]:
-    """A row for each picture in the folders below `folder`, whose names are the labels.
+    """A row for each picture in the folders below `folder`, whose names are the labels, and a note on all else.
 
     Args:
-        folder: CLASS/PICTURE below it; files of other kinds and hidden ones are passed over.
+        folder: CLASS/PICTURE below it, also deeper. Links to folders are not followed.
         image: Name of the row's column for the picture's bytes.
         label: Name of its column for the class.
     """
-    for group in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        for path in sorted(group.rglob("*")):
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-                try:
-                    yield str(path), {image: path.read_bytes(), label: group.name}
-                except OSError as error:
-                    yield str(path), DataError(f"{path} cannot be read: {error.strerror}; check its permissions")
+    with readable(folder):
+        entries = sorted(folder.iterdir())
+    for entry in entries:
+        if entry.name.startswith("."):
+            yield str(entry), HIDDEN
+        elif entry.is_dir():
+            for path in _below(entry):
+                yield str(path), _picture_row(path, entry, image, label)
+        elif entry.suffix.lower() in SUFFIXES:
+            yield (
+                str(entry),
+                Note("a picture outside the folders of the classes", "put it into the folder of its class"),
+            )
+        else:
+            yield str(entry), Note("a file beside the folders of the classes, passed over")
+
+
+def _below(folder: Path) -> list[Path]:
+    """All files and links in a folder and those below it."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    with readable(folder):
+        found = [
+            Path(place, name)
+            for place, folders, files in os.walk(folder, onerror=stop)
+            for name in (*files, *(name for name in folders if os.path.islink(os.path.join(place, name))))
+        ]
+    return sorted(found)
+
+
+def _picture_row(path: Path, group: Path, image: str, label: str) -> dict[str, Any] | DataError | Note:
+    if any(part.startswith(".") for part in path.relative_to(group).parts):
+        return HIDDEN
+    if path.is_dir():
+        return Note("a link to a folder, not followed", "put the pictures themselves there")
+    if path.suffix.lower() not in SUFFIXES:
+        kind = f"a file that ends in {path.suffix}" if path.suffix else "a file whose name has no end"
+        return Note(f"{kind}, passed over", f"if it is a picture, write it as one of {', '.join(_FORMATS)}")
+    try:
+        return {image: path.read_bytes(), label: group.name}
+    except OSError as error:
+        return DataError(f"{path} cannot be read: {error.strerror}; check its permissions")
 
 
 def decode(data: bytes, where: str) -> Image.Image:
-    """The picture in RGB, turned as its camera noted.
+    """The picture in RGB with eight bits a colour, turned as its camera noted.
 
     Raises:
-        DataError: It is no picture of a known format, is cut off, or has too many pixels.
+        DataError: It is no picture of a known format, is cut off, has too many pixels, or would lose something in RGB.
     """
     try:
         with warnings.catch_warnings():
@@ -67,11 +116,56 @@ def decode(data: bytes, where: str) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
                 if picture.width * picture.height > _MOST_PIXELS:
                     raise DataError(f"{where} has over {_MOST_PIXELS:,} pixels; make it smaller")
-                return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+                # What a phone keeps behind a JPEG, a depth or a thumbnail, is no second picture.
+                frames: int = getattr(picture, "n_frames", 1)
+                if frames > 1 and picture.format != "MPO":
+                    raise DataError(
+                        f"{where} has {frames} frames or pages, and one picture is needed; save each that "
+                        "counts as a file of its own"
+                    )
+                return _eight_bits(picture, ImageOps.exif_transpose(picture), where).convert("RGB")
+    except DataError:
+        raise
+    except Exception as error:  # whatever a reader of formats makes of bytes that are none
         raise DataError(
             f"{where} cannot be read as a picture; write it again as one of {', '.join(_FORMATS)}, or remove it"
         ) from error
+
+
+def _eight_bits(file: Image.Image, picture: Image.Image, where: str) -> Image.Image:
+    """The picture of a file in a mode whose conversion to RGB loses nothing that can be seen.
+
+    Pillow's own conversion clips grey values of more than eight bits: of an X-ray it would leave a white sheet.
+
+    Raises:
+        DataError: There is none.
+    """
+    if picture.mode in _SEE_THROUGH or "transparency" in picture.info:
+        _check_opaque(picture, where)
+        return picture
+    if picture.mode in _EIGHT_BITS:
+        return picture
+    if not picture.mode.startswith("I;16"):
+        raise DataError(
+            f"{where} has pixels of a kind (Pillow's mode {picture.mode}) that does not say which value is white; save "
+            "it with 8 or 16 whole bits a pixel, from black at 0 to white at the greatest value"
+        )
+    tags = getattr(file, "tag_v2", {})
+    values = np.asarray(picture).astype(np.uint16) >> (tags.get(_BITS, (16,))[0] - 8)
+    return Image.fromarray((255 - values if tags.get(_PHOTOMETRIC) == 0 else values).astype(np.uint8))
+
+
+def _check_opaque(picture: Image.Image, where: str) -> None:
+    """Refuse a picture that one can look through: what is seen there is the background's business.
+
+    Raises:
+        DataError: It is one.
+    """
+    least, _ = picture.convert("RGBA").getchannel("A").getextrema()
+    if least != 255:
+        raise DataError(
+            f"{where} is transparent in parts, which have no colour; save it on a background, without alpha"
+        )
 
 
 def fingerprint(data: bytes, where: str) -> str:

@@ -1,21 +1,49 @@
 """Read a data set: a packaged one, or the files of a client."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
+from fedloom.client.data.files import Note
 from fedloom.client.data.images import fingerprint
+from fedloom.client.data.labels import Labelling, labelling
 from fedloom.client.data.packaged import Split
 from fedloom.client.data.records import Layout, Record
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.data.sources import source_rows
 from fedloom.proto.errors import DataError
-from fedloom.proto.run import Column, Task
+from fedloom.proto.form import Form
+from fedloom.proto.run import Task
 
-__all__ = ["Split", "assembled", "class_index", "load_rows", "records"]
+__all__ = ["Split", "Tally", "Tell", "assembled", "load_rows", "records", "tell_of"]
 
-Skip = Callable[[str, DataError], None]
-"""Gets the place and the fault of a row that is passed over."""
+log = logging.getLogger(__name__)
+
+Skip = Callable[[str, DataError | Note], None]
+"""Gets the place and the fault of a row that is passed over, or a note."""
+
+Tell = Callable[[int, str], None]
+"""Gets a level of `logging` and one line on what was read. It is exact, and stays on this machine."""
+
+
+@dataclass
+class Tally:
+    """Things of one kind."""
+
+    count: int
+    first: str
+    """Where the first of them is."""
+
+    def __str__(self) -> str:
+        """How many, and where the first is."""
+        return f"{self.count:,} times, the first at {self.first}" if self.count > 1 else f"at {self.first}"
+
+
+def _refuse(where: str, what: DataError | Note) -> None:
+    if isinstance(what, DataError):
+        raise what
 
 
 def load_rows(
@@ -23,89 +51,114 @@ def load_rows(
     labels: tuple[str, ...],
     split: Split,
     task: Task = "text-classification",
-    columns: Mapping[Column, str] | None = None,
+    form: Form | None = None,
+    *,
+    tell: Tell = log.log,
 ) -> Rows:
     """The rows of one split of a data set.
 
     Args:
         source: A packaged data set, or a file or folder, see docs/data.md. Write ./sentiment for a folder of that name.
-        labels: The label names. A row's label is one of them, or its index when no label has that name.
+        labels: The label names. The labels of the rows are all of them such names, or all of them their positions.
         split: Which part to read.
         task: What the rows are for; it says which columns are needed. group is optional, others are ignored.
-        columns: The file's names of columns that are not called as the task calls them.
+        form: How the files are to be read.
+        tell: Gets a line on what was read and one on each kind of thing that was passed over.
 
     Raises:
-        DataError: The source is missing, cannot be fetched, is empty, or has a malformed row; the message
-            says which line, what was found and what to do.
+        DataError: The source is missing, cannot be fetched, is empty, has a malformed row, or has labels that are
+            names and positions alike; the message says which line, what was found and what to do.
     """
-    return assembled(records(source, split, Layout(task, columns or {})), labels, task, source)
+    form = form or Form()
+    notes: dict[Note, Tally] = {}
+
+    def skip(where: str, what: DataError | Note) -> None:
+        if isinstance(what, DataError):
+            raise what
+        notes.setdefault(what, Tally(0, where)).count += 1
+
+    rows = assembled(records(source, split, Layout(task, form.columns), skip), labels, task, source, form)
+    tell(logging.INFO, f"{source}: {len(rows):,} rows read{_labelled(rows)}")
+    tell_of(notes, tell)
+    return rows
 
 
-def records(source: str, split: Split, layout: Layout, skip: Skip | None = None) -> Iterator[Record]:
+def _labelled(rows: Rows) -> str:
+    return f"; {rows.labelling}" if rows.labelling else ""
+
+
+def tell_of(notes: dict[Note, Tally], tell: Tell) -> None:
+    """A line on each kind of note; a warning if its owner should look at it."""
+    for note, tally in notes.items():
+        line = f"{note.what}: {tally}"
+        tell(*((logging.WARNING, f"{line}; {note.remedy}") if note.remedy else (logging.INFO, line)))
+
+
+def records(source: str, split: Split, layout: Layout, skip: Skip = _refuse) -> Iterator[Record]:
     """The rows of one split one by one, each checked by itself; labels are not looked up.
 
     Args:
         source: See `load_rows`.
         split: Which part to read.
         layout: The task and its columns.
-        skip: Called for a row that does not fit, which is then passed over; None raises.
+        skip: Called for a row that does not fit, which is then passed over, and for each note. By default a row that
+            does not fit is raised.
 
     Raises:
-        DataError: The source cannot be read, or a row does not fit and there is no `skip`.
+        DataError: The source cannot be read, or a row does not fit and `skip` raises that.
     """
     for where, row in source_rows(source, split, layout):
+        if isinstance(row, DataError | Note):
+            skip(where, row)
+            continue
         try:
-            if isinstance(row, DataError):
-                raise row
             record = row if isinstance(row, Record) else layout.read(row, where)
             if record.image:
                 record = record._replace(text=fingerprint(record.image, where))
         except DataError as error:
-            if skip is None:
-                raise
             skip(where, error)
         else:
             yield record
 
 
-def assembled(found: Iterable[Record], labels: tuple[str, ...], task: Task, source: str) -> Rows:
+def assembled(found: Iterable[Record], labels: tuple[str, ...], task: Task, source: str, form: Form) -> Rows:
     """Records of one task as rows, their labels looked up.
 
     Raises:
-        DataError: There are none, or a label is none of `labels`.
+        DataError: There are none, a label is none of `labels`, or all are names and positions alike.
     """
     kept = list(found)
     if not kept:
         raise DataError(f"{source} has no rows; at least one is needed")
     texts, groups = tuple(record.text for record in kept), tuple(record.group for record in kept)
+    places = tuple(record.where for record in kept)
     none = np.zeros(len(kept), np.int64)
-    index = class_index(labels)
+    if task == "causal-lm":
+        return Rows(texts, none, groups, labels, task, prompts=tuple(record.prompt for record in kept), places=places)
+    if task == "instruct":
+        turns = tuple(record.turns for record in kept)
+        return Rows(texts, none, groups, labels, task, turns=turns, answers=form.answers, places=places)
+    try:
+        way = labelling({label for record in kept for label in record.labels}, labels, form.labels_as)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    classes = [_classes(record, way) for record in kept]
     if task == "token-classification":
         words = tuple(record.words for record in kept)
-        tags = tuple(_classes(record.tags, index, labels, record.where) for record in kept)
-        return Rows(texts, none, groups, labels, task, words=words, tags=tags)
-    if task == "causal-lm":
-        return Rows(texts, none, groups, labels, task, prompts=tuple(record.prompt for record in kept))
-    if task == "instruct":
-        return Rows(texts, none, groups, labels, task, turns=tuple(record.turns for record in kept))
-    own = np.concatenate([_classes((record.label,), index, labels, record.where) for record in kept])
+        return Rows(texts, none, groups, labels, task, words=words, tags=tuple(classes), labelling=way, places=places)
     images = tuple(record.image for record in kept) if task == "image-classification" else ()
-    return Rows(texts, own, groups, labels, task, images=images)
+    return Rows(texts, np.concatenate(classes), groups, labels, task, images=images, labelling=way, places=places)
 
 
-def class_index(labels: tuple[str, ...]) -> dict[str, int]:
-    """The class of each label as it may be written in the data: by name, or by position if no label has that name."""
-    return {str(i): i for i in range(len(labels))} | {name: i for i, name in enumerate(labels)}
-
-
-def _classes(names: tuple[str, ...], index: dict[str, int], labels: tuple[str, ...], where: str) -> Indices:
-    if not all(name in index for name in names):
+def _classes(record: Record, way: Labelling) -> Indices:
+    found = [way.class_of(label) for label in record.labels]
+    if None in found:
         raise DataError(
-            f"{where}: a label is not among those expected; use {_some(labels)} or an index from 0 to "
-            f"{len(labels) - 1}, or correct data.labels of the policy (of a simulation, model.labels of the run). "
-            "`fedloom data check` lists the labels that it finds"
+            f"{record.where}: a label is not among those expected; use {_some(way.names)}, or throughout an index from "
+            f"0 to {len(way.names) - 1}, or correct data.labels of the policy (of a simulation, model.labels of the "
+            "run). `fedloom data check` lists the labels that it finds"
         )
-    return np.array([index[name] for name in names], np.int64)
+    return np.array(found, np.int64)
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -3,12 +3,14 @@
 An error names the place and the remedy and never a row's content: it may end in a log that somebody else reads.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, get_args
 
 from fedloom.proto.errors import DataError
-from fedloom.proto.run import Column, Task
+from fedloom.proto.form import Column
+from fedloom.proto.run import Task
 
 __all__ = ["LAYOUTS", "Layout", "Record", "Turns"]
 
@@ -29,6 +31,11 @@ class Record(NamedTuple):
     prompt: str = ""
     turns: Turns = ()
     image: bytes = b""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All labels of the row: its own, or one for each word."""
+        return self.tags or ((self.label,) if self.label else ())
 
 
 _CONTENTS: tuple[Column, ...] = ("text", "prompt", "tokens", "messages", "image")
@@ -110,7 +117,7 @@ class Layout:
                 f"{where} has both {' and '.join(map(self.name, contents))}; keep one, so that the row has one privacy "
                 "account, or name the one to be read in data.columns"
             )
-        group = self._string(values, "group", where) if values.get("group") is not None else ""
+        group = self._group(values.get("group"), where)
         if self.task == "token-classification":
             words, tags = self._words(values, where), self._tags(values, where)
             if len(words) != len(tags):
@@ -139,9 +146,26 @@ class Layout:
         return value
 
     def _label(self, value: object, where: str) -> str:
-        if isinstance(value, bool) or not isinstance(value, str | int):
+        missing = value is None or (isinstance(value, float) and math.isnan(value))
+        if missing or (isinstance(value, str) and not value.strip()):
+            raise DataError(f"{where}: a label is empty; fill it in or remove the row")
+        # pandas writes whole numbers as 1.0 once a value of their column is missing; which label that is, `labelling`
+        # says.
+        whole = isinstance(value, float) and value.is_integer()
+        if isinstance(value, bool) or not (isinstance(value, str | int) or whole):
             raise DataError(f"{where}: a label must be a label's name or its index; found {_kind(value)}")
-        return str(value)
+        return _unicode(str(value), where, "a label")
+
+    def _group(self, value: object, where: str) -> str:
+        """A group's name; a number, a date or the like is one too, as it is written."""
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return ""
+        if isinstance(value, list | dict | bytes):
+            raise DataError(
+                f"{where}: {self.name('group')} must be a string or a number; found {_kind(value)}. To leave that "
+                "column unread, name another in data.columns for group, there or not"
+            )
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
     def _words(self, values: Mapping[Column, object], where: str) -> tuple[str, ...]:
         value = values["tokens"]
@@ -188,9 +212,14 @@ class Layout:
 def _filled(record: Record) -> Record:
     if not record.text.strip():
         raise DataError(f"{record.where}: the text is empty; fill it in or remove the row")
-    if any("\ud800" <= character <= "\udfff" for character in record.text):
-        raise DataError(f"{record.where}: the text has half of a surrogate pair; write the file as valid Unicode")
+    _unicode(record.text, record.where, "the text")
     return record
+
+
+def _unicode(text: str, where: str, what: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{where}: {what} has half of a surrogate pair; write the file as valid Unicode")
+    return text
 
 
 _KINDS: dict[type, str] = {

@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fedloom.client.data.labels import Labelling
 from fedloom.client.data.records import Turns
 from fedloom.proto.errors import DataError
+from fedloom.proto.form import Answers
 from fedloom.proto.run import Task
 
 __all__ = ["Indices", "Rows", "digest", "documents", "picture"]
@@ -37,6 +39,9 @@ class Rows:
         prompts: For causal-lm, n beginnings of the texts that are read but not learned; "" learns the whole text.
         turns: For instruct, n conversations: role and content of each turn.
         images: For image-classification, n pictures as the bytes of their files.
+        places: Where each row was read, n file names and line numbers; none of rows that were read nowhere.
+        answers: For instruct, which of the assistant's turns are learned.
+        labelling: How the labels were read, if they were.
 
     Raises:
         DataError: The lengths differ or a label is out of range.
@@ -52,6 +57,9 @@ class Rows:
     prompts: tuple[str, ...] = ()
     turns: tuple[Turns, ...] = ()
     images: tuple[bytes, ...] = ()
+    places: tuple[str, ...] = ()
+    answers: Answers = "all"
+    labelling: Labelling | None = None
 
     def __post_init__(self) -> None:
         """Refuse columns that do not belong together."""
@@ -101,7 +109,14 @@ class Rows:
             _taken(self.prompts, indices),
             _taken(self.turns, indices),
             _taken(self.images, indices),
+            _taken(self.places, indices),
+            self.answers,
+            self.labelling,
         )
+
+    def place(self, index: int) -> str:
+        """Where a row was read, or which one it is, counted from 1."""
+        return self.places[index] if self.places else f"example {index + 1}"
 
 
 def _taken(column: tuple[T, ...], indices: Indices) -> tuple[T, ...]:

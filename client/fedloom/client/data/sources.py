@@ -1,18 +1,22 @@
 """What a data source is: a packaged data set, a file, or a folder, and the rows in it."""
 
 import difflib
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fedloom.client.data.arrow import parquet_rows, saved_rows
-from fedloom.client.data.files import Row, csv_rows, jsonl_rows
-from fedloom.client.data.images import folder_rows
+from fedloom.client.data.files import Note, Row, csv_rows, jsonl_rows, readable
+from fedloom.client.data.images import HIDDEN, SUFFIXES, folder_rows
 from fedloom.client.data.packaged import PACKAGED, Split
 from fedloom.client.data.records import Layout, Record
 from fedloom.proto.errors import DataError
 
 __all__ = ["source_rows"]
+
+_BESIDE = Note("a file or folder beside the data, passed over")
 
 _READERS: dict[str, Callable[[Path, Layout], Iterator[Row]]] = {
     ".csv": csv_rows,
@@ -22,8 +26,10 @@ _READERS: dict[str, Callable[[Path, Layout], Iterator[Row]]] = {
 }
 
 
-def source_rows(source: str, split: Split, layout: Layout) -> Iterator[tuple[str, dict[str, Any] | Record | DataError]]:
-    """The rows of one split: where each is, and its columns, or what is wrong with it.
+def source_rows(
+    source: str, split: Split, layout: Layout
+) -> Iterator[tuple[str, dict[str, Any] | Record | DataError | Note]]:
+    """The rows of one split: where each is, and its columns, or what is wrong with it; and notes on all else there is.
 
     Raises:
         DataError: There is no such source, or it cannot be read; the message says what to do.
@@ -37,14 +43,14 @@ def source_rows(source: str, split: Split, layout: Layout) -> Iterator[tuple[str
         yield from ((record.where, record) for record in packaged.records(split))
         return
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(source):
         yield from _folder(path, split, layout)
         return
-    if not path.is_file():
+    if not os.path.isfile(source):
         near = difflib.get_close_matches(source, PACKAGED, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"name a file, a folder or one of {', '.join(PACKAGED)}"
         raise DataError(f"data source {source!r} does not exist; {hint}")
-    if path.suffix not in _READERS:
+    if path.suffix.lower() not in _READERS:
         raise DataError(f"data file {source} ends in {path.suffix!r}; {_one_of(list(_READERS))} is needed")
     if split == "test":
         raise DataError(f"{source} is one file, all of it training data; give a folder with train and test files")
@@ -62,12 +68,16 @@ def _folder(folder: Path, split: Split, layout: Layout) -> Iterator[Row]:
             )
         yield from saved_rows(saved, layout)
         return
-    files = [folder / f"{split}{suffix}" for suffix in _READERS if (folder / f"{split}{suffix}").is_file()]
-    shards = sorted(folder.glob(f"{split}-*.parquet"))
+    with readable(folder):
+        present = sorted(folder.iterdir())
+    files = [path for path in present if path.stem == split and _is_table(path)]
+    shards = [path for path in present if path.name.startswith(f"{split}-") and path.suffix.lower() == ".parquet"]
     if len(files) + bool(shards) > 1:
         names = [path.name for path in files] + [f"{split}-*.parquet"] * bool(shards)
         raise DataError(f"folder {folder} has {' and '.join(names)}; exactly one of them is needed")
     if files or shards:
+        _check_shards(shards)
+        yield from _others(split, [path for path in present if path not in (*files, *shards)], layout)
         for path in files or shards:
             yield from _table(path, layout)
     elif layout.task == "image-classification":
@@ -77,16 +87,52 @@ def _folder(folder: Path, split: Split, layout: Layout) -> Iterator[Row]:
         raise DataError(f"folder {folder} has none of {', '.join(names)}; exactly one of them is needed")
 
 
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in _READERS and path.is_file()
+
+
+def _check_shards(shards: list[Path]) -> None:
+    """Refuse a data set that lacks a part, by the number of parts in the names, such as train-00000-of-00002.parquet.
+
+    Raises:
+        DataError: It does.
+    """
+    for path in shards:
+        count = re.search(r"-of-(\d{1,9})\.parquet$", path.name, re.IGNORECASE)
+        if count and len(shards) != int(count[1]):
+            raise DataError(f"{path} is one of {int(count[1])} files and {len(shards)} are there; copy all of them")
+
+
+def _others(split: Split, paths: list[Path], layout: Layout) -> Iterator[Row]:
+    """Notes on what lies in a folder beside the tables that are read."""
+    for path in paths:
+        if _is_table(path) and _beside(path, split) == _BESIDE:
+            yield str(path), Note(f"a table that is not called {split}", f"add its rows to {split}, or move it away")
+        elif layout.task != "image-classification" or not (path.is_dir() or path.suffix.lower() in SUFFIXES):
+            yield str(path), _beside(path, split)
+
+
+def _beside(path: Path, split: Split) -> Note:
+    """What lies in a data set's folder and is not read."""
+    other = "test" if split == "train" else "train"
+    if path.name.startswith("."):
+        return HIDDEN
+    return Note(f"{other} data, not read here") if re.split(r"[.-]", path.name)[0] == other else _BESIDE
+
+
 def _pictures(folder: Path, split: Split, layout: Layout) -> Iterator[Row]:
     """The pictures of SPLIT/CLASS folders; without a train folder all CLASS folders are training data."""
     if (folder / split).is_dir():
+        with readable(folder):
+            beside = sorted(path for path in folder.iterdir() if path.name != split)
+        yield from ((str(path), _beside(path, split)) for path in beside)
         folder = folder / split
     elif split == "test" or (folder / "test").is_dir():
         raise DataError(f"folder {folder} has no folder {split}; pictures belong in {split}/CLASS/")
     count = 0
-    for row in folder_rows(folder, layout.name("image"), layout.name("label")):
-        count += 1
-        yield row
+    for where, row in folder_rows(folder, layout.name("image"), layout.name("label")):
+        count += not isinstance(row, Note)
+        yield where, row
     if not count:
         raise DataError(
             f"folder {folder} has no pictures in a folder for each class, nor a {split} file; put them in CLASS/ "
@@ -95,8 +141,8 @@ def _pictures(folder: Path, split: Split, layout: Layout) -> Iterator[Row]:
 
 
 def _table(path: Path, layout: Layout) -> Iterator[Row]:
-    for where, row in _READERS[path.suffix](path, layout):
-        if isinstance(row, DataError) or layout.task != "image-classification":
+    for where, row in _READERS[path.suffix.lower()](path, layout):
+        if isinstance(row, DataError | Note) or layout.task != "image-classification":
             yield where, row
         else:
             yield where, _with_picture(row, layout.name("image"), path.parent, where)
@@ -108,7 +154,10 @@ def _with_picture(row: dict[str, Any], column: str, folder: Path, where: str) ->
     name = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
     if not isinstance(name, str):
         return row
-    path = (folder / name).resolve()
+    try:
+        path = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL in it, or links that lead in a circle
+        return DataError(f"{where}: its picture has no path that can be followed; correct it")
     if not path.is_relative_to(folder.resolve()):
         return DataError(f"{where}: the picture lies outside the table's folder; give a path below {folder}")
     try:

@@ -3,21 +3,23 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fedloom.client.data.load import assembled, class_index, records
+from fedloom.client.data.files import Note
+from fedloom.client.data.labels import Labelling, labelling
+from fedloom.client.data.load import Tally, assembled, records
 from fedloom.client.data.records import Layout, Record
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.sources import source_rows
-from fedloom.client.data.tokens import IGNORED, encode
+from fedloom.client.data.tokens import IGNORED, attempted
 from fedloom.proto.errors import DataError
-from fedloom.proto.run import Column, Task
+from fedloom.proto.form import Form
+from fedloom.proto.run import Task
 
-__all__ = ["Fault", "Lengths", "Survey", "guess_task", "lengths", "survey"]
+__all__ = ["Lengths", "Survey", "guess_task", "lengths", "survey"]
 
 _TRIED: tuple[Task, ...] = (
     "text-classification",
@@ -36,15 +38,6 @@ _ENDLESS = 1 << 30
 
 
 @dataclass
-class Fault:
-    """One thing that is wrong with some rows."""
-
-    rows: int
-    first: str
-    """Where the first of them is."""
-
-
-@dataclass
 class Survey:
     """Figures of one data set under one task. They are exact, and so no business of anybody but the owner."""
 
@@ -54,10 +47,14 @@ class Survey:
     """Known labels by name, of rows or, for token-classification, of words."""
     unknown: Counter[str] = field(default_factory=Counter)
     """Labels that are not expected, likewise."""
-    unreadable: dict[str, Fault] = field(default_factory=dict)
+    unreadable: dict[str, Tally] = field(default_factory=dict)
     """By what is wrong: training refuses the data set as long as it has such a row."""
-    doubtful: dict[str, Fault] = field(default_factory=dict)
+    doubtful: dict[str, Tally] = field(default_factory=dict)
     """By what is odd: training takes such rows."""
+    notes: dict[Note, Tally] = field(default_factory=dict)
+    """All that is in the source and no row."""
+    labelling: Labelling | None = None
+    """How labels are read, where there are any and names for them."""
     groups: int = 0
     usable: list[Record] = field(default_factory=list, repr=False)
     """Rows that training takes."""
@@ -74,9 +71,11 @@ class Lengths:
     """Rows that lose their end at the run's model.max_length."""
     idle: int
     """Rows of which nothing to learn is left then."""
+    refused: dict[str, Tally]
+    """Rows that the tokenizer or its chat template cannot take, by why."""
 
 
-def guess_task(source: str, columns: Mapping[Column, str]) -> Task:
+def guess_task(source: str, form: Form) -> Task:
     """The first task that the columns of the first row suit.
 
     Raises:
@@ -84,9 +83,10 @@ def guess_task(source: str, columns: Mapping[Column, str]) -> Task:
     """
     faults: list[DataError] = []
     for task in _TRIED:
-        layout = Layout(task, columns)
+        layout = Layout(task, form.columns)
+        found = (row for _, row in source_rows(source, "train", layout) if not isinstance(row, Note))
         try:
-            _, row = next(source_rows(source, "train", layout), ("", DataError(f"{source} has no rows")))
+            row = next(found, DataError(f"{source} has no rows"))
         except DataError as error:
             faults.append(error)
             continue
@@ -99,44 +99,65 @@ def guess_task(source: str, columns: Mapping[Column, str]) -> Task:
     raise DataError(f"{source} has no columns of a task; see docs/data.md, or name them in data.columns")
 
 
-def survey(source: str, labels: tuple[str, ...], layout: Layout) -> Survey:
+def survey(source: str, labels: tuple[str, ...], task: Task, form: Form) -> Survey:
     """Read all training rows and count.
 
     Args:
         source: As in the policy.
         labels: The label names that are expected; none takes every label as known.
-        layout: The task and its columns.
+        task: What the rows are for.
+        form: How the files are to be read.
 
     Raises:
         DataError: The source cannot be read at all.
     """
-    found = Survey(layout.task)
+    found = Survey(task)
     seen: set[bytes] = set()
     groups: set[str] = set()
-    index = class_index(labels)
 
-    def skip(where: str, error: DataError) -> None:
+    def skip(where: str, what: DataError | Note) -> None:
+        if isinstance(what, Note):
+            found.notes.setdefault(what, Tally(0, where)).count += 1
+            return
         found.rows += 1
-        _note(found.unreadable, str(error).removeprefix(where).lstrip(": "), where)
+        _count(found.unreadable, str(what).removeprefix(where).lstrip(": "), where)
 
-    for record in records(source, "train", layout, skip):
+    kept: list[Record] = []
+    for record in records(source, "train", Layout(task, form.columns), skip):
         found.rows += 1
         groups.add(record.group)
         for oddity in _oddities(record, seen):
-            _note(found.doubtful, oddity, record.where)
-        known = True
-        for label in record.tags or ((record.label,) if record.label else ()):
-            name = labels[index[label]] if label in index else label
-            known &= not labels or label in index
-            (found.labels if not labels or label in index else found.unknown)[name] += 1
-        if known:
-            found.usable.append(record)
+            _count(found.doubtful, oddity, record.where)
+        kept.append(record)
     found.groups = len(groups - {""})
+    if labels and kept:
+        try:
+            found.labelling = labelling({label for record in kept for label in record.labels}, labels, form.labels_as)
+        except DataError as error:
+            found.unreadable[str(error)] = Tally(len(kept), kept[0].where)
+            labels = ()  # nothing can be said of each
+            kept, found.labels = [], Counter(label for record in kept for label in record.labels)
+    for record in kept:
+        if _classified(record, found):
+            found.usable.append(record)
     return found
 
 
-def _note(faults: dict[str, Fault], what: str, where: str) -> None:
-    faults.setdefault(what, Fault(0, where)).rows += 1
+def _classified(record: Record, found: Survey) -> bool:
+    """Count the labels of a row; whether all are known."""
+    known = True
+    for label in record.labels:
+        place = found.labelling.class_of(label) if found.labelling else None
+        if found.labelling is None or place is not None:
+            found.labels[label if found.labelling is None or place is None else found.labelling.names[place]] += 1
+        else:
+            found.unknown[label] += 1
+            known = False
+    return known
+
+
+def _count(faults: dict[str, Tally], what: str, where: str) -> None:
+    faults.setdefault(what, Tally(0, where)).count += 1
 
 
 def _oddities(record: Record, seen: set[bytes]) -> list[str]:
@@ -154,18 +175,25 @@ def _oddities(record: Record, seen: set[bytes]) -> list[str]:
     return found
 
 
-def lengths(found: Survey, labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Lengths:
+def lengths(
+    found: Survey, labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int, form: Form
+) -> Lengths:
     """Count the tokens of the usable rows.
 
     Raises:
-        DataError: There are none, or one gives no token or does not fit the chat template.
+        DataError: There are none.
     """
-    rows: Rows = assembled(found.usable, labels, found.task, "the data")
-    encoded = encode(rows, tokenizer, _ENDLESS)
-    counts = np.array([len(ids) for ids in encoded.input_ids])
-    idle = sum(bool((targets[:max_length] == IGNORED).all()) for targets in encoded.targets)
-    # At the cut, the last place has nobody to predict.
-    if found.task in ("causal-lm", "instruct"):
-        idle = sum(bool((targets[: max_length - 1] == IGNORED).all()) for targets in encoded.targets)
+    form = form.model_copy(update={"labels_as": found.labelling and found.labelling.labels_as})
+    rows: Rows = assembled(found.usable, labels, found.task, "the data", form)
+    encoded, faults = attempted(rows, tokenizer, _ENDLESS)
+    refused: dict[str, Tally] = {}
+    for index, error in faults.items():
+        _count(refused, str(error), rows.place(index))
+    counts = np.array([len(ids) for index, ids in enumerate(encoded.input_ids) if index not in faults] or [0])
+    # At the cut of a language model, the last place has nobody to predict.
+    read = max_length - (found.task in ("causal-lm", "instruct"))
+    idle = sum(
+        bool((targets[:read] == IGNORED).all()) for index, targets in enumerate(encoded.targets) if index not in faults
+    )
     median, ninety_fifth = (int(np.percentile(counts, share)) for share in (50, 95))
-    return Lengths(median, ninety_fifth, int(counts.max()), int((counts > max_length).sum()), idle)
+    return Lengths(median, ninety_fifth, int(counts.max()), int((counts > max_length).sum()), idle, refused)

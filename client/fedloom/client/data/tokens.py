@@ -15,7 +15,7 @@ from fedloom.client.data.images import Pictures, Pixels
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.proto.errors import ConfigError, DataError
 
-__all__ = ["IGNORED", "Encoded", "Uniform", "collate", "encode", "microbatches", "uniform_microbatches"]
+__all__ = ["IGNORED", "Encoded", "Uniform", "attempted", "collate", "encode", "microbatches", "uniform_microbatches"]
 
 IGNORED = -100
 """Label of a position that has none, as torch's cross-entropy names it."""
@@ -82,39 +82,54 @@ def encode(
         DataError: A row gives no token, is no picture, or does not fit the chat template, and `strict`.
     """
     if isinstance(tokenizer, Pictures):
-        prepared = tuple(tokenizer.pixels(data, f"picture {number}") for number, data in enumerate(rows.images, 1))
+        prepared = tuple(tokenizer.pixels(data, rows.place(index)) for index, data in enumerate(rows.images))
         return Encoded((), rows.labels, pixels=prepared, pictures=tokenizer)
-    pairs: list[tuple[Ids, Ids]] = []
-    for start in range(0, len(rows), _CHUNK):
-        pairs += _encoded(rows.take(np.arange(start, min(start + _CHUNK, len(rows)))), tokenizer, max_length, strict)
-    input_ids = tuple(ids for ids, _ in pairs)
-    if not all(map(len, input_ids)):
-        number = next(number for number, ids in enumerate(input_ids, 1) if not len(ids))
-        raise DataError(f"example {number} has no token under this model's tokenizer; remove or correct its text")
-    if rows.task == "text-classification":
-        return Encoded(input_ids, rows.labels)
-    targets = tuple(targets for _, targets in pairs)
-    if idle := sum(bool((row == IGNORED).all()) for row in targets):
+    encoded, faults = attempted(rows, tokenizer, max_length)
+    if faults:
+        index, error = next(iter(faults.items()))
+        found = f"{len(faults):,} of {len(rows):,} rows, the first at {rows.place(index)}: {error}"
+        if strict:
+            raise DataError(f"{found}. `fedloom data check` with --run counts all such rows")
+        log.warning("nothing is learned of %s", found)
+    idle = sum(bool((row == IGNORED).all()) for row in encoded.targets) - len(faults) if encoded.targets else 0
+    if idle:
         log.warning("%d of %d examples have nothing to learn within model.max_length", idle, len(rows))
-    return Encoded(input_ids, rows.labels, targets)
+    return encoded
 
 
-def _encoded(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int, strict: bool) -> list[tuple[Ids, Ids]]:
-    """Ids and targets of each row. Where that fails and is not to, halves are tried, until the row is found."""
-    encoder = _ENCODERS[rows.task]
-    if strict:
-        return list(encoder(rows, tokenizer, max_length))
-    blank = np.array([tokenizer.pad_token_id], np.int32), np.array([IGNORED], np.int32)
+def attempted(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Encoded, dict[int, DataError]]:
+    """The rows as `encode` makes them when it is not strict, and why, for each that cannot be encoded, by its index."""
+    pairs: list[tuple[Ids, Ids]] = []
+    faults: dict[int, DataError] = {}
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows.take(np.arange(start, min(start + _CHUNK, len(rows))))
+        for pair in _encoded(chunk, tokenizer, max_length):
+            if isinstance(pair, DataError):
+                faults[len(pairs)] = pair
+                pair = np.array([tokenizer.pad_token_id or 0], np.int32), np.array([IGNORED], np.int32)
+            pairs.append(pair)
+    targets = () if rows.task == "text-classification" else tuple(targets for _, targets in pairs)
+    return Encoded(tuple(ids for ids, _ in pairs), rows.labels, targets), faults
+
+
+def _encoded(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[tuple[Ids, Ids] | DataError]:
+    """Ids and targets of each row, or what is wrong with it. Where they fail, halves are tried, until one row is."""
     try:
-        found = list(encoder(rows, tokenizer, max_length))
-    except Exception:
+        found = list(_ENCODERS[rows.task](rows, tokenizer, max_length))
+    except Exception as error:
         if len(rows) == 1:
-            log.warning("a row cannot be encoded and gives nothing to learn; see `fedloom data check` with --run")
-            return [blank]
+            fault = error if isinstance(error, DataError) else DataError(f"the tokenizer fails on it ({_kind(error)})")
+            return [fault]
         middle = len(rows) // 2
         halves = (rows.take(np.arange(*bounds)) for bounds in ((0, middle), (middle, len(rows))))
-        return [pair for half in halves for pair in _encoded(half, tokenizer, max_length, strict)]
-    return [pair if len(pair[0]) else blank for pair in found]
+        return [pair for half in halves for pair in _encoded(half, tokenizer, max_length)]
+    none = DataError("it has no token under this model's tokenizer; remove or correct its text")
+    return [pair if len(pair[0]) else none for pair in found]
+
+
+def _kind(error: Exception) -> str:
+    """An error's kind alone: what it says may quote the row."""
+    return type(error).__name__
 
 
 def _whole(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[Ids, Ids]]:
@@ -158,7 +173,7 @@ def _next(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> It
 
 def _answers(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[Ids, Ids]]:
     """The next token's id at each token before one that an assistant's turn begins or goes on with."""
-    texts, spans = zip(*(learned_spans(turns, tokenizer) for turns in rows.turns), strict=True)
+    texts, spans = zip(*(learned_spans(turns, tokenizer, rows.answers) for turns in rows.turns), strict=True)
     # The template has written the special tokens already.
     output = tokenizer(
         list(texts),

@@ -1,6 +1,7 @@
 """The whole examination, the cheapest check first."""
 
 import datetime as dt
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.data.rows import Rows
 from fedloom.client.doctor import machine, network, site
-from fedloom.client.doctor.finding import Finding, failed, ok
+from fedloom.client.doctor.finding import Finding, failed, ok, warning
 from fedloom.client.model import AdapterModel, load_model
 from fedloom.client.own import own_rows
 from fedloom.client.privacy.account import existing_account
@@ -118,9 +119,13 @@ def _run(policy: Policy, spec: Spec, loadable: bool) -> Iterator[Finding]:
 
 def _rows(policy: Policy, spec: Spec | None) -> tuple[Finding, Rows | None]:
     """The rows by the policy's own task and labels, as a client reads them before it joins."""
+    said: list[tuple[int, str]] = []
     try:
-        rows = own_rows(policy, spec)
-        return ok("rows", f"every row fits {rows.task}"), rows
+        rows = own_rows(policy, spec, lambda *line: said.append(line))
+        text = "; ".join([f"every row fits {rows.task}", *(line for _, line in said)])
+        if max(level for level, _ in said) >= logging.WARNING:
+            return warning("rows", text, "see that every file and row that you believe is read"), rows
+        return ok("rows", text), rows
     except FedloomError as error:
         return failed("rows", str(error)), None
 
