@@ -19,6 +19,7 @@ from fedloom.proto.errors import (
     ProtocolError,
     SchemaError,
     StoreError,
+    StrategyError,
     Unavailable,
     UpdateRejected,
 )
@@ -63,6 +64,7 @@ STATUS: dict[type[FedloomError], str] = {
     Unavailable: "UNAVAILABLE",
     Overloaded: "RESOURCE_EXHAUSTED",
     StoreError: "INTERNAL",
+    StrategyError: "INTERNAL",
 }
 """Name of the gRPC status that carries each error. A client may read FAILED_PRECONDITION as ProtocolError (join
 again), OUT_OF_RANGE as UpdateRejected (do not send these bytes again), INVALID_ARGUMENT as ConfigError,

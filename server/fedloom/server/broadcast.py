@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 from fedloom.proto.checks import overridden
 from fedloom.proto.codec import codec
-from fedloom.proto.errors import CodecError, ConfigError, ProtocolError, SchemaError
+from fedloom.proto.errors import CodecError, ConfigError, ProtocolError, SchemaError, StrategyError
 from fedloom.proto.failpoints import failpoint
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors
 from fedloom.proto.secagg.steps import MASKED
+from fedloom.server.blame import blamed
 from fedloom.strategies.api import Plan, State, Strategy
 
 __all__ = ["FINAL_CODEC", "Broadcasts", "Order", "final"]
@@ -56,14 +57,17 @@ class Broadcasts:
         Raises:
             ConfigError: The strategy plans what this run file rules out.
             SchemaError: The plan's broadcast does not fit the schema.
+            StrategyError: The strategy fails.
             CodecError: The broadcast cannot be represented under [wire] broadcast.
         """
         if client not in self._orders:
-            plan = self._strategy.plan(self._state, self._state.round, client)
-            key = _identity(plan)
-            if key not in self._shared:
-                # The plan is kept with the order: while its arrays live, their identities are not used again.
-                self._shared[key] = plan, self._encoded(plan)
+            doing = f"plan for client {client!r}"
+            with blamed(self._config.strategy.name, doing, CodecError, ConfigError, SchemaError):
+                plan = self._strategy.plan(self._state, self._state.round, client)
+                key = _identity(plan)
+                if key not in self._shared:
+                    # The plan is kept with the order: while its arrays live, their identities are not used again.
+                    self._shared[key] = plan, self._encoded(plan)
             self._orders[client] = self._shared[key][1]
         return self._orders[client]
 
@@ -79,7 +83,7 @@ class Broadcasts:
                 self.order(client)
         except CodecError as error:
             return error
-        except (ConfigError, SchemaError):
+        except (ConfigError, SchemaError, StrategyError):
             pass
         return None
 

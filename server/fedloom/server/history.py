@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from fedloom.proto.codec import codec
-from fedloom.proto.errors import ConfigError, StoreError
+from fedloom.proto.errors import ConfigError, SchemaError, StoreError, StrategyError
 from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.messages import Assignment, Finished, Standing, UpdateHeader
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
+from fedloom.server.blame import blamed
 from fedloom.server.broadcast import Broadcasts, Order, final
 from fedloom.server.buffered import discounted
 from fedloom.server.decisions import asking, decision
@@ -89,7 +90,8 @@ class History:
         self._states: dict[int, str] = {}
         self._older: dict[int, Broadcasts] = {}
         self._arriving: Counter[str] = Counter()
-        self._broken: StoreError | None = None
+        self._broken: StoreError | StrategyError | None = None
+        self._failed: dict[str, StrategyError] = {}
         self._ending: tuple[Finished, bytes] | None = None
         self.state: State
         self.rounds = Rounds()
@@ -118,10 +120,11 @@ class History:
         return Standing(self.rounds.round, self.rounds.phase == "open", self.rounds.oldest)
 
     def check(self) -> None:
-        """Refuse to go on after a failure of the disk: memory may then be ahead of it.
+        """Refuse to go on after a failure of the disk, where memory may be ahead of it, or of the strategy.
 
         Raises:
             StoreError: What the disk said.
+            StrategyError: What the strategy said.
         """
         if self._broken is not None:
             raise self._broken
@@ -207,6 +210,18 @@ class History:
         asked = self.rounds.takes_from(client) and self.rounds.started(client) == self.rounds.round
         return self.order(client).assignment if asked else None
 
+    def failing(self, client: str, error: StrategyError | ConfigError) -> None:
+        """Note that the strategy fails for a client of the open round.
+
+        Raises:
+            StrategyError: It has failed for as many as a round needs and worked for nobody: `check` repeats it.
+        """
+        failed = error if isinstance(error, StrategyError) else StrategyError(str(error))
+        self._failed[client] = failed
+        if not self.rounds.updates and len(self._failed) >= self._config.rounds.min_clients:
+            self._broken = failed
+            raise failed
+
     def keep(self, update: Update) -> None:
         """Remember an accepted update's values until the round is folded, if there is room; the disk has them too."""
         room = _FRESH_BYTES // (4 * self._schema.size)
@@ -237,16 +252,25 @@ class History:
 
         Raises:
             StoreError: An update or the new state cannot be read or written, or the new state is not finite.
+            StrategyError: The strategy fails; the round stays closed with its updates, for a corrected one.
         """
         acc: Any = None
-        for client in (SUM,) if self.rounds.sum else self.rounds.folding:
-            update = self._fresh[client] if client in self._fresh else self._reread(client)
-            staleness = 0 if self.rounds.sum else self.rounds.round - self.rounds.updates[client].round
-            acc = self._strategy.fold(self.state, acc, discounted(update, staleness))
-        self._fresh.clear()
-        reach("history.folded")
-        state = self._strategy.commit(self.state, acc)
-        self._schema.check(state.adapter)
+        name, number = self._config.strategy.name, self.rounds.round + 1
+        try:
+            for client in (SUM,) if self.rounds.sum else self.rounds.folding:
+                update = self._fresh[client] if client in self._fresh else self._reread(client)
+                staleness = 0 if self.rounds.sum else self.rounds.round - self.rounds.updates[client].round
+                update = discounted(update, staleness)
+                with blamed(name, f"fold of round {number}, at client {client!r}"):
+                    acc = self._strategy.fold(self.state, acc, update)
+            self._fresh.clear()
+            reach("history.folded")
+            with blamed(name, f"commit of round {number}"):
+                state = self._strategy.commit(self.state, acc)
+                self._schema.check(state.adapter)
+        except StrategyError as error:
+            self._broken = error
+            raise
         spoilt = [name for name, tensor in state.adapter.items() if not np.isfinite(tensor).all()]
         if spoilt or state.round != self.rounds.round + 1:
             self._broken = StoreError(
@@ -316,10 +340,13 @@ class History:
         self.rounds = apply(self.rounds, event)
         if isinstance(event, RunCreated | AdapterCommitted):
             self._states[self.rounds.round] = event.state
+            self._failed = {}
 
     @failpoint("history.begin")
     def _begin(self, starting: Tensors) -> str:
-        self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
+        with blamed(self._config.strategy.name, "init", ConfigError, SchemaError):
+            self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
+            self._schema.check(self.state.adapter)
         digest = self._store.put_blob(state_to_bytes(self.state))
         reach("history.born")
         created = RunCreated(uuid.uuid4().hex, agreed(self._config), self._schema.digest, digest)

@@ -14,6 +14,7 @@ from fedloom.proto.run import Spec
 from fedloom.proto.schema import Tensors
 from fedloom.proto.secagg.fixed import masked_bytes
 from fedloom.proto.secagg.steps import MASKED
+from fedloom.server.blame import try_fold
 from fedloom.server.broadcast import Order
 from fedloom.server.rounds import Rounds, UpdateAccepted
 from fedloom.strategies.api import State, Strategy, Update
@@ -110,10 +111,13 @@ def check_payload(header: UpdateHeader, payload: bytes, size_bytes: int) -> None
 
 
 @failpoint("submission.decode")
-def decoded(strategy: Strategy, state: State, order: Order, payload: bytes, update: Update, max_norm: float) -> Update:
+def decoded(
+    name: str, strategy: Strategy, state: State, order: Order, payload: bytes, update: Update, max_norm: float
+) -> Update:
     """The update with the payload's values, once it is sure that they may be folded.
 
     Args:
+        name: The strategy's, as the run file names it.
         strategy: Folds the update once for trial, so that what it would refuse is refused before it counts.
         state: Its state in the round that the update would count in.
         order: What the client was asked to do.
@@ -124,15 +128,16 @@ def decoded(strategy: Strategy, state: State, order: Order, payload: bytes, upda
     Raises:
         UpdateRejected: The values are not finite, do not decode, are beyond the bound, lead where the codec of
             broadcasts cannot follow, or the strategy refuses them.
+        StrategyError: The strategy fails on them.
     """
     try:
         delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
         update = replace(update, delta=delta)
         _check_size(update, max_norm)
         _check_sendable(codec(order.assignment.broadcast_codec).largest, state.adapter, update)
-        strategy.fold(state, None, update)
     except (CodecError, SchemaError) as error:
         raise UpdateRejected(str(error)) from error
+    try_fold(name, strategy, state, update)
     return update
 
 

@@ -138,7 +138,7 @@ def simulate(
             strategy,
             store,
             starting=starting,
-            clock=standing_clock if config.engine.kind == "inprocess" else time.monotonic,
+            clock=standing_clock if config.engine.kind == "inprocess" else None,
             expect=len(federation.clients),
         )
         coordinator.on_commit = lambda rounds, state: tape.commits.put((rounds, state))
