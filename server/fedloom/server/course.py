@@ -98,6 +98,19 @@ class Course:
         """The strategy's state after the last commit."""
         return self._history.state
 
+    def result(self, state: State | None = None) -> Tensors:
+        """The model of a state of this run, the newest if none is given: the adapter and what corrects the base.
+
+        Raises:
+            StrategyError: The strategy gives none that fits.
+        """
+        return self._history.result(self.state if state is None else state)
+
+    @property
+    def fault(self) -> StrategyError | None:
+        """What the strategy has failed with in the open round; None if it has not."""
+        return self._history.fault
+
     @property
     def progress(self) -> Progress:
         """What a display may show."""

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +39,7 @@ from fedloom.server.storage import Storage
 from fedloom.server.submission import check_address, check_score, expected_bytes, is_repeat
 from fedloom.server.user_ledger import check_opening, check_strategy, eligible, participations
 from fedloom.strategies.api import State, Strategy, Update
+from fedloom.strategies.result import result, result_schema, voided
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
 from fedloom.strategies.user_level import check_memory
 
@@ -72,6 +72,7 @@ class History:
         rounds: Where the run stands.
         state: The strategy's state after the last commit.
         broadcasts: What clients of the current round are asked to do.
+        fault: What the strategy has failed with in the open round.
         returning: Who took part last when the directory was opened, and will come back.
 
     Raises:
@@ -91,7 +92,8 @@ class History:
         self._older: dict[int, Broadcasts] = {}
         self._arriving: Counter[str] = Counter()
         self._broken: StoreError | StrategyError | None = None
-        self._failed: dict[str, StrategyError] = {}
+        self._failed: set[str] = set()
+        self.fault: StrategyError | None = None
         self._ending: tuple[Finished, bytes] | None = None
         self.state: State
         self.rounds = Rounds()
@@ -111,8 +113,19 @@ class History:
     def final(self) -> tuple[Finished, bytes]:
         """The end of the run and the final adapter's bytes, encoded at the first call."""
         if self._ending is None:
-            self._ending = final(self._schema, self.state)
+            self._ending = final(self._schema, self.state.round, self.result(self.state))
         return self._ending
+
+    def result(self, state: State) -> Tensors:
+        """The model of a state of this run, see `fedloom.strategies.result`.
+
+        Raises:
+            StrategyError: The strategy gives none that fits the run's schema, or one that is not finite.
+        """
+        with blamed(self._config.strategy.name, f"result of round {state.round}"):
+            model = result(self._strategy, state)
+            result_schema(self._schema, model)
+        return model
 
     @property
     def standing(self) -> Standing:
@@ -216,11 +229,11 @@ class History:
         Raises:
             StrategyError: It has failed for as many as a round needs and worked for nobody: `check` repeats it.
         """
-        failed = error if isinstance(error, StrategyError) else StrategyError(str(error))
-        self._failed[client] = failed
+        self.fault = error if isinstance(error, StrategyError) else StrategyError(str(error))
+        self._failed.add(client)
         if not self.rounds.updates and len(self._failed) >= self._config.rounds.min_clients:
-            self._broken = failed
-            raise failed
+            self._broken = self.fault
+            raise self.fault
 
     def keep(self, update: Update) -> None:
         """Remember an accepted update's values until the round is folded, if there is room; the disk has them too."""
@@ -278,6 +291,7 @@ class History:
                 "nothing is committed, look at the strategy's options and at who took part"
             )
             raise self._broken
+        self.result(state)
         reach("history.stepped")
         state, broadcasts, digest = self._stored(state)
         reach("history.stored")
@@ -298,8 +312,7 @@ class History:
         Raises:
             StoreError: The disk refuses, or what the strategy remembers cannot be sent either.
         """
-        for adapter in (state.adapter, self.state.adapter):
-            candidate = replace(state, adapter=adapter)
+        for candidate in (state, voided(state, self.state)):
             # Who took part will ask again at once: its broadcast is encoded while the disk takes the state.
             writing = self._writer.submit(self._store.put_blob, state_to_bytes(candidate))
             broadcasts = Broadcasts(self._config, self._schema, self._strategy, candidate)
@@ -340,13 +353,14 @@ class History:
         self.rounds = apply(self.rounds, event)
         if isinstance(event, RunCreated | AdapterCommitted):
             self._states[self.rounds.round] = event.state
-            self._failed = {}
+            self._failed, self.fault = set(), None
 
     @failpoint("history.begin")
     def _begin(self, starting: Tensors) -> str:
         with blamed(self._config.strategy.name, "init", ConfigError, SchemaError):
             self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
             self._schema.check(self.state.adapter)
+        self.result(self.state)
         digest = self._store.put_blob(state_to_bytes(self.state))
         reach("history.born")
         created = RunCreated(uuid.uuid4().hex, agreed(self._config), self._schema.digest, digest)

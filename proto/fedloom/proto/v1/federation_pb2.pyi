@@ -106,16 +106,18 @@ class Wait(_message.Message):
     def __init__(self, retry_after_s: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("rounds", "codec", "digest", "bytes")
+    __slots__ = ("rounds", "codec", "digest", "bytes", "base_rank")
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    BASE_RANK_FIELD_NUMBER: _ClassVar[int]
     rounds: int
     codec: str
     digest: str
     bytes: int
-    def __init__(self, rounds: _Optional[int] = ..., codec: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+    base_rank: int
+    def __init__(self, rounds: _Optional[int] = ..., codec: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ..., base_rank: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("run", "epoch", "client", "digest", "offset")
