@@ -112,6 +112,7 @@ def server(
             out.print(f"round {number}/{rounds} committed{rest(number)}")
 
         coordinator.on_commit = committed
+        coordinator.say = out.print
         if state is None:  # runs/NAME is ours; elsewhere a run.toml may be somebody's own
             write_config(folder.parent, config)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from fedloom.proto.errors import ConfigError, ProtocolError, StrategyError, UpdateRejected
-from fedloom.proto.messages import Answer, Assignment, Joined, Standing, UpdateHeader, Wait
+from fedloom.proto.messages import REFUSED, Answer, Assignment, Joined, Standing, UpdateHeader, Wait
 from fedloom.proto.secagg.steps import StepMessage, StepResult
 from fedloom.server.admission import admitted, check_join, check_room, check_work
 from fedloom.server.course import Course
@@ -53,6 +53,7 @@ class Coordinator(Course):
             member = self._admit(client, run, epoch)
             check_work(self.config, client, member.declared_examples)
             self._members.asks(client)
+            self._refusing.discard(client)
             member.served = member.served and self.finished
             self._advance()
             if self.finished:
@@ -208,6 +209,10 @@ class Coordinator(Course):
             self._admit(client, run, epoch)
             self._members.leaves(client)
             _log.info("client %r leaves: %.200r", client, reason)
+            if reason == REFUSED:
+                self._refusing.add(client)
+                self.audit.note("declined", client, "the client refuses the run; its own log says why")
+                self._tell(f"{client} refuses to take part; its own log says why", logging.WARNING)
             if self._rounds.phase == "open" and client in self._rounds.pending:
                 self._lose(client, "left")
             self._advance()

@@ -4,8 +4,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
-from fedloom.proto.errors import ConfigError, StrategyError, UpdateRejected
+from fedloom.proto.errors import ConfigError, ProtocolError, StrategyError, UpdateRejected
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
 from fedloom.server.admission import check_config
@@ -14,9 +15,10 @@ from fedloom.server.clock import Attentive
 from fedloom.server.history import History
 from fedloom.server.members import Members
 from fedloom.server.progress import Progress, Traffic, warn_if_short
-from fedloom.server.rounds import ClientLost, LostReason, RoundClosed, Rounds
+from fedloom.server.rounds import ClientLost, LostReason, RoundClosed, Rounds, RunEnded
 from fedloom.server.secure import Secure
 from fedloom.server.storage import Storage
+from fedloom.server.waiting import Patience, waiting
 from fedloom.strategies.api import State, Strategy
 
 __all__ = ["Course"]
@@ -44,6 +46,7 @@ class Course:
         audit: Takes notes for the audit log, from any thread; they are written with the next tick.
         wake: Called without arguments, off the lock, when a waiting client may have an answer: a round has
             opened or the run is over.
+        say: Called off the lock with a line for people: who is asked, who refuses, what the run waits for.
         on_commit: Called off the lock with the number of committed rounds and the state after the last of them, in
             order. It delays only the call that closed the round.
 
@@ -70,6 +73,9 @@ class Course:
         self._clock, self._expect = clock or Attentive(config.rounds.lease_s / 3), expect
         self._lock, self._hooks = threading.RLock(), threading.RLock()
         self._committed: list[tuple[int, State]] = []
+        self.say: Callable[[str], None] = lambda line: None
+        self._lines: list[str] = []
+        self._patience, self._refusing = Patience(), set[str]()
         self._traffic, self._stirred, self.folder = Traffic(), False, store.folder
         self._settled: tuple[Rounds, int, bool] | None = None
         self._history = History(config, schema, strategy, store, starting=starting)
@@ -90,8 +96,8 @@ class Course:
 
     @property
     def finished(self) -> bool:
-        """Whether every round is committed."""
-        return self._rounds.round >= self.config.run.rounds
+        """Whether every round is committed, or the run has ended before."""
+        return self._history.finished
 
     @property
     def state(self) -> State:
@@ -117,7 +123,8 @@ class Course:
         with self._lock:
             now_s = self._clock()
             live, seen, elapsed_s = self._members.live(now_s), self._members.seen_ago(now_s), now_s - self._opened_s
-            return Progress.of(self._rounds, self.config, live, seen, self._traffic, elapsed_s)
+            told = self._patience.what, self._patience.seconds, tuple(sorted(self._refusing))
+            return Progress.of(self._rounds, self.config, live, seen, self._traffic, elapsed_s, told)
 
     @property
     def over(self) -> bool:
@@ -134,9 +141,23 @@ class Course:
         """
         with self._changing():
             self._advance()
+            self._wait()
         self._settle()
         self._store.discard()
         self.audit.write()
+
+    def finish(self) -> None:
+        """End the run with what is committed. Clients get the adapter as after the last round.
+
+        Raises:
+            ProtocolError: No round is committed yet.
+            StoreError: The state cannot be written.
+        """
+        with self._changing():
+            if self._rounds.round == 0:
+                raise ProtocolError("no round is committed yet, so there is nothing to end with; stop the coordinator")
+            if not self.finished:
+                self._end("told")
 
     def check(self) -> None:
         """Say whether the run can go on.
@@ -195,7 +216,34 @@ class Course:
             else:
                 self._opened_s = now_s
                 self._stirred = True
+                if event.cohort:
+                    again = " again" if event.attempt else ""
+                    self._tell(f"round {event.round + 1} asks{again} {', '.join(event.cohort)}")
         self._settled = self._rounds, self._members.changes, now_s - self._opened_s >= self._rounds.deadline_s
+
+    def _wait(self) -> None:
+        """Say what the run waits for, and end it when that has lasted too long."""
+        now_s = self._clock()
+        live = self._members.live(now_s)
+        needed = max(self.config.rounds.min_clients, self._expect if self._rounds.round == 0 else 0)
+        what = "" if self.finished else waiting(self._rounds, live, self._refusing, self.config, needed)
+        if line := self._patience.look(what, now_s):
+            self._tell(line, logging.WARNING)
+        if what and self._rounds.round and self._patience.seconds >= self.config.rounds.give_up_s:
+            self._tell(f"nobody came for {self._patience.seconds:.0f} s (rounds.give_up_s)", logging.WARNING)
+            self._end("short")
+
+    def _end(self, reason: Literal["short", "told"]) -> None:
+        done, rounds = self._rounds.round, self.config.run.rounds
+        self._history.record(RunEnded(done, reason))
+        self._patience.look("", self._clock())
+        self._tell(f"the run ends with what is committed: {done} of {rounds} rounds", logging.WARNING)
+        self._stirred = True
+
+    def _tell(self, line: str, level: int = logging.INFO) -> None:
+        """Say something to people, in the log at once and elsewhere off the lock."""
+        _log.log(level, "%s", line)
+        self._lines.append(line)
 
     def _settle(self) -> None:
         """Unmask the sum whose shares are there. That takes time, so it is done off the lock, by whoever is first."""
@@ -204,6 +252,8 @@ class Course:
         if given is not None:
             event = self._secure.unmask(given)
             with self._changing():
+                if self.finished:
+                    return  # it was ended meanwhile
                 self._secure.settle(given, event)
                 self._advance()
 
@@ -215,8 +265,11 @@ class Course:
     def _notify(self) -> None:
         with self._lock:
             stirred, self._stirred = self._stirred, False
+            lines, self._lines = self._lines, []
         if stirred:
             self.wake()
+        for line in lines:
+            self.say(line)
         if self._committed:
             with self._hooks:
                 with self._lock:

@@ -128,6 +128,11 @@ class History:
         return model
 
     @property
+    def finished(self) -> bool:
+        """Whether no more rounds come."""
+        return self.rounds.phase == "over" or self.rounds.round >= self._config.run.rounds
+
+    @property
     def standing(self) -> Standing:
         """What a client that trains is told."""
         return Standing(self.rounds.round, self.rounds.phase == "open", self.rounds.oldest)
@@ -186,7 +191,7 @@ class History:
 
     def payload(self, client: str, digest: str) -> bytes | None:
         """The bytes this client may have under this digest: its broadcast, or the final adapter; else None."""
-        if self.rounds.round >= self._config.run.rounds:
+        if self.finished:
             ending, payload = self.final
             return payload if digest == ending.digest else None
         if self.rounds.phase != "open" or client not in self.rounds.cohort:
@@ -273,9 +278,8 @@ class History:
             for client in (SUM,) if self.rounds.sum else self.rounds.folding:
                 update = self._fresh[client] if client in self._fresh else self._reread(client)
                 staleness = 0 if self.rounds.sum else self.rounds.round - self.rounds.updates[client].round
-                update = discounted(update, staleness)
                 with blamed(name, f"fold of round {number}, at client {client!r}"):
-                    acc = self._strategy.fold(self.state, acc, update)
+                    acc = self._strategy.fold(self.state, acc, discounted(update, staleness))
             self._fresh.clear()
             reach("history.folded")
             with blamed(name, f"commit of round {number}"):

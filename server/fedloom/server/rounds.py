@@ -6,6 +6,8 @@
 
 Under secure aggregation one SumAccepted, of several clients, takes the place of every UpdateAccepted of a round.
 
+RunEnded ends a run before its last round.
+
 Whoever decides writes the event down before acting on it, so a replay of the log never decides again.
 A round that can no longer reach its minimum is opened once more under the same number: updates already
 accepted stay, and the cohort is filled up with clients that are live now.
@@ -33,6 +35,7 @@ __all__ = [
     "RoundOpened",
     "Rounds",
     "RunCreated",
+    "RunEnded",
     "SumAccepted",
     "UpdateAccepted",
     "apply",
@@ -41,7 +44,7 @@ __all__ = [
 ]
 
 LostReason = Literal["left", "lease", "rejected"]
-Phase = Literal["new", "idle", "open", "closed"]
+Phase = Literal["new", "idle", "open", "closed", "over"]
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,26 @@ class AdapterCommitted:
     state: str
 
 
+@dataclass(frozen=True)
+class RunEnded:
+    """The run ends before its last round, with what is committed."""
+
+    round: int
+    """The round that is not committed any more."""
+    reason: Literal["short", "told"]
+    """It has waited too long for clients, or an operator said so."""
+
+
 Event = (
-    RunCreated | RoundOpened | ClientAsked | UpdateAccepted | SumAccepted | ClientLost | RoundClosed | AdapterCommitted
+    RunCreated
+    | RoundOpened
+    | ClientAsked
+    | UpdateAccepted
+    | SumAccepted
+    | ClientLost
+    | RoundClosed
+    | AdapterCommitted
+    | RunEnded
 )
 
 _EVENTS: dict[str, Any] = {each.__name__: each for each in get_args(Event)}
@@ -249,6 +270,9 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
             _expect(rounds.phase == "open" and event.round == rounds.round, rounds, event)
             _expect(len(event.clients) > 0 and event.clients == tuple(sorted(rounds.updates)), rounds, event)
             return replace(rounds, phase="closed", folding=event.clients)
+        case RunEnded():
+            _expect(rounds.phase in ("idle", "open") and event.round == rounds.round > 0, rounds, event)
+            return Rounds(phase="over", created=rounds.created, round=rounds.round, state=rounds.state)
         case AdapterCommitted():
             _expect(rounds.phase == "closed" and event.round == rounds.round, rounds, event)
             left = rounds.cohort - rounds.updates.keys() - rounds.rejected if rounds.starts else frozenset()

@@ -132,7 +132,7 @@ def _scores(records: Sequence[RoundRecord]) -> dict[str, Any]:
 
 
 def _phase(journal: Journal, config: RunConfig | None, progress: Progress | None) -> str:
-    if config is not None and journal.rounds.round >= config.run.rounds:
+    if journal.rounds.phase == "over" or (config is not None and journal.rounds.round >= config.run.rounds):
         return "over"
     if progress is None:
         return "stopped"
@@ -153,6 +153,9 @@ def _open_round(journal: Journal, config: RunConfig | None, progress: Progress |
         "lost": len(progress.lost),
         "needed": progress.needed,
         "short": progress.short,
+        "waiting": progress.waiting,
+        "waiting_s": progress.waiting_s,
+        "refusing": list(progress.refusing),
     }
 
 
