@@ -36,7 +36,7 @@ def status(server: Server, certs: Certs, json_only: Json = False) -> None:
     short = "; the cohort is too small for it" if now.short else ""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("run", now.run)
-    table.add_row("starts", str(now.epoch))
+    table.add_row("opened", f"{now.epoch} times")
     table.add_row("round", f"{min(now.round + 1, now.rounds)} of {now.rounds}, {phase}")
     table.add_row("updates", f"{len(now.submitted)} of {now.needed} needed{short}")
     table.add_row("clients", ", ".join(now.live) or "none")

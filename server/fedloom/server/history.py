@@ -34,6 +34,7 @@ from fedloom.server.rounds import (
     Rounds,
     RunCreated,
     apply,
+    told,
 )
 from fedloom.server.storage import Storage
 from fedloom.server.submission import check_address, check_score, expected_bytes, is_repeat
@@ -158,7 +159,7 @@ class History:
         self._follow(event)
         self._taken += participations([event])
         self._unwritten.append(event)
-        _log.log(logging.WARNING if isinstance(event, ClientLost) else logging.INFO, "%s", event)
+        _log.log(logging.WARNING if isinstance(event, ClientLost) else logging.INFO, "%s", told(event))
 
     def due(self, live: Collection[str], elapsed_s: float, expect: int) -> RoundClosed | RoundOpened | None:
         """The next decision that is due, among the clients that may still be asked; see `rounds.decision`."""
@@ -291,7 +292,7 @@ class History:
         spoilt = [name for name, tensor in state.adapter.items() if not np.isfinite(tensor).all()]
         if spoilt or state.round != self.rounds.round + 1:
             self._broken = StoreError(
-                f"round {self.rounds.round} would give NaN or Inf in {spoilt[:3]} (state of round {state.round}); "
+                f"round {self.rounds.round + 1} would give NaN or Inf in {spoilt[:3]} (state of round {state.round}); "
                 "nothing is committed, look at the strategy's options and at who took part"
             )
             raise self._broken
@@ -329,7 +330,7 @@ class History:
                 return candidate, broadcasts, digest
             _log.error("round %d is void, the adapter stays as it was: %s", self.rounds.round + 1, unsendable)
         self._broken = StoreError(
-            f"round {self.rounds.round} would give a broadcast that wire.broadcast = "
+            f"round {self.rounds.round + 1} would give a broadcast that wire.broadcast = "
             f'"{self._config.wire.broadcast}" cannot carry; nothing is committed, begin a run with "fp32"'
         )
         raise self._broken
@@ -363,7 +364,6 @@ class History:
     def _begin(self, starting: Tensors) -> str:
         with blamed(self._config.strategy.name, "init", ConfigError, SchemaError):
             self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
-            self._schema.check(self.state.adapter)
         self.result(self.state)
         digest = self._store.put_blob(state_to_bytes(self.state))
         reach("history.born")
@@ -380,7 +380,7 @@ class History:
                 "start with the run file it was made with, or give this run another directory"
             )
         self.state = state_from_bytes(self._store.get_blob(self.rounds.state), self._schema)
-        _log.info("run %s goes on at round %d, epoch %d", created.run[:8], self.rounds.round, self._store.epoch)
+        _log.info("run %s goes on at round %d, epoch %d", created.run[:8], self.rounds.round + 1, self._store.epoch)
         return created.run
 
     def _sweep(self) -> None:

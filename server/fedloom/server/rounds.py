@@ -41,6 +41,7 @@ __all__ = [
     "apply",
     "event_from_json",
     "event_to_json",
+    "told",
 ]
 
 LostReason = Literal["left", "lease", "rejected"]
@@ -314,9 +315,20 @@ def event_from_json(text: str) -> Event:
     return event
 
 
+def told(event: Event) -> str:
+    """An event for people, who count rounds from 1.
+
+    >>> told(ClientLost(0, "ann", "lease"))
+    "round 1: ClientLost(client='ann', reason='lease')"
+    """
+    about = [f"{each.name}={getattr(event, each.name)!r}" for each in fields(event) if each.name != "round"]
+    number = "" if isinstance(event, RunCreated) else f"round {event.round + 1}: "
+    return f"{number}{type(event).__name__}({', '.join(about)})"
+
+
 def _expect(fits: bool, rounds: Rounds, event: Event) -> None:
     if not fits:
         raise StoreError(
-            f"event log: {type(event).__name__} cannot follow in round {rounds.round}, phase {rounds.phase}; "
+            f"event log: {type(event).__name__} cannot follow in round {rounds.round + 1}, phase {rounds.phase}; "
             "the log is damaged, restore the state directory from a backup"
         )

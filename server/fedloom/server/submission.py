@@ -30,7 +30,7 @@ def is_repeat(header: UpdateHeader, accepted: UpdateAccepted | None) -> bool:
     """
     if accepted is not None and accepted.digest != header.digest:
         raise ProtocolError(
-            f"client {header.client!r} has already sent another update for round {header.round}; "
+            f"client {header.client!r} has already sent another update for round {header.round + 1}; "
             "only the very same bytes may be sent again"
         )
     return accepted is not None
@@ -46,18 +46,18 @@ def check_address(header: UpdateHeader, rounds: Rounds) -> None:
     client, is_open = header.client, rounds.phase == "open"
     known = rounds.starts.get(client) == header.round  # only in buffered rounds: made for this or an earlier one
     if not is_open or not (header.round == rounds.round or known):
-        whose = f"update of client {client!r} is for round {header.round}"
+        whose = f"update of client {client!r} is for round {header.round + 1}"
         if header.round < rounds.round:
             limit = "" if rounds.max_staleness is None else f" or more than {rounds.max_staleness} rounds ago"
             raise ProtocolError(f"{whose}, which was closed without it{limit}; drop it and ask for work")
         raise ProtocolError(
-            f"{whose}, but round {rounds.round} is {'open' if is_open else 'next and not open'}; "
+            f"{whose}, but round {rounds.round + 1} is {'open' if is_open else 'next and not open'}; "
             "drop it and ask for work"
         )
     if client not in rounds.cohort or (rounds.starts and not known):
-        raise ProtocolError(f"client {client!r} was not asked to train in round {header.round}; ask for work")
+        raise ProtocolError(f"client {client!r} was not asked to train in round {header.round + 1}; ask for work")
     if rounds.lost.get(client) == "rejected":
-        raise UpdateRejected(f"the update of client {client!r} for round {header.round} was refused before")
+        raise UpdateRejected(f"the update of client {client!r} for round {header.round + 1} was refused before")
 
 
 def check_score(header: UpdateHeader, spec: Spec) -> None:
@@ -70,8 +70,8 @@ def check_score(header: UpdateHeader, spec: Spec) -> None:
     wanted = section.figures if section.due(header.round) else 0
     if len(header.score) not in (0, wanted):
         raise ProtocolError(
-            f"client {header.client!r} sends {len(header.score)} figures of an evaluation for round {header.round}; "
-            f"{wanted} or none are allowed"
+            f"client {header.client!r} sends {len(header.score)} figures of an evaluation for round "
+            f"{header.round + 1}; {wanted} or none are allowed"
         )
 
 

@@ -141,7 +141,7 @@ def _phase(journal: Journal, config: RunConfig | None, progress: Progress | None
 
 def _open_round(journal: Journal, config: RunConfig | None, progress: Progress | None) -> dict[str, Any] | None:
     """The round that is open, or what the next one waits for; None where no coordinator is at work."""
-    if progress is None or config is None or progress.round >= progress.rounds:
+    if progress is None or config is None or progress.over:
         return None
     return {
         "round": progress.round,
