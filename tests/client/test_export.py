@@ -10,15 +10,15 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
-from fedloom.client.export import load_exported, predict, save_adapter, save_final
+from fedloom.client.export import load_exported, predict, save_adapter, save_final, save_merged
 from fedloom.client.model import AdapterModel, load_model
 from fedloom.proto.accounting import Spend, epsilon
-from fedloom.proto.errors import ConfigError, ModelError
+from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import AdapterSection, ModelSection, Spec
-from fedloom.proto.schema import Role
 
 Build = Callable[[AdapterSection], AdapterModel]
 KINDS = {
@@ -77,12 +77,32 @@ def test_facts_and_card_lie_beside_the_weights(tiny_model: AdapterModel, tmp_pat
     assert not list(folder.glob("*.bin"))
 
 
-def test_an_adapter_that_corrects_the_base_is_not_exported(tiny_model: AdapterModel, tmp_path: Path) -> None:
-    tiny_model.load(tiny_model.schema.with_base(1).select([Role.BASE_A, Role.BASE_B]).zeros())
+def test_a_correction_of_the_base_is_exported_at_a_higher_rank(
+    tiny_model: AdapterModel, tiny_base: Path, rows: Rows, tmp_path: Path
+) -> None:
+    draw = np.random.default_rng(5)
+    whole = tiny_model.schema.with_base(3)
+    result = {spec.name: draw.normal(0, 0.2, spec.shape).astype(np.float32) for spec in whole.tensors}
+    tiny_model.show(result)
+    batch = collate(encode(rows, tiny_model.tokenizer, 16), np.arange(8), tiny_model.tokenizer.pad_token_id)
+    with torch.no_grad():
+        ours = tiny_model.logits(batch)
+    save_adapter(tiny_model, tmp_path / "peft", {})
+    tiny_model.show({name: result[name] for name in tiny_model.schema.zeros()})
+    with torch.no_grad():
+        without = tiny_model.logits(batch)
+    tiny_model.show(result)
+    save_merged(tiny_model, tmp_path / "merged", {})
 
-    with pytest.raises(ModelError, match="export it as a merged model"):
-        save_adapter(tiny_model, tmp_path / "out", {})
-    assert not (tmp_path / "out").exists()
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    for model in (load_exported(tiny_base, tmp_path / "peft", 2), merged):
+        with torch.no_grad():
+            theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    assert (ours - without).abs().max() > 1e-2
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (4 + 3, 2.0 * (4 + 3))
+    assert settings["target_modules"] == sorted(settings["target_modules"])
 
 
 class Killed(BaseException):

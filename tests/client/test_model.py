@@ -153,7 +153,7 @@ def test_the_adapter_adds_scale_times_b_a(tiny_model: AdapterModel) -> None:
 def test_a_base_correction_equals_w0_plus_scale_b_a(tiny_model: AdapterModel, tiny_base: Path) -> None:
     schema = tiny_model.schema.with_base(3).select([Role.BASE_A, Role.BASE_B])
     base = load_file(tiny_base / "model.safetensors")
-    assert not tiny_model.corrected
+    assert not tiny_model.corrections
 
     for seed in (0, 1):  # a second correction replaces the first, it does not add to it
         rng = np.random.default_rng(seed)
@@ -166,7 +166,14 @@ def test_a_base_correction_equals_w0_plus_scale_b_a(tiny_model: AdapterModel, ti
             stored = base[f"{pair.module}.weight".removeprefix("bert.")]
             expected = stored + 2.0 * correction
             np.testing.assert_allclose(layer.weight.detach().numpy(), expected, rtol=0, atol=1e-6)
-    assert tiny_model.corrected
+    assert tiny_model.corrections.keys() == values.keys()
+
+    tiny_model.show(tiny_model.read(tiny_model.schema))  # a result without one
+    for pair in tiny_model.schema.pairs:
+        layer = tiny_model.model.get_submodule(f"base_model.model.{pair.module}").base_layer
+        np.testing.assert_array_equal(
+            layer.weight.detach().numpy(), base[f"{pair.module}.weight".removeprefix("bert.")]
+        )
 
 
 def test_reset_puts_only_the_given_roles_back(model_section: ModelSection) -> None:

@@ -49,6 +49,7 @@ class Federation:
     strategy: Strategy = FEDAVG
     now_s: float = 0.0
     expect: int = 0
+    clock: Callable[[], float] | None = None
     runs: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class Federation:
             self.strategy,
             self.store,
             starting=starting,
-            clock=lambda: self.now_s,
+            clock=self.clock or (lambda: self.now_s),
             expect=self.expect,
         )
 

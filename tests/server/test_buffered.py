@@ -76,11 +76,11 @@ def test_an_update_that_is_too_old_is_told_so(federate: Any, configure: Any, sto
         federation.send(*federation.update("ann"))
         federation.send(*federation.update("ben"))
 
-    with pytest.raises(ProtocolError, match="round 0, which was closed without it or more than 1 rounds ago; drop it"):
+    with pytest.raises(ProtocolError, match="round 1, which was closed without it or more than 1 rounds ago; drop it"):
         federation.send(*slower)
     assert federation.send(*slow) is True, "it was counted, and is known for ever"
     assert federation.assignment("dan").round == 2
-    with pytest.raises(ProtocolError, match="is for round 0"):
+    with pytest.raises(ProtocolError, match="is for round 1"):
         federation.send(*slower)
 
 

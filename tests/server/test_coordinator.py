@@ -151,8 +151,8 @@ def changed(header: UpdateHeader, **changes: object) -> UpdateHeader:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"round": 1}, "is for round 1, but round 0 is open"),
-        ({"round": 2**32 - 1}, "but round 0 is open"),
+        ({"round": 1}, "is for round 2, but round 1 is open"),
+        ({"round": 2**32 - 1}, "but round 1 is open"),
         ({"schema_digest": "ab" * 32}, "exactly the trained roles"),
         ({"codec": "fp16"}, "takes 'fp32'"),
         ({"payload_bytes": 0}, "announces 0 bytes"),

@@ -69,7 +69,7 @@ def test_a_late_update_is_refused_and_its_client_takes_part_again(federate: Any,
         federation.send(*federation.update(client))
 
     assert federation.coordinator.progress.round == 1
-    with pytest.raises(ProtocolError, match="is for round 0, which was closed without it; drop it"):
+    with pytest.raises(ProtocolError, match="is for round 1, which was closed without it; drop it"):
         federation.send(*late)
     for client in ("ann", "ben"):
         federation.send(*federation.update(client))

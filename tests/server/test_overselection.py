@@ -73,7 +73,7 @@ def test_a_round_asks_more_than_it_wants_and_closes_with_what_it_wants(
     closed = [event for event in store.events() if isinstance(event, RoundClosed)]
     assert closed == [RoundClosed(0, tuple(sorted(opened.cohort[5:10])), "complete")]
     late = opened.cohort[0]
-    with pytest.raises(ProtocolError, match="is for round 0, which was closed without it; drop it and ask for work"):
+    with pytest.raises(ProtocolError, match="is for round 1, which was closed without it; drop it and ask for work"):
         federation.send(*updates[late])
     assert federation.send(*updates[opened.cohort[5]]) is True, "a repeat of one that was counted is told so"
     assert isinstance(federation.work(late), Assignment | Wait), "it is released"

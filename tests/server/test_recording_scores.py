@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def told(recording: Recording, rounds: int) -> None:
         if number < rounds:
             events.append(RoundOpened(number, 0, f"s{number}", ("a", "b"), 60.0))
         recording.put(events)
-        recording.committed(number, state(number))
+        recording.committed(number, partial(dict, state(number).adapter))
 
 
 def played(federation: Any, rounds: int) -> None:

@@ -108,7 +108,7 @@ def test_a_logged_closing_is_not_decided_again(federate: Any, configure: Any, tm
         again = federate(store, configure(rounds=section))
         assert again.coordinator.progress.round == 1
         again.join("cat")
-        with pytest.raises(ProtocolError, match="is for round 0"):
+        with pytest.raises(ProtocolError, match="is for round 1"):
             again.send(*late)
         assert RoundClosed(0, ("ann", "ben"), "deadline") in store.events()
 

@@ -83,9 +83,9 @@ def test_figures_must_be_those_that_were_asked_for() -> None:
     config = run_of(every=2)
     check_score(replace(HEADER, score=(1.0, 2.0, 3.0)), config)
     check_score(HEADER, config)  # it trained the round anew
-    with pytest.raises(ProtocolError, match="'ann' sends 2 figures of an evaluation for round 0; 3 or none"):
+    with pytest.raises(ProtocolError, match="'ann' sends 2 figures of an evaluation for round 1; 3 or none"):
         check_score(replace(HEADER, score=(1.0, 2.0)), config)
-    with pytest.raises(ProtocolError, match="sends 3 figures of an evaluation for round 1; 0 or none"):
+    with pytest.raises(ProtocolError, match="sends 3 figures of an evaluation for round 2; 0 or none"):
         check_score(replace(HEADER, round=1, score=(1.0, 2.0, 3.0)), config)
     off = config.model_copy(update={"federated_evaluation": type(config.federated_evaluation)()})
     with pytest.raises(ProtocolError, match="0 or none"):

@@ -11,7 +11,7 @@ import pytest
 
 from fedloom.proto import errors
 from fedloom.proto.codec import codec
-from fedloom.proto.errors import ConfigError, FedloomError, StoreError
+from fedloom.proto.errors import ConfigError, FedloomError, StoreError, StrategyError
 from fedloom.proto.limits import CHUNK_BYTES
 from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, Wait, upload_schema
 from fedloom.proto.run import RunConfig
@@ -24,7 +24,6 @@ from fedloom.server.rounds import Event
 from fedloom.server.serve import serving
 from fedloom.server.servicer import INTERNAL, status_of
 from fedloom.server.store import Store
-from fedloom.strategies.api import Plan, State
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
@@ -309,15 +308,17 @@ def test_every_error_maps_to_a_status_and_disk_errors_keep_their_text(name: str)
     code, text = status_of(kind("told"))
 
     assert code is not grpc.StatusCode.UNKNOWN
-    assert text == (INTERNAL if kind in (FedloomError, StoreError) else "told")
+    assert text == (INTERNAL if kind in (FedloomError, StoreError, StrategyError) else "told")
 
 
-def test_the_text_of_an_unexpected_error_stays_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(FedAvg):
-        def plan(self, state: State, round: int, client: str) -> Plan:
-            raise ValueError("/secret/path token=abc")
+def test_the_text_of_an_unexpected_error_stays_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*asked: object) -> None:
+        raise ValueError("/secret/path token=abc")
 
-    with federation(tmp_path, config(), "ann", "ben", strategy=Broken()) as (ann, _):
+    with federation(tmp_path, config(), "ann", "ben") as (ann, _):
+        monkeypatch.setattr(Coordinator, "work", broken)
         assert refused(ann.work) == (grpc.StatusCode.INTERNAL, INTERNAL)
 
     assert "token=abc" in caplog.text

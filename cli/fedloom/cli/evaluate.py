@@ -75,15 +75,17 @@ def evaluate(
         now, start, rounds = held_out.score_exported(adapter), held_out.score_start(), None
     else:
         from fedloom.server.inspection import newest_state
+        from fedloom.server.launch import build_strategy
         from fedloom.simulation.federation import completed
+        from fedloom.strategies.result import result
         from fedloom.strategies.state import state_from_bytes
 
         config = completed(config)
         content = newest_state(folder, config)
         held_out = HeldOut.load(config, source, split)
         reached = state_from_bytes(content, held_out.model.schema)
-        # In this order: what a run's strategy adds to the base model stays there.
-        start, now, rounds = held_out.score_start(), held_out.score(reached.adapter), reached.round
+        start, rounds = held_out.score_start(), reached.round
+        now = held_out.score(result(build_strategy(config), reached))
     language = config.model.task in LANGUAGE
     labels = config.model.labels
     scores = {"start": _document(start, language), "now": _document(now, language)}

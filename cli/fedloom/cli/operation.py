@@ -8,7 +8,7 @@ from rich.table import Table
 
 from fedloom.cli.console import Json, out, print_json
 
-__all__ = ["app", "status", "stop"]
+__all__ = ["app", "finish", "status", "stop"]
 
 app = typer.Typer(help="See how a running coordinator's run stands, or stop it.", no_args_is_help=True)
 
@@ -30,16 +30,33 @@ def status(server: Server, certs: Certs, json_only: Json = False) -> None:
 
         print_json(MessageToDict(now, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return
-    phase = "over" if now.round >= now.rounds else f"open for {now.elapsed_s:.0f} s" if now.open else "not open"
+    phase = (
+        "over" if now.over or now.round >= now.rounds else f"open for {now.elapsed_s:.0f} s" if now.open else "not open"
+    )
     short = "; the cohort is too small for it" if now.short else ""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("run", now.run)
-    table.add_row("starts", str(now.epoch))
+    table.add_row("opened", f"{now.epoch} times")
     table.add_row("round", f"{min(now.round + 1, now.rounds)} of {now.rounds}, {phase}")
     table.add_row("updates", f"{len(now.submitted)} of {now.needed} needed{short}")
     table.add_row("clients", ", ".join(now.live) or "none")
     table.add_row("lost", ", ".join(f"{name} ({now.lost[name]})" for name in sorted(now.lost)) or "none")
+    table.add_row("refusing", ", ".join(now.refusing) or "none")
+    if now.waiting:
+        table.add_row("waiting", f"{now.waiting} (for {now.waiting_s:.0f} s)")
     out.print(table)
+
+
+@app.command()
+def finish(server: Server, certs: Certs) -> None:
+    """End the run with the rounds that are committed: clients get the adapter, and no more rounds come. For operators.
+
+    Example: fedloom operate finish --server fl.example.org:8470 --certs operator
+    """
+    from fedloom.client.operator import finish
+
+    finish(server, certs)
+    out.print("the run ends with what is committed")
 
 
 @app.command()

@@ -5,6 +5,7 @@ import shlex
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ import typer
 
 from fedloom.cli.compare import compare
 from fedloom.cli.console import Json, failed, out, print_json
-from fedloom.proto.errors import StoreError
+from fedloom.proto.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from fedloom.server.inspection import Snapshot
@@ -55,7 +56,7 @@ def listing(
         rows.append({"state": str(state), "process": process, **_standing(snapshot)})
         run = snapshot.rounds.created.run[:8] if snapshot.rounds.created else "not begun"
         works = f"process {process} works on it" if process else "no coordinator works on it"
-        done = f"{snapshot.rounds.round} rounds committed, the next is {snapshot.rounds.phase}"
+        done = _done(state, snapshot)
         lines.append(f"{state}: run {run}, {done}; {works}")
     if json_only:
         print_json(rows)
@@ -82,13 +83,14 @@ def show(state: State, json_only: Json = False) -> None:
         return
     lines = [
         f"run {rounds.created.run if rounds.created else 'not begun'}, opened {snapshot.epoch} times",
-        f"{rounds.round} rounds committed; the next is {rounds.phase}",
+        _done(state, snapshot),
     ]
     if rounds.phase == "open":
         lines.append(
             f"asked {len(rounds.cohort)} clients: {len(rounds.updates)} updates accepted, waiting for "
             f"{len(rounds.pending)}, {len(rounds.lost)} lost"
         )
+    lines += _took_part(snapshot)
     lines.append("events: " + (", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"))
     lines.append("audit: " + (", ".join(f"{count} {kind}" for kind, count in sorted(noted.items())) or "nothing"))
     lines += [f"  {record.at} {record.kind} {record.client!r} {record.detail!r}" for record in snapshot.audit[-_LAST:]]
@@ -186,6 +188,39 @@ def stop(
             raise StoreError(f"process {process} has not ended within {wait_s:g} s of being told to; look at its log")
         time.sleep(_PAUSE_S)
     out.print(f"stopped; `fedloom server` goes on with {state}")
+
+
+def _done(state: Path, snapshot: "Snapshot") -> str:
+    """How far a run is, for people."""
+    rounds, length = snapshot.rounds, _length(state)
+    done = f"{rounds.round}{f' of {length}' if length else ''} rounds committed"
+    if rounds.phase == "over":
+        return f"{done}; the run was ended with them"
+    if length is not None and rounds.round >= length:
+        return f"{done}; the run is over"
+    return f"{done}; {'no round is open' if rounds.phase == 'idle' else f'round {rounds.round + 1} is {rounds.phase}'}"
+
+
+def _length(state: Path) -> int | None:
+    """Rounds of the whole run, where its run file lies beside the state."""
+    from fedloom.proto.run import load_run
+
+    with suppress(ConfigError):
+        return load_run(state.absolute().parent / "run.toml").run.rounds
+    return None
+
+
+def _took_part(snapshot: "Snapshot") -> list[str]:
+    """Whose updates were taken how often, and who refuses."""
+    from fedloom.server.rounds import RoundClosed
+
+    taken = Counter(client for event in snapshot.events if isinstance(event, RoundClosed) for client in event.clients)
+    last = {record.client: record.kind for record in snapshot.audit if record.kind in ("joined", "declined")}
+    refusing = sorted(client for client, kind in last.items() if kind == "declined")
+    lines = ["took part: " + (", ".join(f"{client} in {taken[client]} rounds" for client in sorted(taken)) or "nobody")]
+    if refusing:
+        lines.append(f"refused to take part: {', '.join(refusing)}; their own logs say why")
+    return lines
 
 
 def _standing(snapshot: "Snapshot") -> dict[str, Any]:

@@ -112,6 +112,7 @@ def server(
             out.print(f"round {number}/{rounds} committed{rest(number)}")
 
         coordinator.on_commit = committed
+        coordinator.say = out.print
         if state is None:  # runs/NAME is ours; elsewhere a run.toml may be somebody's own
             write_config(folder.parent, config)
 
@@ -223,7 +224,7 @@ def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Form
     from fedloom.client.model import load_model
 
     model = load_model(config.model, config.adapter)
-    model.load(coordinator.state.adapter)
+    model.show(coordinator.result())
     save = save_merged if format == "merged" else save_adapter
     save(model, target, {**facts(config, privacy), "user_privacy": user})
     return target
@@ -233,12 +234,12 @@ def _save_tensors(coordinator: "Coordinator", target: Path, known: dict[str, Any
     """Write the adapter's tensors by their schema's names, with the schema and what is known of them."""
     from safetensors.numpy import save
 
-    from fedloom.proto.durable import write_durably
+    from fedloom.strategies.result import result_schema
 
-    state = coordinator.state
-    about = {"schema": state.schema.to_json(), "fedloom": json.dumps(known)}
+    model = coordinator.result()
+    about = {"schema": result_schema(coordinator.state.schema, model).to_json(), "fedloom": json.dumps(known)}
     try:
-        write_durably(target, save(dict(state.adapter), about))
+        write_durably(target, save(dict(model), about))
     except OSError as error:
         raise ConfigError(f"cannot write {target}: {error}; give a file in a folder that exists") from error
     return target

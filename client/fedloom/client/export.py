@@ -16,11 +16,12 @@ from peft import PeftModel
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
 from fedloom.client.losses import positions
 from fedloom.client.model import MODELS, AdapterModel, load_base
+from fedloom.client.widen import widen
 from fedloom.proto.accounting import Statement
 from fedloom.proto.durable import replacing_folder
 from fedloom.proto.errors import ConfigError, ModelError
 from fedloom.proto.run import RunConfig, Spec, Task
-from fedloom.proto.schema import Role, Tensors
+from fedloom.proto.schema import Tensors
 from fedloom.proto.spending import run_statement
 
 __all__ = ["facts", "load_exported", "predict", "save_adapter", "save_final", "save_merged"]
@@ -61,12 +62,11 @@ def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
 
     An adapter that is in the folder is replaced by a whole one or not at all, see `durable.replacing_folder`.
 
+    What the model adds to the frozen weights is in it, see `widen`.
+
     Raises:
-        ModelError: The adapter changes the frozen weights too, which a PEFT adapter cannot carry.
         ConfigError: The folder holds other files, is the one this process runs in, or cannot be written.
     """
-    if any(spec.role in (Role.BASE_A, Role.BASE_B) for spec in model.schema.tensors) or model.corrected:
-        raise ModelError("this adapter corrects the frozen weights; export it as a merged model instead")
     _replace(folder, lambda draft: _write(model, draft, facts))
 
 
@@ -130,6 +130,9 @@ def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft cannot find a model card for a base model in a local folder
         model.model.save_pretrained(str(folder), safe_serialization=True)
+    if model.corrections:
+        widen(folder, model.schema, model.corrections)
+    _order(folder / "adapter_config.json")
     labels = facts.get("labels", ())
     kind = MODELS[facts.get("task", "text-classification")].__name__
     arguments = f", num_labels={len(labels)}" if labels else ""
@@ -137,6 +140,15 @@ def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
         arguments += ", ignore_mismatched_sizes=True"  # the base model's own head is for other labels
     (folder / "README.md").write_text(_CARD.format(name=facts.get("run", "adapter"), kind=kind, arguments=arguments))
     (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _order(path: Path) -> None:
+    """Give the names of the targets, which PEFT keeps as a set, one order: equal adapters are then equal files."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            settings[key] = sorted(value)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _names(folder: Path) -> set[str]:
@@ -154,7 +166,7 @@ def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path) 
         ConfigError: The folder cannot be written.
     """
     privacy = run_statement(spec, spec.run.rounds) if spec.privacy.enabled else None
-    model.load(tensors)
+    model.show(tensors)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:

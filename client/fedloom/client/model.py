@@ -176,6 +176,8 @@ class AdapterModel:
         self.slots = {slot.spec.name: slot for slot in slots}
         self.schema = Schema(tuple(slot.spec for slot in slots), scale)
         self._base_weights: dict[str, torch.Tensor] = {}
+        self.corrections: dict[str, Array] = {}
+        """What the frozen weights carry beside their pretrained values, by the names of a broadcast."""
         self.rank = self.schema.rank
         self.probed = False
         """Whether the sensitivity probe has passed on this model, see `privacy.probe`."""
@@ -202,6 +204,14 @@ class AdapterModel:
                 if f"{pair.module}.base_A" in tensors:
                     self._correct(pair.module, tensors)
 
+    def show(self, result: Tensors) -> None:
+        """Be the model of a run's result: frozen weights that it does not correct have their pretrained values."""
+        with torch.no_grad():
+            for module, pretrained in self._base_weights.items():
+                self.model.get_submodule(f"base_model.model.{module}").base_layer.weight.copy_(pretrained)
+        self.corrections = {}
+        self.load(result)
+
     def reset(self, roles: Iterable[Role], rank: int | None = None) -> None:
         """Put the tensors of `roles` back to the values they had when the model was loaded, cut to `rank`."""
         schema = self.schema if rank is None else self.schema.with_rank(rank)
@@ -218,14 +228,10 @@ class AdapterModel:
                 'compute.quantization = "none", with compute.dtype = "bfloat16" to save memory'
             )
         pretrained = self._base_weights.setdefault(module, weight.detach().clone())
-        left, right = (torch.from_numpy(np.array(tensors[f"{module}.base_{side}"])) for side in "BA")
+        self.corrections |= {name: np.array(tensors[name]) for name in (f"{module}.base_B", f"{module}.base_A")}
+        left, right = (torch.from_numpy(self.corrections[f"{module}.base_{side}"]) for side in "BA")
         correction = self.schema.scale * (left.to(weight) @ right.to(weight))
         weight.copy_(pretrained + (correction.t() if layer.fan_in_fan_out else correction))
-
-    @property
-    def corrected(self) -> bool:
-        """Whether frozen weights carry a correction."""
-        return bool(self._base_weights)
 
     def read(self, schema: Schema) -> dict[str, Array]:
         """The current values of the tensors of `schema`, at its shapes, float32."""

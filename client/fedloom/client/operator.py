@@ -9,7 +9,7 @@ from fedloom.client.connection import translated
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
 
-__all__ = ["status", "stop"]
+__all__ = ["finish", "status", "stop"]
 
 _CALL_S = 30.0
 
@@ -39,6 +39,16 @@ def stop(address: str, certs: Path) -> None:
     """
     with _stub(address, certs) as stub:
         stub.Stop(pb.StopRequest(), timeout=_CALL_S)
+
+
+def finish(address: str, certs: Path) -> None:
+    """End the run at HOST:PORT with what is committed.
+
+    Raises:
+        FedloomError: As for `status`; observers are refused, and so is a run without a committed round.
+    """
+    with _stub(address, certs) as stub:
+        stub.Finish(pb.FinishRequest(), timeout=_CALL_S)
 
 
 @contextmanager

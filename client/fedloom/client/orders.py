@@ -3,17 +3,19 @@
 Whatever is refused here ends the client, uncharged: an honest coordinator asks for nothing of the kind.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from fedloom.client.config import Policy
 from fedloom.proto.checks import overridden
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import PolicyError, ProtocolError
-from fedloom.proto.messages import Assignment, broadcast_schema
+from fedloom.proto.messages import Assignment, Finished, broadcast_schema
 from fedloom.proto.run import Spec, TrainSection
 from fedloom.proto.schema import Array, Schema, Tensors
 
-__all__ = ["check_broadcast", "check_order"]
+__all__ = ["check_broadcast", "check_order", "final_schema"]
 
 
 def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignment) -> TrainSection:
@@ -50,6 +52,21 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
             f"{policy.limits.max_learning_rate:g} is allowed (limits.max_learning_rate of the policy)"
         )
     return train
+
+
+def final_schema(policy: Policy, schema: Schema, finished: Finished) -> Schema:
+    """The schema of the adapter that a run ends with.
+
+    Raises:
+        PolicyError: Its correction does not fit the adapter, or it would not fit into compute.memory_mib.
+    """
+    rank = finished.base_rank
+    roles = (schema.with_base(1) if rank else schema).roles
+    asked = Assignment(finished.rounds, frozenset(), roles, finished.digest, finished.bytes, finished.codec)
+    asked = replace(asked, base_rank=rank)
+    _check_ranks(policy, schema, asked)
+    _check_memory(policy, schema, asked)
+    return broadcast_schema(schema, asked)
 
 
 def check_broadcast(policy: Policy, schema: Schema, tensors: Tensors) -> None:

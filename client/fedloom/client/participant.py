@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.heartbeat import heartbeats
 from fedloom.client.hours import until_open_s
-from fedloom.client.orders import check_order
+from fedloom.client.orders import check_order, final_schema
 from fedloom.client.pace import AT_ONCE, Pace
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
 from fedloom.client.privacy.terms import check_terms, terms_of
@@ -212,14 +212,14 @@ class Participant:
         """Fetch the adapter that the run ends with."""
         joined = self._joined
         assert joined is not None  # there is an answer
-        incoming = codec(finished.codec)
-        if incoming.encoded_size(joined.schema) != finished.bytes:
+        incoming, schema = codec(finished.codec), final_schema(self.policy, joined.schema, finished)
+        if incoming.encoded_size(schema) != finished.bytes:
             raise ProtocolError(
                 f"a final adapter of {finished.bytes} bytes; {incoming.name} under the schema needs "
-                f"{incoming.encoded_size(joined.schema)}"
+                f"{incoming.encoded_size(schema)}"
             )
         payload = self._insist(lambda: self.connection.fetch(finished.digest, finished.bytes))
-        return incoming.decode(joined.schema, payload)
+        return incoming.decode(schema, payload)
 
     def _closed_s(self) -> float:
         return until_open_s(self.policy.compute.hours, dt.datetime.now())

@@ -61,8 +61,8 @@ class HeldOut:
         return cls(config, model, encode(rows, model.tokenizer, config.model.max_length))
 
     def score(self, adapter: Tensors) -> Score:
-        """Score the tensors of a run's state, by the names of its schema."""
-        self.model.load(adapter)
+        """Score a result of a run, see `fedloom.strategies.result`."""
+        self.model.show(adapter)
         return evaluate(self.model, self.rows)
 
     def score_start(self) -> Score:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedloom.flower.messages import Reply, Request, reply_from_json, request_to_json
-from fedloom.proto.errors import ConfigError, FedloomError, ProtocolError, StoreError
+from fedloom.proto.errors import ConfigError, FedloomError, ProtocolError, StoreError, StrategyError
 from fedloom.proto.messages import Assignment, Joined
 from fedloom.proto.text import clean
 from fedloom.server.coordinator import Coordinator
@@ -89,6 +89,7 @@ def coordinate(
 
     Raises:
         StoreError: The state cannot be written.
+        StrategyError: The strategy fails.
     """
     sites: dict[int, _Site] = {}
     while not coordinator.finished:
@@ -152,7 +153,7 @@ def _take(sites: dict[int, _Site], site: _Site, answered: Answered, coordinator:
             _welcome(sites, site, reply, coordinator)
         else:
             _submit(site, reply, answered.payload)
-    except StoreError:
+    except (StoreError, StrategyError):
         raise  # the coordinator must stop
     except FedloomError as error:
         _failed(site, str(error))

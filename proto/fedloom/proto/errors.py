@@ -17,6 +17,7 @@
     │   └── Forbidden      it is proven, and may not do this
     ├── Unavailable        the other side cannot be reached
     │   └── Overloaded     it can, and says when to come back
+    ├── StrategyError      a strategy, often another package's, fails or breaks its interface
     └── StoreError         the coordinator's state cannot be read or written
 
 A message says what was received, what is allowed and what to do about it.
@@ -37,6 +38,7 @@ __all__ = [
     "ProtocolError",
     "SchemaError",
     "StoreError",
+    "StrategyError",
     "Unavailable",
     "UpdateRejected",
 ]
@@ -109,6 +111,10 @@ class Overloaded(Unavailable):
     def __init__(self, text: str, retry_after_s: float = 1.0) -> None:
         super().__init__(text)
         self.retry_after_s = retry_after_s
+
+
+class StrategyError(FedloomError):
+    """A strategy, often another package's, fails or breaks its interface."""
 
 
 class StoreError(FedloomError):

@@ -71,6 +71,8 @@ class Finished:
     codec: str
     digest: str
     bytes: int
+    base_rank: int = 0
+    """Rank of the correction of the frozen weights that comes with it; 0 for none."""
 
 
 Answer = Assignment | Wait | Finished

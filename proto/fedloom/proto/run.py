@@ -207,6 +207,11 @@ class RoundsSection(Section):
     trains for it stops."""
     lease_s: float = Field(default=30.0, gt=0, le=1e8)
     """Seconds without a sign of life after which a client counts as gone."""
+    expected: tuple[str, ...] = Field(default=(), max_length=MAX_CLIENTS)
+    """Names of clients without which the first round does not open; the coordinator says who of them is missing."""
+    give_up_s: float = Field(default=86_400.0, gt=0, le=1e8)
+    """Seconds that a run may wait in vain for the clients of its next round, once a round is committed. It then ends
+    with what is committed."""
     max_update_norm: float | None = Field(default=None, ge=1e-9, le=1e30)
     """L2 norm over all tensors beyond which one client's update is refused. None takes ten times what the run's
     learning rate, steps, clip norm and noise can come to. Secure sums have secure_aggregation.max_change instead."""

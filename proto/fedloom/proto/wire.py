@@ -19,6 +19,7 @@ from fedloom.proto.errors import (
     ProtocolError,
     SchemaError,
     StoreError,
+    StrategyError,
     Unavailable,
     UpdateRejected,
 )
@@ -63,6 +64,7 @@ STATUS: dict[type[FedloomError], str] = {
     Unavailable: "UNAVAILABLE",
     Overloaded: "RESOURCE_EXHAUSTED",
     StoreError: "INTERNAL",
+    StrategyError: "INTERNAL",
 }
 """Name of the gRPC status that carries each error. A client may read FAILED_PRECONDITION as ProtocolError (join
 again), OUT_OF_RANGE as UpdateRejected (do not send these bytes again), INVALID_ARGUMENT as ConfigError,
@@ -105,8 +107,9 @@ def answer_to_wire(answer: Answer) -> pb.WorkReply:
             return pb.WorkReply(assignment=_assignment_to_wire(answer))
         case Wait(retry_after_s):
             return pb.WorkReply(wait=pb.Wait(retry_after_s=retry_after_s))
-        case Finished(rounds, name, digest, size):
-            return pb.WorkReply(finished=pb.Finished(rounds=rounds, codec=name, digest=digest, bytes=size))
+        case Finished(rounds, name, digest, size, rank):
+            final = pb.Finished(rounds=rounds, codec=name, digest=digest, bytes=size, base_rank=rank)
+            return pb.WorkReply(finished=final)
 
 
 def answer_from_wire(reply: pb.WorkReply) -> Answer:
@@ -131,6 +134,7 @@ def answer_from_wire(reply: pb.WorkReply) -> Answer:
                 codec(final.codec).name,
                 checked_digest(final.digest, "final adapter"),
                 checked_size(final.bytes),
+                final.base_rank,
             )
     raise ProtocolError("work reply carries no answer; the coordinator speaks another version, upgrade the client")
 

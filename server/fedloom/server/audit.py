@@ -17,7 +17,9 @@ from fedloom.proto.text import clean
 
 __all__ = ["Audit", "AuditKind", "AuditRecord", "Notebook", "record_from_json", "record_to_json"]
 
-AuditKind = Literal["started", "joined", "refused", "rejected", "enrolled", "renewed", "revoked", "stopped", "omitted"]
+AuditKind = Literal[
+    "started", "joined", "refused", "rejected", "enrolled", "renewed", "revoked", "stopped", "omitted", "declined"
+]
 
 _MOST_REFUSED = 100
 _PER_S = 60.0

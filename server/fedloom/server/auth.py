@@ -37,6 +37,7 @@ ALLOWED: dict[str, frozenset[MemberRole]] = {
     "Enroll": frozenset(MemberRole),
     "Status": _WATCHERS,
     "Stop": frozenset({MemberRole.OPERATOR}),
+    "Finish": frozenset({MemberRole.OPERATOR}),
 }
 """Roles by the method they may call. A method that is missing here cannot be called by anybody."""
 

@@ -4,15 +4,19 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from fedloom.proto.checks import overridden
 from fedloom.proto.codec import codec
-from fedloom.proto.errors import CodecError, ConfigError, ProtocolError, SchemaError
+from fedloom.proto.errors import CodecError, ConfigError, ProtocolError, SchemaError, StrategyError
 from fedloom.proto.failpoints import failpoint
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors
 from fedloom.proto.secagg.steps import MASKED
+from fedloom.server.blame import blamed
 from fedloom.strategies.api import Plan, State, Strategy
+from fedloom.strategies.result import base_rank, result, result_schema
 
 __all__ = ["FINAL_CODEC", "Broadcasts", "Order", "final"]
 
@@ -56,14 +60,17 @@ class Broadcasts:
         Raises:
             ConfigError: The strategy plans what this run file rules out.
             SchemaError: The plan's broadcast does not fit the schema.
+            StrategyError: The strategy fails.
             CodecError: The broadcast cannot be represented under [wire] broadcast.
         """
         if client not in self._orders:
-            plan = self._strategy.plan(self._state, self._state.round, client)
-            key = _identity(plan)
-            if key not in self._shared:
-                # The plan is kept with the order: while its arrays live, their identities are not used again.
-                self._shared[key] = plan, self._encoded(plan)
+            doing = f"plan for client {client!r}"
+            with blamed(self._config.strategy.name, doing, CodecError, ConfigError, SchemaError):
+                plan = self._strategy.plan(self._state, self._state.round, client)
+                key = _identity(plan)
+                if key not in self._shared:
+                    # The plan is kept with the order: while its arrays live, their identities are not used again.
+                    self._shared[key] = plan, self._encoded(plan)
             self._orders[client] = self._shared[key][1]
         return self._orders[client]
 
@@ -79,7 +86,7 @@ class Broadcasts:
                 self.order(client)
         except CodecError as error:
             return error
-        except (ConfigError, SchemaError):
+        except (ConfigError, SchemaError, StrategyError):
             pass
         return None
 
@@ -108,7 +115,7 @@ class Broadcasts:
             upload_codec=MASKED if secure else wire.upload,
             personal=plan.personal,
             rank=plan.rank,
-            base_rank=_base_rank(plan.broadcast, self._schema),
+            base_rank=base_rank(self._schema, plan.broadcast),
             local=dict(plan.local),
         )
         derived = broadcast_schema(self._schema, draft)
@@ -125,6 +132,17 @@ class Broadcasts:
         return order
 
     def _check(self, plan: Plan) -> None:
+        added = {name: each for name, each in plan.broadcast.items() if name not in self._roles}
+        if added:
+            model = result(self._strategy, self._state)
+            for name, each in added.items():
+                if name not in model or not np.array_equal(model[name], each):
+                    raise StrategyError(
+                        f"strategy {self._config.strategy.name!r} sends clients the correction {name!r}, which is not "
+                        "in its result: what this run scores and exports would not be what they train. What is "
+                        "committed stays; give the strategy a method result(state), see docs/strategies.md, and start "
+                        "again with the same state directory"
+                    )
         if not plan.train or not plan.train <= self._schema.roles or not plan.personal <= plan.train:
             raise ConfigError(
                 f"the strategy plans to train {sorted(plan.train)} and keep {sorted(plan.personal)}, "
@@ -142,17 +160,11 @@ class Broadcasts:
         return self._roles.get(name) or (Role.BASE_A if name.endswith(".base_A") else Role.BASE_B)
 
 
-def final(schema: Schema, state: State) -> tuple[Finished, bytes]:
-    """The end of a run: its announcement, and the final adapter under the whole schema."""
-    payload = codec(FINAL_CODEC).encode(schema, state.adapter)
-    return Finished(state.round, FINAL_CODEC, hashlib.sha256(payload).hexdigest(), len(payload)), payload
-
-
-def _base_rank(broadcast: Tensors, schema: Schema) -> int:
-    """Rank of the correction factors among the tensors; 0 when there are none."""
-    known = {spec.name for spec in schema.tensors}
-    ranks = {tensor.shape[0] for name, tensor in broadcast.items() if name not in known and name.endswith(".base_A")}
-    return max(ranks, default=0)
+def final(schema: Schema, rounds: int, model: Tensors) -> tuple[Finished, bytes]:
+    """The end of a run: its announcement, and its result under the whole schema."""
+    payload = codec(FINAL_CODEC).encode(result_schema(schema, model), model)
+    digest = hashlib.sha256(payload).hexdigest()
+    return Finished(rounds, FINAL_CODEC, digest, len(payload), base_rank(schema, model)), payload
 
 
 def _identity(plan: Plan) -> object:

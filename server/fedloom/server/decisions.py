@@ -130,6 +130,8 @@ def decision(
         return closed or reopening(rounds, live, config.rounds, seed=config.run.seed, elapsed_s=elapsed_s)
     if rounds.round >= config.run.rounds:
         return None
+    if rounds.round == 0 and not set(live).issuperset(config.rounds.expected):
+        return None
     needed = max(config.rounds.min_clients, expect if rounds.round == 0 else 0)
     if rounds.starts:
         needed = 0  # clients are at work for it already

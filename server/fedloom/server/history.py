@@ -10,17 +10,17 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fedloom.proto.codec import codec
-from fedloom.proto.errors import ConfigError, StoreError
+from fedloom.proto.errors import ConfigError, SchemaError, StoreError, StrategyError
 from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.messages import Assignment, Finished, Standing, UpdateHeader
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
+from fedloom.server.blame import blamed
 from fedloom.server.broadcast import Broadcasts, Order, final
 from fedloom.server.buffered import discounted
 from fedloom.server.decisions import asking, decision
@@ -34,11 +34,13 @@ from fedloom.server.rounds import (
     Rounds,
     RunCreated,
     apply,
+    told,
 )
 from fedloom.server.storage import Storage
 from fedloom.server.submission import check_address, check_score, expected_bytes, is_repeat
 from fedloom.server.user_ledger import check_opening, check_strategy, eligible, participations
 from fedloom.strategies.api import State, Strategy, Update
+from fedloom.strategies.result import result, result_schema, voided
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
 from fedloom.strategies.user_level import check_memory
 
@@ -71,6 +73,7 @@ class History:
         rounds: Where the run stands.
         state: The strategy's state after the last commit.
         broadcasts: What clients of the current round are asked to do.
+        fault: What the strategy has failed with in the open round.
         returning: Who took part last when the directory was opened, and will come back.
 
     Raises:
@@ -89,7 +92,9 @@ class History:
         self._states: dict[int, str] = {}
         self._older: dict[int, Broadcasts] = {}
         self._arriving: Counter[str] = Counter()
-        self._broken: StoreError | None = None
+        self._broken: StoreError | StrategyError | None = None
+        self._failed: set[str] = set()
+        self.fault: StrategyError | None = None
         self._ending: tuple[Finished, bytes] | None = None
         self.state: State
         self.rounds = Rounds()
@@ -109,8 +114,24 @@ class History:
     def final(self) -> tuple[Finished, bytes]:
         """The end of the run and the final adapter's bytes, encoded at the first call."""
         if self._ending is None:
-            self._ending = final(self._schema, self.state)
+            self._ending = final(self._schema, self.state.round, self.result(self.state))
         return self._ending
+
+    def result(self, state: State) -> Tensors:
+        """The model of a state of this run, see `fedloom.strategies.result`.
+
+        Raises:
+            StrategyError: The strategy gives none that fits the run's schema, or one that is not finite.
+        """
+        with blamed(self._config.strategy.name, f"result of round {state.round}"):
+            model = result(self._strategy, state)
+            result_schema(self._schema, model)
+        return model
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more rounds come."""
+        return self.rounds.phase == "over" or self.rounds.round >= self._config.run.rounds
 
     @property
     def standing(self) -> Standing:
@@ -118,10 +139,11 @@ class History:
         return Standing(self.rounds.round, self.rounds.phase == "open", self.rounds.oldest)
 
     def check(self) -> None:
-        """Refuse to go on after a failure of the disk: memory may then be ahead of it.
+        """Refuse to go on after a failure of the disk, where memory may be ahead of it, or of the strategy.
 
         Raises:
             StoreError: What the disk said.
+            StrategyError: What the strategy said.
         """
         if self._broken is not None:
             raise self._broken
@@ -137,7 +159,7 @@ class History:
         self._follow(event)
         self._taken += participations([event])
         self._unwritten.append(event)
-        _log.log(logging.WARNING if isinstance(event, ClientLost) else logging.INFO, "%s", event)
+        _log.log(logging.WARNING if isinstance(event, ClientLost) else logging.INFO, "%s", told(event))
 
     def due(self, live: Collection[str], elapsed_s: float, expect: int) -> RoundClosed | RoundOpened | None:
         """The next decision that is due, among the clients that may still be asked; see `rounds.decision`."""
@@ -170,7 +192,7 @@ class History:
 
     def payload(self, client: str, digest: str) -> bytes | None:
         """The bytes this client may have under this digest: its broadcast, or the final adapter; else None."""
-        if self.rounds.round >= self._config.run.rounds:
+        if self.finished:
             ending, payload = self.final
             return payload if digest == ending.digest else None
         if self.rounds.phase != "open" or client not in self.rounds.cohort:
@@ -207,6 +229,18 @@ class History:
         asked = self.rounds.takes_from(client) and self.rounds.started(client) == self.rounds.round
         return self.order(client).assignment if asked else None
 
+    def failing(self, client: str, error: StrategyError | ConfigError) -> None:
+        """Note that the strategy fails for a client of the open round.
+
+        Raises:
+            StrategyError: It has failed for as many as a round needs and worked for nobody: `check` repeats it.
+        """
+        self.fault = error if isinstance(error, StrategyError) else StrategyError(str(error))
+        self._failed.add(client)
+        if not self.rounds.updates and len(self._failed) >= self._config.rounds.min_clients:
+            self._broken = self.fault
+            raise self.fault
+
     def keep(self, update: Update) -> None:
         """Remember an accepted update's values until the round is folded, if there is room; the disk has them too."""
         room = _FRESH_BYTES // (4 * self._schema.size)
@@ -237,23 +271,32 @@ class History:
 
         Raises:
             StoreError: An update or the new state cannot be read or written, or the new state is not finite.
+            StrategyError: The strategy fails; the round stays closed with its updates, for a corrected one.
         """
         acc: Any = None
-        for client in (SUM,) if self.rounds.sum else self.rounds.folding:
-            update = self._fresh[client] if client in self._fresh else self._reread(client)
-            staleness = 0 if self.rounds.sum else self.rounds.round - self.rounds.updates[client].round
-            acc = self._strategy.fold(self.state, acc, discounted(update, staleness))
-        self._fresh.clear()
-        reach("history.folded")
-        state = self._strategy.commit(self.state, acc)
-        self._schema.check(state.adapter)
+        name, number = self._config.strategy.name, self.rounds.round + 1
+        try:
+            for client in (SUM,) if self.rounds.sum else self.rounds.folding:
+                update = self._fresh[client] if client in self._fresh else self._reread(client)
+                staleness = 0 if self.rounds.sum else self.rounds.round - self.rounds.updates[client].round
+                with blamed(name, f"fold of round {number}, at client {client!r}"):
+                    acc = self._strategy.fold(self.state, acc, discounted(update, staleness))
+            self._fresh.clear()
+            reach("history.folded")
+            with blamed(name, f"commit of round {number}"):
+                state = self._strategy.commit(self.state, acc)
+                self._schema.check(state.adapter)
+        except StrategyError as error:
+            self._broken = error
+            raise
         spoilt = [name for name, tensor in state.adapter.items() if not np.isfinite(tensor).all()]
         if spoilt or state.round != self.rounds.round + 1:
             self._broken = StoreError(
-                f"round {self.rounds.round} would give NaN or Inf in {spoilt[:3]} (state of round {state.round}); "
+                f"round {self.rounds.round + 1} would give NaN or Inf in {spoilt[:3]} (state of round {state.round}); "
                 "nothing is committed, look at the strategy's options and at who took part"
             )
             raise self._broken
+        self.result(state)
         reach("history.stepped")
         state, broadcasts, digest = self._stored(state)
         reach("history.stored")
@@ -274,8 +317,7 @@ class History:
         Raises:
             StoreError: The disk refuses, or what the strategy remembers cannot be sent either.
         """
-        for adapter in (state.adapter, self.state.adapter):
-            candidate = replace(state, adapter=adapter)
+        for candidate in (state, voided(state, self.state)):
             # Who took part will ask again at once: its broadcast is encoded while the disk takes the state.
             writing = self._writer.submit(self._store.put_blob, state_to_bytes(candidate))
             broadcasts = Broadcasts(self._config, self._schema, self._strategy, candidate)
@@ -288,7 +330,7 @@ class History:
                 return candidate, broadcasts, digest
             _log.error("round %d is void, the adapter stays as it was: %s", self.rounds.round + 1, unsendable)
         self._broken = StoreError(
-            f"round {self.rounds.round} would give a broadcast that wire.broadcast = "
+            f"round {self.rounds.round + 1} would give a broadcast that wire.broadcast = "
             f'"{self._config.wire.broadcast}" cannot carry; nothing is committed, begin a run with "fp32"'
         )
         raise self._broken
@@ -316,10 +358,13 @@ class History:
         self.rounds = apply(self.rounds, event)
         if isinstance(event, RunCreated | AdapterCommitted):
             self._states[self.rounds.round] = event.state
+            self._failed, self.fault = set(), None
 
     @failpoint("history.begin")
     def _begin(self, starting: Tensors) -> str:
-        self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
+        with blamed(self._config.strategy.name, "init", ConfigError, SchemaError):
+            self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
+        self.result(self.state)
         digest = self._store.put_blob(state_to_bytes(self.state))
         reach("history.born")
         created = RunCreated(uuid.uuid4().hex, agreed(self._config), self._schema.digest, digest)
@@ -335,7 +380,7 @@ class History:
                 "start with the run file it was made with, or give this run another directory"
             )
         self.state = state_from_bytes(self._store.get_blob(self.rounds.state), self._schema)
-        _log.info("run %s goes on at round %d, epoch %d", created.run[:8], self.rounds.round, self._store.epoch)
+        _log.info("run %s goes on at round %d, epoch %d", created.run[:8], self.rounds.round + 1, self._store.epoch)
         return created.run
 
     def _sweep(self) -> None:

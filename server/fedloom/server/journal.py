@@ -28,7 +28,7 @@ from fedloom.server.rounds import (
 
 __all__ = ["Journal", "Past"]
 
-_TROUBLE = frozenset({"refused", "rejected", "revoked", "omitted"})
+_TROUBLE = frozenset({"refused", "rejected", "revoked", "omitted", "declined"})
 _KEPT = 100
 
 

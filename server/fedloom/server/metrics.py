@@ -146,6 +146,9 @@ class _Standing(Collector):
         refused = self._coordinator.audit.refusals
         yield CounterMetricFamily("fedloom_refusals", "Calls and messages refused, see the audit log.", refused)
         yield GaugeMetricFamily("fedloom_clients_live", "Clients whose lease has not lapsed.", len(now.live))
+        yield GaugeMetricFamily("fedloom_clients_refusing", "Clients that refuse the run.", len(now.refusing))
+        waited = "Seconds for which the run has been waiting for clients that do not come."
+        yield GaugeMetricFamily("fedloom_waiting_seconds", waited, now.waiting_s)
         yield GaugeMetricFamily("fedloom_round_updates", "Updates accepted in the open round.", len(now.submitted))
         yield GaugeMetricFamily("fedloom_round_clients", "Clients asked in the open round.", len(now.cohort))
         yield GaugeMetricFamily("fedloom_rounds_done", "Rounds committed in the whole run.", now.round)

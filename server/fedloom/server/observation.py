@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from fedloom.server.coordinator import Coordinator
@@ -23,6 +24,7 @@ class Observation:
     """Hands on what the coordinator's hooks say. A watcher that fails is logged, and the run goes on.
 
     Args:
+        coordinator: Whose run it is.
         metrics: Counts.
         recording: Writes records.
         spans: Traces, if there is somewhere to send them.
@@ -32,8 +34,10 @@ class Observation:
         stop: Stops the server as SIGTERM does, from any thread; None while none serves.
     """
 
-    def __init__(self, metrics: Metrics, recording: Recording, spans: Spans | None = None) -> None:
-        self.metrics = metrics
+    def __init__(
+        self, coordinator: Coordinator, metrics: Metrics, recording: Recording, spans: Spans | None = None
+    ) -> None:
+        self.metrics, self._coordinator = metrics, coordinator
         self.stop: Callable[[], None] | None = None
         self._recording = recording
         self._watchers: list[Metrics | Spans] = [metrics] if spans is None else [metrics, spans]
@@ -53,7 +57,7 @@ class Observation:
 
     def committed(self, rounds: int, state: State) -> None:
         """A round's adapter is there, see `Coordinator.on_commit`; it is scored if somebody can."""
-        self._recording.committed(rounds, state)
+        self._recording.committed(rounds, partial(self._coordinator.result, state))
 
 
 @contextmanager
@@ -103,12 +107,12 @@ def observing(
         seconds,
         score,
     )
-    observation = Observation(metrics, recording, spans)
+    observation = Observation(coordinator, metrics, recording, spans)
     try:
         with recording:
             if before[begun:]:
                 recording.put(before[begun:])
-                recording.committed(coordinator.progress.round, coordinator.state)
+                recording.committed(coordinator.progress.round, coordinator.result)
             store.appended = observation.appended
             yield observation
             store.appended = lambda events, seconds: None

@@ -52,7 +52,20 @@ class Operation(pb_grpc.OperationServicer):
             cohort=now.cohort,
             submitted=now.submitted,
             lost=now.lost,
+            waiting=now.waiting,
+            waiting_s=now.waiting_s,
+            refusing=now.refusing,
+            over=now.over,
         )
+
+    @guarded
+    async def Finish(self, request: pb.FinishRequest, context: "aio.ServicerContext[Any, Any]") -> pb.FinishReply:
+        """See federation.proto."""
+        caller = self.gate.caller()
+        await asyncio.to_thread(self._coordinator.finish)
+        _log.warning("told to finish by %s", caller.who)
+        self.gate.note("stopped", caller.identity.name if caller.identity else "", f"run finished by {caller.who}")
+        return pb.FinishReply()
 
     @guarded
     async def Stop(self, request: pb.StopRequest, context: "aio.ServicerContext[Any, Any]") -> pb.StopReply:

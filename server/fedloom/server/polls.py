@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from fedloom.proto.errors import ProtocolError, StoreError
+from fedloom.proto.errors import ProtocolError, StoreError, StrategyError
 from fedloom.proto.limits import LONG_POLL_S
 from fedloom.server.load import Lane
 
@@ -130,7 +130,7 @@ class Polls:
 
         while True:
             await asyncio.sleep(every_s)
-            with suppress(StoreError):  # the next tick meets it too, and stops the server
+            with suppress(StoreError, StrategyError):  # the next tick meets it too, and stops the server
                 await self._lane.run(partial(renew, {poll.asked for poll in self._waiting}), always=True)
 
 

@@ -64,6 +64,14 @@ class Progress:
     seen_ago: Mapping[str, float]
     """Seconds since the last sign of life of each client that this process knows."""
 
+    over: bool
+    """No more rounds come; `round` may be below `rounds`."""
+    waiting: str
+    """What keeps the run from going on that clients could change, in words; empty if nothing does."""
+    waiting_s: float
+    refusing: tuple[str, ...]
+    """Clients that have said that they refuse the run, and not come back since."""
+
     @classmethod
     def of(
         cls,
@@ -73,6 +81,7 @@ class Progress:
         seen_ago: Mapping[str, float],
         traffic: Traffic,
         elapsed_s: float,
+        told: tuple[str, float, tuple[str, ...]] = ("", 0.0, ()),
     ) -> "Progress":
         """The picture of what the arguments say."""
         is_open = rounds.phase == "open"
@@ -92,6 +101,10 @@ class Progress:
             bytes_by_round=dict(traffic.rounds),
             bytes_by_client=dict(traffic.clients),
             seen_ago=seen_ago,
+            over=rounds.phase == "over" or rounds.round >= config.run.rounds,
+            waiting=told[0],
+            waiting_s=told[1],
+            refusing=told[2],
         )
 
 
@@ -102,7 +115,7 @@ def warn_if_short(rounds: Rounds, needed: int) -> None:
         _log.warning(
             "round %d can reach only %d of the %d updates it needs; it is opened again once enough other "
             "clients ask for work",
-            rounds.round,
+            rounds.round + 1,
             possible,
             needed,
         )

@@ -21,7 +21,6 @@ from fedloom.server.participation import Attendance
 from fedloom.server.records import Recorder, RoundRecord
 from fedloom.server.rounds import AdapterCommitted, Event, RoundOpened
 from fedloom.server.user_ledger import spent as user_spent
-from fedloom.strategies.api import State
 
 __all__ = ["Recording", "Scorer", "is_scored", "round_record", "spent_after"]
 
@@ -140,12 +139,12 @@ class Recording:
         """Take events that have just become durable. Any thread may call it; it never waits."""
         self._queue.put((events, time.monotonic()))
 
-    def committed(self, rounds: int, state: State) -> None:
-        """Take the state after so many rounds, whose events have been put before. It never waits."""
+    def committed(self, rounds: int, result: Callable[[], Tensors]) -> None:
+        """Take what gives the model after so many rounds, whose events have been put before. It never waits."""
         if self._score is None or not is_scored(self._config, rounds):
             return
         if rounds == self._config.run.rounds or len(self._adapters) < _MOST_WAITING:
-            self._adapters[rounds] = state.adapter
+            self._adapters[rounds] = result()
         self._queue.put(rounds)
 
     def _work(self) -> None:

@@ -6,6 +6,8 @@
 
 Under secure aggregation one SumAccepted, of several clients, takes the place of every UpdateAccepted of a round.
 
+RunEnded ends a run before its last round.
+
 Whoever decides writes the event down before acting on it, so a replay of the log never decides again.
 A round that can no longer reach its minimum is opened once more under the same number: updates already
 accepted stay, and the cohort is filled up with clients that are live now.
@@ -33,15 +35,17 @@ __all__ = [
     "RoundOpened",
     "Rounds",
     "RunCreated",
+    "RunEnded",
     "SumAccepted",
     "UpdateAccepted",
     "apply",
     "event_from_json",
     "event_to_json",
+    "told",
 ]
 
 LostReason = Literal["left", "lease", "rejected"]
-Phase = Literal["new", "idle", "open", "closed"]
+Phase = Literal["new", "idle", "open", "closed", "over"]
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,26 @@ class AdapterCommitted:
     state: str
 
 
+@dataclass(frozen=True)
+class RunEnded:
+    """The run ends before its last round, with what is committed."""
+
+    round: int
+    """The round that is not committed any more."""
+    reason: Literal["short", "told"]
+    """It has waited too long for clients, or an operator said so."""
+
+
 Event = (
-    RunCreated | RoundOpened | ClientAsked | UpdateAccepted | SumAccepted | ClientLost | RoundClosed | AdapterCommitted
+    RunCreated
+    | RoundOpened
+    | ClientAsked
+    | UpdateAccepted
+    | SumAccepted
+    | ClientLost
+    | RoundClosed
+    | AdapterCommitted
+    | RunEnded
 )
 
 _EVENTS: dict[str, Any] = {each.__name__: each for each in get_args(Event)}
@@ -249,6 +271,9 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
             _expect(rounds.phase == "open" and event.round == rounds.round, rounds, event)
             _expect(len(event.clients) > 0 and event.clients == tuple(sorted(rounds.updates)), rounds, event)
             return replace(rounds, phase="closed", folding=event.clients)
+        case RunEnded():
+            _expect(rounds.phase in ("idle", "open") and event.round == rounds.round > 0, rounds, event)
+            return Rounds(phase="over", created=rounds.created, round=rounds.round, state=rounds.state)
         case AdapterCommitted():
             _expect(rounds.phase == "closed" and event.round == rounds.round, rounds, event)
             left = rounds.cohort - rounds.updates.keys() - rounds.rejected if rounds.starts else frozenset()
@@ -290,9 +315,20 @@ def event_from_json(text: str) -> Event:
     return event
 
 
+def told(event: Event) -> str:
+    """An event for people, who count rounds from 1.
+
+    >>> told(ClientLost(0, "ann", "lease"))
+    "round 1: ClientLost(client='ann', reason='lease')"
+    """
+    about = [f"{each.name}={getattr(event, each.name)!r}" for each in fields(event) if each.name != "round"]
+    number = "" if isinstance(event, RunCreated) else f"round {event.round + 1}: "
+    return f"{number}{type(event).__name__}({', '.join(about)})"
+
+
 def _expect(fits: bool, rounds: Rounds, event: Event) -> None:
     if not fits:
         raise StoreError(
-            f"event log: {type(event).__name__} cannot follow in round {rounds.round}, phase {rounds.phase}; "
+            f"event log: {type(event).__name__} cannot follow in round {rounds.round + 1}, phase {rounds.phase}; "
             "the log is damaged, restore the state directory from a backup"
         )

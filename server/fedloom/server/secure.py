@@ -95,7 +95,7 @@ class Secure:
         try:
             total = unmasked(given)
         except ProtocolError as error:
-            _log.error("round %d: %s; the secure sum begins anew", given.place.round, error)
+            _log.error("round %d: %s; the secure sum begins anew", given.place.round + 1, error)
             return None
         order = self._history.broadcasts.order(given.survivors[0])
         mean = self._section.fixed_point.mean(order.upload, total, len(given.survivors))

@@ -240,7 +240,7 @@ async def _until_over(coordinator: Coordinator, servicer: Servicer, stopped: asy
             if servicer.failed.done():
                 return
             if stop.done():
-                _log.info("told to stop at round %d", coordinator.progress.round)
+                _log.info("told to stop after %d rounds", coordinator.progress.round)
                 return
             reach("serve.tick")
             await servicer.call(coordinator.tick)

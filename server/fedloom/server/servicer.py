@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from fedloom.proto.errors import Overloaded, ProtocolError, StoreError
+from fedloom.proto.errors import Overloaded, ProtocolError, StoreError, StrategyError
 from fedloom.proto.failpoints import failpoint, reach
 from fedloom.proto.frames import SERVICE
 from fedloom.proto.limits import LONG_POLL_S
@@ -105,7 +105,7 @@ def guarded(
             return reply
         except Exception as error:
             (code, text), kind = status_of(error), type(error).__name__
-            if isinstance(error, StoreError) and not servicer.failed.done():
+            if isinstance(error, StoreError | StrategyError) and not servicer.failed.done():
                 servicer.failed.set_exception(error)
             if code is grpc.StatusCode.INTERNAL:
                 _log.error("%s failed", handler.__name__, exc_info=error)

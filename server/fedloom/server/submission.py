@@ -14,6 +14,7 @@ from fedloom.proto.run import Spec
 from fedloom.proto.schema import Tensors
 from fedloom.proto.secagg.fixed import masked_bytes
 from fedloom.proto.secagg.steps import MASKED
+from fedloom.server.blame import try_fold
 from fedloom.server.broadcast import Order
 from fedloom.server.rounds import Rounds, UpdateAccepted
 from fedloom.strategies.api import State, Strategy, Update
@@ -29,7 +30,7 @@ def is_repeat(header: UpdateHeader, accepted: UpdateAccepted | None) -> bool:
     """
     if accepted is not None and accepted.digest != header.digest:
         raise ProtocolError(
-            f"client {header.client!r} has already sent another update for round {header.round}; "
+            f"client {header.client!r} has already sent another update for round {header.round + 1}; "
             "only the very same bytes may be sent again"
         )
     return accepted is not None
@@ -45,18 +46,18 @@ def check_address(header: UpdateHeader, rounds: Rounds) -> None:
     client, is_open = header.client, rounds.phase == "open"
     known = rounds.starts.get(client) == header.round  # only in buffered rounds: made for this or an earlier one
     if not is_open or not (header.round == rounds.round or known):
-        whose = f"update of client {client!r} is for round {header.round}"
+        whose = f"update of client {client!r} is for round {header.round + 1}"
         if header.round < rounds.round:
             limit = "" if rounds.max_staleness is None else f" or more than {rounds.max_staleness} rounds ago"
             raise ProtocolError(f"{whose}, which was closed without it{limit}; drop it and ask for work")
         raise ProtocolError(
-            f"{whose}, but round {rounds.round} is {'open' if is_open else 'next and not open'}; "
+            f"{whose}, but round {rounds.round + 1} is {'open' if is_open else 'next and not open'}; "
             "drop it and ask for work"
         )
     if client not in rounds.cohort or (rounds.starts and not known):
-        raise ProtocolError(f"client {client!r} was not asked to train in round {header.round}; ask for work")
+        raise ProtocolError(f"client {client!r} was not asked to train in round {header.round + 1}; ask for work")
     if rounds.lost.get(client) == "rejected":
-        raise UpdateRejected(f"the update of client {client!r} for round {header.round} was refused before")
+        raise UpdateRejected(f"the update of client {client!r} for round {header.round + 1} was refused before")
 
 
 def check_score(header: UpdateHeader, spec: Spec) -> None:
@@ -69,8 +70,8 @@ def check_score(header: UpdateHeader, spec: Spec) -> None:
     wanted = section.figures if section.due(header.round) else 0
     if len(header.score) not in (0, wanted):
         raise ProtocolError(
-            f"client {header.client!r} sends {len(header.score)} figures of an evaluation for round {header.round}; "
-            f"{wanted} or none are allowed"
+            f"client {header.client!r} sends {len(header.score)} figures of an evaluation for round "
+            f"{header.round + 1}; {wanted} or none are allowed"
         )
 
 
@@ -110,10 +111,13 @@ def check_payload(header: UpdateHeader, payload: bytes, size_bytes: int) -> None
 
 
 @failpoint("submission.decode")
-def decoded(strategy: Strategy, state: State, order: Order, payload: bytes, update: Update, max_norm: float) -> Update:
+def decoded(
+    name: str, strategy: Strategy, state: State, order: Order, payload: bytes, update: Update, max_norm: float
+) -> Update:
     """The update with the payload's values, once it is sure that they may be folded.
 
     Args:
+        name: The strategy's, as the run file names it.
         strategy: Folds the update once for trial, so that what it would refuse is refused before it counts.
         state: Its state in the round that the update would count in.
         order: What the client was asked to do.
@@ -124,15 +128,16 @@ def decoded(strategy: Strategy, state: State, order: Order, payload: bytes, upda
     Raises:
         UpdateRejected: The values are not finite, do not decode, are beyond the bound, lead where the codec of
             broadcasts cannot follow, or the strategy refuses them.
+        StrategyError: The strategy fails on them.
     """
     try:
         delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
         update = replace(update, delta=delta)
         _check_size(update, max_norm)
         _check_sendable(codec(order.assignment.broadcast_codec).largest, state.adapter, update)
-        strategy.fold(state, None, update)
     except (CodecError, SchemaError) as error:
         raise UpdateRejected(str(error)) from error
+    try_fold(name, strategy, state, update)
     return update
 
 

@@ -17,8 +17,8 @@ from fedloom.client.model import AdapterModel, base_digest, load_model, resolve_
 from fedloom.client.scoring import held_out
 from fedloom.proto.errors import ConfigError, FedloomError
 from fedloom.proto.run import DataSection, RunConfig, Spec
+from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import calibrated
-from fedloom.server.progress import Progress
 from fedloom.server.user_ledger import check_supply
 
 __all__ = [
@@ -146,15 +146,19 @@ def write_client(policy: Policy, rows: Rows, folder: Path) -> Path:
     return path
 
 
-def check_alive(federation: Federation, progress: Progress) -> None:
+def check_alive(federation: Federation, coordinator: Coordinator) -> None:
     """Refuse to wait for clients that a simulation does not have.
 
     Raises:
-        FedloomError: So many updates were refused that the open round can never close.
+        FedloomError: So many updates were refused that the open round can never close, or the strategy fails.
     """
+    coordinator.check()
+    progress = coordinator.progress
     refused = sorted(client for client, reason in progress.lost.items() if reason == "rejected")
     left = len(federation.clients) - len(refused)
     if left < progress.needed:
+        if coordinator.fault is not None:
+            raise coordinator.fault
         raise FedloomError(
             f"round {progress.round + 1} needs {progress.needed} updates and only {left} clients are left, since "
             f"what {', '.join(refused)} sent was refused, see the log; if it holds NaN or Inf, lower "

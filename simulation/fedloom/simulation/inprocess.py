@@ -51,7 +51,7 @@ def run_inprocess(
             for participant in list(working):
                 if participant.step() is not None:
                     working.remove(participant)
-                check_alive(federation, coordinator.progress)
+                check_alive(federation, coordinator)
                 yield
     coordinator.close()
 

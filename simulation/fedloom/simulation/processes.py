@@ -38,7 +38,7 @@ def run_processes(federation: Federation, coordinator: Coordinator, folder: Path
         }
         while not coordinator.finished:
             yield
-            check_alive(federation, coordinator.progress)
+            check_alive(federation, coordinator)
             dead = [name for name, process in clients.items() if process.poll() not in (None, 0)]
             if len(clients) - len(dead) < coordinator.progress.needed:
                 log = folder / "clients" / dead[0] / "client.log"

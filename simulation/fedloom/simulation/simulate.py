@@ -23,6 +23,7 @@ from fedloom.client.trainer import Score, batch_loss, evaluate
 from fedloom.proto.accounting import Statement
 from fedloom.proto.errors import FedloomError, ModelError
 from fedloom.proto.run import RunConfig
+from fedloom.proto.schema import Tensors
 from fedloom.server.admission import check_config
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy
@@ -135,7 +136,7 @@ def simulate(
     schema = federation.model.schema
     starting = starting_adapter(schema, config.run.seed)
     watcher.ready(federation, folder)
-    federation.model.load(starting)
+    federation.model.show(starting)
     start = evaluate(federation.model, federation.held_out)
     with ExitStack() as stack:
         tape = _Tape(open_recorders(folder, config, report_to))
@@ -149,7 +150,7 @@ def simulate(
             strategy,
             store,
             starting=starting,
-            clock=standing_clock if config.engine.kind == "inprocess" else time.monotonic,
+            clock=standing_clock if config.engine.kind == "inprocess" else None,
             expect=len(federation.clients),
         )
         coordinator.on_commit = lambda rounds, state: tape.commits.put((rounds, state))
@@ -161,8 +162,8 @@ def simulate(
         _drain(federation, coordinator, tape, watcher, began)
         if not coordinator.finished:
             raise FedloomError(f"the run stopped after {coordinator.progress.round} of {config.run.rounds} rounds")
-        final_state = coordinator.state
-    return _finish(federation, folder, tape, start, final_state)
+        rounds, result = coordinator.state.round, coordinator.result()
+    return _finish(federation, folder, tape, start, rounds, result)
 
 
 def _set_threads(threads: int) -> int:
@@ -189,7 +190,7 @@ def _drain(federation: Federation, coordinator: Coordinator, tape: _Tape, watche
         seen = tape.read_to(rounds)
         score = None
         if is_scored(config, rounds):
-            federation.model.load(state.adapter)
+            federation.model.show(coordinator.result(state))
             score = evaluate(federation.model, federation.held_out)
         traffic = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
         record = round_record(config, rounds, seen, federation.clients, traffic, time.monotonic() - began)
@@ -210,14 +211,14 @@ def _record(tape: _Tape, watcher: Watcher, record: RoundRecord) -> None:
     watcher.recorded(record)
 
 
-def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, state: State) -> Result:
+def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, rounds: int, trained: Tensors) -> Result:
     """Export the adapter, reload it as a user would, and write the summary and the plot."""
     config, model = federation.config, federation.model
-    model.load(state.adapter)
+    model.show(trained)
     final = evaluate(model, federation.held_out)
     spent = ledger_statements(federation) if config.privacy.enabled else {}
     known = facts(config, _worst(spent) if spent else None)
-    user = user_statement(config.user_level, state.round)
+    user = user_statement(config.user_level, rounds)
     save_adapter(model, folder / "adapter", {**known, "user_privacy": user, "held_out_accuracy": final.accuracy})
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, federation.held_out, pad, str(model.device))

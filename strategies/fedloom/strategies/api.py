@@ -89,6 +89,10 @@ class Strategy(Protocol):
     - `unweighted`: every update counts once, whatever its weight; a run that weighs clients by examples is refused.
     - `least_updates`: a number, 1 where it is absent. `commit` raises `ProtocolError` for fewer updates, and a run
       whose `rounds.min_clients` is below it is refused.
+    - `result`: a method that gives the model of a state, what a client has that loads it: the adapter, and for a
+      strategy that corrects frozen weights MODULE.base_A and MODULE.base_B of every pair. Where it is absent, it is the
+      adapter and what `memory` holds under these names. It is what a run scores, sends at its end and exports; a plan
+      that broadcasts other corrections than those of its state's result is refused.
     """
 
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:

@@ -23,6 +23,7 @@ import pytest
 from fedloom.proto.errors import ProtocolError, SchemaError, UpdateRejected
 from fedloom.proto.schema import LORA, Array, Role, Schema, Tensors, TensorSpec
 from fedloom.strategies.api import Plan, State, Strategy, Update
+from fedloom.strategies.result import result
 from fedloom.strategies.start import starting_adapter
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
 
@@ -254,6 +255,13 @@ class StrategyConformance:
         for delta in (others, {**others, name: misshapen}, {**others, name: flat}, {**update.delta, "stranger": flat}):
             with pytest.raises(SchemaError):
                 run_round(strategy, state, [replace(update, delta=delta)])
+
+    def test_the_result_is_what_clients_are_given(self) -> None:
+        """What is scored and exported is the model that the next round starts from."""
+        strategy, state = self.begin()
+        for _ in range(ROUNDS):
+            state = run_round(strategy, state, self.updates(strategy, state))
+            _assert_close(_broadcast_model(strategy, state), effective(state.schema, result(strategy, state)))
 
     def test_state_survives_storage(self) -> None:
         """A run resumed from stored bytes continues exactly as one that was never interrupted."""

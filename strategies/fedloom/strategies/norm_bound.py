@@ -9,6 +9,7 @@ import numpy as np
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.schema import Schema, Tensors
 from fedloom.strategies.api import Plan, State, Strategy, Update
+from fedloom.strategies.result import result
 
 __all__ = ["NormBound", "norm"]
 
@@ -64,6 +65,10 @@ class NormBound:
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
         """The inner strategy's state."""
         return self.inner.init(schema, adapter, seed)
+
+    def result(self, state: State) -> Tensors:
+        """The inner strategy's result."""
+        return result(self.inner, state)
 
     def plan(self, state: State, round: int, client: str) -> Plan:
         """The inner strategy's plan."""

@@ -11,6 +11,7 @@ from fedloom.proto.schema import LORA, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.mean import check, uploaded
 from fedloom.strategies.registry import load
+from fedloom.strategies.result import result
 
 __all__ = ["Robust", "Rule", "named"]
 
@@ -87,6 +88,10 @@ class Robust:
         state = self.inner.init(schema, adapter, seed)
         self.plan(state, state.round, _ANYONE)
         return state
+
+    def result(self, state: State) -> Tensors:
+        """The inner strategy's result."""
+        return result(self.inner, state)
 
     def plan(self, state: State, round: int, client: str) -> Plan:
         """The inner strategy's plan, the same for all clients.

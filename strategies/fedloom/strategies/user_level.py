@@ -18,6 +18,7 @@ from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.mean import check, uploaded
 from fedloom.strategies.noise import KEY_BYTES, derive, normal
 from fedloom.strategies.norm_bound import norm
+from fedloom.strategies.result import result
 from fedloom.strategies.tree import retired
 
 __all__ = ["Clipped", "UserLevel", "check_memory", "count_noise"]
@@ -127,6 +128,10 @@ class UserLevel:
             _GRID: np.array(UNITS),
         }
         return replace(state, memory={**state.memory, **ours})
+
+    def result(self, state: State) -> Tensors:
+        """The inner strategy's result."""
+        return result(self.inner, _inner(state))
 
     def plan(self, state: State, round: int, client: str) -> Plan:
         """The inner strategy's plan, the same for all clients."""

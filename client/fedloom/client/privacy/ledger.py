@@ -200,7 +200,9 @@ class Ledger:
         if self._released(run, round) is not None:
             raise PolicyError(
                 f"round {round + 1} of run {run!r} was answered before, and that answer is not kept any more; "
-                "no round is answered with two different updates. Start the client again once the round is over"
+                "no round is answered with two different updates. Start the client again once the round is over. If "
+                "the coordinator was put back to an earlier state, it never is, and the run cannot go on: its operator "
+                "ends it with `fedloom operate finish`, or begins a new run"
             )
         after = epsilon([*self.spends(), spend, *([] if evaluation is None else [evaluation])], delta)
         if after > budget:

@@ -106,16 +106,18 @@ class Wait(_message.Message):
     def __init__(self, retry_after_s: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("rounds", "codec", "digest", "bytes")
+    __slots__ = ("rounds", "codec", "digest", "bytes", "base_rank")
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    BASE_RANK_FIELD_NUMBER: _ClassVar[int]
     rounds: int
     codec: str
     digest: str
     bytes: int
-    def __init__(self, rounds: _Optional[int] = ..., codec: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+    base_rank: int
+    def __init__(self, rounds: _Optional[int] = ..., codec: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ..., base_rank: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("run", "epoch", "client", "digest", "offset")
@@ -274,7 +276,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("run", "epoch", "round", "rounds", "open", "elapsed_s", "needed", "short", "live", "cohort", "submitted", "lost")
+    __slots__ = ("run", "epoch", "round", "rounds", "open", "elapsed_s", "needed", "short", "live", "cohort", "submitted", "lost", "waiting", "waiting_s", "refusing", "over")
     class LostEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -294,6 +296,10 @@ class StatusReply(_message.Message):
     COHORT_FIELD_NUMBER: _ClassVar[int]
     SUBMITTED_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_S_FIELD_NUMBER: _ClassVar[int]
+    REFUSING_FIELD_NUMBER: _ClassVar[int]
+    OVER_FIELD_NUMBER: _ClassVar[int]
     run: str
     epoch: int
     round: int
@@ -306,12 +312,24 @@ class StatusReply(_message.Message):
     cohort: _containers.RepeatedScalarFieldContainer[str]
     submitted: _containers.RepeatedScalarFieldContainer[str]
     lost: _containers.ScalarMap[str, str]
-    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., open: _Optional[bool] = ..., elapsed_s: _Optional[float] = ..., needed: _Optional[int] = ..., short: _Optional[bool] = ..., live: _Optional[_Iterable[str]] = ..., cohort: _Optional[_Iterable[str]] = ..., submitted: _Optional[_Iterable[str]] = ..., lost: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    waiting: str
+    waiting_s: float
+    refusing: _containers.RepeatedScalarFieldContainer[str]
+    over: bool
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., open: _Optional[bool] = ..., elapsed_s: _Optional[float] = ..., needed: _Optional[int] = ..., short: _Optional[bool] = ..., live: _Optional[_Iterable[str]] = ..., cohort: _Optional[_Iterable[str]] = ..., submitted: _Optional[_Iterable[str]] = ..., lost: _Optional[_Mapping[str, str]] = ..., waiting: _Optional[str] = ..., waiting_s: _Optional[float] = ..., refusing: _Optional[_Iterable[str]] = ..., over: _Optional[bool] = ...) -> None: ...
 
 class StopRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class StopReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FinishRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FinishReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -467,6 +467,11 @@ class OperationStub:
                 request_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.StopRequest.SerializeToString,
                 response_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.StopReply.FromString,
                 _registered_method=True)
+        self.Finish = channel.unary_unary(
+                '/fedloom.v1.Operation/Finish',
+                request_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.FinishRequest.SerializeToString,
+                response_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.FinishReply.FromString,
+                _registered_method=True)
 
 
 class OperationServicer:
@@ -487,6 +492,13 @@ class OperationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Finish(self, request, context):
+        """"End the run with what is committed." For operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -499,6 +511,11 @@ def add_OperationServicer_to_server(servicer, server):
                     servicer.Stop,
                     request_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.StopRequest.FromString,
                     response_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.StopReply.SerializeToString,
+            ),
+            'Finish': grpc.unary_unary_rpc_method_handler(
+                    servicer.Finish,
+                    request_deserializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.FinishRequest.FromString,
+                    response_serializer=fedloom_dot_proto_dot_v1_dot_federation__pb2.FinishReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -556,6 +573,33 @@ class Operation:
             '/fedloom.v1.Operation/Stop',
             fedloom_dot_proto_dot_v1_dot_federation__pb2.StopRequest.SerializeToString,
             fedloom_dot_proto_dot_v1_dot_federation__pb2.StopReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Finish(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedloom.v1.Operation/Finish',
+            fedloom_dot_proto_dot_v1_dot_federation__pb2.FinishRequest.SerializeToString,
+            fedloom_dot_proto_dot_v1_dot_federation__pb2.FinishReply.FromString,
             options,
             channel_credentials,
             insecure,

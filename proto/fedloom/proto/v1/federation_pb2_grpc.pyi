@@ -195,6 +195,8 @@ class OperationStub:
     """"How does the run stand?" For operators and observers."""
     Stop: _grpc.UnaryUnaryMultiCallable[_federation_pb2.StopRequest, _federation_pb2.StopReply]
     """"Stop cleanly." For operators; started again on the same state, the run goes on."""
+    Finish: _grpc.UnaryUnaryMultiCallable[_federation_pb2.FinishRequest, _federation_pb2.FinishReply]
+    """"End the run with what is committed." For operators."""
 
 @_typing.type_check_only
 class OperationAsyncStub(OperationStub):
@@ -205,6 +207,8 @@ class OperationAsyncStub(OperationStub):
     """"How does the run stand?" For operators and observers."""
     Stop: _aio.UnaryUnaryMultiCallable[_federation_pb2.StopRequest, _federation_pb2.StopReply]  # type: ignore[assignment]
     """"Stop cleanly." For operators; started again on the same state, the run goes on."""
+    Finish: _aio.UnaryUnaryMultiCallable[_federation_pb2.FinishRequest, _federation_pb2.FinishReply]  # type: ignore[assignment]
+    """"End the run with what is committed." For operators."""
 
 class OperationServicer(metaclass=_abc_1.ABCMeta):
     """The operator's face."""
@@ -224,5 +228,13 @@ class OperationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.StopReply, _abc.Awaitable[_federation_pb2.StopReply]]:
         """"Stop cleanly." For operators; started again on the same state, the run goes on."""
+
+    @_abc_1.abstractmethod
+    def Finish(
+        self,
+        request: _federation_pb2.FinishRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.FinishReply, _abc.Awaitable[_federation_pb2.FinishReply]]:
+        """"End the run with what is committed." For operators."""
 
 def add_OperationServicer_to_server(servicer: OperationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -39,7 +39,7 @@ def state_zip(coordinator: Coordinator) -> IO[bytes]:
     about = {"rounds_done": state.round, "run": config.model_dump(mode="json", exclude_none=True)}
     return _packed(
         {
-            "adapter.safetensors": save(dict(state.adapter), metadata={"format": "fedloom"}),
+            "adapter.safetensors": save(dict(coordinator.result(state)), metadata={"format": "fedloom"}),
             "run.json": json.dumps(about, indent=2).encode(),
             "README.txt": readme.encode(),
         }

@@ -139,7 +139,7 @@ class Board:
         with suppress(FedloomError):
             journal.refresh()
         total = config.run.rounds if config else None
-        over = total is not None and journal.rounds.round >= total
+        over = journal.rounds.phase == "over" or (total is not None and journal.rounds.round >= total)
         phase = "over" if over else "running" if ours or _held(folder) else "stopped"
         return {"name": name, "ours": ours, "round": journal.rounds.round, "rounds": total, "phase": phase}
 

@@ -132,7 +132,7 @@ def _scores(records: Sequence[RoundRecord]) -> dict[str, Any]:
 
 
 def _phase(journal: Journal, config: RunConfig | None, progress: Progress | None) -> str:
-    if config is not None and journal.rounds.round >= config.run.rounds:
+    if journal.rounds.phase == "over" or (config is not None and journal.rounds.round >= config.run.rounds):
         return "over"
     if progress is None:
         return "stopped"
@@ -141,7 +141,7 @@ def _phase(journal: Journal, config: RunConfig | None, progress: Progress | None
 
 def _open_round(journal: Journal, config: RunConfig | None, progress: Progress | None) -> dict[str, Any] | None:
     """The round that is open, or what the next one waits for; None where no coordinator is at work."""
-    if progress is None or config is None or progress.round >= progress.rounds:
+    if progress is None or config is None or progress.over:
         return None
     return {
         "round": progress.round,
@@ -153,6 +153,9 @@ def _open_round(journal: Journal, config: RunConfig | None, progress: Progress |
         "lost": len(progress.lost),
         "needed": progress.needed,
         "short": progress.short,
+        "waiting": progress.waiting,
+        "waiting_s": progress.waiting_s,
+        "refusing": list(progress.refusing),
     }
 
 

@@ -126,7 +126,7 @@ function show(run) {
   past(run);
   trouble(run);
   config(run);
-  $("foot").textContent = `Run ${run.run ?? "not begun"} · coordinator started ${plural(run.starts, "time")} · figures of ${clock(answeredAt)}`;
+  $("foot").textContent = `Run ${run.run ?? "not begun"} · state opened ${plural(run.starts, "time")} · figures of ${clock(answeredAt)}`;
 }
 
 function head(run) {
@@ -194,7 +194,7 @@ function tiles(run) {
     found.push({ label: "Accuracy after local steps", value: percent(run.curves.personalised), more: "personalised, on clients' own held-out rows" });
   }
   if (privacy?.enabled) {
-    found.push({ label: "Privacy spent (ε)", value: figure(privacy.most), unit: ` of ${privacy.epsilon}`, meter: privacy.most === null ? 0 : privacy.most / privacy.epsilon, more: `worst client, δ\u00a0=\u00a0${small(privacy.delta)}` });
+    found.push({ label: "Privacy spent (ε)", value: figure(privacy.most), unit: ` of ${privacy.epsilon} planned`, meter: privacy.most === null ? 0 : privacy.most / privacy.epsilon, more: `worst client, δ\u00a0=\u00a0${small(privacy.delta)}${privacy.most > privacy.epsilon ? "; a round that was asked again is charged again" : ""}` });
   } else if (privacy) {
     found.push({ label: "Privacy", value: "None", more: "updates leave clients without noise" });
   }
