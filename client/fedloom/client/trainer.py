@@ -215,6 +215,10 @@ class Trainer:
             )
         self.ledger.release(charge, digest)
 
+    def drop(self, why: str | None) -> bool:
+        """Give up the work that was begun last, if it was charged and not released; see `Training.drop`."""
+        return self.ledger is not None and self.ledger.drop(why)
+
     def _reserve(self, run: str, round: int, evaluating: bool) -> int | None:
         if not self.spec.privacy.enabled:
             return None

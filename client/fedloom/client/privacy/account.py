@@ -8,7 +8,8 @@ from fedloom.client.config import Policy
 from fedloom.client.data.rows import Rows, digest
 from fedloom.client.privacy.anchor import anchors_at, default_anchors
 from fedloom.client.privacy.examples import claim
-from fedloom.client.privacy.ledger import Ledger, stored_accounts
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.privacy.ledger_file import stored_accounts
 
 __all__ = ["anchors_folder", "existing_account", "ledger_folder", "open_account", "spool_folder"]
 
