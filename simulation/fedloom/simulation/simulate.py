@@ -32,6 +32,7 @@ from fedloom.server.store import Store
 from fedloom.server.user_ledger import statement as user_statement
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess, standing_clock
+from fedloom.simulation.personal import client_scores, mean_score, save_clients
 from fedloom.simulation.processes import run_processes
 from fedloom.simulation.record import new_folder, plot, write_json
 from fedloom.strategies.api import State
@@ -150,8 +151,8 @@ def simulate(
         _drain(federation, coordinator, tape, watcher, began)
         if not coordinator.finished:
             raise FedloomError(f"the run stopped after {coordinator.progress.round} of {config.run.rounds} rounds")
-        final_state = coordinator.state
-    return _finish(federation, folder, tape, start, final_state)
+        run, final_state = coordinator.progress.run, coordinator.state
+    return _finish(federation, folder, tape, start, run, final_state)
 
 
 def _set_threads(threads: int) -> int:
@@ -178,8 +179,7 @@ def _drain(federation: Federation, coordinator: Coordinator, tape: _Tape, watche
         seen = tape.read_to(rounds)
         score = None
         if is_scored(config, rounds):
-            federation.model.load(state.adapter)
-            score = evaluate(federation.model, federation.held_out)
+            score = mean_score(federation, coordinator.progress.run, state.adapter)
         traffic = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
         record = round_record(config, rounds, seen, federation.clients, traffic, time.monotonic() - began)
         if score is not None:
@@ -199,14 +199,15 @@ def _record(tape: _Tape, watcher: Watcher, record: RoundRecord) -> None:
     watcher.recorded(record)
 
 
-def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, state: State) -> Result:
-    """Export the adapter, reload it as a user would, and write the summary and the plot."""
+def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, run: str, state: State) -> Result:
+    """Export the adapter, or each client's, reload it as a user would, and write the summary and the plot."""
     config, model = federation.config, federation.model
-    model.load(state.adapter)
-    final = evaluate(model, federation.held_out)
+    final, own = mean_score(federation, run, state.adapter), client_scores(federation, run, state.adapter)
     spent = ledger_statements(federation) if config.privacy.enabled else {}
     known = facts(config, _worst(spent) if spent else None)
     user = user_statement(config.user_level, state.round)
+    save_clients(federation, run, state.adapter, own, folder / "adapters", {**known, "user_privacy": user})
+    model.load(state.adapter)
     save_adapter(model, folder / "adapter", {**known, "user_privacy": user, "held_out_accuracy": final.accuracy})
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, federation.held_out, pad, str(model.device))
@@ -220,6 +221,7 @@ def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, sta
         {
             "accuracy_start": start.accuracy,
             "accuracy": final.accuracy,
+            "accuracy_by_client": {name: score.accuracy for name, score in own.items()},
             "loss": final.loss,
             "held_out_examples": final.examples,
             "epsilon": result.epsilon,
