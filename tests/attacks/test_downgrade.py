@@ -136,6 +136,9 @@ class Trainer:
         if charge is not None:
             self.account.release(charge, digest)
 
+    def drop(self, why: str | None) -> bool:
+        return self.account.drop(why)
+
 
 @dataclass
 class Site:

@@ -11,6 +11,7 @@ from fedloom.client import participant as participant_module
 from fedloom.client.config import Policy
 from fedloom.client.connection import GrpcConnection
 from fedloom.client.participant import Participant
+from fedloom.client.privacy import ledger as ledger_module
 from fedloom.client.privacy.account import anchors_folder, ledger_folder, spool_folder
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.training import Proceed, Trained
@@ -83,6 +84,9 @@ class Steady:
             assert charge is not None
             self.ledger.release(charge, digest)
 
+    def drop(self, why: str | None) -> bool:
+        return self.ledger is not None and self.ledger.drop(why)
+
 
 def run_server(trial: Trial, folder: Path, address: str) -> int:
     """Serve the run until it is over; 0 if it is."""
@@ -99,6 +103,8 @@ def run_server(trial: Trial, folder: Path, address: str) -> int:
 
 def run_client(trial: Trial, folder: Path, address: str, name: str) -> int:
     """Take part until the run is over."""
+    # Nobody looks after a client that was killed time and again.
+    ledger_module.MOST_FAILURES = 10**9
     # A heartbeat in every training, and a short pause after every failure: trials last seconds.
     participant_module._HEARTBEAT_S, participant_module._BACKOFF_S = trial.pause_s / 2, (0.05, 0.5)
     folder.mkdir(exist_ok=True)

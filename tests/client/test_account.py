@@ -100,7 +100,7 @@ def test_rounds_left_is_what_reserve_allows(policy: Policy, tmp_path: Path, budg
     with Ledger(tmp_path, "ab") as ledger:
         for done in range(budgeted):
             assert rounds_left(ledger, SPEND, poor, 100) == budgeted - done
-            ledger.reserve("run", done, SPEND, budget=budget, delta=poor.delta)
+            ledger.release(ledger.reserve("run", done, SPEND, budget=budget, delta=poor.delta), "sent")
 
         assert rounds_left(ledger, SPEND, poor, 100) == 0
         with pytest.raises(BudgetError):

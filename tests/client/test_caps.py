@@ -43,6 +43,9 @@ class Steady:
     def release(self, charge: int | None, digest: str) -> None:
         pass
 
+    def drop(self, why: str | None) -> bool:
+        return False
+
 
 class Hours:
     """A site's hours, opened and closed by hand."""

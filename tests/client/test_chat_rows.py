@@ -45,7 +45,7 @@ def bases(small_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     folders = {}
     for name, template in (("thinking", THINKING), ("no-system", NO_SYSTEM)):
         folders[name] = tmp_path_factory.mktemp(name)
-        base, tokenizer = load_base(small_bases["llama"], "causal-lm")
+        base, tokenizer, *_ = load_base(small_bases["llama"], "causal-lm")
         tokenizer.chat_template = template
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -51,6 +51,9 @@ class Steady:
     def release(self, charge: int | None, digest: str) -> None:
         pass
 
+    def drop(self, why: str | None) -> bool:
+        return False
+
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:

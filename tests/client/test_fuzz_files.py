@@ -86,7 +86,7 @@ def written(kind: str, rows: list[tuple[str, str]], rng: random.Random) -> bytes
         for each, label in rows:
             out.write(json.dumps({"text": each, "label": label}, ensure_ascii=ascii_only) + "\n")
     else:
-        quoting = rng.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC))
+        quoting: Any = rng.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC))
         end = rng.choice(("\n", "\r\n"))
         writer = csv.writer(out, delimiter="\t" if kind == "tsv" else ",", quoting=quoting, lineterminator=end)
         writer.writerows([("text", "label"), *rows])

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 from fedloom.client.privacy import ledger as module
-from fedloom.client.privacy.ledger import Ledger, stored_accounts
+from fedloom.client.privacy import ledger_file as file_module
+from fedloom.client.privacy.anchor import Anchor
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.privacy.ledger_file import stored_accounts
 from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.errors import BudgetError, LedgerError, PolicyError
 
@@ -152,10 +155,52 @@ def test_a_file_system_that_does_not_take_the_settings_is_refused(
         def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
             return super().execute(sql.replace(setting, other), *values)
 
-    monkeypatch.setattr(module, "sqlite3", SimpleNamespace(connect=stubborn(Stubborn), Error=sqlite3.Error))
+    monkeypatch.setattr(file_module, "sqlite3", SimpleNamespace(connect=stubborn(Stubborn), Error=sqlite3.Error))
 
     with pytest.raises(LedgerError, match=r"journal mode and synchronisation are .* move it to a local disk"):
         Ledger(tmp_path, DATASET)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_full_disk_is_no_reason_to_adopt_a_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    class Full(sqlite3.Connection):
+        """SQLite's own word for a disk without room."""
+
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            if "journal_mode=" in sql:
+                super().execute("PRAGMA max_page_count = 1")
+                super().execute("CREATE TABLE no_room (x)")
+            return super().execute(sql, *values)
+
+    if begun:
+        with Ledger(tmp_path, DATASET) as ledger:
+            reserve(ledger)
+    with monkeypatch.context() as patch:
+        patch.setattr(file_module, "sqlite3", SimpleNamespace(connect=stubborn(Full), Error=sqlite3.Error))
+        with pytest.raises(LedgerError, match=r"disk is full\. Free the disk, .* and start again") as refused:
+            Ledger(tmp_path, DATASET)
+    assert "adopt" not in str(refused.value)
+
+    with Ledger(tmp_path, DATASET) as again:
+        assert len(again.charges()) == begun
+
+
+def test_an_anchor_that_a_full_disk_did_not_take_is_written_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Anchor, "write", full)
+        with pytest.raises(LedgerError, match="Free the disk") as refused:
+            Ledger(tmp_path, DATASET)
+    assert "adopt" not in str(refused.value)
+
+    with Ledger(tmp_path, DATASET) as again:
+        reserve(again)
 
 
 def stubborn(kind: type[sqlite3.Connection]) -> Callable[..., sqlite3.Connection]:

@@ -95,6 +95,9 @@ class Noisy:
             assert self.ledger is not None
             self.ledger.release(charge, digest)
 
+    def drop(self, why: str | None) -> bool:
+        return self.ledger is not None and self.ledger.drop(why)
+
 
 @pytest.fixture
 def line(spec: Spec) -> Line:

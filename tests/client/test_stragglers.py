@@ -80,6 +80,9 @@ class Slow:
         assert charge is not None
         self.ledger.release(charge, digest)
 
+    def drop(self, why: str | None) -> bool:
+        return self.ledger.drop(why)
+
 
 class Noting(GrpcConnection):
     """The real line, with a note of what is sent."""

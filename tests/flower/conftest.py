@@ -51,6 +51,9 @@ class Dice:
         assert charge is not None
         self.ledger.release(charge, digest)
 
+    def drop(self, why: str | None) -> bool:
+        return self.ledger.drop(why)
+
 
 @dataclass
 class Site:

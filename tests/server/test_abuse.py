@@ -229,6 +229,9 @@ class Steady:
     def release(self, charge: int | None, digest: str) -> None:
         pass
 
+    def drop(self, why: str | None) -> bool:
+        return False
+
 
 def test_who_is_too_many_comes_back_when_told_and_sends_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -80,6 +80,9 @@ class Still:
     def release(self, charge: int | None, digest: str) -> None:
         pass
 
+    def drop(self, why: str | None) -> bool:
+        return False
+
 
 class Noting(GrpcConnection):
     """The real line, with a note of every time to come back."""

@@ -81,6 +81,9 @@ class Held:
     def release(self, charge: int | None, digest: str) -> None:
         pass
 
+    def drop(self, why: str | None) -> bool:
+        return False
+
 
 def live(trainer: Held, address: str, ends: list[Finished]) -> threading.Thread:
     """A thread in which a client lives until the run is over."""

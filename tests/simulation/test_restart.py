@@ -87,6 +87,9 @@ class Steady:
     def release(self, charge: int | None, digest: str) -> None:
         pass
 
+    def drop(self, why: str | None) -> bool:
+        return False
+
 
 def participant(
     connection: Connection, client: int, trained: threading.Semaphore, kind: type[Steady] = Steady

@@ -46,7 +46,7 @@ class Marked:
     declared_examples = 1
 
     def __init__(self, ledger, schema):
-        self.ledger, self.schema, self.release = ledger, schema, ledger.release
+        self.ledger, self.schema, self.release, self.drop = ledger, schema, ledger.release, ledger.drop
 
     def train(self, run, assignment, broadcast, proceed):
         charge = self.ledger.reserve(run, assignment.round, Spend(1.0, 9.0, 1), budget=9.0, delta=1e-5)

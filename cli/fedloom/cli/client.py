@@ -30,7 +30,10 @@ def client(
     ] = False,
     adapter: Annotated[
         Path | None,
-        typer.Option(help="Folder for the run's final adapter, in PEFT's format; replaced if it is there."),
+        typer.Option(
+            help="Folder for the run's final adapter in PEFT's format, with what this site kept to itself; replaced if "
+            "it is there."
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a policy key, such as compute.device=cuda.")
@@ -73,18 +76,22 @@ def client(
         out.print(f"{name}: {line}")
 
     made: list[Trainer] = []
+    runs: list[str] = []
 
     def ready(joined: "Joined") -> "Training":
         rounds = joined.spec.run.rounds
         rest = pace(rounds)
         participant.delivered = lambda number: tell(f"round {number}/{rounds} sent{rest(number)}")
+        runs.append(joined.run)
         made.append(prepare(site, joined.spec, own, announce=tell, owing=kept(spool, joined.run, name) is not None))
         return made[-1]
 
     def save(tensors: "Tensors") -> None:
         assert adapter is not None  # otherwise nobody asks
-        save_final(made[-1].model, made[-1].spec, tensors, adapter)
-        tell(f"the run's adapter is in {adapter}")
+        trainer, own = made[-1], made[-1].personal(runs[-1])
+        save_final(trainer.model, trainer.spec, {**tensors, **own}, adapter)
+        with_own = f" with this site's own {', '.join(sorted(trainer.schema.roles_of(own)))}" if own else ""
+        tell(f"the run's adapter{with_own} is in {adapter}")
 
     participant = Participant(connection, site, ready, spool=spool, pace=grid)
     out.print(f"{participant.name}: joining {server}")

@@ -185,7 +185,11 @@ def _document(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> dict[s
     spend = spend or (charges[-1].spend if charges else None)
     rows = [
         {**asdict(charge.spend), "charge": charge.number, "run": charge.run, "round": charge.round + 1}
-        | {"released": charge.digest, "evaluation": charge.evaluation and asdict(charge.evaluation)}
+        | {
+            "released": charge.digest,
+            "dropped": charge.dropped,
+            "evaluation": charge.evaluation and asdict(charge.evaluation),
+        }
         for charge in charges
     ]
     stated = ledger.statement(mine.delta, GRID)
@@ -209,7 +213,7 @@ def _charges(ledger: "Ledger") -> None:
         spend, scored = charge.spend, charge.evaluation
         about = f"noise {scored.noise_multiplier:g}" if scored else ""
         figures = (f"{spend.sampling_rate:g}", f"{spend.noise_multiplier:g}", str(spend.steps), about)
-        released = charge.digest[:12] if charge.digest else "no"
+        released = charge.digest[:12] if charge.digest else charge.dropped or "no"
         table.add_row(str(charge.number), charge.run, str(charge.round + 1), *figures, released)
     out.print(f"account {ledger.path}")
     out.print(table)

@@ -140,5 +140,7 @@ def _summary(config: RunConfig, result: "Result") -> None:
         out.print(f"\n{terms(max(result.privacy.values(), key=lambda each: each.epsilon))}")
     out.print(f"\nadapter  {result.folder / 'adapter'}")
     out.print(f"         reloaded with PeftModel.from_pretrained: {result.agreement:.1%} of predictions the same")
+    if (each := result.folder / "adapters").is_dir():
+        out.print(f"         {each} has one for each client, with what it kept to itself; the accuracy is their mean")
     out.print(f"metrics  {result.folder / 'metrics.jsonl'}")
     out.print(f"plot     {result.folder / 'curves.png'}")

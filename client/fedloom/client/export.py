@@ -159,7 +159,8 @@ def _names(folder: Path) -> set[str]:
 def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path) -> None:
     """Write the adapter that a run ended with, as a client has it; what was at `folder` before is replaced whole.
 
-    Clients that share the folder may all do so at once: it holds one of their adapters, which are the same. Its
+    Clients that share the folder may all do so at once: it holds one of their adapters, which are the same unless they
+    keep tensors to themselves. Its
     guarantee is that of a client that took part in every round: a client knows of no other's rounds.
 
     Raises:

@@ -1,7 +1,6 @@
 """The client's life: join, ask for work, train, submit, until the run is over."""
 
 import datetime as dt
-import hashlib
 import logging
 import random
 import threading
@@ -16,10 +15,12 @@ from fedloom.client.heartbeat import heartbeats
 from fedloom.client.hours import until_open_s
 from fedloom.client.orders import check_order, final_schema
 from fedloom.client.pace import AT_ONCE, Pace
+from fedloom.client.packing import packed, reader
+from fedloom.client.privacy.chain import FAILED, OVER
 from fedloom.client.privacy.spool import Spooled, drop, keep, kept
-from fedloom.client.privacy.terms import check_terms, terms_of
+from fedloom.client.privacy.terms import check_terms
 from fedloom.client.secagg import Delivery, check_assignment, membership
-from fedloom.client.training import RoundOver, Training, Underway, check_same_run, check_schema, within
+from fedloom.client.training import RoundOver, Training, Underway, check_same_run, check_schema
 from fedloom.proto.codec import codec
 from fedloom.proto.errors import (
     ConfigError,
@@ -35,16 +36,7 @@ from fedloom.proto.errors import (
     UpdateRejected,
 )
 from fedloom.proto.failpoints import failpoint, reach
-from fedloom.proto.messages import (
-    REFUSED,
-    Assignment,
-    Finished,
-    Joined,
-    UpdateHeader,
-    Wait,
-    broadcast_schema,
-    upload_schema,
-)
+from fedloom.proto.messages import REFUSED, Assignment, Finished, Joined, Wait, broadcast_schema
 from fedloom.proto.schema import Tensors
 
 if TYPE_CHECKING:
@@ -154,7 +146,7 @@ class Participant:
             return None
         if self._closed_s():
             return None  # the hours ended while it asked; `run` leaves the round to others
-        with self._leaving_on(PolicyError):
+        with self._leaving_on(PolicyError, LedgerError):
             try:
                 self._pending = self._answered(answer.round) or self._work(answer)
             except RoundOver as word:
@@ -192,8 +184,7 @@ class Participant:
                     if finished is not None:
                         if ended is not None:
                             ended(self._final(finished))
-                        with suppress(Unavailable, ProtocolError, IdentityError):
-                            self.connection.leave("run over")
+                        self._leave("run over")
                         return finished
                 except Overloaded as error:
                     # It answers, so patience does not run out. All who hear this were told different times.
@@ -212,14 +203,9 @@ class Participant:
         """Fetch the adapter that the run ends with."""
         joined = self._joined
         assert joined is not None  # there is an answer
-        incoming, schema = codec(finished.codec), final_schema(self.policy, joined.schema, finished)
-        if incoming.encoded_size(schema) != finished.bytes:
-            raise ProtocolError(
-                f"a final adapter of {finished.bytes} bytes; {incoming.name} under the schema needs "
-                f"{incoming.encoded_size(schema)}"
-            )
-        payload = self._insist(lambda: self.connection.fetch(finished.digest, finished.bytes))
-        return incoming.decode(schema, payload)
+        schema = final_schema(self.policy, joined.schema, finished)
+        decode = reader(finished.codec, schema, finished.bytes, "a final adapter")
+        return decode(self._insist(lambda: self.connection.fetch(finished.digest, finished.bytes)))
 
     def _closed_s(self) -> float:
         return until_open_s(self.policy.compute.hours, dt.datetime.now())
@@ -228,8 +214,7 @@ class Participant:
         """Outside the site's hours: leave, so that nobody waits for this client, and sleep on."""
         if joined:
             log.info("outside compute.hours = %s; leaving for %.0f s", self.policy.compute.hours, closed_s)
-            with suppress(Unavailable, ProtocolError, IdentityError):
-                self.connection.leave("outside its hours")
+            self._leave("outside its hours")
         time.sleep(min(closed_s, _REST_S))
 
     def _left_over(self, trainer: Training, run: str) -> Spooled | None:
@@ -271,8 +256,31 @@ class Participant:
         try:
             with self._pace(self._joined).training():
                 return self._train(assignment)
+        except Exception as error:
+            self._give_up(assignment.round, error)
+            raise
         finally:
             self._busy.clear()
+
+    def _give_up(self, round: int, error: Exception) -> None:
+        """Note what came of a round that has no update; after an error of this site tell the coordinator, too.
+
+        An error that has been paid for would come again, and be paid for again, in whatever process comes after this
+        one. A disk that was full is another matter: once it is freed the work can be done, at the price of once more.
+        """
+        assert self._trainer is not None  # there was an assignment
+        why = OVER if isinstance(error, RoundOver) else None if isinstance(error, OSError | LedgerError) else FAILED
+        try:
+            if not self._trainer.drop(why):
+                return
+        except LedgerError as trouble:
+            log.error("round %d: what came of it is not in the ledger: %s", round + 1, trouble)
+        if why == OVER:
+            return
+        again = "is not done again here" if why == FAILED else "may be charged and done again"
+        log.error("round %d: failed after it was charged, and %s: %s", round + 1, again, error)
+        if not isinstance(error, PolicyError | LedgerError):  # on which `step` leaves
+            self._leave(REFUSED)
 
     @failpoint("participant.train")
     def _train(self, assignment: Assignment) -> Spooled:
@@ -282,15 +290,10 @@ class Participant:
         assert joined is not None
         check_assignment(joined.spec, assignment)
         check_order(self.policy, joined.spec, joined.schema, assignment)
-        secure = joined.spec.secure_aggregation
-        incoming = codec(assignment.broadcast_codec)
-        outgoing = secure.fixed_point if secure.enabled else codec(assignment.upload_codec)
+        if not joined.spec.secure_aggregation.enabled:
+            codec(assignment.upload_codec)  # one that is unknown here is refused before anything is charged
         schema = broadcast_schema(joined.schema, assignment)
-        if incoming.encoded_size(schema) != assignment.broadcast_bytes:
-            raise ProtocolError(
-                f"broadcast of {assignment.broadcast_bytes} bytes; {incoming.name} under the schema needs "
-                f"{incoming.encoded_size(schema)}"
-            )
+        decode = reader(assignment.broadcast_codec, schema, assignment.broadcast_bytes, "broadcast")
         self._task = task = Underway(assignment.round)
         try:
             try:
@@ -301,15 +304,11 @@ class Participant:
                 raise RoundOver(f"nothing to train from: {error}") from error
             reach("participant.fetched")
             task.proceed()  # a round that closed meanwhile is not even charged
-            trained = trainer.train(joined.run, assignment, incoming.decode(schema, payload), task.proceed)
+            trained = trainer.train(joined.run, assignment, decode(payload), task.proceed)
             task.proceed()  # nothing is kept, noted or sent, whatever the training made of being told
             reach("participant.trained")
-            upload = upload_schema(joined.schema, assignment)
-            body = outgoing.encode(upload, within(outgoing.largest, trained.delta))
-            digest = hashlib.sha256(body).hexdigest()
-            about = assignment.round, upload.digest, assignment.upload_codec, len(body), digest
-            header = UpdateHeader(self.name, *about, score=trained.score)
-            update = Spooled(joined.run, trained.charge, header, body, terms_of(self.policy, joined))
+            update = packed(self.policy, joined, assignment, trained)
+            digest = update.header.digest
             # First the bytes, then the word that they leave: what is released can always be sent again.
             if self.spool is not None:
                 keep(self.spool, update)
@@ -378,6 +377,11 @@ class Participant:
             self.join()
             return call()
 
+    def _leave(self, reason: str) -> None:
+        """Say so. A line that fails now must not hide why the client leaves; the lease runs out on its own."""
+        with suppress(Unavailable, ProtocolError, IdentityError):
+            self.connection.leave(reason)
+
     def _pace(self, joined: Joined) -> Pace:
         return self.pace if joined.spec.privacy.enabled else AT_ONCE
 
@@ -390,7 +394,5 @@ class Participant:
         try:
             yield
         except kinds:
-            # A line that fails now must not hide why the client leaves; the lease runs out on its own.
-            with suppress(Unavailable, ProtocolError, IdentityError):
-                self.connection.leave(REFUSED)
+            self._leave(REFUSED)
             raise

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from fedloom.client.config import Policy
 from fedloom.client.model import allowed_base, load_model
 from fedloom.client.own import Own, own_rows
-from fedloom.client.privacy.account import open_account
+from fedloom.client.privacy.account import open_account, personal_folder
 from fedloom.client.privacy.budget import check_affordable, outlook
 from fedloom.client.trainer import Trainer
 from fedloom.proto.run import Spec
@@ -56,6 +56,6 @@ def prepare(
             if not owing:
                 check_affordable(standing)
         model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.compute)
-        trainer = Trainer(model, rows, spec, policy, ledger)
+        trainer = Trainer(model, rows, spec, policy, ledger, personal=personal_folder(policy))
         on_failure.pop_all()  # the ledger stays open with the trainer
     return trainer

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from fedloom.client.fitting import Microbatch, fitting
 from fedloom.client.losses import per_example
 from fedloom.client.model import AdapterModel
 from fedloom.client.orders import check_broadcast, check_order
+from fedloom.client.personal import Personal
 from fedloom.client.privacy.attacks import rehearse
 from fedloom.client.privacy.entropy import Entropy, Seeded, System, poisson
 from fedloom.client.privacy.ledger import Ledger
@@ -66,6 +68,7 @@ class Trainer:
         policy: Policy,
         ledger: Ledger | None,
         *,
+        personal: Path | None = None,
         entropy_for: EntropyFor | None = None,
     ) -> None:
         """Tokenize the data.
@@ -76,6 +79,7 @@ class Trainer:
             spec: The run, already checked against `policy`.
             policy: The site's policy.
             ledger: The data set's account; a private run needs it.
+            personal: Folder of what is trained and kept here. None keeps it in memory only.
             entropy_for: Test seam. None draws from the operating system in a private run, and from the run's
                 seed, the round and the client's name otherwise.
 
@@ -101,7 +105,7 @@ class Trainer:
         scored = held_out if spec.federated_evaluation.enabled else held_out.take(np.zeros(0, np.int64))
         self.held_out: Encoded = encode(scored, model.tokenizer, spec.model.max_length, strict=strict)
         self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
-        self._personal: dict[str, Array] = {}
+        self._personal = Personal(personal, policy.client.name, model.schema)
         if spec.privacy.enabled:
             self.check_sensitivity()
             assert spec.privacy.noise_multiplier is not None  # checked when the spec met the policy
@@ -144,13 +148,14 @@ class Trainer:
                 it reaches the next one.
 
         Raises:
-            PolicyError: The assignment or the broadcast is beyond the run or the policy, see `orders`. Nothing was
-                charged.
+            PolicyError: The assignment or the broadcast is beyond the run or the policy, see `orders`, or asks for
+                what was personal before. Nothing was charged.
             ProtocolError: It trains nothing this adapter has, or something without a broadcast value.
             BudgetError: The privacy budget does not cover the round; nothing was done.
         """
         train = check_order(self.policy, self.spec, self.schema, assignment)
         check_broadcast(self.policy, self.schema, broadcast)
+        self._personal.check(run, assignment)
         schema = self._upload(assignment, broadcast)
         evaluating = self._evaluates(run, assignment.round)
         charge = self._reserve(run, assignment.round, evaluating)
@@ -158,7 +163,7 @@ class Trainer:
             # Another trainer of this process may have left its own personal values in the shared model.
             self.model.reset(assignment.personal, assignment.rank)
         self.model.load(broadcast, assignment.rank)
-        self.model.load(self._personal, assignment.rank)
+        self.model.load(self.personal(run), assignment.rank)
         scores = [self._row_scores()] if evaluating else []
         parameters = self.model.trainable(assignment.train)
         entropy = self._entropy_for(assignment.round)
@@ -168,13 +173,21 @@ class Trainer:
         else:
             self._plain_steps(optimizer, parameters, entropy, train.proximal_mu, proceed)
         if assignment.personal:
-            self._personal = self.model.read(self.model.schema.select(assignment.personal))
+            self._personal.keep(run, self.model.read(self.model.schema.select(assignment.personal)))
         if evaluating and self.spec.federated_evaluation.personalised:
             scores.append(self._row_scores())
         noise = self.spec.federated_evaluation.noise_multiplier if self.spec.privacy.enabled else None
         score = released(scores, noise, entropy) if evaluating else ()
         after = self.model.read(schema)
         return Trained({name: after[name] - broadcast[name] for name in after}, charge, score)
+
+    def personal(self, run: str) -> dict[str, Array]:
+        """What was trained and kept here in this run, float32, by the schema's names; empty if nothing was.
+
+        Raises:
+            LedgerError: It is damaged.
+        """
+        return self._personal.of(run)
 
     def _evaluates(self, run: str, round: int) -> bool:
         """Whether this round's update carries figures. If it is trained anew it does not: they were charged once."""
@@ -217,6 +230,10 @@ class Trainer:
                 f"charge {charge} was made in a ledger that this run does not use; nothing is sent for it"
             )
         self.ledger.release(charge, digest)
+
+    def drop(self, why: str | None) -> bool:
+        """Give up the work that was begun last, if it was charged and not released; see `Training.drop`."""
+        return self.ledger is not None and self.ledger.drop(why)
 
     def _reserve(self, run: str, round: int, evaluating: bool) -> int | None:
         if not self.spec.privacy.enabled:

@@ -83,6 +83,16 @@ class Training(Protocol):
     def release(self, charge: int | None, digest: str) -> None:
         """Note, durably, that the payload with this SHA-256 is about to leave for `Trained.charge`."""
 
+    def drop(self, why: str | None) -> bool:
+        """Give up the work that was begun last, if it was charged and not released.
+
+        Args:
+            why: What is noted of its charge, durably; None notes nothing, for the work may be done again.
+
+        Returns:
+            Whether there is such a charge.
+        """
+
 
 def check_schema(trainer: Training, joined: Joined) -> None:
     """Refuse to train when the base model here does not give the run's schema.

@@ -129,6 +129,11 @@ class Schema:
         """Roles that occur."""
         return frozenset(spec.role for spec in self.tensors)
 
+    def roles_of(self, names: Iterable[str]) -> frozenset[Role]:
+        """Roles of the tensors of these names; others are left out."""
+        wanted = frozenset(names)
+        return frozenset(spec.role for spec in self.tensors if spec.name in wanted)
+
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
         """The low-rank pairs of roles lora_A and lora_B, in wire order of their A."""

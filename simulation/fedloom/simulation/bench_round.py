@@ -48,6 +48,10 @@ class _Idle:
     def release(self, charge: int | None, digest: str) -> None:
         """Nothing is charged."""
 
+    def drop(self, why: str | None) -> bool:
+        """Nothing was charged."""
+        return False
+
 
 def _roberta_large_schema() -> Schema:
     """LoRA r=8 on query and value of 24 layers of width 1024: 786,432 values."""

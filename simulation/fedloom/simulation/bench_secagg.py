@@ -53,6 +53,10 @@ class _Drawn:
     def release(self, charge: int | None, digest: str) -> None:
         """Nothing is charged."""
 
+    def drop(self, why: str | None) -> bool:
+        """Nothing was charged."""
+        return False
+
 
 def _schema(parameters: int) -> Schema:
     """LoRA pairs of rank 8 between widths of 1024, and a bias for what is left."""

@@ -6,6 +6,7 @@ from functools import partial
 
 from fedloom.client.data.rows import digest
 from fedloom.client.participant import Participant
+from fedloom.client.privacy.account import personal_folder
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.trainer import EntropyFor, Trainer
 from fedloom.proto.messages import Joined
@@ -64,4 +65,5 @@ def _trainer(
     ledger = None
     if joined.spec.privacy.enabled:
         ledger = ledgers.enter_context(Ledger(policy.client.state / "ledger", digest(rows)))
-    return Trainer(federation.model, rows, joined.spec, policy, ledger, entropy_for=entropy_for)
+    personal = personal_folder(policy)
+    return Trainer(federation.model, rows, joined.spec, policy, ledger, personal=personal, entropy_for=entropy_for)

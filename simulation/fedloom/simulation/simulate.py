@@ -36,6 +36,7 @@ from fedloom.server.store import Store
 from fedloom.server.user_ledger import statement as user_statement
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess, standing_clock
+from fedloom.simulation.personal import client_scores, mean_score, save_clients
 from fedloom.simulation.processes import run_processes
 from fedloom.simulation.record import new_folder, plot, write_json
 from fedloom.strategies.api import State
@@ -162,8 +163,8 @@ def simulate(
         _drain(federation, coordinator, tape, watcher, began)
         if not coordinator.finished:
             raise FedloomError(f"the run stopped after {coordinator.progress.round} of {config.run.rounds} rounds")
-        rounds, result = coordinator.state.round, coordinator.result()
-    return _finish(federation, folder, tape, start, rounds, result)
+        run, rounds, result = coordinator.progress.run, coordinator.state.round, coordinator.result()
+    return _finish(federation, folder, tape, start, run, rounds, result)
 
 
 def _set_threads(threads: int) -> int:
@@ -190,8 +191,7 @@ def _drain(federation: Federation, coordinator: Coordinator, tape: _Tape, watche
         seen = tape.read_to(rounds)
         score = None
         if is_scored(config, rounds):
-            federation.model.show(coordinator.result(state))
-            score = evaluate(federation.model, federation.held_out)
+            score = mean_score(federation, coordinator.progress.run, coordinator.result(state))
         traffic = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
         record = round_record(config, rounds, seen, federation.clients, traffic, time.monotonic() - began)
         if score is not None:
@@ -211,14 +211,17 @@ def _record(tape: _Tape, watcher: Watcher, record: RoundRecord) -> None:
     watcher.recorded(record)
 
 
-def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, rounds: int, trained: Tensors) -> Result:
-    """Export the adapter, reload it as a user would, and write the summary and the plot."""
+def _finish(
+    federation: Federation, folder: Path, tape: _Tape, start: Score, run: str, rounds: int, trained: Tensors
+) -> Result:
+    """Export the adapter, or each client's, reload it as a user would, and write the summary and the plot."""
     config, model = federation.config, federation.model
-    model.show(trained)
-    final = evaluate(model, federation.held_out)
+    final, own = mean_score(federation, run, trained), client_scores(federation, run, trained)
     spent = ledger_statements(federation) if config.privacy.enabled else {}
     known = facts(config, _worst(spent) if spent else None)
     user = user_statement(config.user_level, rounds)
+    save_clients(federation, run, trained, own, folder / "adapters", {**known, "user_privacy": user})
+    model.show(trained)
     save_adapter(model, folder / "adapter", {**known, "user_privacy": user, "held_out_accuracy": final.accuracy})
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, federation.held_out, pad, str(model.device))
@@ -232,6 +235,7 @@ def _finish(federation: Federation, folder: Path, tape: _Tape, start: Score, rou
         {
             "accuracy_start": start.accuracy,
             "accuracy": final.accuracy,
+            "accuracy_by_client": {name: score.accuracy for name, score in own.items()},
             "loss": final.loss,
             "held_out_examples": final.examples,
             **classes_document(final.confusion, config.model.labels),

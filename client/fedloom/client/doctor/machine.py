@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from fedloom.client.compute import free_bytes, prepare_device
 from fedloom.client.config import ComputePolicy
 from fedloom.client.doctor.finding import Finding, failed, ok, warning
-from fedloom.client.privacy.ledger import connect
+from fedloom.client.privacy.ledger_file import connect
 from fedloom.proto.errors import FedloomError, LedgerError
 
 __all__ = ["clock", "device", "disk", "file_system", "packages", "python", "state_folder"]

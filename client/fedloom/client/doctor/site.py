@@ -55,6 +55,13 @@ def ledger(policy: Policy) -> tuple[list[Finding], dt.datetime | None]:
                 text = f"{account.sequence} entries, sound; epsilon {spent:.4f} of {mine.epsilon:g} is spent"
                 remedy = "raise privacy.epsilon if you may; no private round can be paid any more"
                 found = [ok("ledger", text) if spent < mine.epsilon else failed("ledger", text, remedy)]
+                if stopped := account.stopped():
+                    what = (
+                        f"the last charges for {', '.join(map(repr, stopped))} came to nothing: the rounds failed here"
+                    )
+                    found.append(
+                        failed("ledger", what, "look in the client's log for why; then `fedloom ledger adopt`")
+                    )
     except LedgerError as error:
         if "is in use by another client" in str(error):
             return [

@@ -8,9 +8,10 @@ from fedloom.client.config import Policy
 from fedloom.client.data.rows import Rows, digest
 from fedloom.client.privacy.anchor import anchors_at, default_anchors
 from fedloom.client.privacy.examples import claim
-from fedloom.client.privacy.ledger import Ledger, stored_accounts
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.privacy.ledger_file import stored_accounts
 
-__all__ = ["anchors_folder", "existing_account", "ledger_folder", "open_account", "spool_folder"]
+__all__ = ["anchors_folder", "existing_account", "ledger_folder", "open_account", "personal_folder", "spool_folder"]
 
 
 def ledger_folder(policy: Policy) -> Path:
@@ -21,6 +22,11 @@ def ledger_folder(policy: Policy) -> Path:
 def spool_folder(policy: Policy) -> Path:
     """Folder of the site's finished updates."""
     return policy.client.state / "spool"
+
+
+def personal_folder(policy: Policy) -> Path:
+    """Folder of what the site trains and keeps."""
+    return policy.client.state / "personal"
 
 
 def anchors_folder(policy: Policy) -> Path:

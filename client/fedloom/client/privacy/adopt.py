@@ -22,7 +22,8 @@ from fedloom.client.privacy.chain import (
     totals,
     unlinked,
 )
-from fedloom.client.privacy.ledger import Ledger, add, connect, file_name, held, read_entries, stored_accounts
+from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.privacy.ledger_file import add, connect, file_name, held, read_entries, stored_accounts
 from fedloom.proto.accounting import Spend
 from fedloom.proto.durable import sync_folder
 from fedloom.proto.errors import LedgerError
@@ -89,14 +90,15 @@ def _name(folder: Path, anchors: Path) -> str:
 
 
 def _found(folder: Path, name: str, anchors: Path) -> str:
-    """Why the account is not trusted; "" if it is."""
+    """Why the account is not trusted, or does not go on; "" if nothing keeps it."""
     if not (folder / file_name(name)).exists() and not anchors_at(anchors, folder):
         return "there was no ledger"
     try:
-        Ledger(folder, name, anchors=anchors).close()
+        with Ledger(folder, name, anchors=anchors) as ledger:
+            stopped = ledger.stopped()
     except LedgerError as error:
         return str(error)
-    return ""
+    return f"charges for {', '.join(map(repr, stopped))} came to nothing" if stopped else ""
 
 
 def _adopt(path: Path, anchors: Path, found: str, reason: str, spent: Sequence[Spend] | None) -> Adopted:

@@ -13,7 +13,10 @@ from fedloom.proto.errors import ConfigError, LedgerError
 __all__ = [
     "ADOPTED",
     "CHARGED",
+    "DROPPED",
+    "FAILED",
     "OPENED",
+    "OVER",
     "RELEASED",
     "Charge",
     "Entry",
@@ -32,8 +35,15 @@ CHARGED = "charged"
 """What a round of a run costs, reserved for it."""
 RELEASED = "released"
 """Digest of what leaves the client for a charge."""
+DROPPED = "dropped"
+"""A charge of which nothing ever leaves the client, and why."""
 ADOPTED = "adopted"
 """An operator's word that the account goes on from here, and why."""
+
+FAILED = "failed"
+"""Why a charge was dropped: the round's work failed here, and would fail again."""
+OVER = "over"
+"""Why a charge was dropped: the round was closed without this client."""
 
 _START = "0" * 64
 
@@ -45,7 +55,7 @@ class Entry:
     Args:
         number: Counted from 1, without gaps.
         written: Seconds since 1970 by this machine's clock. For people only; nothing is decided by it.
-        kind: `OPENED`, `CHARGED`, `RELEASED` or `ADOPTED`.
+        kind: `OPENED`, `CHARGED`, `RELEASED`, `DROPPED` or `ADOPTED`.
         body: What it says, canonical JSON.
         hash: SHA-256, hex, over all of the above and the hash of the entry before it.
     """
@@ -69,6 +79,8 @@ class Charge:
     digest: str | None
     evaluation: Spend | None = None
     """The round's evaluation of held-out rows, if it has one."""
+    dropped: str | None = None
+    """Why nothing leaves for it: `FAILED` or `OVER`. None too for a charge whose process ended before it could say."""
 
     @property
     def spends(self) -> tuple[Spend, ...]:
@@ -130,6 +142,10 @@ def note(charges: dict[int, Charge], entry: Entry) -> None:
             released = json.loads(entry.body)
             number = int(released["charge"])
             charges[number] = replace(charges[number], digest=str(released["digest"]))
+        elif entry.kind == DROPPED:
+            dropped = json.loads(entry.body)
+            number = int(dropped["charge"])
+            charges[number] = replace(charges[number], dropped=str(dropped["why"]))
         elif entry.kind not in {OPENED, ADOPTED}:
             raise ConfigError(f"kind {entry.kind!r} is unknown")
     except (ConfigError, ValueError, KeyError, TypeError) as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedloom.client.privacy.ledger_file import remedy
 from fedloom.client.privacy.sketch import SIZE, Sketches, alike, normal, sketches
 from fedloom.proto.durable import make_folder, write_durably
 from fedloom.proto.errors import LedgerError
@@ -59,7 +60,7 @@ def claim(anchors: Path, account: str, texts: Sequence[str], *, written: bool = 
             _add(own, {each for pair in pairs for each in pair}, _SIZE)
             _add(own.with_suffix(".sketches"), {each.tobytes() for each in mine}, mine.itemsize * SIZE)
     except OSError as error:
-        raise LedgerError(f"the records of examples in {anchors} cannot be used: {error}") from error
+        raise LedgerError(f"the records of examples in {anchors} cannot be used: {error}. {remedy(error)}") from error
 
 
 def _digest(text: str, key: bytes) -> bytes:

@@ -8,20 +8,23 @@ The account is one SQLite file of entries that are only ever added, each bound t
 an anchor outside that file; `anchor` says what the two detect, and what no machine can detect alone.
 """
 
-import fcntl
 import logging
 import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from fedloom.client.privacy.anchor import Anchor, anchor_path, anchors_at, place_of, read_anchor, troubles
 from fedloom.client.privacy.chain import (
+    ADOPTED,
     CHARGED,
+    DROPPED,
+    FAILED,
     OPENED,
+    OVER,
     RELEASED,
     Charge,
     Entry,
@@ -31,26 +34,27 @@ from fedloom.client.privacy.chain import (
     note,
     totals,
 )
+from fedloom.client.privacy.ledger_file import (
+    REMEDY,
+    add,
+    connect,
+    file_name,
+    held,
+    read_entries,
+    remedy,
+    stored_accounts,
+)
 from fedloom.proto.accounting import GRID, REPORT_GRID, Spend, Statement, epsilon, statement
 from fedloom.proto.durable import make_folder, sync_folder
 from fedloom.proto.errors import BudgetError, LedgerError, PolicyError
 from fedloom.proto.failpoints import failpoint, reach
 
-__all__ = ["REMEDY", "Ledger", "add", "connect", "file_name", "held", "read_entries", "stored_accounts"]
+__all__ = ["MOST_FAILURES", "Ledger"]
 
 log = logging.getLogger(__name__)
 
-_SCHEMA = """
-CREATE TABLE entry (
-    number INTEGER PRIMARY KEY, written REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL, hash TEXT NOT NULL
-) STRICT
-"""
-
-REMEDY = (
-    "Put back the newest ledger and anchor; if there are none, or this was done on purpose, "
-    "`fedloom ledger adopt` says so and goes on"
-)
-"""What to do about a ledger that is not trusted."""
+MOST_FAILURES = 3
+"""Charges of a run, one after the other, that may come to nothing here before the site is asked to look."""
 
 
 class Ledger:
@@ -81,6 +85,7 @@ class Ledger:
             raise LedgerError(f"ledger and anchor need the folders {folder} and {self._anchors}: {error}") from error
         self._lock = held(self.path)
         self._broken = False
+        self._open: int | None = None
         try:
             self._check_alone()
             if not self.path.exists():
@@ -123,7 +128,8 @@ class Ledger:
             else:
                 self._begin()
         except (OSError, sqlite3.Error, LedgerError) as error:
-            raise LedgerError(f"{self.path} cannot be trusted: {error}. {REMEDY}") from error
+            what = "trusted" if (say := remedy(error)) == REMEDY else "used"
+            raise LedgerError(f"{self.path} cannot be {what}: {error}. {say}") from error
 
     def _continue(self, entries: list[Entry]) -> None:
         name, self.account = account_of(entries)
@@ -195,7 +201,8 @@ class Ledger:
         Raises:
             BudgetError: The account would exceed `budget` at `delta`; nothing is charged.
             PolicyError: An update for this round has already been released; a second one would be another
-                noisy look at the same data. Nothing is charged.
+                noisy look at the same data. Or its work has failed here, or that of too many rounds before it. Nothing
+                is charged.
         """
         if self._released(run, round) is not None:
             raise PolicyError(
@@ -204,6 +211,7 @@ class Ledger:
                 "the coordinator was put back to an earlier state, it never is, and the run cannot go on: its operator "
                 "ends it with `fedloom operate finish`, or begins a new run"
             )
+        self._check_failures(run, round)
         after = epsilon([*self.spends(), spend, *([] if evaluation is None else [evaluation])], delta)
         if after > budget:
             raise BudgetError(
@@ -211,7 +219,8 @@ class Ledger:
                 f"allows {budget:g} over the life of this data set, and {self.epsilon(delta):.4f} is spent. "
                 "Leave the run, or raise privacy.epsilon in the policy if you may"
             )
-        return self.append(CHARGED, charge_content(run, round, spend, evaluation))
+        self._open = self.append(CHARGED, charge_content(run, round, spend, evaluation))
+        return self._open
 
     def evaluated(self, run: str, round: int) -> bool:
         """Whether an evaluation was charged for this round, released or not: there is one at most."""
@@ -231,6 +240,54 @@ class Ledger:
         if charge is None or released is not None:
             raise LedgerError(f"charge {number} of {self.path} is unknown or already released with other content")
         self.append(RELEASED, {"charge": number, "digest": digest})
+        self._open = None
+
+    def drop(self, why: str | None) -> bool:
+        """Give up the charge that was made last from here, if nothing was released for it.
+
+        Args:
+            why: `FAILED` or `OVER`, noted durably; None notes nothing, and the round may be charged again.
+
+        Returns:
+            Whether there is such a charge.
+
+        Raises:
+            LedgerError: The disk refuses.
+        """
+        number, self._open = self._open, None
+        if number is not None and why is not None:
+            self.append(DROPPED, {"charge": number, "why": why})
+        return number is not None
+
+    def failures(self, run: str) -> int:
+        """How many charges of a run have come to nothing since the last one that was released, or adopted by hand.
+
+        A round that was closed without this client does not count: its work might have been done.
+        """
+        adopted = max((entry.number for entry in self._entries if entry.kind == ADOPTED), default=0)
+        count = 0
+        for charge in self._charges.values():
+            if charge.run == run and charge.number > adopted and charge.dropped != OVER:
+                count = count + 1 if charge.digest is None else 0
+        return count
+
+    def stopped(self) -> list[str]:
+        """Names of the runs in which so many charges came to nothing that no more is charged for them."""
+        runs = dict.fromkeys(charge.run for charge in self._charges.values())
+        return [run for run in runs if self.failures(run) >= MOST_FAILURES]
+
+    def _check_failures(self, run: str, round: int) -> None:
+        if self.failures(run) >= MOST_FAILURES:
+            raise PolicyError(
+                f"the last {MOST_FAILURES} charges for run {run!r} came to nothing: the client failed or was killed in "
+                "each of those rounds, and training on would spend the budget for nothing. Look in the client's log "
+                "and the system's for why, put it right, and say so with `fedloom ledger adopt`, which lets it go on"
+            )
+        if any((each.run, each.round, each.dropped) == (run, round, FAILED) for each in self._charges.values()):
+            raise PolicyError(
+                f"the work of round {round + 1} of run {run!r} has failed here after it was charged, and is not done "
+                "and charged again. Start the client again once the round is over"
+            )
 
     def _released(self, run: str, round: int) -> str | None:
         """Digest of the update that was released for this round, if any."""
@@ -286,93 +343,3 @@ class Ledger:
     ) -> None:
         """Close it."""
         self.close()
-
-
-def held(path: Path) -> int:
-    """Lock the ledger `path` for this process; returns the descriptor whose closing unlocks it.
-
-    Raises:
-        LedgerError: Another process has it, or its folder cannot be written.
-    """
-    try:
-        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise LedgerError(f"{path} cannot be locked: {error}; make its folder writable") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise LedgerError(f"{path} is in use by another client; only one may train on a data set") from None
-    return lock
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    """Open a ledger file such that a commit that returns is on disk.
-
-    Raises:
-        LedgerError: It is no sound database, or the file system does not allow that.
-    """
-    db = None
-    try:
-        # Training runs in one thread and displays read from another; the lock keeps other processes out.
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode=WAL").fetchone()
-        db.execute("PRAGMA synchronous=FULL")
-        # A setting that was not taken says so only when it is read back.
-        found = tuple(db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous"))
-        if found != ("wal", 2):
-            raise LedgerError(f"journal mode and synchronisation are {found}, not ('wal', 2); move it to a local disk")
-        if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
-            raise LedgerError("its pages are damaged")
-    except (sqlite3.Error, LedgerError) as error:
-        if db is not None:
-            db.close()
-        raise LedgerError(f"{path} cannot be opened as a ledger: {error}. {REMEDY}") from error
-    return db
-
-
-def read_entries(db: sqlite3.Connection) -> list[Entry]:
-    """Every entry, oldest first; none for a file that has just been made.
-
-    Raises:
-        LedgerError: The file is no ledger of this version, or has lost its entries.
-    """
-    tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
-    if not tables:
-        return []
-    if tables != {"entry"}:
-        raise LedgerError(f"it has the tables {', '.join(sorted(tables))} instead of entry: no ledger of this version")
-    entries = [Entry(*row) for row in db.execute("SELECT number, written, kind, body, hash FROM entry ORDER BY number")]
-    if not entries:
-        raise LedgerError("all its entries are gone")
-    return entries
-
-
-def add(db: sqlite3.Connection, entries: Sequence[Entry]) -> None:
-    """Write entries at the end of the ledger, all or none; durable on return.
-
-    Raises:
-        sqlite3.Error: The disk refuses; whether they are on disk is then unknown.
-    """
-    db.execute("BEGIN IMMEDIATE")
-    if entries[0].number == 1:
-        db.execute(_SCHEMA)
-    db.executemany(
-        "INSERT INTO entry VALUES (?, ?, ?, ?, ?)", [(e.number, e.written, e.kind, e.body, e.hash) for e in entries]
-    )
-    reach("ledger.add.begun")
-    db.execute("COMMIT")
-
-
-def file_name(name: str) -> str:
-    """Name of the file of the account `name`.
-
-    >>> file_name("sha256:" + "ab" * 32) == "ab" * 16 + ".ledger"
-    True
-    """
-    return f"{name.removeprefix('sha256:')[:32]}.ledger"
-
-
-def stored_accounts(folder: Path) -> list[str]:
-    """Names of the accounts that have a ledger in `folder`, readable or not."""
-    return sorted(path.stem for path in folder.glob("*.ledger"))

@@ -116,7 +116,11 @@ def _read(path: Path) -> Spooled:
         header = replace(header, score=tuple(header.score))  # a list in JSON
         terms = Terms(**content["terms"]) if "terms" in content else None
         update = Spooled(content["run"], content["charge"], header, payload, terms)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise LedgerError(
+            f"spooled update {path} cannot be read: {error}; see that this user may read it, and start the client again"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, str(error)) from error
     found = hashlib.sha256(payload).hexdigest()
     if (len(payload), found) != (update.header.payload_bytes, update.header.digest):

@@ -1,0 +1,58 @@
+"""A run whose clients keep tensors to themselves has an adapter for each client: how good they are, and their files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedloom.client.export import save_adapter
+from fedloom.client.personal import kept_personal
+from fedloom.client.privacy.account import personal_folder
+from fedloom.client.trainer import Score, evaluate
+from fedloom.proto.schema import Tensors
+from fedloom.simulation.federation import Federation
+
+__all__ = ["client_scores", "mean_score", "save_clients"]
+
+
+def client_scores(federation: Federation, run: str, adapter: Tensors) -> dict[str, Score]:
+    """Each client's adapter on the held-out rows, by client; empty if no client keeps anything to itself.
+
+    Args:
+        federation: The clients, and the model, which is left with one of the adapters.
+        run: The run's name.
+        adapter: What the clients share.
+    """
+    own = {name: _own(federation, run, name) for name in federation.clients}
+    if not any(own.values()):
+        return {}
+    scores = {}
+    for name, values in own.items():
+        federation.model.show({**adapter, **values})
+        scores[name] = evaluate(federation.model, federation.held_out)
+    return scores
+
+
+def mean_score(federation: Federation, run: str, adapter: Tensors) -> Score:
+    """The mean of `client_scores`, their answers counted together; without any, the shared adapter's score."""
+    scores = list(client_scores(federation, run, adapter).values())
+    if not scores:
+        federation.model.show(adapter)
+        return evaluate(federation.model, federation.held_out)
+    accuracy, loss = (float(np.mean(each)) for each in zip(*((s.accuracy, s.loss) for s in scores), strict=True))
+    tables = zip(*(score.confusion for score in scores), strict=True)
+    confusion = tuple(tuple(map(sum, zip(*rows, strict=True))) for rows in tables)
+    return Score(accuracy, loss, scores[0].examples, confusion)
+
+
+def save_clients(
+    federation: Federation, run: str, adapter: Tensors, scores: dict[str, Score], folder: Path, facts: dict[str, Any]
+) -> None:
+    """Write the adapter of each client in `scores` to a folder of its name in `folder`."""
+    for name, score in scores.items():
+        federation.model.show({**adapter, **_own(federation, run, name)})
+        save_adapter(federation.model, folder / name, {**facts, "client": name, "held_out_accuracy": score.accuracy})
+
+
+def _own(federation: Federation, run: str, name: str) -> Tensors:
+    return kept_personal(personal_folder(federation.policies[name]), run, name)
