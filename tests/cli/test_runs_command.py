@@ -13,7 +13,7 @@ from fedloom.cli.main import app
 from fedloom.proto.errors import StoreError
 from fedloom.server.audit import AuditRecord
 from fedloom.server.inspection import holder
-from fedloom.server.rounds import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, UpdateAccepted
+from fedloom.server.rounds import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
 from fedloom.server.store import Store
 
 
@@ -43,12 +43,35 @@ def test_list_and_show_say_where_runs_stand(state: Path) -> None:
     text = runs("show", state).stdout
 
     (line,) = [each for each in table.splitlines() if "winter" in each]
-    assert line == f"{state}: run 4f4f4f4f, 0 rounds committed, the next is open; no coordinator works on it"
+    assert line == f"{state}: run 4f4f4f4f, 0 rounds committed; round 1 is open; no coordinator works on it"
     assert "damaged" in table
-    assert "0 rounds committed; the next is open" in text
+    assert "0 rounds committed; round 1 is open" in text
     assert "asked 2 clients: 1 updates accepted, waiting for 1, 0 lost" in text
     assert "1 RoundOpened, 1 RunCreated, 1 UpdateAccepted" in text
     assert "joined 'ann' 'said hello'" in text
+
+
+def test_who_took_part_and_that_a_run_is_over_is_said(state: Path) -> None:
+    (state.parent / "run.toml").write_text(
+        """
+        run = { name = "winter", rounds = 1 }
+        model = { base = "tiny", labels = ["no", "yes"] }
+        train = { steps = 1, sampling_rate = 0.5, learning_rate = 0.1 }
+        """
+    )
+    with Store(state, durable=False) as store:
+        store.append(RoundClosed(0, ("ann",), "deadline"), AdapterCommitted(0, store.put_blob(b"s1")))
+        store.note(AuditRecord("2026-01-01T00:00:00+00:00", 1, "declined", "ben", "refuses"))
+    over = runs("show", state).stdout
+    (state.parent / "run.toml").unlink()
+
+    assert "1 of 1 rounds committed; the run is over" in over
+    assert "took part: ann in 1 rounds" in over
+    assert "refused to take part: ben; their own logs say why" in over
+    assert "1 rounds committed; no round is open" in runs("show", state).stdout
+    with Store(state, durable=False) as store:
+        store.append(RunEnded(1, "told"))
+    assert "1 rounds committed; the run was ended with them" in runs("show", state).stdout
 
 
 def test_listing_nothing_says_so(tmp_path: Path) -> None:
