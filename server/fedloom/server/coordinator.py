@@ -15,6 +15,7 @@ from fedloom.proto.messages import Answer, Joined, Standing, UpdateHeader, Wait
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Schema, Tensors
 from fedloom.proto.secagg.steps import StepMessage, StepResult
+from fedloom.proto.spending import faint
 from fedloom.server.admission import admitted, check_config, check_join, check_room, check_work
 from fedloom.server.audit import Audit
 from fedloom.server.history import History
@@ -132,6 +133,8 @@ class Coordinator:
             check_room(client, self._members)
             if self._members.join(client, declared_examples, self._clock()):
                 self.audit.note("joined", client)
+            if declared_examples and (drowned := faint(self.config.spec, declared_examples)):
+                _log.warning("client %r: %s", client, drowned)
         return Joined(run=self._history.run, epoch=self.epoch, spec=self.config.spec, schema=self._schema)
 
     def work(self, client: str, run: str, epoch: int) -> Answer:

@@ -8,7 +8,7 @@ from pathlib import Path
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.data.rows import Rows
 from fedloom.client.doctor import machine, network, site
-from fedloom.client.doctor.finding import Finding, failed, ok
+from fedloom.client.doctor.finding import Finding, failed, ok, warning
 from fedloom.client.model import AdapterModel, load_model
 from fedloom.client.own import own_rows
 from fedloom.client.privacy.account import existing_account
@@ -18,6 +18,7 @@ from fedloom.client.trainer import Trainer
 from fedloom.proto.address import host_of
 from fedloom.proto.errors import FedloomError, LedgerError
 from fedloom.proto.run import Spec
+from fedloom.proto.spending import faint
 
 __all__ = ["examine"]
 
@@ -97,6 +98,8 @@ def _run(policy: Policy, spec: Spec, loadable: bool) -> Iterator[Finding]:
         pass  # said before, as the ledger's own finding
     except FedloomError as error:
         yield failed("budget", str(error))
+    if (drowned := faint(spec, policy.data.declared_examples or 0)) is not None:
+        yield warning("size", drowned)
     found, rows = _rows(policy, spec)
     yield found
     if rows is None or not loadable:
