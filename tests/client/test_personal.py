@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def make(tiny_model: AdapterModel, rows: Rows, spec: Spec, policy: Policy, ledge
 
 @pytest.mark.parametrize("restarted", [False, True])
 def test_what_was_personal_is_never_uploaded_whatever_a_later_plan_says(
-    make, ledger: Ledger, tiny_model: AdapterModel, restarted: bool
+    make: Any, ledger: Ledger, tiny_model: AdapterModel, restarted: bool
 ) -> None:
     trainer = make()
     trainer.train("run", KEEPING, start(tiny_model))
@@ -56,7 +57,7 @@ def test_what_was_personal_is_never_uploaded_whatever_a_later_plan_says(
         forgetful.train("run", replace(LATER, round=0), start(tiny_model))
 
 
-def test_a_client_that_is_started_again_goes_on_with_what_it_kept(make, tiny_model: AdapterModel) -> None:
+def test_a_client_that_is_started_again_goes_on_with_what_it_kept(make: Any, tiny_model: AdapterModel) -> None:
     first = make()
     first.train("run", KEEPING, start(tiny_model))
     mine = first.personal("run")
@@ -73,7 +74,7 @@ def test_a_client_that_is_started_again_goes_on_with_what_it_kept(make, tiny_mod
 
 @pytest.mark.parametrize("at", [0, 30, 100, -1])
 def test_damaged_personal_tensors_are_named_and_nothing_is_trained(
-    make, ledger: Ledger, tiny_model: AdapterModel, tmp_path: Path, at: int
+    make: Any, ledger: Ledger, tiny_model: AdapterModel, tmp_path: Path, at: int
 ) -> None:
     make().train("run", KEEPING, start(tiny_model))
     (path,) = (tmp_path / "personal").iterdir()
@@ -86,7 +87,7 @@ def test_damaged_personal_tensors_are_named_and_nothing_is_trained(
     assert len(ledger.charges()) == 1
 
 
-def test_the_file_of_another_run_or_adapter_is_refused(make, tiny_model: AdapterModel, tmp_path: Path) -> None:
+def test_the_file_of_another_run_or_adapter_is_refused(make: Any, tiny_model: AdapterModel, tmp_path: Path) -> None:
     folder = tmp_path / "personal"
     make().train("run", KEEPING, start(tiny_model))
     (path,) = folder.iterdir()

@@ -30,13 +30,8 @@ from fedloom.strategies.api import Plan, State, Update
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
-SCHEMA = Schema(
-    (
-        TensorSpec("m.A", "m", Role.LORA_A, (4, 200)),
-        TensorSpec("m.B", "m", Role.LORA_B, (300, 4)),
-        TensorSpec("head", "head", Role.HEAD, (2, 50)),
-    )
-)
+PAIR = TensorSpec("m.A", "m", Role.LORA_A, (4, 200)), TensorSpec("m.B", "m", Role.LORA_B, (300, 4))
+SCHEMA = Schema((*PAIR, TensorSpec("head", "head", Role.HEAD, (2, 50))))
 NAMES = ("ann", "ben", "cat", "dan")
 SECTION = SecureAggregationSection(enabled=True, max_clients=16)
 

@@ -202,7 +202,9 @@ def _run_file(
         "adapter": {"kind": "lora", "rank": 8, "alpha": 16.0, "targets": list(_targets(base))},
         "train": train,
         "privacy": {"enabled": False} if epsilon is None else {"epsilon": epsilon, "delta": 1e-5, "clip_norm": 1.0},
-        "strategy": {"name": "fedavg" if epsilon is None else "fedsvd", "weighting": "uniform"},
+        "strategy": {"name": "fedavg", "weighting": "uniform"}
+        if epsilon is None
+        else {"name": "fedsvd", "weighting": "examples"},
         "rounds": {"min_clients": 2},
         "data": {"source": source, "clients": _CLIENTS, "partition": grouped},
         "evaluation": {"every": 2},

@@ -12,6 +12,7 @@ from rich.text import Text
 from fedloom.cli.console import megabytes, out, show_classes, terms
 from fedloom.cli.observing import ReportTo, reports
 from fedloom.proto.run import RunConfig, load_run
+from fedloom.proto.spending import faint
 
 if TYPE_CHECKING:
     from fedloom.server.progress import Progress as Standing
@@ -92,6 +93,9 @@ def _introduce(federation: "Federation", folder: Path) -> None:
         )
     else:
         out.print("  [yellow]not private[/]: updates leave the clients without noise", markup=True)
+    for name, policy in federation.policies.items():
+        if (drowned := faint(config.spec, policy.data.declared_examples or 0)) is not None:
+            out.print(f"  [yellow]{name}[/]: {drowned}", markup=True)
     user = config.user_level
     if user.enabled:
         out.print(

@@ -15,7 +15,7 @@ from fedloom.client.privacy.budget import affordable
 from fedloom.proto.accounting import epsilon
 from fedloom.proto.errors import DataError, FedloomError, ModelError, PolicyError
 from fedloom.proto.run import Spec
-from fedloom.proto.spending import run_spends
+from fedloom.proto.spending import faint, run_spends
 
 __all__ = ["Cost", "Finding", "Report", "check"]
 
@@ -157,8 +157,7 @@ def _judge_size(report: Report, policy: Policy, spec: Spec) -> None:
         what = "steps are shorter than they could be" if declared > usable else "noise weighs less than it should"
         add = f"data.declared_examples = {declared:,} and there are {usable:,} rows: {what}; declare a rounded number"
         report.findings.append(Finding("warning", add))
-    if (expected := spec.train.sampling_rate * usable) < 5:
-        text = f"a step takes {expected:.1f} of these rows on average, which noise will drown; ask for a higher rate"
+    if (text := faint(spec, declared)) is not None:
         report.findings.append(Finding("warning", text))
 
 

@@ -95,7 +95,7 @@ def gguf(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from fedloom.client.model import quiet
+    from fedloom.client.loading_context import quiet
 
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")

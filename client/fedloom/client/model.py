@@ -3,14 +3,12 @@
 import hashlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import transformers
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -31,6 +29,7 @@ from fedloom.client.base_checks import check_base
 from fedloom.client.compute import prepare_device
 from fedloom.client.config import ComputePolicy, Policy
 from fedloom.client.data.images import picture_settings
+from fedloom.client.loading_context import quiet, repeatable
 from fedloom.client.precision import keep_float32, loading, recompute_layers
 from fedloom.proto.errors import ModelError, PolicyError
 from fedloom.proto.run import AdapterSection, ModelSection, Spec, Task
@@ -46,7 +45,6 @@ __all__ = [
     "load_base",
     "load_model",
     "load_tokenizer",
-    "quiet",
     "resolve_base",
 ]
 
@@ -305,7 +303,7 @@ def load_model(model: ModelSection, adapter: AdapterSection, compute: ComputePol
             f'model.head = "frozen" keeps the head that base model {folder} has, and it has none for {model.task} '
             f'({", ".join(head.modules)}); set model.head = "train"'
         )
-    with _repeatable():
+    with repeatable():
         peft_model, slots = attach(base, adapter, model.task, head)
     if model.head == "train" and not any(slot.spec.role is Role.HEAD for slot in slots):
         raise ModelError(f"{type(base).__name__} in {folder} has no head that could be trained; take another model")
@@ -343,7 +341,7 @@ def load_base(
                 config.id2label = dict(enumerate(labels))
                 config.label2id = {name: index for index, name in enumerate(labels)}
             kind, given = MODELS[task], {"config": config, **_REPORTED, **_HERE, **options}
-            with _repeatable():
+            with repeatable():
                 base, report = kind.from_pretrained(folder, use_safetensors=True, **given)
     except Exception as error:  # whatever another's code makes of another's files
         if any(folder.glob("*.py")):
@@ -381,26 +379,3 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "tokenizer_config.json"
         )
     return tokenizer
-
-
-@contextmanager
-def _repeatable() -> Iterator[None]:
-    """A block whose random values are the same in every process; those of the caller go on as if it were not there."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-class quiet:
-    """Silence transformers' load report and progress bars, which list the head as missing by design."""
-
-    def __enter__(self) -> None:
-        """Turn them off."""
-        self._level = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        """Put the level back."""
-        transformers.logging.set_verbosity(self._level)
-        transformers.logging.enable_progress_bar()

@@ -11,6 +11,7 @@ from fedloom.client.privacy.account import open_account, personal_folder
 from fedloom.client.privacy.budget import check_affordable, outlook
 from fedloom.client.trainer import Trainer
 from fedloom.proto.run import Spec
+from fedloom.proto.spending import faint
 
 __all__ = ["prepare"]
 
@@ -55,6 +56,8 @@ def prepare(
             announce(str(standing))
             if not owing:
                 check_affordable(standing)
+            if (drowned := faint(spec, policy.data.declared_examples or 0)) is not None:
+                announce(f"warning: {drowned}")
         model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.compute)
         trainer = Trainer(model, rows, spec, policy, ledger, personal=personal_folder(policy))
         on_failure.pop_all()  # the ledger stays open with the trainer

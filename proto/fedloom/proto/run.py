@@ -181,8 +181,9 @@ class StrategySection(Section):
 
     name: str = "fedavg"
     """Name of a registered strategy; see `fedloom strategies list`."""
-    weighting: Literal["uniform", "examples"] = "uniform"
-    """uniform: every client counts the same. examples: by the number of examples each client declares."""
+    weighting: Literal["auto", "uniform", "examples"] = "auto"
+    """uniform: all clients count the same. examples: by what each declares. auto: examples in a private run, where a
+    small site has the most noise; uniform in others, in secure sums, and where the strategy takes no weights."""
     norm_bound: float | None = Field(default=None, ge=1e-6, le=1e30)
     """Longest change of one client over all trained tensors together; a longer one is scaled down. None bounds none."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
@@ -334,9 +335,7 @@ class Spec(Section):
     @model_validator(mode="after")
     def _check(self) -> "Spec":
         if self.adapter.kind == "head" and self.model.head == "frozen":
-            raise ValueError(
-                'adapter.kind = "head" with model.head = "frozen" trains nothing; set model.head = "train"'
-            )
+            raise ValueError('adapter.kind = "head" with a frozen head trains nothing; set model.head = "train"')
         if self.secure_aggregation.enabled and self.wire.upload != "fp32":
             raise ValueError(
                 f'wire.upload = "{self.wire.upload}" with secure_aggregation.enabled = true, whose updates are sent as '

@@ -6,7 +6,26 @@ from fedloom.proto.accounting import REPORT_GRID, Spend, Statement, statement
 from fedloom.proto.errors import PolicyError
 from fedloom.proto.run import Spec
 
-__all__ = ["evaluation_spend", "evaluations", "run_spends", "run_statement", "training_spend"]
+__all__ = ["LEAST_BATCH", "evaluation_spend", "evaluations", "faint", "run_spends", "run_statement", "training_spend"]
+
+LEAST_BATCH = 5.0
+"""Expected examples in a step of a private run below which a client is warned of."""
+
+
+def faint(spec: Spec, declared_examples: int) -> str | None:
+    """Why a site of this declared size gives more noise than news; None if it does not.
+
+    The noise of a step is divided by the examples that it is expected to have: by 1 for a site of 5 at a rate of 0.2,
+    where a site of 600 divides the same noise by 120.
+    """
+    expected = spec.train.sampling_rate * declared_examples
+    if not spec.privacy.enabled or expected >= LEAST_BATCH:
+        return None
+    return (
+        f"a step has {expected:.1f} of {declared_examples:,} declared examples on average, which its noise will drown; "
+        f"{math.ceil(LEAST_BATCH / spec.train.sampling_rate):,} examples or more count at train.sampling_rate = "
+        f"{spec.train.sampling_rate:g}. Join several small sites to one, or ask for a higher rate"
+    )
 
 
 def training_spend(spec: Spec) -> Spend:

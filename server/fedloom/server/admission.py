@@ -127,7 +127,7 @@ def _check_counts(config: RunConfig, strategy: Strategy) -> None:
             f"rounds.min_clients = {config.rounds.min_clients} with strategy {config.strategy.name!r}, which as "
             f"configured needs {least} updates a round; raise it to {least} or more, or lower what the strategy bears"
         )
-    if getattr(strategy, "unweighted", False) and config.strategy.weighting != "uniform":
+    if getattr(strategy, "unweighted", False) and config.strategy.weighting == "examples":
         raise ConfigError(
             f'strategy.weighting = "{config.strategy.weighting}" with strategy {config.strategy.name!r}, which counts '
             'every client once whatever it declares; set it to "uniform"'
@@ -149,7 +149,7 @@ def _check_secure(config: RunConfig, strategy: Strategy) -> None:
             "their sum alone; choose a linear one such as fedavg, ffa or fedsvd, or set secure_aggregation.enabled = "
             "false"
         )
-    if config.strategy.weighting != "uniform":
+    if config.strategy.weighting == "examples":
         raise ConfigError(
             f'strategy.weighting = "{config.strategy.weighting}" with secure aggregation, which sums updates of equal '
             'weight; set it to "uniform"'

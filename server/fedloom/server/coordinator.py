@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from fedloom.proto.errors import ConfigError, ProtocolError, StrategyError, UpdateRejected
 from fedloom.proto.messages import REFUSED, Answer, Assignment, Joined, Standing, UpdateHeader, Wait
 from fedloom.proto.secagg.steps import StepMessage, StepResult
+from fedloom.proto.spending import faint
 from fedloom.server.admission import admitted, check_join, check_room, check_work
 from fedloom.server.course import Course
 from fedloom.server.members import Member
@@ -39,6 +40,8 @@ class Coordinator(Course):
             check_room(client, self._members)
             if self._members.join(client, declared_examples, self._clock()):
                 self.audit.note("joined", client)
+            if declared_examples and (drowned := faint(self.config.spec, declared_examples)):
+                _log.warning("client %r: %s", client, drowned)
         return Joined(run=self._history.run, epoch=self.epoch, spec=self.config.spec, schema=self._schema)
 
     def work(self, client: str, run: str, epoch: int) -> Answer:

@@ -53,8 +53,7 @@ SUM_CODEC = "fp32"
 """Codec in which the mean of a secure sum is stored."""
 
 _FRESH_BYTES = 32 << 20
-"""Decoded updates kept in memory between their arrival and the fold, which spares reading and hashing them again. It is
-a bound whatever the cohort's size; the rest of a larger cohort is read back one update at a time."""
+"""Decoded updates kept in memory until the fold, whatever the cohort's size; the others are read back one by one."""
 
 _log = logging.getLogger(__name__)
 
@@ -177,7 +176,7 @@ class History:
     def draft(self, client: str, declared_examples: int) -> tuple[Order, Update, float]:
         """What this client was asked to do, its update but for the change, and the bound on that change's norm."""
         order = self.order(client)
-        weight = 1.0 if self._config.strategy.weighting == "uniform" else float(declared_examples)
+        weight = float(declared_examples) if self._config.strategy.weighting == "examples" else 1.0
         limit = self._config.rounds.max_update_norm or largest_norm(self._config, order, declared_examples)
         return order, Update(client, weight, self._version(self.rounds.started(client)).start(order), {}), limit
 
@@ -394,7 +393,8 @@ class History:
 
 def agreed(config: RunConfig) -> str:
     """Digest of what a run may not change on the way: all that clients were told, and the strategy."""
-    # Absent rather than null in [strategy], so that runs from before the norm bound keep their digest.
-    strategy = config.strategy.model_dump_json(exclude_none=True)
+    # Absent rather than null, and uniform where weights are left open: runs from before either keep their digest.
+    weighting = "uniform" if config.strategy.weighting == "auto" else config.strategy.weighting
+    strategy = config.strategy.model_copy(update={"weighting": weighting}).model_dump_json(exclude_none=True)
     text = config.spec.model_dump_json() + strategy + config.user_level.model_dump_json()
     return hashlib.sha256(text.encode()).hexdigest()

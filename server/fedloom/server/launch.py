@@ -17,7 +17,7 @@ __all__ = ["build_strategy", "calibrated"]
 
 
 def calibrated(config: RunConfig) -> RunConfig:
-    """The run file with its noise multipliers filled in.
+    """The run file with its noise multipliers and the weights of its clients filled in.
 
     Each is the smallest with which a client that takes part in every round it may stays within privacy.epsilon or
     user_level.epsilon, by the accountant that judges it later. No credit is taken for rounds a client may sit out.
@@ -37,7 +37,21 @@ def calibrated(config: RunConfig) -> RunConfig:
         steps = train.steps * config.run.rounds
         noise = calibrate(privacy.epsilon, privacy.delta, train.sampling_rate, steps, prior=scored)
     private = privacy.model_copy(update={"noise_multiplier": noise if privacy.enabled else None})
-    return config.model_copy(update={"privacy": private, "user_level": settled(config)})
+    user, weighting = settled(config), config.strategy.weighting
+    if weighting == "auto":
+        weighting = "examples" if _takes_weights(config) else "uniform"
+    strategy = config.strategy.model_copy(update={"weighting": weighting})
+    return config.model_copy(update={"privacy": private, "user_level": user, "strategy": strategy})
+
+
+def _takes_weights(config: RunConfig) -> bool:
+    """Whether clients may and should count by their examples: in a private run each one's noise is divided by them."""
+    if not config.privacy.enabled or config.secure_aggregation.enabled or config.user_level.enabled:
+        return False
+    try:
+        return not getattr(load(config.strategy.name, config.strategy.options), "unweighted", False)
+    except ConfigError:
+        return True  # whoever builds it says what is wrong; a site that only looks at the run need not have it
 
 
 def build_strategy(config: RunConfig) -> Strategy:

@@ -48,7 +48,7 @@ def settled(config: RunConfig) -> UserLevelSection:
     user = config.user_level
     if not user.enabled:
         return user
-    if config.strategy.weighting != "uniform":
+    if config.strategy.weighting == "examples":
         raise ConfigError(
             f'user_level.enabled with strategy.weighting = "{config.strategy.weighting}": weights would lift one '
             'client above the clip norm; set strategy.weighting = "uniform"'

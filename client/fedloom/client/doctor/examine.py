@@ -19,6 +19,7 @@ from fedloom.client.trainer import Trainer
 from fedloom.proto.address import host_of
 from fedloom.proto.errors import FedloomError, LedgerError
 from fedloom.proto.run import Spec
+from fedloom.proto.spending import faint
 
 __all__ = ["examine"]
 
@@ -98,6 +99,8 @@ def _run(policy: Policy, spec: Spec, loadable: bool) -> Iterator[Finding]:
         pass  # said before, as the ledger's own finding
     except FedloomError as error:
         yield failed("budget", str(error))
+    if (drowned := faint(spec, policy.data.declared_examples or 0)) is not None:
+        yield warning("size", drowned)
     found, rows = _rows(policy, spec)
     yield found
     if rows is None or not loadable:
