@@ -86,9 +86,9 @@ def written(kind: str, rows: list[tuple[str, str]], rng: random.Random) -> bytes
         for each, label in rows:
             out.write(json.dumps({"text": each, "label": label}, ensure_ascii=ascii_only) + "\n")
     else:
-        quoting: Any = rng.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC))
         end = rng.choice(("\n", "\r\n"))
-        writer = csv.writer(out, delimiter="\t" if kind == "tsv" else ",", quoting=quoting, lineterminator=end)
+        dialect = "unix" if rng.random() < 0.5 else "excel"  # with quotation marks always, or where they are needed
+        writer = csv.writer(out, dialect, delimiter="\t" if kind == "tsv" else ",", lineterminator=end)
         writer.writerows([("text", "label"), *rows])
     return out.getvalue().encode(rng.choice(("utf-8", "utf-8-sig")))
 
