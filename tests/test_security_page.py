@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from fedloom.proto.identity import MemberRole
 from fedloom.server.auth import ALLOWED
 
@@ -39,11 +41,10 @@ def test_its_table_of_roles_is_that_of_the_code() -> None:
     }
 
 
-def test_every_attack_in_the_track_record_names_tests_that_exist() -> None:
+@pytest.mark.parametrize("heading", ["Attacks on privacy", "What trials found"])
+def test_every_row_of_the_track_record_names_tests_that_exist(heading: str) -> None:
     page = (ROOT / "docs" / "track-record.md").read_text(encoding="utf-8")
-    rows = [
-        each for each in page.partition("## Attacks on privacy")[2].partition("\n## ")[0].splitlines() if "| " in each
-    ]
+    rows = [each for each in page.partition(f"## {heading}\n")[2].partition("\n## ")[0].splitlines() if "| " in each]
 
     assert len(rows) > 12
     for row in rows[1:]:
