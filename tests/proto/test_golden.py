@@ -118,6 +118,12 @@ MESSAGES: dict[str, Message] = {
     ),
     "StopRequest": pb.StopRequest(),
     "StopReply": pb.StopReply(),
+    "FinishRequest": pb.FinishRequest(),
+    "FinishReply": pb.FinishReply(),
+    "StatusReply waiting": pb.StatusReply(
+        run="4f", waiting="round 2 waits", waiting_s=9.0, refusing=["eve"], over=True
+    ),
+    "WorkReply finished, corrected": answer_to_wire(Finished(9, "fp32", DIGEST, 56, 3)),
 }
 """One message of each kind, named by its type and what tells it from others of the type."""
 
