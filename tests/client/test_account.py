@@ -132,6 +132,34 @@ def test_the_outlook_names_every_figure_and_a_run_without_a_round_is_refused(
         check_affordable(after)
 
 
+def test_who_cannot_pay_to_the_end_of_the_run_is_told_when_it_joins_and_joins_again(
+    policy: Policy, spec: Spec, tmp_path: Path
+) -> None:
+    """Three rounds, a budget for three, and one that was begun and lost: the last cannot be paid."""
+    long = spec.model_copy(update={"run": spec.run.model_copy(update={"rounds": 3})})
+    exact = policy.privacy.model_copy(update={"epsilon": epsilon([SPEND] * 3, policy.privacy.delta)})
+    with Ledger(tmp_path, "ab") as ledger:
+        fresh = outlook(ledger, long, exact, "run")
+        ledger.release(ledger.reserve("run", 0, SPEND, budget=exact.epsilon, delta=exact.delta), "sent")
+        begun = outlook(ledger, long, exact, "run")
+        ledger.reserve("run", 1, SPEND, budget=exact.epsilon, delta=exact.delta)  # and killed
+        killed = outlook(ledger, long, exact, "run")
+        elsewhere = outlook(ledger, long, exact, "another")
+
+    assert [(each.affordable, each.done, each.short) for each in (fresh, begun, killed, elsewhere)] == [
+        (3, 0, 0),
+        (2, 1, 0),
+        (1, 1, 1),
+        (1, 0, 2),
+    ]
+    assert fresh.warning is begun.warning is None
+    assert str(killed).endswith("the rest buys 1 of the 2 rounds that are left of run 'tiny'")
+    assert killed.warning is not None
+    assert killed.warning.startswith(
+        "1 of the rounds that are left cannot be paid, so this client leaves before the end"
+    )
+
+
 def test_a_round_costs_what_the_run_says(spec: Spec) -> None:
     assert training_spend(spec) == SPEND
     silent = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"noise_multiplier": None})})

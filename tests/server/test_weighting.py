@@ -1,4 +1,4 @@
-"""Who counts how much: in a private run by what each client declares, since that is what its noise is divided by."""
+"""What is settled before a run: who counts how much, and how many rounds the noise has to pay for."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 
 from fedloom.proto.run import RunConfig
 from fedloom.proto.spending import faint
+from fedloom.server import launch as module
 from fedloom.server.admission import check_config
 from fedloom.server.launch import build_strategy, calibrated
 from fedloom.server.store import Store
@@ -69,3 +70,18 @@ def test_a_site_whose_noise_drowns_its_news_is_named(configure: Callable[..., Ru
     assert "25 examples or more count" in text
     open_run = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"enabled": False})})
     assert faint(open_run, 5) is None
+
+
+@pytest.mark.parametrize(("spare", "steps"), [(0, 30), (1, 33)])
+def test_the_noise_pays_for_spare_rounds(
+    configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, spare: int, steps: int
+) -> None:
+    """A client that was killed once in ten rounds pays for eleven, within the same epsilon."""
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(module, "calibrate", lambda *args, **_: asked.append(args) or 1.5)
+    sections = {"train": {"steps": 3, "sampling_rate": 0.05}, "rounds": {"spare_rounds": spare}}
+
+    config = calibrated(configure(10, privacy={"epsilon": 6.0, "delta": 1e-5}, **sections))
+
+    assert asked == [(6.0, 1e-5, 0.05, steps)]
+    assert config.privacy.noise_multiplier == 1.5

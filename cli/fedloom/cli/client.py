@@ -83,7 +83,8 @@ def client(
         rest = pace(rounds)
         participant.delivered = lambda number: tell(f"round {number}/{rounds} sent{rest(number)}")
         runs.append(joined.run)
-        made.append(prepare(site, joined.spec, own, announce=tell, owing=kept(spool, joined.run, name) is not None))
+        owing = kept(spool, joined.run, name) is not None
+        made.append(prepare(site, joined.spec, own, announce=tell, run=joined.run, owing=owing))
         return made[-1]
 
     def save(tensors: "Tensors") -> None:

@@ -205,7 +205,7 @@ def _run_file(
         "strategy": {"name": "fedavg", "weighting": "uniform"}
         if epsilon is None
         else {"name": "fedsvd", "weighting": "examples"},
-        "rounds": {"min_clients": 2},
+        "rounds": {"min_clients": 2} | ({} if epsilon is None else {"spare_rounds": 1}),
         "data": {"source": source, "clients": _CLIENTS, "partition": grouped},
         "evaluation": {"every": 2},
     }

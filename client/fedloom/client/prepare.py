@@ -25,6 +25,7 @@ def prepare(
     own: Own | None = None,
     *,
     announce: Callable[[str], None] = log.info,
+    run: str | None = None,
     owing: bool = False,
 ) -> Trainer:
     """Load everything a client needs, the cheapest check first.
@@ -34,6 +35,7 @@ def prepare(
         spec: The run, already checked against it.
         own: The site's data, read before it joined; None reads them here.
         announce: Gets one line on the budget and what it buys of the run, before anything is trained.
+        run: The run's name, by which the ledger knows what this client has done in it.
         owing: Whether an update that was paid for still waits to be sent in this run, so that joining is of use
             even if the budget buys nothing more.
 
@@ -52,10 +54,12 @@ def prepare(
         base = str(allowed_base(policy, spec))
         if spec.privacy.enabled:
             ledger = ledger or on_failure.enter_context(open_account(policy, rows))
-            standing = outlook(ledger, spec, policy.privacy)
+            standing = outlook(ledger, spec, policy.privacy, run)
             announce(str(standing))
             if not owing:
                 check_affordable(standing)
+            if standing.warning:
+                announce(f"warning: {standing.warning}")
             if (drowned := faint(spec, policy.data.declared_examples or 0)) is not None:
                 announce(f"warning: {drowned}")
         model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.compute)

@@ -53,7 +53,9 @@ def run(policy: Policy, idle_s: float, parent: int | None) -> bool:
         spool, name = spool_folder(policy), policy.client.name
         resident = Resident(
             policy,
-            lambda joined: prepare(policy, joined.spec, owing=kept(spool, joined.run, name) is not None),
+            lambda joined: prepare(
+                policy, joined.spec, run=joined.run, owing=kept(spool, joined.run, name) is not None
+            ),
             spool,
             Pace(),
         )

@@ -216,6 +216,9 @@ class RoundsSection(Section):
     max_update_norm: float | None = Field(default=None, ge=1e-9, le=1e30)
     """L2 norm over all tensors beyond which one client's update is refused. None takes ten times what the run's
     learning rate, steps, clip norm and noise can come to. Secure sums have secure_aggregation.max_change instead."""
+    spare_rounds: int = Field(default=0, ge=0, le=MAX_ROUNDS)
+    """Rounds beyond run.rounds that the noise is calibrated for: a client that is killed in a round pays for it twice,
+    and takes part to the end if one is spare. No effect beside a noise_multiplier."""
     mode: Literal["synchronous", "buffered"] = "synchronous"
     """buffered (FedBuff): clients work at their own pace, and every clients_per_round updates make a round, those made
     for s rounds earlier counting 1/sqrt(1 + s). For linear strategies that keep their coordinates."""

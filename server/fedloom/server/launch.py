@@ -20,7 +20,8 @@ def calibrated(config: RunConfig) -> RunConfig:
     """The run file with its noise multipliers and the weights of its clients filled in.
 
     Each is the smallest with which a client that takes part in every round it may stays within privacy.epsilon or
-    user_level.epsilon, by the accountant that judges it later. No credit is taken for rounds a client may sit out.
+    user_level.epsilon, by the accountant that judges it later; rounds.spare_rounds may be done again within it. No
+    credit is taken for rounds a client may sit out.
 
     Raises:
         ConfigError: A privacy target cannot be reached.
@@ -34,7 +35,7 @@ def calibrated(config: RunConfig) -> RunConfig:
                 f"{len(scored)} evaluations alone cost epsilon {cost:.2f} of privacy.epsilon = {privacy.epsilon:g}; "
                 "raise federated_evaluation.every or its noise_multiplier"
             )
-        steps = train.steps * config.run.rounds
+        steps = train.steps * (config.run.rounds + config.rounds.spare_rounds)
         noise = calibrate(privacy.epsilon, privacy.delta, train.sampling_rate, steps, prior=scored)
     private = privacy.model_copy(update={"noise_multiplier": noise if privacy.enabled else None})
     user, weighting = settled(config), config.strategy.weighting

@@ -94,7 +94,11 @@ def _run(policy: Policy, spec: Spec, loadable: bool) -> Iterator[Finding]:
             with existing_account(policy) as account:
                 if account is not None:
                     check_affordable(standing := outlook(account, spec, policy.privacy))
-                    yield ok("budget", str(standing))
+                    yield (
+                        warning("budget", str(standing), standing.warning)
+                        if standing.warning
+                        else ok("budget", str(standing))
+                    )
     except LedgerError:
         pass  # said before, as the ledger's own finding
     except FedloomError as error:

@@ -26,6 +26,7 @@ class Outlook:
         delta: Delta of both.
         rounds: Rounds of the run.
         affordable: How many of them the budget still buys.
+        done: How many of them are behind this client, as its ledger knows.
     """
 
     run: str
@@ -34,12 +35,30 @@ class Outlook:
     delta: float
     rounds: int
     affordable: int
+    done: int = 0
+
+    @property
+    def short(self) -> int:
+        """How many of the rounds that are left cannot be paid."""
+        return max(0, self.rounds - self.done - self.affordable)
 
     def __str__(self) -> str:
         """One line for people."""
+        left = f"{self.rounds - self.done} rounds that are left" if self.done else f"{self.rounds} rounds"
         return (
             f"epsilon {self.spent:.4f} of {self.budget:g} is spent at delta {self.delta:g} over the life of this data; "
-            f"the rest buys {self.affordable} of the {self.rounds} rounds of run {self.run!r}"
+            f"the rest buys {self.affordable} of the {left} of run {self.run!r}"
+        )
+
+    @property
+    def warning(self) -> str | None:
+        """What to know if the budget does not last to the end of the run; None if it does."""
+        if not self.short:
+            return None
+        return (
+            f"{self.short} of the rounds that are left cannot be paid, so this client leaves before the end; a round "
+            "that was begun and lost is paid for twice. Raise privacy.epsilon in the policy if you may, or ask for a "
+            "run with more noise: rounds.spare_rounds leaves room for rounds that are done again"
         )
 
 
@@ -58,10 +77,19 @@ def affordable(prior: Iterable[Spend], spec: Spec, policy: PrivacyPolicy) -> int
     return accounting.most_rounds(prior, cost, policy.epsilon, policy.delta, most=spec.run.rounds)
 
 
-def outlook(ledger: Ledger, spec: Spec, policy: PrivacyPolicy) -> Outlook:
-    """The standing of the data before the run `spec`."""
-    left = affordable(ledger.spends(), spec, policy)
-    return Outlook(spec.run.name, ledger.epsilon(policy.delta), policy.epsilon, policy.delta, spec.run.rounds, left)
+def outlook(ledger: Ledger, spec: Spec, policy: PrivacyPolicy, run: str | None = None) -> Outlook:
+    """The standing of the data before the run `spec`, or in the middle of it.
+
+    Args:
+        ledger: The data's account.
+        spec: The run.
+        policy: The budget.
+        run: The run's name in the ledger, if this client may have taken part in it before.
+    """
+    rounds = spec.run.rounds
+    done = max((each.round + 1 for each in ledger.charges() if each.run == run and each.digest is not None), default=0)
+    left = min(affordable(ledger.spends(), spec, policy), rounds - done)
+    return Outlook(spec.run.name, ledger.epsilon(policy.delta), policy.epsilon, policy.delta, rounds, left, done)
 
 
 def check_affordable(standing: Outlook) -> None:
@@ -70,7 +98,7 @@ def check_affordable(standing: Outlook) -> None:
     Raises:
         BudgetError: It is such a run.
     """
-    if standing.affordable == 0:
+    if standing.affordable == 0 and standing.short:
         raise BudgetError(
             f"{standing}: not even one. Ask for a run with more noise, a lower sampling rate or fewer steps, or raise "
             "privacy.epsilon in the policy if you may"
