@@ -70,7 +70,11 @@ def test_rounds_draw_noise_of_their_own(
     still = {name: np.zeros_like(value) for name, value in start(tiny_model).items()}
     scale = 1e-6 * 0.7 / (1e-9 * 40)
 
-    deltas = [trainer.train("run", assignment(round=each), still).delta for each in range(8)]
+    deltas = []
+    for each in range(8):
+        trained = trainer.train("run", assignment(round=each), still)
+        trainer.release(trained.charge, "0" * 64)
+        deltas.append(trained.delta)
 
     noise = np.concatenate([delta[each.name].ravel() for delta in deltas for each in tiny_model.schema.tensors]) / scale
     assert dependence(noise) < LIMIT
@@ -89,12 +93,14 @@ def test_samples_of_a_private_run_follow_no_seed(
         return sample
 
     monkeypatch.setattr(trainer_module, "poisson", noting)
-    for _ in range(2):
+    for again in (False, True):
         for number in range(2):
             torch.manual_seed(0)
             np.random.seed(0)
             trainer = Trainer(tiny_model, rows, spec, policy, ledger)
-            trainer.train("run", assignment(round=number), start(tiny_model))
+            trained = trainer.train("run", assignment(round=number), start(tiny_model))
+            if again:
+                trainer.release(trained.charge, "0" * 64)
 
     assert len(found) == 2 * 2 * spec.train.steps
     assert len(set(found)) == len(found)

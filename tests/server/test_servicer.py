@@ -228,7 +228,7 @@ def test_the_same_update_twice_gets_the_same_answer(tmp_path: Path) -> None:
         (lambda h, p: (h, p[:-1] + b"\x7f"), grpc.StatusCode.FAILED_PRECONDITION, "digest"),
         (lambda h, p: (_with(h, epoch=9), p), grpc.StatusCode.FAILED_PRECONDITION, "epoch 9"),
         (lambda h, p: (_with(h, run="other"), p), grpc.StatusCode.FAILED_PRECONDITION, "'other'"),
-        (lambda h, p: (_with(h, round=5), p), grpc.StatusCode.FAILED_PRECONDITION, "round 5"),
+        (lambda h, p: (_with(h, round=5), p), grpc.StatusCode.FAILED_PRECONDITION, "round 6"),
         (lambda h, p: (_with(h, client="eve"), p), grpc.StatusCode.FAILED_PRECONDITION, "'eve'"),
         (lambda h, p: (_with(h, codec="pickle"), p), grpc.StatusCode.INVALID_ARGUMENT, "unknown codec"),
         (lambda h, p: (_with(h, payload_bytes=1 << 32), p), grpc.StatusCode.FAILED_PRECONDITION, "announces"),
