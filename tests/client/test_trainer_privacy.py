@@ -165,7 +165,8 @@ def clipped_sum(model: AdapterModel, rows: Rows, spec: Spec, policy: Policy, led
     """Sum of clipped per-example gradients over all rows, as one private step without noise gives it."""
     one = changed(spec, train={"steps": 1, "learning_rate": 100.0, "sampling_rate": 0.5})
     trainer = Trainer(model, rows, one, policy, ledger, entropy_for=lambda _: Everyone())
-    delta = trainer.train("run", assignment(), start(model)).delta
+    # A run of its own: an account stops a run whose charges come to nothing one after the other.
+    delta = trainer.train(f"run-{len(ledger.spends())}", assignment(), start(model)).delta
     return (
         -np.concatenate([delta[s.name].reshape(-1) for s in model.schema.tensors]).astype(np.float64) * 0.5 * 40 / 100
     )
