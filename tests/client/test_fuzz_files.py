@@ -200,7 +200,7 @@ def test_damaged_parquet_files_lose_no_row(tmp_path: Path) -> None:
 
         if found is not None:
             with parquet.ParquetFile(path) as file:
-                assert found.rows == sum(file.metadata.row_group(at).num_rows for at in range(file.num_row_groups))
+                assert found.rows == file.metadata.num_rows == 50
 
 
 def test_damaged_pictures_are_read_or_refused() -> None:

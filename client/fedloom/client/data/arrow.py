@@ -28,7 +28,14 @@ def parquet_rows(path: Path, layout: Layout) -> Iterator[Row]:
             check_columns(path, table.schema_arrow.names, layout)
             wanted = layout.wanted(table.schema_arrow.names)
             batches = table.iter_batches(batch_size=_BATCH, columns=wanted)
-            yield from _rows(path, batches, _names(table.schema_arrow), wanted)
+            count = 0
+            for row in _rows(path, batches, _names(table.schema_arrow), wanted):
+                count += 1
+                yield row
+            # pyarrow gives what the pages hold, whatever the file says that they do.
+            parts = [table.metadata.row_group(part).num_rows for part in range(table.num_row_groups)]
+            if not count == sum(parts) == table.metadata.num_rows:
+                raise DataError(f"{path} is damaged: {count} rows are found and not as many as it says; write it again")
     except arrow.ArrowException as error:
         raise DataError(f"{path} cannot be read as Parquet; write it again ({_short(error)})") from error
 
