@@ -13,7 +13,7 @@ from fedloom.proto.accounting import Spend, statement
 from fedloom.proto.run import load_run
 from fedloom.proto.schema import Schema
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.launch import build_strategy
+from fedloom.server.launch import build_strategy, calibrated
 from fedloom.server.rounds import RoundOpened, RunCreated
 from fedloom.server.store import Store
 from fedloom.strategies.start import starting_adapter
@@ -38,7 +38,7 @@ def test_a_state_directory_becomes_a_peft_adapter(tmp_path: Path, tiny_base: Pat
     assert fedloom("prepare", run).returncode == 0
     prepared = json.loads(run.with_suffix(".schema.json").read_text())
     schema = Schema.from_json(json.dumps(prepared["schema"], separators=(",", ":")))
-    config = load_run(run)
+    config = calibrated(load_run(run))
     config = config.model_copy(update={"model": config.model.model_copy(update={"digest": prepared["digest"]})})
     with Store(tmp_path / "state") as store:
         Coordinator(config, schema, build_strategy(config), store, starting=starting_adapter(schema, 4))

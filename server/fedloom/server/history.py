@@ -376,7 +376,7 @@ class History:
         if (created.spec, created.schema) != (agreed(self._config), self._schema.digest):
             raise ConfigError(
                 f"{self._store.where} holds run {created.run[:8]} of another run file or base model; "
-                "start with the run file it was made with, or give this run another directory"
+                "start with its own run file (begun by 0.1: strategy.weighting = 'uniform'), or give another directory"
             )
         self.state = state_from_bytes(self._store.get_blob(self.rounds.state), self._schema)
         _log.info("run %s goes on at round %d, epoch %d", created.run[:8], self.rounds.round + 1, self._store.epoch)
