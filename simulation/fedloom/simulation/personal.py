@@ -12,33 +12,33 @@ from fedloom.client.trainer import Score, evaluate
 from fedloom.proto.schema import Tensors
 from fedloom.simulation.federation import Federation
 
-__all__ = ["client_scores", "mean_score", "save_clients"]
+__all__ = ["save_clients", "scored"]
 
 
-def client_scores(federation: Federation, run: str, adapter: Tensors) -> dict[str, Score]:
-    """Each client's adapter on the held-out rows, by client; empty if no client keeps anything to itself.
+def scored(federation: Federation, run: str, adapter: Tensors) -> tuple[Score, dict[str, Score]]:
+    """The score of a run on the held-out rows, and that of each client's adapter, by client.
 
     Args:
         federation: The clients, and the model, which is left with one of the adapters.
         run: The run's name.
         adapter: What the clients share.
+
+    Returns:
+        The mean over the clients, their answers counted together, and each; or the shared adapter's score and nothing
+        more, if no client keeps anything to itself.
     """
     own = {name: _own(federation, run, name) for name in federation.clients}
     if not any(own.values()):
-        return {}
+        federation.model.show(adapter)
+        return evaluate(federation.model, federation.held_out), {}
     scores = {}
     for name, values in own.items():
         federation.model.show({**adapter, **values})
         scores[name] = evaluate(federation.model, federation.held_out)
-    return scores
+    return _mean(list(scores.values())), scores
 
 
-def mean_score(federation: Federation, run: str, adapter: Tensors) -> Score:
-    """The mean of `client_scores`, their answers counted together; without any, the shared adapter's score."""
-    scores = list(client_scores(federation, run, adapter).values())
-    if not scores:
-        federation.model.show(adapter)
-        return evaluate(federation.model, federation.held_out)
+def _mean(scores: list[Score]) -> Score:
     accuracy, loss = (float(np.mean(each)) for each in zip(*((s.accuracy, s.loss) for s in scores), strict=True))
     tables = zip(*(score.confusion for score in scores), strict=True)
     confusion = tuple(tuple(map(sum, zip(*rows, strict=True))) for rows in tables)

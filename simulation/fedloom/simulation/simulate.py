@@ -36,7 +36,7 @@ from fedloom.server.store import Store
 from fedloom.server.user_ledger import statement as user_statement
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess, standing_clock
-from fedloom.simulation.personal import client_scores, mean_score, save_clients
+from fedloom.simulation.personal import save_clients, scored
 from fedloom.simulation.processes import run_processes
 from fedloom.simulation.record import new_folder, plot, write_json
 from fedloom.strategies.api import State
@@ -191,7 +191,7 @@ def _drain(federation: Federation, coordinator: Coordinator, tape: _Tape, watche
         seen = tape.read_to(rounds)
         score = None
         if is_scored(config, rounds):
-            score = mean_score(federation, coordinator.progress.run, coordinator.result(state))
+            score, _ = scored(federation, coordinator.progress.run, coordinator.result(state))
         traffic = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
         record = round_record(config, rounds, seen, federation.clients, traffic, time.monotonic() - began)
         if score is not None:
@@ -216,7 +216,7 @@ def _finish(
 ) -> Result:
     """Export the adapter, or each client's, reload it as a user would, and write the summary and the plot."""
     config, model = federation.config, federation.model
-    final, own = mean_score(federation, run, trained), client_scores(federation, run, trained)
+    final, own = scored(federation, run, trained)
     spent = ledger_statements(federation) if config.privacy.enabled else {}
     known = facts(config, _worst(spent) if spent else None)
     user = user_statement(config.user_level, rounds)
