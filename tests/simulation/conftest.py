@@ -1,5 +1,6 @@
-"""A coordinator with certificates, and members of it."""
+"""A data set for small simulations; a coordinator with certificates, and members of it."""
 
+import csv
 import datetime as dt
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedloom.client.connection import GrpcConnection
+from fedloom.client.data.rows import Rows
 from fedloom.proto.identity import Identity, MemberRole
 from fedloom.proto.messages import Assignment
 from fedloom.proto.run import RunConfig
@@ -22,6 +24,19 @@ from fedloom.strategies.start import starting_adapter
 
 # Some megabytes, more than a connection buffers, so that a download nobody reads stays under way.
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (8, 2**19)), TensorSpec("m.B", "m", Role.LORA_B, (2**19, 8))))
+
+
+@pytest.fixture
+def data(tmp_path: Path, rows: Rows) -> Path:
+    """A folder with train.csv and test.csv."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, part in (("train", range(30)), ("test", range(30, 40))):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            writer.writerows([rows.texts[i], rows.label_names[rows.labels[i]]] for i in part)
+    return folder
 
 
 @pytest.fixture

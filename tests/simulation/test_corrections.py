@@ -1,6 +1,5 @@
 """A strategy that moves what was learnt into the frozen weights: one model is scored, sent and exported everywhere."""
 
-import csv
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from fedloom.cli.main import app
-from fedloom.client.data.rows import Rows
 from fedloom.client.scoring import HeldOut
 from fedloom.proto.errors import StrategyError
 from fedloom.proto.run import RunConfig
@@ -90,15 +88,8 @@ def flora(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path, rows: Rows, tiny_base: Path) -> RunConfig:
+def config(data: Path, tiny_base: Path) -> RunConfig:
     """Two clients, two rounds, not private."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for name, part in (("train", range(30)), ("test", range(30, 40))):
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            writer.writerows([rows.texts[i], rows.label_names[rows.labels[i]]] for i in part)
     return RunConfig.model_validate(
         {
             "run": {"name": "tiny", "rounds": 2, "seed": 5},
@@ -108,7 +99,7 @@ def config(tmp_path: Path, rows: Rows, tiny_base: Path) -> RunConfig:
             "privacy": {"enabled": False},
             "strategy": {"name": "flora"},
             "rounds": {"min_clients": 2},
-            "data": {"source": str(folder), "clients": 2},
+            "data": {"source": str(data), "clients": 2},
             "engine": {"threads": 1},
         }
     )

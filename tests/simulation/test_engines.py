@@ -1,6 +1,5 @@
 """Whole federations on a tiny model: the engines agree, the result loads with PEFT, and nothing is left half-done."""
 
-import csv
 import hashlib
 import json
 import threading
@@ -13,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedloom.client.connection import GrpcConnection
-from fedloom.client.data.rows import Rows, digest
+from fedloom.client.data.rows import digest
 from fedloom.client.model import load_model
 from fedloom.client.participant import Participant
 from fedloom.client.privacy.entropy import Entropy, Seeded
@@ -33,19 +32,6 @@ from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess
 from fedloom.simulation.simulate import simulate
 from fedloom.strategies.start import starting_adapter
-
-
-@pytest.fixture
-def data(tmp_path: Path, rows: Rows) -> Path:
-    """A folder with train.csv and test.csv."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for name, part in (("train", range(30)), ("test", range(30, 40))):
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            writer.writerows([rows.texts[i], rows.label_names[rows.labels[i]]] for i in part)
-    return folder
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A run in which each client keeps its head to itself: its accuracy is that of the clients' adapters, each exported."""
 
-import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedloom.client.data.rows import Rows
 from fedloom.client.export import load_exported, predict
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role
@@ -32,12 +30,7 @@ class Keeping(FedAvg):
 
 
 @pytest.fixture
-def config(tmp_path: Path, rows: Rows, tiny_base: Path) -> RunConfig:
-    for name, part in (("train", range(30)), ("test", range(30, 40))):
-        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            writer.writerows([rows.texts[i], rows.label_names[rows.labels[i]]] for i in part)
+def config(data: Path, tiny_base: Path) -> RunConfig:
     return RunConfig.model_validate(
         {
             "run": {"name": "own", "rounds": 2, "seed": 5},
@@ -45,7 +38,7 @@ def config(tmp_path: Path, rows: Rows, tiny_base: Path) -> RunConfig:
             "adapter": {"rank": 4, "alpha": 8},
             "train": {"steps": 3, "sampling_rate": 0.5, "learning_rate": 0.3},
             "privacy": {"enabled": False},
-            "data": {"source": str(tmp_path), "clients": 3},
+            "data": {"source": str(data), "clients": 3},
         }
     )
 

@@ -1,6 +1,5 @@
 """A federation with noise from the coordinator, from the run file to the reports."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedloom.client.data.rows import Rows
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
 from fedloom.server.records import read_metrics
@@ -18,15 +16,8 @@ from fedloom.simulation.simulate import simulate
 
 
 @pytest.fixture
-def config(tmp_path: Path, rows: Rows, tiny_base: Path) -> RunConfig:
+def config(data: Path, tiny_base: Path) -> RunConfig:
     """Three clients and two rounds, private both ways."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for name, part in (("train", range(30)), ("test", range(30, 40))):
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            writer.writerows([rows.texts[i], rows.label_names[rows.labels[i]]] for i in part)
     return RunConfig.model_validate(
         {
             "run": {"name": "tiny", "rounds": 2, "seed": 5},
@@ -37,7 +28,7 @@ def config(tmp_path: Path, rows: Rows, tiny_base: Path) -> RunConfig:
             "strategy": {"name": "ffa"},
             "user_level": {"enabled": True, "epsilon": 6.0, "delta": 1e-3, "clip_norm": 0.1, "cohort": 3},
             "rounds": {"min_clients": 3},
-            "data": {"source": str(folder), "clients": 3},
+            "data": {"source": str(data), "clients": 3},
             "engine": {"threads": 1},
         }
     )
