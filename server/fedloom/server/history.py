@@ -130,7 +130,7 @@ class History:
     @property
     def finished(self) -> bool:
         """Whether no more rounds come."""
-        return self.rounds.phase == "over" or self.rounds.round >= self._config.run.rounds
+        return self.rounds.over(self._config.run.rounds)
 
     @property
     def standing(self) -> Standing:

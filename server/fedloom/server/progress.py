@@ -101,7 +101,7 @@ class Progress:
             bytes_by_round=dict(traffic.rounds),
             bytes_by_client=dict(traffic.clients),
             seen_ago=seen_ago,
-            over=rounds.phase == "over" or rounds.round >= config.run.rounds,
+            over=rounds.over(config.run.rounds),
             waiting=told[0],
             waiting_s=told[1],
             refusing=told[2],

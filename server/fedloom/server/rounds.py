@@ -208,6 +208,10 @@ class Rounds:
         asked = self.phase == "open" and client in self.cohort and client not in self.updates
         return asked and self.lost.get(client) != "rejected"
 
+    def over(self, length: int | None) -> bool:
+        """Whether no more rounds come in a run of so many; None where that is not known."""
+        return self.phase == "over" or (length is not None and self.round >= length)
+
     def started(self, client: str) -> int:
         """The round this client was asked for last."""
         return self.starts.get(client, self.round)

@@ -139,8 +139,7 @@ class Board:
         with suppress(FedloomError):
             journal.refresh()
         total = config.run.rounds if config else None
-        over = journal.rounds.phase == "over" or (total is not None and journal.rounds.round >= total)
-        phase = "over" if over else "running" if ours or _held(folder) else "stopped"
+        phase = "over" if journal.rounds.over(total) else "running" if ours or _held(folder) else "stopped"
         return {"name": name, "ours": ours, "round": journal.rounds.round, "rounds": total, "phase": phase}
 
     def _journal(self, folder: Path) -> Journal:
