@@ -89,9 +89,9 @@ def evaluate(
     language = config.model.task in LANGUAGE
     labels = config.model.labels
     scores = {"start": _document(start, language), "now": _document(now, language)}
-    from fedloom.client.classes import classes_document
-
     if json_only:
+        from fedloom.client.classes import classes_document
+
         scored = {"adapter": str(adapter)} if adapter is not None else {"state": str(folder), "rounds": rounds}
         print_json(
             {**scored, "data": source, "examples": now.examples, **scores, **classes_document(now.confusion, labels)}

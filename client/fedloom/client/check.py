@@ -88,7 +88,7 @@ def check(policy: Policy, spec: Spec | None) -> Report:
         DataError: The data cannot be read at all.
     """
     data = policy.data
-    task, labels = policy.data.own_task, policy.data.labels
+    task, labels = data.own_task, data.labels
     if task is None:
         task = spec.model.task if spec else guess_task(data.source, data)
         labels = spec.model.labels if spec else ()

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from fedloom.client.data.rows import Indices
+
 __all__ = ["MOST_CLASSES", "ClassScore", "Confusion", "class_scores", "classes_document", "count", "missed"]
 
 MOST_CLASSES = 100
@@ -29,7 +31,7 @@ class ClassScore:
     """Harmonic mean of both."""
 
 
-def count(true: "np.typing.NDArray[np.int64]", predicted: "np.typing.NDArray[np.int64]", classes: int) -> Confusion:
+def count(true: Indices, predicted: Indices, classes: int) -> Confusion:
     """The confusion matrix of as many true and predicted classes.
 
     >>> count(np.array([0, 0, 1]), np.array([0, 1, 1]), 2)

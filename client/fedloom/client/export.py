@@ -160,8 +160,8 @@ def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path) 
     """Write the adapter that a run ended with, as a client has it; what was at `folder` before is replaced whole.
 
     Clients that share the folder may all do so at once: it holds one of their adapters, which are the same unless they
-    keep tensors to themselves. Its
-    guarantee is that of a client that took part in every round: a client knows of no other's rounds.
+    keep tensors to themselves. Its guarantee is that of a client that took part in every round: a client knows of no
+    other's rounds.
 
     Raises:
         ConfigError: The folder cannot be written.

@@ -365,9 +365,12 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) ->
             labelled = labels != IGNORED
             predicted, classes = scores.argmax(-1), scores.shape[-1]
             right += int((predicted == labels)[labelled].sum())
-            pairs += [torch.stack([labels[labelled], predicted[labelled]]).cpu()] * (classes <= MOST_CLASSES)
+            if classes <= MOST_CLASSES:
+                pairs.append(torch.stack([labels[labelled], predicted[labelled]]).cpu())
             total += int(labelled.sum())
             loss += float(per_example(scores, labels) @ labelled.sum(1).float())
-    true, told = torch.cat(pairs, 1).numpy() if pairs else np.zeros((2, 0), np.int64)
-    confusion = count(true, told, classes) if pairs else ()
+    confusion: Confusion = ()
+    if pairs:
+        true, told = torch.cat(pairs, 1).numpy()
+        confusion = count(true, told, classes)
     return Score(right / max(1, total), loss / max(1, total), len(encoded), confusion)

@@ -69,14 +69,13 @@ def linear_targets(base: PreTrainedModel, targets: tuple[str, ...] | str, head: 
         if isinstance(module, (nn.Linear, Conv1D))
         and not any(name == each or name.startswith(f"{each}.") for each in head.modules)
     ]
-    last = {name.rpartition(".")[2] for name in linear}
     if isinstance(targets, str):
         output = base.get_output_embeddings()
         linear = [name for name in linear if base.get_submodule(name) is not output]
-        last = {name.rpartition(".")[2] for name in linear}
+    last = {name.rpartition(".")[2] for name in linear}
+    if isinstance(targets, str):
         known = _KNOWN.get(base.config.model_type, ()) if targets == "auto" else ()
-        wanted = last.intersection(known if isinstance(known, list) else ()) or last
-        return [name for name in linear if name.rpartition(".")[2] in wanted]
+        targets = tuple(last.intersection(known if isinstance(known, list) else ()) or last)
     unknown = sorted(set(targets) - last)
     if unknown:
         raise ModelError(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +18,9 @@ from fedloom.proto.errors import DataError
 from fedloom.proto.form import Form
 from fedloom.proto.run import Task
 
-__all__ = ["Split", "Tally", "Tell", "assembled", "load_rows", "records", "tell_of"]
+__all__ = ["Split", "Tally", "Tell", "assembled", "load_rows", "records", "tallied", "tell_of"]
+
+K = TypeVar("K", str, Note)
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,11 @@ class Tally:
     def __str__(self) -> str:
         """How many, and where the first is."""
         return f"{self.count:,} times, the first at {self.first}" if self.count > 1 else f"at {self.first}"
+
+
+def tallied(tallies: dict[K, Tally], kind: K, where: str) -> None:
+    """Count one more of a kind."""
+    tallies.setdefault(kind, Tally(0, where)).count += 1
 
 
 def _refuse(where: str, what: DataError | Note) -> None:
@@ -75,7 +83,7 @@ def load_rows(
     def skip(where: str, what: DataError | Note) -> None:
         if isinstance(what, DataError):
             raise what
-        notes.setdefault(what, Tally(0, where)).count += 1
+        tallied(notes, what, where)
 
     rows = assembled(records(source, split, Layout(task, form.columns), skip), labels, task, source, form)
     tell(logging.INFO, f"{source}: {len(rows):,} rows read{_labelled(rows)}")

@@ -146,8 +146,7 @@ class Layout:
         return value
 
     def _label(self, value: object, where: str) -> str:
-        missing = value is None or (isinstance(value, float) and math.isnan(value))
-        if missing or (isinstance(value, str) and not value.strip()):
+        if _missing(value) or (isinstance(value, str) and not value.strip()):
             raise DataError(f"{where}: a label is empty; fill it in or remove the row")
         # pandas writes whole numbers as 1.0 once a value of their column is missing; which label that is, `labelling`
         # says.
@@ -158,7 +157,7 @@ class Layout:
 
     def _group(self, value: object, where: str) -> str:
         """A group's name; a number, a date or the like is one too, as it is written."""
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        if _missing(value):
             return ""
         if isinstance(value, list | dict | bytes):
             raise DataError(
@@ -214,6 +213,11 @@ def _filled(record: Record) -> Record:
         raise DataError(f"{record.where}: the text is empty; fill it in or remove the row")
     _unicode(record.text, record.where, "the text")
     return record
+
+
+def _missing(value: object) -> bool:
+    """Whether a table has nothing there: pandas writes NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _unicode(text: str, where: str, what: str) -> str:

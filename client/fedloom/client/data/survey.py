@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedloom.client.data.files import Note
 from fedloom.client.data.labels import Labelling, labelling
-from fedloom.client.data.load import Tally, assembled, records
+from fedloom.client.data.load import Tally, assembled, records, tallied
 from fedloom.client.data.records import Layout, Record
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.sources import source_rows
@@ -117,17 +117,17 @@ def survey(source: str, labels: tuple[str, ...], task: Task, form: Form) -> Surv
 
     def skip(where: str, what: DataError | Note) -> None:
         if isinstance(what, Note):
-            found.notes.setdefault(what, Tally(0, where)).count += 1
+            tallied(found.notes, what, where)
             return
         found.rows += 1
-        _count(found.unreadable, str(what).removeprefix(where).lstrip(": "), where)
+        tallied(found.unreadable, str(what).removeprefix(where).lstrip(": "), where)
 
     kept: list[Record] = []
     for record in records(source, "train", Layout(task, form.columns), skip):
         found.rows += 1
         groups.add(record.group)
         for oddity in _oddities(record, seen):
-            _count(found.doubtful, oddity, record.where)
+            tallied(found.doubtful, oddity, record.where)
         kept.append(record)
     found.groups = len(groups - {""})
     if labels and kept:
@@ -148,16 +148,14 @@ def _classified(record: Record, found: Survey) -> bool:
     known = True
     for label in record.labels:
         place = found.labelling.class_of(label) if found.labelling else None
-        if found.labelling is None or place is not None:
-            found.labels[label if found.labelling is None or place is None else found.labelling.names[place]] += 1
+        if found.labelling is None:
+            found.labels[label] += 1
+        elif place is not None:
+            found.labels[found.labelling.names[place]] += 1
         else:
             found.unknown[label] += 1
             known = False
     return known
-
-
-def _count(faults: dict[str, Tally], what: str, where: str) -> None:
-    faults.setdefault(what, Tally(0, where)).count += 1
 
 
 def _oddities(record: Record, seen: set[bytes]) -> list[str]:
@@ -188,7 +186,7 @@ def lengths(
     encoded, faults = attempted(rows, tokenizer, _ENDLESS)
     refused: dict[str, Tally] = {}
     for index, error in faults.items():
-        _count(refused, str(error), rows.place(index))
+        tallied(refused, str(error), rows.place(index))
     counts = np.array([len(ids) for index, ids in enumerate(encoded.input_ids) if index not in faults] or [0])
     # At the cut of a language model, the last place has nobody to predict.
     read = max_length - (found.task in ("causal-lm", "instruct"))
