@@ -44,7 +44,7 @@ def test_the_budget_and_what_it_buys_are_said_before_the_model_is_loaded(
     said: list[str] = []
 
     def load(*_: object) -> None:
-        assert len(said) == 2
+        assert len(said) == 3
         raise InterruptedError
 
     monkeypatch.setattr(module, "load_model", load)
