@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import sqlite3
+import tempfile
 import tomllib
 from collections.abc import Callable
 from importlib import import_module, metadata
@@ -318,7 +319,7 @@ def test_a_disk_without_room_is_no_disk_to_leave(home: Home, monkeypatch: pytest
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(machine.tempfile, "TemporaryDirectory", full)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
     found = home.examine(code=2)["state"]
 
     assert "has no room" in found.text

@@ -29,6 +29,7 @@ from fedloom.client.config import Policy
 from fedloom.client.participant import Participant
 from fedloom.client.privacy import ledger as module
 from fedloom.client.privacy.ledger import Ledger
+from fedloom.client.privacy.ledger_file import add
 from fedloom.client.training import Proceed, Trained
 from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.codec import codec
@@ -118,7 +119,7 @@ def standing_between(disk: Disk) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", disk.around(disk.fsync))
         patch.setattr(os, "replace", disk.around(disk.replace))
-        patch.setattr(module, "add", disk.around(module.add))
+        patch.setattr(module, "add", disk.around(add))
         yield
 
 

@@ -78,7 +78,12 @@ def test_the_noise_pays_for_spare_rounds(
 ) -> None:
     """A client that was killed once in ten rounds pays for eleven, within the same epsilon."""
     asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(module, "calibrate", lambda *args, **_: asked.append(args) or 1.5)
+
+    def noted(*arguments: object, **_: object) -> float:
+        asked.append(arguments)
+        return 1.5
+
+    monkeypatch.setattr(module, "calibrate", noted)
     sections = {"train": {"steps": 3, "sampling_rate": 0.05}, "rounds": {"spare_rounds": spare}}
 
     config = calibrated(configure(10, privacy={"epsilon": 6.0, "delta": 1e-5}, **sections))

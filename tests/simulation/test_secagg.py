@@ -75,6 +75,9 @@ class Trainer:
     def release(self, charge: int | None, digest: str) -> None:
         pass
 
+    def drop(self, why: str | None) -> bool:
+        return False
+
 
 def policy(folder: Path, name: str, names: tuple[str, ...] = NAMES) -> Policy:
     peers = {each: public_text(load_identity(folder / each)) for each in names}

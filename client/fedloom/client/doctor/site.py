@@ -32,8 +32,8 @@ def certificate(policy: Policy, certs: Path) -> tuple[Finding, dt.datetime | Non
         held, who, soon = member_pair(certs).certificate, member(certs), due(certs)
     except IdentityError as error:
         # A clock that is weeks ahead ends every certificate, and enrolling again would not help.
-        now = f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M}"
-        remedy = f"first see that the clock is right: it shows {now} UTC" if "ended on" in str(error) else ""
+        shown = f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M}"
+        remedy = f"first see that the clock is right: it shows {shown} UTC" if "ended on" in str(error) else ""
         return failed("certificate", str(error), remedy), None
     begins, ends, now = held.not_valid_before_utc, held.not_valid_after_utc, dt.datetime.now(dt.UTC)
     text = f"{who.role} {who.name}, {(ends - now).days} days left"
