@@ -329,14 +329,14 @@ def test_clients_that_share_a_model_do_not_disturb_each_other(
         }
 
     separate: dict[str, list[Trained]] = {
-        name: [trainer.train("run", order, begin) for order, begin in zip(orders, values, strict=True)]
+        name: [trainer.train(f"{name} alone", order, begin) for order, begin in zip(orders, values, strict=True)]
         for name, trainer in trainers().items()
     }
     interleaved: dict[str, list[Trained]] = {name: [] for name in halves}
     shared = trainers()
     for order, begin in zip(orders, values, strict=True):
         for name, trainer in shared.items():
-            interleaved[name].append(trainer.train("run", order, begin))
+            interleaved[name].append(trainer.train(f"{name} beside", order, begin))
 
     for name in halves:
         for one, other in zip(separate[name], interleaved[name], strict=True):
