@@ -9,12 +9,12 @@ from typer.testing import CliRunner, Result
 
 from fedloom.cli.main import app, main
 from fedloom.client.config import load_policy
-from fedloom.client.privacy.account import anchors_folder, ledger_folder, spool_folder
+from fedloom.client.privacy.account import anchors_folder, existing_account, ledger_folder, spool_folder
 from fedloom.client.privacy.anchor import default_anchors
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.spool import Spooled, keep
 from fedloom.proto.accounting import REPORT_GRID, Spend, epsilon
-from fedloom.proto.errors import FedloomError
+from fedloom.proto.errors import FedloomError, LedgerError
 from fedloom.proto.messages import UpdateHeader
 
 NAME = "ab" * 16
@@ -91,9 +91,23 @@ def test_show_counts_rounds_of_any_kind(charged: Path) -> None:
     assert "sampling rate 2.0 must lie in (0, 1]" in refused("show", charged, "--round", "2:1:1")
 
 
-def test_an_account_in_use_is_not_shown(policy: Path) -> None:
-    with opened(policy):
-        assert "is in use by another client" in refused("show", policy)
+def test_an_account_is_shown_while_its_client_runs_and_is_changed_by_it_alone(charged: Path) -> None:
+    with opened(charged) as client:
+        before = client.sequence
+        shown = ledger("show", charged).stdout
+        assert "4  " in shown
+        assert "spent epsilon" in shown
+        assert len(json.loads(ledger("show", charged, "--json").stdout)["charges"]) == 2
+
+        client.reserve("winter", 2, SPEND, budget=3.0, delta=1e-6)
+        assert len(json.loads(ledger("show", charged, "--json").stdout)["charges"]) == 3
+        assert client.sequence == before + 1
+        site = load_policy(charged)
+        with existing_account(site, beside_client=True) as look:
+            assert look is not None
+            with pytest.raises(LedgerError, match="only looked at"):
+                look.reserve("winter", 3, SPEND, budget=3.0, delta=1e-6)
+        assert "is in use by another client" in ledger("verify", charged).stderr
 
 
 def test_verify_says_what_it_found(charged: Path) -> None:

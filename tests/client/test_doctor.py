@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import sqlite3
+import tempfile
 import tomllib
 from collections.abc import Callable
 from importlib import import_module, metadata
@@ -312,6 +313,26 @@ def test_a_state_folder_that_would_not_last_is_named(
 
     assert words in found.text
     assert found.remedy == "set client.state to a folder on a local disk"
+
+
+def test_a_disk_without_room_is_no_disk_to_leave(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
+    found = home.examine(code=2)["state"]
+
+    assert "has no room" in found.text
+    assert found.remedy == "free the disk, and start the client again"
+
+
+def test_a_folder_of_the_policy_that_is_not_there_is_named_by_its_key(home: Home) -> None:
+    shutil.rmtree(home.base)
+    found = home.examine(code=2)["base model"]
+
+    assert "model.folder" in found.text
+    assert "model.base" not in found.text
+    assert "correct model.folder in the policy" in found.remedy
 
 
 def test_a_clock_that_is_behind_is_named(home: Home, rows: Rows) -> None:

@@ -1,8 +1,8 @@
 """Tensors that a client trains and keeps: durable, bound to their run, and never uploaded once they were personal."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,20 +25,22 @@ LATER = assignment(round=1)
 
 
 @pytest.fixture
-def ledger(tmp_path: Path):  # type: ignore[no-untyped-def]  # a generator of Ledger
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger(tmp_path / "ledger", "ab") as opened:
         yield opened
 
 
 @pytest.fixture
-def make(tiny_model: AdapterModel, rows: Rows, spec: Spec, policy: Policy, ledger: Ledger, tmp_path: Path):  # type: ignore[no-untyped-def]  # a factory of Trainer
+def make(
+    tiny_model: AdapterModel, rows: Rows, spec: Spec, policy: Policy, ledger: Ledger, tmp_path: Path
+) -> Callable[..., Trainer]:
     """Makes the client's trainer, as a process of its own would."""
     return lambda folder=tmp_path / "personal": Trainer(tiny_model, rows, spec, policy, ledger, personal=folder)
 
 
 @pytest.mark.parametrize("restarted", [False, True])
 def test_what_was_personal_is_never_uploaded_whatever_a_later_plan_says(
-    make: Any, ledger: Ledger, tiny_model: AdapterModel, restarted: bool
+    make: Callable[..., Trainer], ledger: Ledger, tiny_model: AdapterModel, restarted: bool
 ) -> None:
     trainer = make()
     trainer.train("run", KEEPING, start(tiny_model))
@@ -57,7 +59,9 @@ def test_what_was_personal_is_never_uploaded_whatever_a_later_plan_says(
         forgetful.train("run", replace(LATER, round=0), start(tiny_model))
 
 
-def test_a_client_that_is_started_again_goes_on_with_what_it_kept(make: Any, tiny_model: AdapterModel) -> None:
+def test_a_client_that_is_started_again_goes_on_with_what_it_kept(
+    make: Callable[..., Trainer], tiny_model: AdapterModel
+) -> None:
     first = make()
     first.train("run", KEEPING, start(tiny_model))
     mine = first.personal("run")
@@ -74,7 +78,7 @@ def test_a_client_that_is_started_again_goes_on_with_what_it_kept(make: Any, tin
 
 @pytest.mark.parametrize("at", [0, 30, 100, -1])
 def test_damaged_personal_tensors_are_named_and_nothing_is_trained(
-    make: Any, ledger: Ledger, tiny_model: AdapterModel, tmp_path: Path, at: int
+    make: Callable[..., Trainer], ledger: Ledger, tiny_model: AdapterModel, tmp_path: Path, at: int
 ) -> None:
     make().train("run", KEEPING, start(tiny_model))
     (path,) = (tmp_path / "personal").iterdir()
@@ -87,7 +91,9 @@ def test_damaged_personal_tensors_are_named_and_nothing_is_trained(
     assert len(ledger.charges()) == 1
 
 
-def test_the_file_of_another_run_or_adapter_is_refused(make: Any, tiny_model: AdapterModel, tmp_path: Path) -> None:
+def test_the_file_of_another_run_or_adapter_is_refused(
+    make: Callable[..., Trainer], tiny_model: AdapterModel, tmp_path: Path
+) -> None:
     folder = tmp_path / "personal"
     make().train("run", KEEPING, start(tiny_model))
     (path,) = folder.iterdir()

@@ -44,7 +44,7 @@ def test_the_budget_and_what_it_buys_are_said_before_the_model_is_loaded(
     said: list[str] = []
 
     def load(*_: object) -> None:
-        assert len(said) == 2
+        assert len(said) == 3
         raise InterruptedError
 
     monkeypatch.setattr(module, "load_model", load)
@@ -79,7 +79,9 @@ def test_a_client_that_still_owes_a_paid_update_joins_without_a_budget(site: Pol
 def test_a_run_without_privacy_opens_no_account(site: Policy, spec: Spec) -> None:
     open_run = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"enabled": False})})
 
-    trainer = prepare(site, open_run, announce=lambda line: pytest.fail(line))
+    said: list[str] = []
+    trainer = prepare(site, open_run, announce=said.append)
 
     assert trainer.ledger is None
+    assert [line.split()[0] for line in said] == ["loading", "ready;"], "of what it does, and nothing of a budget"
     assert not site.client.state.exists()

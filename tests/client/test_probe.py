@@ -1,6 +1,7 @@
 """The sensitivity probe passes on models that keep examples apart and names what does not."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import IGNORED
 from fedloom.client.losses import per_example
 from fedloom.client.model import AdapterModel
+from fedloom.client.privacy import probe as module
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.optimizer import PrivateOptimizer
 from fedloom.client.privacy.per_example import Tape
@@ -341,6 +343,27 @@ def test_half_precision_passes_within_its_own_tolerance(build_task: Build) -> No
     probe(model, right(model), "causal-lm", 24)
 
     assert model.probed
+
+
+def test_half_precision_that_rounds_away_a_padding_passes_by_its_own_values(
+    build_task: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a deep model of bfloat16 an example's gradients in two paddings have nothing in common; in float32 they do."""
+    monkeypatch.setattr(module, "_HALF", replace(module._HALF, padding=1e-4))
+    model = halved(build_task("llama", "causal-lm"))
+    before = {name: each.detach().clone() for name, each in model.model.named_parameters()}
+
+    probe(model, right(model), "causal-lm", 24)
+
+    for name, each in model.model.named_parameters():
+        assert each.dtype == before[name].dtype
+        assert torch.equal(each, before[name])
+
+    # Without room for float32 there is but the comparison in half precision, and its refusal says what would tell.
+    model.probed = False
+    monkeypatch.setattr(module, "free_bytes", lambda *_: 1)
+    with pytest.raises(ModelError, match=r'compute\.dtype = "float32" would tell'):
+        probe(model, right(model), "causal-lm", 24)
 
 
 def test_half_precision_does_not_hide_a_mean_over_the_batch(build_task: Build) -> None:

@@ -21,7 +21,7 @@ from fedloom.client.trainer import Trainer
 from fedloom.client.training import Proceed, RoundOver, Trained
 from fedloom.proto.accounting import Spend
 from fedloom.proto.codec import codec
-from fedloom.proto.errors import ProtocolError, Unavailable
+from fedloom.proto.errors import Forbidden, IdentityError, ProtocolError, Unavailable
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader, upload_schema
 from fedloom.proto.run import RunConfig, Spec
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
@@ -290,10 +290,14 @@ def test_a_client_that_may_still_be_waited_for_goes_on(
     assert (line.sent, charged) == ([3], [3])
 
 
-@pytest.mark.parametrize("standing", [Standing(4, False, 4), Standing(9, True, 5)], ids=["synchronous", "buffered"])
+@pytest.mark.parametrize(
+    "standing",
+    [Standing(4, False, 4), Standing(9, True, 5), Forbidden("the certificate is revoked"), IdentityError("ended")],
+    ids=["synchronous", "buffered", "revoked", "not known any more"],
+)
 @pytest.mark.parametrize("swallows", [False, True])
 def test_a_client_that_is_waited_for_no_more_sends_nothing(
-    standing: Standing, swallows: bool, spec: Spec, policy: Policy, tmp_path: Path
+    standing: Standing | Exception, swallows: bool, spec: Spec, policy: Policy, tmp_path: Path
 ) -> None:
     line, trainer, charged = told(standing, spec, policy, tmp_path, swallows=swallows)
 

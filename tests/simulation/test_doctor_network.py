@@ -193,6 +193,16 @@ def test_a_certificate_that_is_not_to_be_trusted_is_told_apart(
     assert "coordinator" not in found
 
 
+def test_before_it_is_enrolled_a_site_is_told_to_enrol_and_nothing_of_tls(policy: Path, address: str) -> None:
+    found = examine(policy, address)
+
+    assert found["reach"].level == "ok"
+    assert "fedloom certs enrol" in found["certificate"].remedy
+    assert "tls" not in found
+    assert found["coordinator"].level == "warning"
+    assert "speaks TLS" in found["coordinator"].text
+
+
 def test_no_tls_at_that_port(site: Path, policy: Path) -> None:
     with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as address:
         found = examine(policy, address)
@@ -232,6 +242,7 @@ def test_a_certificate_that_ends_soon_or_has_ended(
     found = examine(policy, address, "--certs", str(ended))["certificate"]
     assert found.level == "failed"
     assert "ended on" in found.text
+    assert "first see that the clock is right" in found.remedy
 
 
 def test_a_clock_before_the_certificates_is_told(

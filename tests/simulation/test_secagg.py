@@ -67,11 +67,11 @@ class Trainer:
         self.rounds.append(assignment.round)
         return Trained(change(self.name, assignment.round), None)
 
-    def drop(self, why: str | None) -> bool:
-        return False
-
     def release(self, charge: int | None, digest: str) -> None:
         pass
+
+    def drop(self, why: str | None) -> bool:
+        return False
 
 
 def policy(folder: Path, name: str, names: tuple[str, ...] = NAMES) -> Policy:

@@ -43,7 +43,7 @@ def show(
     from fedloom.client.privacy.account import existing_account
 
     site = load_policy(policy)
-    with existing_account(site) as ledger:
+    with existing_account(site, beside_client=True) as ledger:
         if json_only:
             print_json(None if ledger is None else _document(ledger, site, None if round is None else _spend(round)))
             return
@@ -119,7 +119,7 @@ def export(
     from fedloom.proto.errors import LedgerError
 
     site = load_policy(policy)
-    with existing_account(site) as ledger:
+    with existing_account(site, beside_client=True) as ledger:
         if ledger is None:
             raise LedgerError(f"no account in {site.client.state / 'ledger'}: there is nothing to state")
         text = json.dumps(statement(ledger, site.privacy.epsilon, site.privacy.delta), indent=2)

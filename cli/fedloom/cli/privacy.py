@@ -129,7 +129,7 @@ def plan(
     site = load_policy(policy) if policy else None
     prior = _spent(spent)
     if site is not None:
-        with existing_account(site) as ledger:
+        with existing_account(site, beside_client=True) as ledger:
             prior += ledger.spends() if ledger is not None else []
     config = calibrated(config)
     document = {**_outlook(config, site, prior), **_account(config.privacy.delta)}

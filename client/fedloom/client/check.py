@@ -165,7 +165,7 @@ def _judge_cost(report: Report, policy: Policy, spec: Spec) -> None:
     mine, rounds, add = policy.privacy, spec.run.rounds, report.findings.append
     try:
         whole = run_spends(spec, rounds)
-        with existing_account(policy) as ledger:
+        with existing_account(policy, beside_client=True) as ledger:
             prior = ledger.spends() if ledger is not None else []
     except FedloomError as error:
         add(Finding("error", str(error)))

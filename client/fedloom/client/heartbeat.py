@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fedloom.client.training import Underway
-from fedloom.proto.errors import FedloomError
+from fedloom.proto.errors import FedloomError, IdentityError
 
 if TYPE_CHECKING:
     from fedloom.client.connection import Connection
@@ -40,6 +40,10 @@ def heartbeats(
                 standing = connection.heartbeat()
                 if current is not None:
                     current.hear(standing)
+            except IdentityError as error:
+                log.info("heartbeat: %s", error)
+                if current is not None:
+                    current.refuse(str(error))
             except FedloomError as error:
                 log.info("heartbeat: %s", error)
 

@@ -34,7 +34,7 @@ def prepare(
         policy: The site's policy.
         spec: The run, already checked against it.
         own: The site's data, read before it joined; None reads them here.
-        announce: Gets one line on the budget and what it buys of the run, before anything is trained.
+        announce: Gets a line on the budget and what it buys of the run, before anything is trained, and what goes on.
         run: The run's name, by which the ledger knows what this client has done in it.
         owing: Whether an update that was paid for still waits to be sent in this run, so that joining is of use
             even if the budget buys nothing more.
@@ -62,7 +62,9 @@ def prepare(
                 announce(f"warning: {standing.warning}")
             if (drowned := faint(spec, policy.data.declared_examples or 0)) is not None:
                 announce(f"warning: {drowned}")
+        announce(f"loading {spec.model.base} and trying it on made-up examples, which may take minutes")
         model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.compute)
         trainer = Trainer(model, rows, spec, policy, ledger, personal=personal_folder(policy))
+        announce("ready; waiting for a round")
         on_failure.pop_all()  # the ledger stays open with the trainer
     return trainer

@@ -37,17 +37,21 @@ class Underway:
 
     def __init__(self, round: int) -> None:
         self.round = round
-        self._over: Standing | None = None
+        self._over = ""
 
     def hear(self, standing: Standing) -> None:
         """Called from the heartbeat thread. A round that is opened again keeps its number and is not over."""
         if standing.oldest > self.round:
-            self._over = standing
+            self._over = f"updates are taken from round {standing.oldest + 1} on"
+
+    def refuse(self, why: str) -> None:
+        """Called from the heartbeat thread. A client that was put out of the run trains, and spends, no further."""
+        self._over = f"nobody takes an update of this client: {why}"
 
     def proceed(self) -> None:
         """Go on, or raise RoundOver."""
-        if self._over is not None:
-            raise RoundOver(f"updates are taken from round {self._over.oldest + 1} on")
+        if self._over:
+            raise RoundOver(self._over)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+from fedloom.client.channel import MEMBER_FILE
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.data.rows import Rows
 from fedloom.client.doctor import machine, network, site
@@ -78,6 +79,9 @@ def _network(policy: Policy, server: str, certs: Path | None, known: dict[str, d
                 return
     if shown is not None:
         known["the coordinator's certificate was made"] = shown.not_valid_before_utc
+    if certs is not None and not (certs / MEMBER_FILE).exists():
+        yield warning("coordinator", f"{server} speaks TLS; it is asked no more before this site has a certificate")
+        return
     yield from network.answer(server, policy.client.name, certs, shown)
 
 
@@ -91,7 +95,7 @@ def _run(policy: Policy, spec: Spec, loadable: bool) -> Iterator[Finding]:
         yield failed("run", str(error), "change the policy if you may, or do not join")
     try:
         if spec.privacy.enabled and spec.privacy.noise_multiplier is not None:
-            with existing_account(policy) as account:
+            with existing_account(policy, beside_client=True) as account:
                 if account is not None:
                     check_affordable(standing := outlook(account, spec, policy.privacy))
                     yield (

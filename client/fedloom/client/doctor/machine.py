@@ -1,6 +1,7 @@
 """The machine: versions, device, disk and clock."""
 
 import datetime as dt
+import errno
 import os
 import platform
 import shutil
@@ -27,6 +28,10 @@ _NETWORK = frozenset(
     | {"gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs"}
 )
 _VOLATILE = frozenset({"ramfs", "tmpfs"})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_CPU = Path("/proc/cpuinfo")
+_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Flags of x86 and ARM CPUs."""
 _MOUNTS = Path("/proc/self/mountinfo")
 _ROOM_BYTES = (256 << 20, 2 << 30)
 """Free space below which a ledger is in danger, and below which a base model or spool may not fit."""
@@ -88,7 +93,20 @@ def device(compute: ComputePolicy, weights_bytes: int | None = None) -> Finding:
         return warning(
             "device", f"{text}; there is an NVIDIA device that torch does not see", "install a torch built for CUDA"
         )
+    if compute.dtype == "bfloat16" and chosen.type == "cpu" and not _bfloat16(_CPU):
+        return warning(
+            "device",
+            f"{text}; this CPU has no bfloat16 arithmetic, and imitates it slowly",
+            'set compute.dtype = "float32" unless memory is short',
+        )
     return ok("device", text)
+
+
+def _bfloat16(about: Path) -> bool:
+    """Whether the CPU computes in bfloat16 itself, by the text of /proc/cpuinfo; True where there is no such file."""
+    if not about.is_file():
+        return True
+    return bool(_BFLOAT16 & set(about.read_text(encoding="utf-8").split()))
 
 
 def state_folder(folder: Path) -> Finding:
@@ -113,10 +131,13 @@ def state_folder(folder: Path) -> Finding:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.Error, LedgerError) as error:
+        cause = error.__cause__ if isinstance(error, LedgerError) and error.__cause__ else error
+        if getattr(cause, "errno", None) in _FULL or getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            return failed("state", f"{place} has no room: {cause}", "free the disk, and start the client again")
+        if isinstance(error, LedgerError):
+            return failed("state", f"{folder} cannot hold a ledger: {error}", remedy)
         return failed("state", f"{place} cannot be written: {error}", "make it writable for this user, or " + remedy)
-    except LedgerError as error:
-        return failed("state", f"{folder} cannot hold a ledger: {error}", remedy)
     return ok("state", f"{folder} is on {kind or 'a file system'} that syncs and keeps SQLite's log")
 
 

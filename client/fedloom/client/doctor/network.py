@@ -88,7 +88,9 @@ def server_certificate(line: socket.socket, host: str, certs: Path) -> tuple[Fin
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
     try:
-        context.load_cert_chain(certs / MEMBER_FILE)
+        # Before enrolment there is none, and the coordinator shows its own all the same.
+        if (certs / MEMBER_FILE).exists():
+            context.load_cert_chain(certs / MEMBER_FILE)
         with context.wrap_socket(line, server_hostname=host) as wrapped:
             shown = wrapped.getpeercert(binary_form=True)
     except (OSError, ssl.SSLError) as error:

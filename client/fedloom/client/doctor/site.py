@@ -14,6 +14,7 @@ from fedloom.client.doctor.finding import Finding, failed, ok, warning
 from fedloom.client.enrolment import due
 from fedloom.client.model import base_digest, resolve_base
 from fedloom.client.privacy.account import existing_account, ledger_folder, spool_folder
+from fedloom.client.privacy.glance import Glance
 from fedloom.client.privacy.spool import check_spool
 from fedloom.proto.errors import FedloomError, IdentityError, LedgerError
 
@@ -30,7 +31,10 @@ def certificate(policy: Policy, certs: Path) -> tuple[Finding, dt.datetime | Non
     try:
         held, who, soon = member_pair(certs).certificate, member(certs), due(certs)
     except IdentityError as error:
-        return failed("certificate", str(error)), None
+        # A clock that is weeks ahead ends every certificate, and enrolling again would not help.
+        shown = f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M}"
+        remedy = f"first see that the clock is right: it shows {shown} UTC" if "ended on" in str(error) else ""
+        return failed("certificate", str(error), remedy), None
     begins, ends, now = held.not_valid_before_utc, held.not_valid_after_utc, dt.datetime.now(dt.UTC)
     text = f"{who.role} {who.name}, {(ends - now).days} days left"
     if (who.role, who.name) != ("client", name):
@@ -46,7 +50,7 @@ def ledger(policy: Policy) -> tuple[list[Finding], dt.datetime | None]:
     """Whether the ledger can be trusted, what is left of the budget, and when the ledger was last written."""
     mine, written = policy.privacy, None
     try:
-        with existing_account(policy) as account:
+        with existing_account(policy, beside_client=True) as account:
             if account is None:
                 found = [ok("ledger", f"none yet in {ledger_folder(policy)}; epsilon {mine.epsilon:g} is free")]
             else:
@@ -62,11 +66,10 @@ def ledger(policy: Policy) -> tuple[list[Finding], dt.datetime | None]:
                     found.append(
                         failed("ledger", what, "look in the client's log for why; then `fedloom ledger adopt`")
                     )
+                if isinstance(account, Glance):
+                    remedy = "it checked the ledger when it started; stop it to check the anchor again"
+                    found.append(warning("ledger", "a client has it open", remedy))
     except LedgerError as error:
-        if "is in use by another client" in str(error):
-            return [
-                warning("ledger", str(error), "it checked the ledger when it started; stop it to check again")
-            ], None
         return [failed("ledger", str(error))], None
     try:
         waiting = len(check_spool(spool_folder(policy)))
@@ -110,7 +113,11 @@ def base_model(policy: Policy, base: str | None, pinned: str | None) -> tuple[Fi
         folder = resolve_base(wanted)
         found, size = base_digest(folder), _weights_bytes(folder, policy.compute)
     except (FedloomError, OSError) as error:
-        return failed(check, str(error)), None
+        text = str(error).replace("model.base", "model.folder") if policy.model.folder else str(error)
+        remedy = (
+            "correct model.folder in the policy, which is taken whatever a run names" if policy.model.folder else ""
+        )
+        return failed(check, text, remedy), None
     except SafetensorError as error:
         return failed(check, f"weights in {wanted} cannot be read: {error}", "copy the files again"), None
     if policy.model.digests and found not in policy.model.digests:

@@ -8,8 +8,9 @@ from fedloom.client.config import Policy
 from fedloom.client.data.rows import Rows, digest
 from fedloom.client.privacy.anchor import anchors_at, default_anchors
 from fedloom.client.privacy.examples import claim
+from fedloom.client.privacy.glance import Glance
 from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.privacy.ledger_file import stored_accounts
+from fedloom.client.privacy.ledger_file import InUse, stored_accounts
 
 __all__ = ["anchors_folder", "existing_account", "ledger_folder", "open_account", "personal_folder", "spool_folder"]
 
@@ -55,8 +56,12 @@ def open_account(policy: Policy, rows: Rows) -> Ledger:
 
 
 @contextmanager
-def existing_account(policy: Policy) -> Iterator[Ledger | None]:
+def existing_account(policy: Policy, *, beside_client: bool = False) -> Iterator[Ledger | None]:
     """The site's open account; None if there is none and never was. Looking makes none.
+
+    Args:
+        policy: The site's policy.
+        beside_client: Take an account that a client has open as it stands, only to be read.
 
     Raises:
         LedgerError: It cannot be opened or trusted, or it is gone and its anchor remains.
@@ -66,5 +71,11 @@ def existing_account(policy: Policy) -> Iterator[Ledger | None]:
     if not names:
         yield None
         return
-    with Ledger(folder, names[0], anchors=anchors) as ledger:
+    try:
+        opened = Ledger(folder, names[0], anchors=anchors)
+    except InUse:
+        if not beside_client:
+            raise
+        opened = Glance(folder, names[0])
+    with opened as ledger:
         yield ledger

@@ -10,7 +10,7 @@ from fedloom.client.privacy.chain import Entry
 from fedloom.proto.errors import LedgerError
 from fedloom.proto.failpoints import reach
 
-__all__ = ["REMEDY", "add", "connect", "file_name", "held", "read_entries", "remedy", "stored_accounts"]
+__all__ = ["REMEDY", "InUse", "add", "connect", "file_name", "held", "read_entries", "remedy", "stored_accounts"]
 
 _SCHEMA = """
 CREATE TABLE entry (
@@ -39,11 +39,16 @@ def remedy(error: Exception) -> str:
     return _ROOM if refused or isinstance(error, OSError) else REMEDY
 
 
+class InUse(LedgerError):
+    """Another process has the account open."""
+
+
 def held(path: Path) -> int:
     """Lock the ledger `path` for this process; returns the descriptor whose closing unlocks it.
 
     Raises:
-        LedgerError: Another process has it, or its folder cannot be written.
+        InUse: Another process has it.
+        LedgerError: Its folder cannot be written.
     """
     try:
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
@@ -53,7 +58,7 @@ def held(path: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
-        raise LedgerError(f"{path} is in use by another client; only one may train on a data set") from None
+        raise InUse(f"{path} is in use by another client; only one may train on a data set") from None
     return lock
 
 

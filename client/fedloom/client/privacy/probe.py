@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedloom.client.compute import free_bytes
 from fedloom.client.data.rows import Indices
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, uniform_microbatches
 from fedloom.client.model import AdapterModel
@@ -69,7 +70,8 @@ class _Tolerance:
 _FLOAT32 = _Tolerance(padding=1e-2, neighbour=1e-4)
 _HALF = _Tolerance(padding=0.3, neighbour=1e-2)
 """For a base model in half precision. Tiny random models of float32 differ by 2e-4 between paddings, of bfloat16 by
-0.15; a mean over the tokens of these made-up examples by 0.9."""
+0.15, deep ones by more than the gradient is long; a mean over the tokens of these made-up examples by 0.9. So paddings
+are compared in float32 wherever there is room for it, and neighbours, which meet the same operations, as they train."""
 
 _BOUND = 1e-4
 """Relative slack of the clipping bound."""
@@ -80,7 +82,7 @@ def probe(model: AdapterModel, loss: BatchLoss, task: Task, max_length: int) -> 
 
     Checked, on a random adapter and on everything the adapter's schema can train:
 
-    - each example's recorded gradient is the one autograd gives for the example alone;
+    - each example's recorded gradient is the one autograd gives for the example alone, in float32 if memory allows it;
     - adding or replacing an example leaves the recorded gradients of the others as they are;
     - the clipped sum moves by at most C when an example is added and by 2 C when one is replaced, for a C that
       clips them all;
@@ -237,8 +239,7 @@ def _compare(bench: _Bench) -> None:
     exact = all(parameter.dtype == torch.float32 for parameter in bench.model.model.parameters())
     tolerance = _FLOAT32 if exact else _HALF
     together, its_sum = bench.recorded(_TOGETHER, bound)
-    own = _difference(together, alone[list(_TOGETHER)], norms[list(_TOGETHER)])
-    _refuse_above(tolerance.padding, own, "in a batch, an example's gradient is not the one it has alone")
+    _compare_paddings(bench, tolerance, bound, together, alone)
     for name, chosen in _NEIGHBOURS.items():
         gradients, total = bench.recorded(chosen, bound)
         kept = [place for place, number in enumerate(_TOGETHER) if chosen[place] == number]
@@ -248,6 +249,46 @@ def _compare(bench: _Bench) -> None:
         # Rounding moves the others too, by no more than was just allowed.
         most = (1 if len(chosen) > len(_TOGETHER) else 2) * (1 + _BOUND) + len(kept) * found
         _refuse_above(most, moved, f"{name}, the clipped sum moves too far, in units of C")
+
+
+def _compare_paddings(
+    bench: _Bench, tolerance: _Tolerance, bound: float, together: torch.Tensor, alone: torch.Tensor
+) -> None:
+    """Refuse examples whose gradient is another one in a batch than alone."""
+    with _in_float32(bench.model) as changed:
+        if changed:
+            alone = torch.stack([bench.alone(number) for number in _TOGETHER])
+            together, _ = bench.recorded(_TOGETHER, bound)
+            tolerance = _FLOAT32
+        alone = alone[list(_TOGETHER)]
+        own = _difference(together, alone, torch.linalg.vector_norm(alone, dim=1))
+    what = "in a batch, an example's gradient is not the one it has alone"
+    if tolerance is _HALF:
+        what += ' (rounding alone can do that in half precision: compute.dtype = "float32" would tell)'
+    _refuse_above(tolerance.padding, own, what)
+
+
+@contextmanager
+def _in_float32(model: AdapterModel) -> Iterator[bool]:
+    """The frozen parameters of half precision in float32, if all can be and memory has room; whether they are.
+
+    The way to float32 and back changes no value.
+    """
+    halves = [each for each in model.model.parameters() if each.dtype in (torch.bfloat16, torch.float16)]
+    frozen = all(each.is_floating_point() for each in model.model.parameters())
+    free = free_bytes(model.device, None)
+    extra = 2 * sum(each.numel() for each in halves)
+    if not halves or not frozen or free is None or extra > free // 2:
+        yield False
+        return
+    before = [each.dtype for each in halves]
+    for each in halves:
+        each.data = each.data.float()
+    try:
+        yield True
+    finally:
+        for each, dtype in zip(halves, before, strict=True):
+            each.data = each.data.to(dtype)
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor, norms: torch.Tensor) -> float:
