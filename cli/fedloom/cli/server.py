@@ -5,7 +5,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,9 +18,11 @@ from fedloom.cli.observing import Dashboard, DashboardTls, HeldOut, ReportTo, St
 from fedloom.proto.durable import write_durably
 from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.run import RunConfig, load_run
-from fedloom.proto.schema import Schema
+from fedloom.proto.schema import Array, Schema
+from fedloom.proto.start import pinned, write_tensors
 from fedloom.proto.tables import read_json
 from fedloom.server.prepared import prepared_path, with_prepared
+from fedloom.strategies.start import stored_start
 
 if TYPE_CHECKING:
     from fedloom.server.coordinator import Coordinator
@@ -47,7 +49,8 @@ def prepare(run: RunFile, overrides: Overrides = None) -> None:
     Example: fedloom prepare examples/sentiment.toml
     """
     path = prepared_path(run)
-    document = derive(load_run(run, tuple(overrides or ())))
+    config = load_run(run, tuple(overrides or ()))
+    document = derive(config)
     try:
         # whole or not at all: a coordinator may be waiting for it
         write_durably(path, json.dumps(document, indent=1).encode(), b"\n")
@@ -56,6 +59,12 @@ def prepare(run: RunFile, overrides: Overrides = None) -> None:
         raise ConfigError(f"cannot write {path}: {error}") from error
     out.print(f"wrote {path}")
     out.print(f"base model {document['digest']}")
+    if config.start is not None and Path(config.start.adapter).is_dir():
+        pinned, schema = with_prepared(config, document, run)
+        values = _starting(pinned, schema)
+        target = path.with_suffix("").with_suffix(".start.safetensors")
+        write_tensors(target, values, schema, {"base_digest": document["digest"], "labels": list(config.model.labels)})
+        out.print(f"wrote {target}; a coordinator without torch begins there: --set start.adapter={target}")
 
 
 def server(
@@ -186,9 +195,9 @@ def _opened(
     from fedloom.server.coordinator import Coordinator
     from fedloom.server.launch import build_strategy, calibrated
     from fedloom.server.store import Store
-    from fedloom.strategies.start import starting_adapter
 
     config, schema = _with_base(load_run(run, tuple(overrides or ())), run)
+    config = config.model_copy(update={"start": pinned(config.start)})
     config = calibrated(config)  # takes seconds, so it comes after what may be refused at once
     strategy = build_strategy(config)
     check_config(config, strategy)  # as the coordinator will, but before there is a state directory
@@ -197,10 +206,22 @@ def _opened(
     @contextmanager
     def opened() -> "Iterator[tuple[Coordinator, Store]]":
         with Store(folder) as store:
-            starting = starting_adapter(schema, config.run.seed)
+            # A run that goes on has its adapter, and may have outlived the one it began from.
+            starting = {} if config.start is not None and store.events() else _starting(config, schema)
             yield Coordinator(config, schema, strategy, store, starting=starting), store
 
     return folder, config, opened()
+
+
+def _starting(config: RunConfig, schema: Schema) -> dict[str, Array]:
+    """The adapter that a run begins from; a PEFT adapter's folder is read with torch and the base model."""
+    if config.start is not None and Path(config.start.adapter).is_dir():
+        with suppress(ModuleNotFoundError):  # what comes below then says what to do
+            from fedloom.client.model import load_model
+            from fedloom.client.start import start_of
+
+            return start_of(config, load_model(config.model, config.adapter))
+    return stored_start(config, schema)
 
 
 def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Format = "peft") -> Path:
@@ -218,7 +239,8 @@ def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Form
     user = user_statement(config.user_level, coordinator.state.round)
     if format == "safetensors":
         terms = {"privacy": privacy.document() if privacy else None, "user_privacy": user}
-        known = {"run": config.run.name, "base_digest": config.model.digest, "rounds": coordinator.state.round, **terms}
+        about = {"base_digest": config.model.digest, "labels": list(config.model.labels)}
+        known = {"run": config.run.name, **about, "rounds": coordinator.state.round, **terms}
         return _save_tensors(coordinator, target, known)
     from fedloom.client.export import facts, save_adapter, save_merged
     from fedloom.client.model import load_model
@@ -232,16 +254,10 @@ def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Form
 
 def _save_tensors(coordinator: "Coordinator", target: Path, known: dict[str, Any]) -> Path:
     """Write the adapter's tensors by their schema's names, with the schema and what is known of them."""
-    from safetensors.numpy import save
-
     from fedloom.strategies.result import result_schema
 
     model = coordinator.result()
-    about = {"schema": result_schema(coordinator.state.schema, model).to_json(), "fedloom": json.dumps(known)}
-    try:
-        write_durably(target, save(dict(model), about))
-    except OSError as error:
-        raise ConfigError(f"cannot write {target}: {error}; give a file in a folder that exists") from error
+    write_tensors(target, model, result_schema(coordinator.state.schema, model), known)
     return target
 
 

@@ -203,6 +203,8 @@ def facts(spec: Spec, privacy: Statement | None) -> dict[str, Any]:
         "rounds": spec.run.rounds,
         "privacy": None,
     }
+    if isinstance(spec, RunConfig) and spec.start is not None:
+        known["start"] = {"adapter": Path(spec.start.adapter).name, "digest": spec.start.digest}
     if privacy is not None:
         known["privacy"] = {
             **privacy.document(),

@@ -13,7 +13,7 @@ from fedloom.server.launch import build_strategy, calibrated
 from fedloom.server.prepared import prepared_path, with_prepared
 from fedloom.server.rounds import RunCreated
 from fedloom.server.store import Store
-from fedloom.strategies.start import starting_adapter
+from fedloom.strategies.start import stored_start
 
 __all__ = ["launch"]
 
@@ -45,7 +45,7 @@ def launch(run: Path, out: Path, nodes: Nodes) -> Path:
     strategy = build_strategy(config)
     folder = out / config.run.name / "state"
     with Store(folder) as store:
-        starting = starting_adapter(schema, config.run.seed)
+        starting = {} if config.start is not None and store.events() else stored_start(config, schema)
         coordinator = Coordinator(config, schema, strategy, store, starting=starting)
         coordinator.on_commit = lambda number, _: log.info("round %d/%d committed", number, config.run.rounds)
         coordinate(coordinator, Joined(_named(store), coordinator.epoch, config.spec, schema), nodes)

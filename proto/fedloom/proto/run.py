@@ -9,6 +9,7 @@ from fedloom.proto.errors import ConfigError
 from fedloom.proto.form import Form
 from fedloom.proto.limits import MAX_CLIENTS, MAX_RANK, MAX_ROUNDS, MAX_SPEC_BYTES
 from fedloom.proto.secagg.fixed import FixedPoint
+from fedloom.proto.start import StartSection
 from fedloom.proto.tables import FileName, Section, explain, parse, read_toml
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
     "WireSection",
     "load_run",
 ]
-
 
 Task = Literal["text-classification", "token-classification", "causal-lm", "instruct", "image-classification"]
 """What a model is trained for."""
@@ -380,6 +380,7 @@ class RunConfig(Spec):
     strategy: StrategySection = StrategySection()
     user_level: UserLevelSection = UserLevelSection()
     rounds: RoundsSection = RoundsSection()
+    start: StartSection | None = None
     data: DataSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
     engine: EngineSection = EngineSection()

@@ -53,7 +53,7 @@ SUM_CODEC = "fp32"
 """Codec in which the mean of a secure sum is stored."""
 
 _FRESH_BYTES = 32 << 20
-"""Decoded updates kept in memory until the fold, whatever the cohort's size; the others are read back one by one."""
+"""Decoded updates kept in memory until the fold; the others are read back one by one."""
 
 _log = logging.getLogger(__name__)
 
@@ -375,8 +375,8 @@ class History:
     def _continue(self, created: RunCreated) -> str:
         if (created.spec, created.schema) != (agreed(self._config), self._schema.digest):
             raise ConfigError(
-                f"{self._store.where} holds run {created.run[:8]} of another run file or base model; "
-                "start with its own run file (begun by 0.1: strategy.weighting = 'uniform'), or give another directory"
+                f"{self._store.where} holds run {created.run[:8]} of another run file or base model; give its own (of "
+                "0.1: strategy.weighting = 'uniform') or another directory; start.adapter is for more rounds"
             )
         self.state = state_from_bytes(self._store.get_blob(self.rounds.state), self._schema)
         _log.info("run %s goes on at round %d, epoch %d", created.run[:8], self.rounds.round + 1, self._store.epoch)

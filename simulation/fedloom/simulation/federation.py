@@ -17,6 +17,7 @@ from fedloom.client.model import AdapterModel, base_digest, load_model, resolve_
 from fedloom.client.scoring import held_out
 from fedloom.proto.errors import ConfigError, FedloomError
 from fedloom.proto.run import DataSection, RunConfig, Spec
+from fedloom.proto.start import pinned
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import calibrated
 from fedloom.server.user_ledger import check_supply
@@ -58,7 +59,7 @@ def completed(config: RunConfig) -> RunConfig:
     """
     digest = config.model.digest or base_digest(resolve_base(config.model.base))
     model = config.model.model_copy(update={"digest": digest})
-    return calibrated(config).model_copy(update={"model": model})
+    return calibrated(config).model_copy(update={"model": model, "start": pinned(config.start)})
 
 
 def declared_size(count: int) -> int:

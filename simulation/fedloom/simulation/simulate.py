@@ -19,6 +19,7 @@ from fedloom.client.export import facts, load_exported, predict, save_adapter
 from fedloom.client.model import resolve_base
 from fedloom.client.privacy.ledger import Ledger
 from fedloom.client.privacy.probe import probe
+from fedloom.client.start import start_of
 from fedloom.client.trainer import Score, batch_loss, evaluate
 from fedloom.proto.accounting import Statement
 from fedloom.proto.errors import FedloomError, ModelError
@@ -40,7 +41,6 @@ from fedloom.simulation.personal import save_clients, scored
 from fedloom.simulation.processes import run_processes
 from fedloom.simulation.record import new_folder, plot, write_json
 from fedloom.strategies.api import State
-from fedloom.strategies.start import starting_adapter
 
 __all__ = ["Result", "Watcher", "ledger_statements", "simulate"]
 
@@ -127,6 +127,7 @@ def simulate(
     _set_threads(config.engine.threads)
     try:
         federation = build(config, folder)
+        starting = start_of(config, federation.model)
         if config.privacy.enabled:
             # Every client would refuse such a model too, but once the run has begun.
             model, section = federation.model, config.model
@@ -135,7 +136,6 @@ def simulate(
         shutil.rmtree(folder)  # nothing has run, so there is nothing to keep
         raise
     schema = federation.model.schema
-    starting = starting_adapter(schema, config.run.seed)
     watcher.ready(federation, folder)
     federation.model.show(starting)
     start = evaluate(federation.model, federation.held_out)

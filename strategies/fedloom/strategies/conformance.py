@@ -94,10 +94,11 @@ class StrategyConformance:
         """What a client sends, see the function `respond`; override it for a method that is choosy about weights."""
         return respond(schema, plan, client, stream)
 
-    def test_state_starts_at_round_zero_with_an_adapter_of_the_schema(self) -> None:
-        """`init` fits the schema in float32 and leaves the model as it was given."""
+    @pytest.mark.parametrize("moved", [0.0, 0.5])
+    def test_state_starts_at_round_zero_with_an_adapter_of_the_schema(self, moved: float) -> None:
+        """`init` fits the schema in float32 and leaves the model as it was given, a fresh or an earlier run's."""
         schema = self.schema()
-        adapter = starting_adapter(schema, 5)
+        adapter = {name: each + np.float32(moved) for name, each in starting_adapter(schema, 5).items()}
 
         state = self.strategy().init(schema, adapter, 5)
 

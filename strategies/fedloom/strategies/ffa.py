@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedloom.proto.schema import Role, Schema, Tensors
+from fedloom.proto.schema import Array, Role, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Update
 from fedloom.strategies.lowrank import orthonormal_rows
 from fedloom.strategies.mean import Sum, begin, fold, moved, trained
@@ -21,9 +21,9 @@ class FFA:
     in every round, although A never changes, so that one that joins late needs nothing else.
 
     Args:
-        orthonormal: Replace the starting A by an orthonormal basis of its row space. Under plain SGD with L2
-            clipping and isotropic noise FedSVD then follows the same law; with PEFT's draw the gradients on B are
-            about sqrt(3) larger than without, so learning rates do not carry over.
+        orthonormal: Replace the starting A by an orthonormal basis of its row space, and B so that their product
+            stays. Under plain SGD with L2 clipping and isotropic noise FedSVD then follows the same law; with PEFT's
+            draw the gradients on B are about sqrt(3) larger than without, so learning rates do not carry over.
         train_head: Whether the head is trained; it is broadcast either way.
     """
 
@@ -41,7 +41,13 @@ class FFA:
         state = begin(schema, adapter, seed)
         if not self.orthonormal:
             return state
-        rotated = {pair.a: orthonormal_rows(adapter[pair.a]).astype(np.float32) for pair in schema.pairs}
+        rotated: dict[str, Array] = {}
+        for pair in schema.pairs:
+            a, b = adapter[pair.a], adapter[pair.b]
+            basis = orthonormal_rows(a)
+            rotated[pair.a] = basis.astype(np.float32)
+            if b.any():  # an earlier adapter's; a fresh one is zero
+                rotated[pair.b] = (b.astype(np.float64) @ (a.astype(np.float64) @ basis.T)).astype(np.float32)
         return replace(state, adapter={**adapter, **rotated})
 
     def plan(self, state: State, round: int, client: str) -> Plan:

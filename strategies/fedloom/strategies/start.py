@@ -1,10 +1,16 @@
-"""The adapter a run starts from, drawn without any tensor library."""
+"""The adapter a run starts from, drawn or read without any tensor library."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 
+from fedloom.proto.errors import ConfigError
+from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Array, Role, Schema, Start, TensorSpec
+from fedloom.proto.start import beginning, check_digest, check_origin, read_tensors
 
-__all__ = ["starting_adapter"]
+__all__ = ["starting_adapter", "stored_start"]
 
 HEAD_STD = 0.02
 """Standard deviation of a fresh head: `initializer_range` of BERT (Devlin et al., 2019) and its descendants."""
@@ -28,6 +34,40 @@ def starting_adapter(schema: Schema, seed: int) -> dict[str, Array]:
     Source: Hu et al., ICLR 2022, arXiv 2106.09685, section 4.1 (A random, B zero).
     """
     return {spec.name: _draw(spec, seed, index) for index, spec in enumerate(schema.tensors)}
+
+
+def stored_start(config: RunConfig, schema: Schema) -> dict[str, Array]:
+    """The adapter that a run begins from: a fresh one, or that of a file in [start], whose values are the schema's.
+
+    Args:
+        config: A run file with its base model pinned.
+        schema: Its schema.
+
+    Raises:
+        ConfigError: The file holds no adapter that fits the run, or [start] names a folder: reading that needs the base
+            model.
+    """
+    fresh = starting_adapter(schema, config.run.seed)
+    if config.start is None:
+        return fresh
+    path = Path(config.start.adapter)
+    if path.is_dir():
+        raise ConfigError(
+            f"start.adapter = {config.start.adapter!r} is a folder, whose tensors can be read where the base model and "
+            "torch are: run `fedloom prepare` there and set start.adapter to the file that it writes"
+        )
+    check_digest(path, config.start.digest)
+    found, about = read_tensors(path)
+    if "schema" not in about:
+        raise ConfigError(f"start.adapter: {path} was not written by fedloom; give the adapter's folder instead")
+    theirs = Schema.from_json(about["schema"])
+    if schema.pairs and theirs.scale != schema.scale:
+        raise ConfigError(
+            f"start.adapter has scale {theirs.scale:g}, and the run's is {schema.scale:g}; "
+            f"set adapter.alpha = {theirs.scale * schema.rank:g}"
+        )
+    check_origin(json.loads(about.get("fedloom", "{}")), config.model.digest, config.model.labels)
+    return beginning(found, schema, fresh, config.wire.broadcast)
 
 
 def _draw(spec: TensorSpec, seed: int, index: int) -> Array:
