@@ -8,9 +8,8 @@
         def strategy(self):
             return Mine()
 
-Laws compare effective weights (scale * B @ A with its correction, biases, head), not factors, because a strategy may
-rewrite factors freely. They hold for every weighted mean. A method that breaks one on purpose, as a server
-optimiser does, overrides that one test with its own closed form. One that declares `least_updates` gets so many.
+Laws compare effective weights (scale * B @ A with its correction, biases, head): a strategy may rewrite factors. They
+hold for every weighted mean; a server optimiser overrides the one it breaks with its own closed form.
 """
 
 import copy
