@@ -36,8 +36,9 @@ $(FLOWER)/.ready: pyproject.toml flower/constraints.txt
 demo: setup
 	fedloom simulate examples/sentiment.toml
 
+# A worker for each core, with one thread of torch; a file's tests share its fixtures, and therefore a worker.
 test: setup flower
-	pytest
+	OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Everything that is too heavy for every change, at full size.
 # The attacks write their report as chaos does.
