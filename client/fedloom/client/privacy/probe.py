@@ -227,19 +227,27 @@ def _compare(bench: _Bench) -> None:
             f"sensitivity probe: {len(loose)} trained parameters such as {loose[0]} are not part of the adapter, so "
             "nobody clips their gradients; freeze them"
         )
-    alone = torch.stack([bench.alone(number) for number in range(len(bench.examples))])
-    norms = torch.linalg.vector_norm(alone, dim=1)
-    # A bound that clips no one would not show a clip that does nothing.
-    bound = 0.5 * float(norms.min())
-    if not 0 < bound < math.inf:
-        raise ModelError(
-            f"sensitivity probe: an example alone has a gradient of norm {2 * bound:g}; use a loss that does not "
-            "compare the examples of a batch, and check the base model's weights"
-        )
-    exact = all(parameter.dtype == torch.float32 for parameter in bench.model.model.parameters())
-    tolerance = _FLOAT32 if exact else _HALF
-    together, its_sum = bench.recorded(_TOGETHER, bound)
-    _compare_paddings(bench, tolerance, bound, together, alone)
+    with _in_float32(bench.model) as changed:
+        alone = torch.stack([bench.alone(number) for number in range(len(bench.examples))])
+        norms = torch.linalg.vector_norm(alone, dim=1)
+        # A bound that clips no one would not show a clip that does nothing.
+        bound = 0.5 * float(norms.min())
+        if not 0 < bound < math.inf:
+            raise ModelError(
+                f"sensitivity probe: an example alone has a gradient of norm {2 * bound:g}; use a loss that does not "
+                "compare the examples of a batch, and check the base model's weights"
+            )
+        together, its_sum = bench.recorded(_TOGETHER, bound)
+        whole = list(_TOGETHER)
+        own = _difference(together, alone[whole], norms[whole])
+        exact = all(parameter.dtype == torch.float32 for parameter in bench.model.model.parameters())
+    what = "in a batch, an example's gradient is not the one it has alone"
+    if not exact:
+        what += ' (rounding alone can do that in half precision: compute.dtype = "float32" would tell)'
+    _refuse_above((_FLOAT32 if exact else _HALF).padding, own, what)
+    tolerance = _FLOAT32 if exact and not changed else _HALF
+    if changed:
+        together, its_sum = bench.recorded(_TOGETHER, bound)
     for name, chosen in _NEIGHBOURS.items():
         gradients, total = bench.recorded(chosen, bound)
         kept = [place for place, number in enumerate(_TOGETHER) if chosen[place] == number]
@@ -249,23 +257,6 @@ def _compare(bench: _Bench) -> None:
         # Rounding moves the others too, by no more than was just allowed.
         most = (1 if len(chosen) > len(_TOGETHER) else 2) * (1 + _BOUND) + len(kept) * found
         _refuse_above(most, moved, f"{name}, the clipped sum moves too far, in units of C")
-
-
-def _compare_paddings(
-    bench: _Bench, tolerance: _Tolerance, bound: float, together: torch.Tensor, alone: torch.Tensor
-) -> None:
-    """Refuse examples whose gradient is another one in a batch than alone."""
-    with _in_float32(bench.model) as changed:
-        if changed:
-            alone = torch.stack([bench.alone(number) for number in _TOGETHER])
-            together, _ = bench.recorded(_TOGETHER, bound)
-            tolerance = _FLOAT32
-        alone = alone[list(_TOGETHER)]
-        own = _difference(together, alone, torch.linalg.vector_norm(alone, dim=1))
-    what = "in a batch, an example's gradient is not the one it has alone"
-    if tolerance is _HALF:
-        what += ' (rounding alone can do that in half precision: compute.dtype = "float32" would tell)'
-    _refuse_above(tolerance.padding, own, what)
 
 
 @contextmanager
