@@ -16,6 +16,7 @@ from fedloom.proto.errors import ProtocolError
 from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, upload_schema
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.server.authority import create
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.dashboard.access import Tokens
 from fedloom.server.dashboard.board import Board
@@ -154,7 +155,8 @@ def stage(
         coordinator = Coordinator(chosen, SCHEMA, rule, store, starting=starting, expect=expect)
         observation = stack.enter_context(observing(coordinator, store, folder, score=score))
         coordinator.on_commit = observation.committed
-        board = Board(coordinator, observation, runs)
+        create(folder / "certs", [])
+        board = Board(coordinator, observation, runs, folder / "certs")
         hosted = stack.enter_context(hosting(board, listen, TOKENS))
         address = stack.enter_context(serving(coordinator, linger_s=0.0, observation=observation))
         made = Stage(coordinator, observation, board, store, folder, address, hosted.url)
