@@ -274,7 +274,7 @@ def _answers(answers: Answers) -> dict[str, Any]:
 
 def _happened(journal: Journal) -> list[dict[str, str]]:
     """The newest lines of what happened, newest first; those of unknown time last."""
-    both = sorted((*journal.trouble, *journal.happened), key=lambda each: each.at, reverse=True)
+    both = sorted(reversed((*journal.trouble, *journal.happened)), key=lambda each: each.at, reverse=True)
     return [asdict(each) for each in both[:_HAPPENED]]
 
 
