@@ -11,6 +11,7 @@ from fedloom.cli.main import app
 from fedloom.proto.errors import FedloomError
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
@@ -77,6 +78,9 @@ def test_from_an_authority_to_a_run_that_is_stopped(tmp_path: Path) -> None:
         assert "not accepted" in refused("operate", "stop", *mine)
         assert told("operate", "stop", *to(address)) == "the coordinator is stopping\n"
 
+    ended = refused("operate", "status", *to(address))
+    assert "a coordinator whose run is over has ended too: `fedloom runs list` on its machine tells" in ended
+    assert "runs/NAME/adapter" in ended
     listed = told("certs", "list")
     states = re.findall(r"^(\S+) +(\S+) +(\S+) +\d{4}-\d\d-\d\d \d\d:\d\d +[0-9a-f]{16}$", listed, re.M)
     assert states == [
@@ -90,6 +94,18 @@ def test_from_an_authority_to_a_run_that_is_stopped(tmp_path: Path) -> None:
     rows = json.loads(told("certs", "list", "--json"))
     assert [(each["name"], each["role"], each["state"]) for each in rows] == states
     assert all(re.fullmatch(r"[0-9a-f]{64}", each["fingerprint"]) for each in rows)
+
+
+def test_a_run_that_is_over_is_said_to_be_and_where_its_result_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = pb.StatusReply(run="4f", epoch=1, round=3, rounds=10, over=True)
+    monkeypatch.setattr("fedloom.client.operator.status", lambda server, certs: reply)
+
+    said = told("operate", "status", *to("127.0.0.1:1"))
+
+    assert re.search(r"^opened +once *$", said, re.M)
+    assert re.search(r"^over +with 3 of 10 rounds *$", said, re.M)
+    assert "runs/NAME/adapter" in said
+    assert "not open" not in said
 
 
 def to(address: str) -> tuple[str, str, str, str]:

@@ -20,6 +20,8 @@ from fedloom.client.assets import ASSETS
 from fedloom.proto.run import load_run
 from fedloom.proto.schema import Schema
 from fedloom.server.records import RoundRecord
+from fedloom.server.rounds import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
+from fedloom.server.store import Store
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.toml"
 COMMAND = [sys.executable, "-m", "fedloom.cli.main"]
@@ -241,6 +243,30 @@ def test_a_coordinator_listens_and_stops_when_told(prepared: Path, tmp_path: Pat
     assert warning.startswith("insecure: nothing is encrypted")
     assert server.returncode == 0, complaints
     assert rest == "stopped; start again with the same state directory to go on\n"
+
+
+def test_a_run_that_is_over_does_not_listen(prepared: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    command = ("server", str(prepared), *OPEN, LOOPBACK, "--listen", "127.0.0.1:0", "--state", str(state))
+    with subprocess.Popen([*COMMAND, *command], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        first.stdout.readline(), first.stdout.readline()
+        first.send_signal(signal.SIGTERM)
+        first.communicate(timeout=60)
+    with Store(state) as store:
+        (created,) = store.events()
+        assert isinstance(created, RunCreated)
+        same = created.state
+        store.append(RoundOpened(0, 0, same, ("ann",), 60.0), UpdateAccepted(0, "ann", same, 1.0))
+        store.append(RoundClosed(0, ("ann",), "complete"), AdapterCommitted(0, same), RunEnded(1, "told"))
+    with subprocess.Popen([*COMMAND, *command], stdout=subprocess.PIPE, text=True) as again:
+        assert again.stdout is not None
+        lines = [again.stdout.readline() for _ in range(3)]
+        again.kill()
+
+    assert lines[1].startswith("this run is over, with 1 of ")
+    assert "for a moment, then this ends" in lines[2]
+    assert "listening" not in "".join(lines)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from fedloom.cli.main import app
 from fedloom.proto.errors import StoreError
 from fedloom.server.audit import AuditRecord
 from fedloom.server.inspection import holder
+from fedloom.server.journal import Journal
 from fedloom.server.rounds import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
 from fedloom.server.store import Store
 
@@ -72,6 +73,19 @@ def test_who_took_part_and_that_a_run_is_over_is_said(state: Path) -> None:
     with Store(state, durable=False) as store:
         store.append(RunEnded(1, "told"))
     assert "1 rounds committed; the run was ended with them" in runs("show", state).stdout
+
+
+def test_how_often_it_was_opened_is_counted_and_an_export_starts_no_coordinator(state: Path) -> None:
+    """Three openings are three, and none of them alone is a start: that is what a coordinator notes once it serves."""
+    assert "opened once" in runs("show", state).stdout
+    for _ in range(2):
+        with Store(state, durable=False):
+            pass
+
+    assert "opened 3 times" in runs("show", state).stdout
+    journal = Journal(state)
+    journal.refresh()
+    assert (journal.epoch, journal.starts) == (3, 0)
 
 
 def test_listing_nothing_says_so(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 from fedloom.proto.errors import ConfigError
 from fedloom.server.dashboard.access import ACTION, ALLOWED, TOKENS_FILE, Tokens, cookie, load_tokens
 from fedloom.server.dashboard.app import application
+from fedloom.server.dashboard.certificates import invited
 from tests.dashboard.stage import TOKENS, Stage
 
 ACT = {ACTION: "1"}
@@ -50,13 +51,15 @@ def test_every_endpoint_opens_to_its_roles_and_no_other(
 ) -> None:
     live.join("ann", "ben")
     live.rounds(1)
+    assert live.board.certs is not None
+    invited(live.board.certs, "ann", live.coordinator.audit)
     headers = dict(ACT)
     if way == "header":
         headers["authorization"] = f"Bearer {SHOWN[role]}"
     else:
         headers["cookie"] = f"{cookie(TOKENS)}={SHOWN[role]}"
 
-    answer = closed.request(method, _path(live, path), headers=headers, json={"token": TOKENS.observer})
+    answer = closed.request(method, _path(live, path), headers=headers, json={"token": TOKENS.observer, "name": "ann"})
 
     enough = RANK[role] >= RANK[ALLOWED[method, path]]
     assert answer.status_code in ((200, 202, 204) if enough else (401,) if role == "nobody" else (403,))

@@ -70,7 +70,16 @@ def test_a_run_is_followed_as_it_goes(tmp_path: Path) -> None:
         [2, 3 * payload, 3 * payload],
         [3, 2 * payload, 2 * payload],
     ]
-    assert [each["kind"] for each in now["trouble"]] == ["rejected"]
+    kinds = [(each["kind"], each["client"]) for each in now["happened"]]
+    assert sorted(kinds) == [
+        ("joined", "ann"),
+        ("joined", "ben"),
+        ("joined", "cat"),
+        ("lost", "ben"),
+        ("rejected", "ben"),
+        ("started", ""),
+    ]
+    assert kinds[-1] == ("started", ""), "the oldest comes last"
     assert now["config"]["strategy"]["name"] == "fedavg"
 
 

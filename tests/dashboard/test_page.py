@@ -8,6 +8,7 @@ import pytest
 
 from fedloom.proto.errors import UpdateRejected
 from fedloom.proto.schema import Tensors
+from fedloom.server.dashboard import board
 from tests.dashboard.browser import Browser, browser, found
 from tests.dashboard.stage import TOKENS, Stage, config, finished_run, stage
 
@@ -40,6 +41,7 @@ def _no_complaints(page: Browser) -> Iterator[None]:
     page.complaints.clear()
     yield
     page.go("about:blank")
+    page.call("Network.clearBrowserCookies")
     # Coordinators end with their tests, while the page still asks.
     assert not [each for each in page.complaints if "ERR_CONNECTION_REFUSED" not in each]
 
@@ -72,7 +74,7 @@ def sideways(page: Browser) -> list[str]:
     """What is wider than the window."""
     script = """[...document.querySelectorAll('body *')].filter((each) => {
         const box = each.getBoundingClientRect();
-        return box.width && box.right > innerWidth + 0.5 && !each.closest('.list, .sr, thead, .skip, .who *');
+        return box.width && box.right > innerWidth + 0.5 && !each.closest('.list, .across, .sr, thead, .skip, .who *');
     }).map((each) => each.outerHTML.slice(0, 120))"""
     found: list[str] = page.run(script)
     return found
@@ -222,7 +224,10 @@ def test_everything_is_reached_by_keyboard_and_shows_where_it_is(page: Browser, 
         seen = page.run("getComputedStyle(document.activeElement).outlineStyle")
         assert seen != "none", f"{reached[-1]} does not show that it has the focus"
 
-    assert reached == ["skip", "runs", "session", "adapter", "stop", "plot", "plot", "list", "list", "SUMMARY"]
+    assert reached == [
+        *("skip", "runs", "session", "adapter", "finish", "stop", "INPUT", "plot", "plot", "across", "csv"),
+        *("list", "list", "invite", "list", "SUMMARY"),
+    ]
     unnamed = page.run("""[...document.querySelectorAll('a, button, input, select')].filter((each) =>
         !(each.innerText || each.labels?.length || each.ariaLabel)).map((each) => each.outerHTML)""")
     assert unnamed == []
@@ -236,19 +241,116 @@ def test_an_operator_signs_in_asks_twice_and_stops(page: Browser, busy: Stage) -
 
     page.run("document.getElementById('stop').focus()")
     page.key("Enter")
-    page.wait("document.getElementById('ask-stop').open")
-    assert page.run("document.activeElement.id") == "stop-cancel", "the harmless answer has the focus"
+    page.wait("document.getElementById('ask-sure').open")
+    assert page.run("document.activeElement.id") == "sure-cancel", "the harmless answer has the focus"
     page.key("Escape")
-    page.wait("!document.getElementById('ask-stop').open")
+    page.wait("!document.getElementById('ask-sure').open")
     assert busy.observation.stop is not None
 
     page.run("document.getElementById('stop').click()")
-    page.run("document.getElementById('stop-sure').click()")
+    page.run("document.getElementById('sure-yes').click()")
 
     page.wait("document.getElementById('stop').hidden")
     assert busy.observation.stop is None
     page.run("document.getElementById('session').click()")
     page.wait("document.getElementById('session').innerText === 'Sign in'")
+
+
+def test_a_run_that_stands_still_is_loud_and_can_be_finished(
+    page: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stage(tmp_path / "runs", expect=2) as live:
+        live.join("ann", "ben")
+        live.rounds(1)
+        live.ask()
+        live.clients[1].line.leave("budget spent")
+        live.coordinator.tick()
+        page.view(1280, 800)
+        opened(page, f"{live.url}#token={TOKENS.operator}")
+        page.wait("!document.getElementById('finish').hidden")
+        waits = "ound 2 can reach only 1 of the 2 updates it needs, and waits for more clients"
+        page.wait(f"document.getElementById('standing').innerText.includes({waits!r})")
+        assert page.run("document.getElementById('alarm').hidden"), "it has only just begun to wait"
+
+        monkeypatch.setattr(board, "_ALARM_S", 0.0)
+
+        page.wait("!document.getElementById('alarm').hidden")
+        assert f"This run stands still: r{waits}" in page.run("document.getElementById('alarm').innerText")
+        assert page.run("document.title").startswith("⚠ stands still: ward-notes")
+        assert page.run("document.getElementById('phase').innerText") == "Stands still"
+        assert "left" not in page.run("document.getElementById('eta').innerText")
+        page.run("document.getElementById('finish').click()")
+        assert page.run("document.activeElement.id") == "sure-cancel", "the harmless answer has the focus"
+        page.run("document.getElementById('sure-yes').click()")
+        page.wait("document.getElementById('standing').innerText === 'It was ended with what is committed.'")
+        page.wait("document.getElementById('happened').innerText.includes('an operator said so')")
+        assert page.run("document.getElementById('alarm').hidden")
+
+
+def test_clients_are_invited_and_revoked_and_a_token_is_shown_once(page: Browser, tmp_path: Path) -> None:
+    with stage(tmp_path / "runs") as live:
+        page.view(1280, 800)
+        opened(page, live.url)
+        page.wait("document.getElementById('certificates').innerText.includes('this coordinator')")
+        assert page.run("document.getElementById('invite').hidden"), "an observer only looks"
+        opened(page, f"{live.url}#token={TOKENS.operator}")
+        page.wait("!document.getElementById('invite').hidden")
+
+        page.run("document.getElementById('invite').click()")
+        page.run("document.getElementById('sure-name').value = 'a site'")
+        page.run("document.getElementById('sure-yes').click()")
+        page.wait("document.getElementById('sure-wrong').innerText.includes('1 to 64 letters')")
+        page.run("document.getElementById('sure-name').value = 'site-a'")
+        page.run("document.getElementById('sure-yes').click()")
+        page.wait("document.getElementById('sure-token').value.startsWith('fedloom-join-1.')")
+        page.run("document.getElementById('sure-cancel').click()")
+        page.wait("document.getElementById('sure-token').value === ''")
+        page.wait("document.getElementById('certificates').innerText.includes('site-a')")
+        page.run("document.querySelector('[aria-label=\"Revoke site-a\"]').click()")
+        assert page.run("document.getElementById('sure-title').innerText") == "Revoke site-a?"
+        page.run("document.getElementById('sure-yes').click()")
+        page.wait("!document.getElementById('certificates').innerText.includes('site-a')")
+        # The browser itself notes the refusal of the wrong name.
+        page.complaints[:] = [each for each in page.complaints if "/api/invite" not in each]
+
+
+def test_other_runs_are_laid_over_this_one(page: Browser, busy: Stage) -> None:
+    page.view(1280, 800)
+    opened(page, busy.url)
+    assert page.run("document.querySelectorAll('#charts .other-0').length") == 0
+
+    page.run("document.querySelector('#overlay input').click()")
+
+    page.wait("document.querySelectorAll('#charts .line.other-0').length >= 2")
+    page.wait("document.querySelector('#charts .reading').innerText === 'sentiment, round 10: 75.8 %'")
+    page.run("document.querySelector('#overlay input').click()")
+    page.wait("document.querySelectorAll('#charts .other-0').length === 0")
+
+
+def test_who_took_how_long_and_who_was_lost_is_told_by_round(page: Browser, busy: Stage) -> None:
+    page.view(1280, 800)
+    opened(page, busy.url)
+
+    rows = page.run(
+        "Object.fromEntries([...document.querySelectorAll('.timeline tbody tr')]"
+        ".map((row) => [row.cells[0].innerText, row.cells[7].innerText]))"
+    )
+
+    assert {name: rows[name] for name in ("karolinska", "mayo", "tgh", "ucsf")} == {
+        "karolinska": "lost",
+        "mayo": "lost",
+        "tgh": "…",
+        "ucsf": "…",
+    }
+    assert page.run("document.querySelectorAll('.timeline thead th').length") == 9
+    assert page.run("document.querySelector('.timeline tbody').innerText.includes('lost 1×')")
+    heads = page.run("[...document.querySelectorAll('#past th')].map((each) => each.innerText)")
+    assert heads[-1] == "Took"
+    happened = page.run("document.getElementById('happened').innerText")
+    assert "in round 7: it left; its own log says why" in happened
+    keys = page.run("document.getElementById('config').innerText")
+    assert "min_clients" in keys
+    assert "secure_aggregation" not in keys, "what is switched off is not shown"
 
 
 def test_beyond_loopback_the_page_asks_for_a_token(page: Browser, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_a_span_for_each_round_and_each_call_inside_it(tmp_path: Path, monkeypat
     spans = exporter.get_finished_spans()
     rounds = [each for each in spans if each.name == "round"]
     assert [dict(each.attributes or {}) for each in rounds] == [
-        {"fedloom.run": "ward-notes", "fedloom.round": number, "fedloom.cohort": 2, "fedloom.updates": 2}
+        {"fedloom.run": "ward-notes", "fedloom.round": number + 1, "fedloom.cohort": 2, "fedloom.updates": 2}
         for number in (0, 1)
     ]
     assert all(each.start_time and each.end_time and each.start_time < each.end_time for each in rounds)

@@ -149,13 +149,22 @@ def test_a_coordinator_killed_before_the_score_was_written_has_it_scored_when_it
     assert b"fedloom_held_out_accuracy" not in observation.metrics.text(), "nothing was scored the second time"
 
 
-def test_without_held_out_rows_a_lost_record_stays_lost(
-    tmp_path: Path, store: Store, federate: Callable[..., Any], configure: Callable[..., RunConfig]
+def test_records_that_were_lost_come_back_only_where_their_times_are_known(
+    tmp_path: Path,
+    store: Store,
+    federate: Callable[..., Any],
+    configure: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first = federate(store, configure(3, privacy={"enabled": False}))
     played(first, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "times", dict)  # as an earlier build left it
+        with observing(first.coordinator, store, tmp_path):
+            pass
+        assert not (tmp_path / "metrics.jsonl").exists()
 
     with observing(first.coordinator, store, tmp_path):
         pass
 
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert [each.round for each in read_metrics(tmp_path)] == [1, 2]

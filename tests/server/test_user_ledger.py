@@ -149,7 +149,7 @@ def test_a_round_beyond_the_budget_is_not_opened(federate: Any, run: Any, store:
     federation = federate(store, config.model_copy(update={"user_level": tight}), build_strategy(config))
     federation.begin("ann", "ben")
 
-    with pytest.raises(BudgetError, match=r"round 1 is not opened.*export the adapter as it is"):
+    with pytest.raises(BudgetError, match=r"round 2 is not opened.*export the adapter as it is"):
         train(federation, "ann", "ben")
 
     assert federation.coordinator.state.round == 1

@@ -1,5 +1,7 @@
 """A run that waits says for whom, and one that waits in vain ends with what is committed."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +113,35 @@ def test_who_is_asked_and_who_refuses_is_said(federate: Any, configure: Any, sto
     assert ("declined", "cat") in {(record.kind, record.client) for record in store.audit()}
     federation.begin("cat")
     assert federation.coordinator.progress.refusing == ()
+
+
+def test_a_state_put_back_from_a_backup_is_said_to_be_an_end_and_can_be_ended(
+    federate: Any, configure: Any, tmp_path: Path
+) -> None:
+    """Its clients have answered round 2, which the backup has forgotten, and their ledgers answer it no second time."""
+    run = configure(10)
+    with Store(tmp_path / "state", durable=False) as store:
+        federation, _ = after_one_round(federate, configure, store)
+        shutil.copytree(tmp_path / "state", tmp_path / "backup")
+        for client in ("ann", "ben"):
+            federation.send(*federation.update(client, 1.0))
+        assert federation.coordinator.progress.round == 2
+    with Store(tmp_path / "backup", durable=False) as store:
+        again = federate(store, run)
+        lines: list[str] = []
+        again.coordinator.say = lines.append
+        again.begin("ann", "ben")
+        for client in ("ann", "ben"):
+            again.coordinator.leave(client, REFUSED, *again.runs[client])
+        wait(again, 12)
+
+        assert "this state was put back from a backup, and the run cannot go on" in lines[-2]
+        assert "with its 1 rounds by `fedloom operate finish`, or begin a new run in another directory" in lines[-2]
+        assert lines[-1].startswith("round 2 can reach only 0 of the 2 updates it needs")
+        assert lines[-1].endswith("ann, ben refused to take part, their own logs say why")
+        again.coordinator.finish()
+        again.begin("ann")
+        assert isinstance(again.work("ann"), Finished)
 
 
 def test_the_first_round_waits_for_the_sites_that_are_expected(federate: Any, configure: Any, store: Store) -> None:

@@ -17,7 +17,19 @@ from fedloom.proto.text import clean_lines
 if TYPE_CHECKING:
     from fedloom.client.classes import Confusion
 
-__all__ = ["INSECURE", "Json", "failed", "megabytes", "out", "pace", "print_json", "show_classes", "terms", "version"]
+__all__ = [
+    "INSECURE",
+    "Json",
+    "failed",
+    "megabytes",
+    "out",
+    "pace",
+    "print_json",
+    "show_classes",
+    "terms",
+    "times",
+    "version",
+]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON only.")]
 
@@ -86,6 +98,15 @@ def pace(total: int, clock: Callable[[], float] = time.monotonic) -> Callable[[i
 def print_json(document: Any) -> None:
     """One line of JSON for programs, on standard output."""
     typer.echo(json.dumps(document))
+
+
+def times(number: int) -> str:
+    """How often, for people.
+
+    >>> times(1), times(3)
+    ('once', '3 times')
+    """
+    return "once" if number == 1 else f"{number} times"
 
 
 def terms(stated: Statement) -> str:

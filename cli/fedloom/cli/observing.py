@@ -89,6 +89,7 @@ def showing(
     listen: str | None,
     tokens: Path,
     runs: Path | None,
+    certs: Path | None,
     tls: Path | None,
 ) -> Iterator[None]:
     """Serve the dashboard for the length of a `with` block, if it was asked for.
@@ -99,6 +100,7 @@ def showing(
         listen: HOST:PORT; None serves none.
         tokens: Folder where the dashboard's tokens are kept.
         runs: Folder with other runs to show; None for none.
+        certs: The coordinator's folder of certificates, to show and for operators to invite and revoke; None for none.
         tls: Key and certificates in one file.
 
     Raises:
@@ -113,7 +115,7 @@ def showing(
 
     host_of(listen)
     shown, _ = load_tokens(tokens)
-    with hosting(Board(coordinator, observation, runs), listen, shown, pem=tls) as hosted:
+    with hosting(Board(coordinator, observation, runs, certs), listen, shown, pem=tls) as hosted:
         out.print(f"dashboard at {hosted.url}")
         links = write_links(tokens, hosted.url, shown)
         if sys.stdout.isatty():

@@ -6,11 +6,18 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fedloom.cli.console import Json, out, print_json
+from fedloom.cli.console import Json, out, print_json, times
+from fedloom.proto.errors import Unavailable
 
 __all__ = ["app", "finish", "status", "stop"]
 
 app = typer.Typer(help="See how a running coordinator's run stands, or stop it.", no_args_is_help=True)
+
+_RESULT = "the adapter lies beside the state on the coordinator's machine, in runs/NAME/adapter"
+_ENDED = (
+    "a coordinator whose run is over has ended too: `fedloom runs list` on its machine tells whether it is, and the "
+    "adapter then lies in runs/NAME/adapter"
+)
 
 Server = Annotated[str, typer.Option(help="Address of the coordinator, HOST:PORT.")]
 Certs = Annotated[Path, typer.Option(help="Folder that `fedloom certs enrol` wrote for an operator or observer.")]
@@ -24,21 +31,28 @@ def status(server: Server, certs: Certs, json_only: Json = False) -> None:
     """
     from fedloom.client.operator import status
 
-    now = status(server, certs)
+    try:
+        now = status(server, certs)
+    except Unavailable as error:
+        raise Unavailable(f"{error}; {_ENDED}") from error
     if json_only:
         from google.protobuf.json_format import MessageToDict
 
         print_json(MessageToDict(now, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return
-    phase = (
-        "over" if now.over or now.round >= now.rounds else f"open for {now.elapsed_s:.0f} s" if now.open else "not open"
-    )
-    short = "; the cohort is too small for it" if now.short else ""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("run", now.run)
-    table.add_row("opened", f"{now.epoch} times")
-    table.add_row("round", f"{min(now.round + 1, now.rounds)} of {now.rounds}, {phase}")
+    table.add_row("opened", times(now.epoch))
+    if now.over or now.round >= now.rounds:
+        table.add_row("over", f"with {now.round} of {now.rounds} rounds")
+        table.add_row("result", _RESULT)
+        out.print(table)
+        return
+    phase = f"open for {now.elapsed_s:.0f} s" if now.open else "not open"
+    short = "; the cohort is too small for it" if now.short else ""
+    table.add_row("round", f"{now.round + 1} of {now.rounds}, {phase}")
     table.add_row("updates", f"{len(now.submitted)} of {now.needed} needed{short}")
+    table.add_row("asked", ", ".join(now.cohort) or "nobody")
     table.add_row("clients", ", ".join(now.live) or "none")
     table.add_row("lost", ", ".join(f"{name} ({now.lost[name]})" for name in sorted(now.lost)) or "none")
     table.add_row("refusing", ", ".join(now.refusing) or "none")

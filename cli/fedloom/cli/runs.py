@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedloom.cli.compare import compare
-from fedloom.cli.console import Json, failed, out, print_json
+from fedloom.cli.console import Json, failed, out, print_json, times
 from fedloom.proto.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def show(state: State, json_only: Json = False) -> None:
         print_json({"state": str(state), **_standing(snapshot), **counted})
         return
     lines = [
-        f"run {rounds.created.run if rounds.created else 'not begun'}, opened {snapshot.epoch} times",
+        f"run {rounds.created.run if rounds.created else 'not begun'}, opened {times(snapshot.epoch)}",
         _done(state, snapshot),
     ]
     if rounds.phase == "open":

@@ -125,13 +125,15 @@ def server(
         if state is None:  # runs/NAME is ours; elsewhere a run.toml may be somebody's own
             write_config(folder.parent, config)
 
-        def ready(address: str) -> None:
-            out.print(f"listening on {address}; state in {folder}")
-
         others = None if state else folder.parent.parent
-        with showing(coordinator, observation, dashboard, folder if insecure else certs, others, dashboard_tls):
+        tokens, members = (folder, None) if insecure else (certs, certs)
+        with showing(coordinator, observation, dashboard, tokens, others, members, dashboard_tls):
             serving = serve(
-                coordinator, listen, ready=ready, certs=None if insecure else certs, observation=observation
+                coordinator,
+                listen,
+                ready=lambda address: _ready(coordinator, folder, address),
+                certs=None if insecure else certs,
+                observation=observation,
             )
             asyncio.run(serving)
             if not coordinator.finished:
@@ -145,6 +147,16 @@ def server(
             if stay:
                 out.print("the dashboard stays until it is stopped")
                 _until_told(observation)
+
+
+def _ready(coordinator: "Coordinator", folder: Path, address: str) -> None:
+    """Say where the coordinator is, and whether there is anything left to do."""
+    now = coordinator.progress
+    if now.over:
+        out.print(f"this run is over, with {now.round} of {now.rounds} rounds; state in {folder}")
+        out.print(f"clients of its last round may fetch the adapter at {address} for a moment, then this ends")
+    else:
+        out.print(f"listening on {address}; state in {folder}")
 
 
 def _until_told(observation: "Observation") -> None:

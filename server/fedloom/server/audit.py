@@ -18,7 +18,18 @@ from fedloom.proto.text import clean
 __all__ = ["Audit", "AuditKind", "AuditRecord", "Notebook", "record_from_json", "record_to_json"]
 
 AuditKind = Literal[
-    "started", "joined", "refused", "rejected", "enrolled", "renewed", "revoked", "stopped", "omitted", "declined"
+    "started",
+    "joined",
+    "refused",
+    "rejected",
+    "invited",
+    "enrolled",
+    "renewed",
+    "revoked",
+    "stopped",
+    "omitted",
+    "declined",
+    "doubled",
 ]
 
 _MOST_REFUSED = 100

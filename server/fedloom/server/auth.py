@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from grpc import aio
 
 from fedloom.proto.errors import Forbidden, IdentityError
 from fedloom.proto.identity import Identity, MemberRole, fingerprint
 from fedloom.server.audit import AuditKind
+from fedloom.server.doubles import Doubles
 from fedloom.server.identities import Entry, Identities
 
 __all__ = ["ALLOWED", "FORBIDDEN", "OTHER_NAME", "UNPROVEN", "Caller", "Gate"]
@@ -60,12 +62,14 @@ class Caller:
         fingerprint: Of its certificate; empty without one.
         expires_s: When that ends, in seconds since 1970.
         named: It has said for which client it speaks, and does.
+        peer: Its connection, as gRPC names it.
     """
 
     identity: Identity | None = None
     fingerprint: str = ""
     expires_s: float = float("inf")
     named: bool = False
+    peer: str = ""
 
     @property
     def who(self) -> str:
@@ -81,6 +85,9 @@ class Gate:
             and believed.
         note: Writes into the audit log who was refused or put out: kind, name as far as known, and why.
         answered: Told of every call that is over: method, gRPC status, class of the error or "", and seconds.
+
+    Attributes:
+        say: Called with a line for people.
     """
 
     def __init__(
@@ -90,6 +97,8 @@ class Gate:
         answered: Callable[[str, str, str, float], None] = lambda method, status, error, seconds: None,
     ) -> None:
         self._identities, self.note, self.answered = identities, note, answered
+        self.say: Callable[[str], None] = lambda line: None
+        self._doubles = Doubles()
         self._open: dict[asyncio.Task[Any], Caller] = {}
         self._cut: set[asyncio.Task[Any]] = set()
 
@@ -134,6 +143,15 @@ class Gate:
             self._refuse(caller.identity.name, f"{caller.who} calls itself {client!r:.80}")
             raise Forbidden(OTHER_NAME)
         caller.named = True
+        if both := self._doubles.heard(client, caller.peer):
+            where = " and ".join(unquote(each.partition(":")[2]) for each in sorted(both))
+            line = (
+                f"two processes call themselves {client!r:.80}, at {where}: each is taken for the other, and only one "
+                "counts in a round; stop one, or give it a name and an invite of its own"
+            )
+            _log.warning("%s", line)
+            self.note("doubled", client, line)
+            self.say(line)
 
     async def watch(self) -> None:
         """Put out, within seconds, every call whose certificate is revoked or ends. Runs until it is cancelled.
@@ -169,7 +187,7 @@ class Gate:
     def _caller(self, method: str, context: "aio.ServicerContext[Any, Any]") -> Caller:
         allowed = ALLOWED[method]
         if self._identities is None:
-            return Caller()
+            return Caller(peer=context.peer())
         about = context.auth_context()
         pem = b"".join(about.get("x509_pem_cert", ()))
         found = fingerprint(ssl.PEM_cert_to_DER_cert(pem.decode("ascii"))) if pem else ""
@@ -183,7 +201,7 @@ class Gate:
             detail = f"{method} refused to {context.peer()}: {entry.identity.uri} may not call it"
             self._refuse(entry.identity.name, detail)
             raise Forbidden(FORBIDDEN)
-        return Caller(entry.identity, found, entry.expires_s)
+        return Caller(entry.identity, found, entry.expires_s, peer=context.peer())
 
     def _refuse(self, name: str, detail: str) -> None:
         _log.warning("%s", detail)

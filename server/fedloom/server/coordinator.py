@@ -17,6 +17,7 @@ from fedloom.server.course import Course
 from fedloom.server.members import Member
 from fedloom.server.rounds import UpdateAccepted
 from fedloom.server.submission import check_payload, decoded
+from fedloom.server.waiting import refusal
 
 __all__ = ["Coordinator"]
 
@@ -215,7 +216,7 @@ class Coordinator(Course):
             if reason == REFUSED:
                 self._refusing.add(client)
                 self.audit.note("declined", client, "the client refuses the run; its own log says why")
-                self._tell(f"{client} refuses to take part; its own log says why", logging.WARNING)
+                self._tell(refusal(client, self._rounds.round), logging.WARNING)
             if self._rounds.phase == "open" and client in self._rounds.pending:
                 self._lose(client, "left")
             self._advance()

@@ -14,7 +14,7 @@ from fedloom.server.audit import Audit
 from fedloom.server.clock import Attentive
 from fedloom.server.history import History
 from fedloom.server.members import Members
-from fedloom.server.progress import Progress, Traffic, warn_if_short
+from fedloom.server.progress import Progress, warn_if_short
 from fedloom.server.rounds import ClientLost, LostReason, RoundClosed, Rounds, RunEnded
 from fedloom.server.secure import Secure
 from fedloom.server.storage import Storage
@@ -76,7 +76,7 @@ class Course:
         self.say: Callable[[str], None] = lambda line: None
         self._lines: list[str] = []
         self._patience, self._refusing = Patience(), set[str]()
-        self._traffic, self._stirred, self.folder = Traffic(), False, store.folder
+        self._traffic, self._stirred, self.folder = store.traffic, False, store.folder
         self._settled: tuple[Rounds, int, bool] | None = None
         self._history = History(config, schema, strategy, store, starting=starting)
         self._secure = Secure(config, self._history, store)
@@ -87,7 +87,7 @@ class Course:
         with self._lock:
             self._advance()
             self._history.write()
-        self.audit.write()
+        # The note is written with the first tick: an export opens the run too, and that starts no coordinator.
 
     @property
     def epoch(self) -> int:
@@ -145,6 +145,7 @@ class Course:
         self._settle()
         self._store.discard()
         self.audit.write()
+        self._store.count()
 
     def finish(self) -> None:
         """End the run with what is committed. Clients get the adapter as after the last round.
@@ -177,6 +178,7 @@ class Course:
         self._history.check()  # nothing more is written to a disk that has failed
         self.audit.note("stopped", detail=f"after {self._rounds.round} rounds")
         self.audit.write(ending=True)
+        self._store.count()
 
     @contextmanager
     def _changing(self) -> Iterator[None]:

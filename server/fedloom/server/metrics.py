@@ -141,8 +141,8 @@ class _Standing(Collector):
         """The families with their values now."""
         now, config = self._coordinator.progress, self._coordinator.config
         down, up = (sum(both[side] for both in now.bytes_by_round.values()) for side in (0, 1))
-        yield CounterMetricFamily("fedloom_sent_bytes", "Payload bytes sent to clients.", down)
-        yield CounterMetricFamily("fedloom_received_bytes", "Payload bytes received from clients.", up)
+        yield CounterMetricFamily("fedloom_sent_bytes", "Payload bytes sent to clients in the whole run.", down)
+        yield CounterMetricFamily("fedloom_received_bytes", "Payload bytes received from clients in the whole run.", up)
         refused = self._coordinator.audit.refusals
         yield CounterMetricFamily("fedloom_refusals", "Calls and messages refused, see the audit log.", refused)
         yield GaugeMetricFamily("fedloom_clients_live", "Clients whose lease has not lapsed.", len(now.live))

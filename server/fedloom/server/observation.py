@@ -1,7 +1,8 @@
 """What a running coordinator tells those who watch it, and what they may tell it: stop."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.metrics import Metrics
 from fedloom.server.recording import Recording, Scorer
 from fedloom.server.records import ReportTo, open_recorders, read_metrics
-from fedloom.server.rounds import AdapterCommitted, Event
+from fedloom.server.rounds import AdapterCommitted, Event, RoundOpened
 from fedloom.server.store import Store
 from fedloom.server.tracing import Spans, exporting
 from fedloom.strategies.api import State
@@ -90,13 +91,20 @@ def observing(
         ConfigError: A package is missing.
         StoreError: The log cannot be read.
     """
-    before = store.events()
-    written, seconds = 0, 0.0
+    before, times = store.events(), store.times()
+    began_s = next(
+        (times.get(number) for number, event in enumerate(before, 1) if isinstance(event, RoundOpened)), None
+    )
+    written, told_s = 0, 0.0
     with suppress(OSError, IndexError):
         last = read_metrics(folder)[-1]
-        written, seconds = last.round, last.seconds
-    # A process that was killed while it scored has left the newest adapter without a record.
-    begun = _unrecorded(before, written) if score else len(before)
+        written, told_s = last.round, last.seconds
+
+    def age_s(at_s: float | None) -> float | None:
+        """Never below the last record's: a clock that was set back makes no run younger."""
+        return None if at_s is None or began_s is None else max(told_s, at_s - began_s)
+
+    begun = _unrecorded(before, times, written)
     spans = exporting(coordinator.config.run.name)
     metrics = Metrics(coordinator, before)
     recording = Recording(
@@ -104,14 +112,16 @@ def observing(
         [*open_recorders(folder, coordinator.config, report_to), metrics],
         lambda: dict(coordinator.progress.bytes_by_round),
         before[:begun],
-        seconds,
+        age_s(time.time()) or told_s,
         score,
+        max(0, coordinator.progress.round - 1),
     )
     observation = Observation(coordinator, metrics, recording, spans)
     try:
         with recording:
-            if before[begun:]:
-                recording.put(before[begun:])
+            for number, event in enumerate(before[begun:], begun + 1):
+                recording.put([event], age_s(times.get(number)))
+            if begun < len(before):
                 recording.committed(coordinator.progress.round, coordinator.result)
             store.appended = observation.appended
             yield observation
@@ -121,10 +131,12 @@ def observing(
             spans.close()
 
 
-def _unrecorded(events: Sequence[Event], written: int) -> int:
-    """Where the newest commit stands in the log, if its round has no record; else the log's length."""
-    for index in range(len(events) - 1, -1, -1):
-        event = events[index]
-        if isinstance(event, AdapterCommitted):
-            return index if event.round + 1 > written else len(events)
+def _unrecorded(events: Sequence[Event], times: Mapping[int, float], written: int) -> int:
+    """Index of the first commit whose record a killed process still owed; the log's length if there is none.
+
+    One whose time is not known, of an earlier build, stays without: what would be written of it is not true.
+    """
+    for index, event in enumerate(events):
+        if isinstance(event, AdapterCommitted) and event.round + 1 > written and index + 1 in times:
+            return index
     return len(events)

@@ -2,38 +2,15 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fedloom.proto.run import RunConfig
+from fedloom.server.diary import Traffic
 from fedloom.server.rounds import Rounds
 
-__all__ = ["Progress", "Traffic", "warn_if_short"]
+__all__ = ["Progress", "warn_if_short"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Traffic:
-    """Payload bytes down to and up from the clients, without framing."""
-
-    rounds: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """(down, up) by round; the final adapter counts under the number of rounds."""
-    clients: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """(down, up) by client, over the life of this process."""
-
-    def down(self, round: int, client: str, size_bytes: int) -> None:
-        """Count what is sent to a client."""
-        self._add(round, client, size_bytes, 0)
-
-    def up(self, round: int, client: str, size_bytes: int) -> None:
-        """Count what came from a client."""
-        self._add(round, client, 0, size_bytes)
-
-    def _add(self, round: int, client: str, down: int, up: int) -> None:
-        before = self.rounds.get(round, (0, 0))
-        self.rounds[round] = before[0] + down, before[1] + up
-        before = self.clients.get(client, (0, 0))
-        self.clients[client] = before[0] + down, before[1] + up
 
 
 @dataclass(frozen=True)
@@ -60,7 +37,7 @@ class Progress:
     """Why the round no longer waits for a cohort member: left, lease or rejected."""
     bytes_by_round: Mapping[int, tuple[int, int]]
     bytes_by_client: Mapping[str, tuple[int, int]]
-    """(down, up) payload bytes since this process started."""
+    """(down, up) payload bytes of the whole run."""
     seen_ago: Mapping[str, float]
     """Seconds since the last sign of life of each client that this process knows."""
 

@@ -100,8 +100,9 @@ class Recording:
         recorders: Where records go. One that fails is left out from then on, with a line in the log.
         traffic: Payload bytes (down, up) by round, from 0.
         before: What the log holds already.
-        seconds: Age of the run when it was stopped last, by its last record.
+        seconds: Age of the run now, if it had begun before this process; 0 if not.
         score: Scores adapters. One that fails is left out from then on, with a line in the log.
+        unscored: Rounds whose adapters are gone: their records wait for no score.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Recording:
         before: Iterable[Event] = (),
         seconds: float = 0.0,
         score: Scorer | None = None,
+        unscored: int = 0,
     ) -> None:
         self._config, self._recorders, self._traffic = config, list(recorders), traffic
         self._attendance = Attendance()
@@ -121,8 +123,8 @@ class Recording:
         self._score = score
         self._held: deque[RoundRecord] = deque()
         self._adapters: dict[int, Tensors] = {}
-        self._judged, self._behind = 0, False
-        self._queue: queue.SimpleQueue[tuple[Sequence[Event], float] | int | None] = queue.SimpleQueue()
+        self._judged, self._behind = unscored, False
+        self._queue: queue.SimpleQueue[tuple[Sequence[Event], float, float | None] | int | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="fedloom-records", daemon=True)
 
     def __enter__(self) -> Self:
@@ -135,9 +137,9 @@ class Recording:
         self._queue.put(None)
         self._thread.join()
 
-    def put(self, events: Sequence[Event]) -> None:
-        """Take events that have just become durable. Any thread may call it; it never waits."""
-        self._queue.put((events, time.monotonic()))
+    def put(self, events: Sequence[Event], age_s: float | None = None) -> None:
+        """Take events that have just become durable, or did at this age of the run. It never waits, in any thread."""
+        self._queue.put((events, time.monotonic(), age_s))
 
     def committed(self, rounds: int, result: Callable[[], Tensors]) -> None:
         """Take what gives the model after so many rounds, whose events have been put before. It never waits."""
@@ -160,14 +162,14 @@ class Recording:
         for recorder in self._recorders:
             self._try(recorder, recorder.close)
 
-    def _happened(self, events: Sequence[Event], now_s: float) -> None:
+    def _happened(self, events: Sequence[Event], now_s: float, told_s: float | None) -> None:
         for event in events:
             self._attendance.add(event)
             if isinstance(event, RoundOpened) and self._began_s is None:
                 self._began_s = now_s
             if isinstance(event, AdapterCommitted):
                 with suppress(ConfigError):  # there is no finite epsilon, so nothing true to write
-                    age_s = now_s - (now_s if self._began_s is None else self._began_s)
+                    age_s = now_s - (now_s if self._began_s is None else self._began_s) if told_s is None else told_s
                     traffic = self._traffic().get(event.round, (0, 0))
                     clients = sorted(self._attendance.asked.counts)
                     self._held.append(

@@ -119,11 +119,11 @@ class Secure:
             raise ProtocolError("this run has no secure sums; join again and hand the update in openly")
         if rounds.phase != "open" or number != rounds.round or rounds.updates:
             raise ProtocolError(
-                f"client {client!r} is at the secure sum of round {number}, which is over or not open; drop the update "
-                "and ask for work"
+                f"client {client!r} is at the secure sum of round {number + 1}, which is over or not open; drop "
+                "the update and ask for work"
             )
         if client not in rounds.cohort:
-            raise ProtocolError(f"client {client!r} was not asked to train in round {number}; ask for work")
+            raise ProtocolError(f"client {client!r} was not asked to train in round {number + 1}; ask for work")
         if self._exchange is None:
             place = Place(self._history.run, self._store.epoch, number)
             values = self._history.broadcasts.order(client).upload.size

@@ -92,6 +92,7 @@ async def serve(
     with ExitStack() as stack:
         secure = None if certs is None else stack.enter_context(_secured(certs, coordinator.audit))
         servicer = Servicer(coordinator, secure.gate if secure else Gate(None, coordinator.audit.note))
+        servicer.gate.say = lambda line: coordinator.say(line)
         if observation is not None:
             servicer.gate.answered = observation.answered
             observation.stop = partial(_stop_soon, asyncio.get_running_loop(), stopped)

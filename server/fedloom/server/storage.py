@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedloom.server.audit import AuditRecord
+from fedloom.server.diary import Traffic
 from fedloom.server.rounds import Event, UpdateAccepted
 
 __all__ = ["Storage"]
@@ -20,10 +21,12 @@ class Storage(Protocol):
         epoch: How many times this state has been opened, this time included; 1 at first.
         folder: A local directory that is this coordinator's own: what can be had again may lie there meanwhile.
         where: A name for the state in messages to its operator.
+        traffic: Bytes of the whole run. What is counted there lasts once `append`, `note` or `count` has returned.
     """
 
     epoch: int
     folder: Path
+    traffic: Traffic
 
     @property
     def where(self) -> str:
@@ -46,6 +49,12 @@ class Storage(Protocol):
 
     def audit(self) -> list[AuditRecord]:
         """The whole audit log, oldest first; refuses one that is not exactly what was written."""
+
+    def count(self) -> None:
+        """Keep the traffic that was counted since something was kept last."""
+
+    def times(self) -> dict[int, float]:
+        """When each event was written, seconds since 1970, by its number in the log from 1; some may be missing."""
 
     def put_blob(self, blob: bytes, digest: str | None = None) -> str:
         """Keep `blob` and return its SHA-256, hex; `digest` is that if the caller has just computed it."""

@@ -3,7 +3,7 @@
 One directory belongs to one run and to one process at a time. Layout::
 
     lock        held exclusively while the store is open; the holder's process id
-    run.db      SQLite: the event log, the audit log and the number of times the store was opened
+    run.db      SQLite: the event log, the audit log, the number of times the store was opened, and a diary
     mark        number and link of the newest record of both logs, so that a log that lost its end is noticed
     blobs/      one file per blob, named by its SHA-256
 
@@ -43,6 +43,7 @@ from fedloom.server.database import (
     transaction,
     upgrade,
 )
+from fedloom.server.diary import begin_diary, read_times, read_traffic, write_times, write_traffic
 from fedloom.server.rounds import Event, UpdateAccepted, event_from_json
 
 __all__ = ["Store"]
@@ -61,6 +62,7 @@ class Store:
 
     Attributes:
         epoch: How many times this directory has been opened, this time included; 1 at first.
+        traffic: Bytes of the whole run; what is counted is written with whatever is written next.
         appended: Called with the events of each transaction once they are durable, none for the audit log's, and with
             the seconds that took. It delays whoever writes.
 
@@ -93,6 +95,7 @@ class Store:
             with explained(self._path):
                 self._db = on_failure.enter_context(closing(connect(self._path, durable)))
                 self._marks, self._mark = self._open_logs()
+                self.traffic = read_traffic(self._db)
                 on_failure.callback(self._mark.close)
                 self.epoch = self._next_epoch()
             with explained(folder):
@@ -141,6 +144,26 @@ class Store:
         began_s = time.perf_counter()
         self._append("audit", [(record_to_json(record),) for record in records])
         self.appended((), time.perf_counter() - began_s)
+
+    def count(self) -> None:
+        """Write what `traffic` has counted since the last transaction, if anything.
+
+        Raises:
+            StoreError: The database refuses.
+        """
+        if self.traffic.unwritten:
+            with self._mutex, explained(self._path), transaction(self._db):
+                self._check_newest()
+                write_traffic(self._db, *self.traffic.take())
+
+    def times(self) -> dict[int, float]:
+        """When each event was written, seconds since 1970, by its number in the log from 1; some may be missing.
+
+        Raises:
+            StoreError: The database refuses.
+        """
+        with self._mutex, explained(self._path):
+            return read_times(self._db)
 
     @failpoint("store.read")
     def events(self) -> list[Event]:
@@ -262,6 +285,9 @@ class Store:
             with transaction(self._db):
                 self._check_newest()
                 mark = append(self._db, log, self._marks[log], rows)
+                if log == "events":
+                    write_times(self._db, self._marks[log][0] + 1, len(rows), time.time())
+                write_traffic(self._db, *self.traffic.take())
                 reach("store.append.begun")
             reach("store.appended")
             # After the commit, so that the mark is never ahead of what the disk has.
@@ -277,6 +303,7 @@ class Store:
         path = self.folder / "mark"
         with transaction(self._db):
             upgraded = upgrade(self._db, self._path)
+            begin_diary(self._db)
             marks: dict[str, Mark] = {log: newest(self._db, log) for log in LOGS}
             if upgraded and not path.exists():
                 # Within the transaction: if the process dies after this line, the same links are made again.

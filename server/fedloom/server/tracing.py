@@ -50,7 +50,7 @@ class Spans:
             if isinstance(event, RoundOpened) and self._round is None:
                 about: dict[str, str | int] = {
                     "fedloom.run": self._run,
-                    "fedloom.round": event.round,
+                    "fedloom.round": event.round + 1,
                     "fedloom.cohort": len(event.cohort),
                 }
                 self._round = self._tracer.start_span("round", attributes=about)

@@ -135,7 +135,7 @@ def check_opening(user: UserLevelSection, committed: int) -> None:
     """
     if user.enabled and (cost := spent(user, committed + 1)) > user.epsilon:
         raise BudgetError(
-            f"round {committed} is not opened: it would bring one client's user-level epsilon to {cost:.3f}, and "
+            f"round {committed + 1} is not opened: it would bring one client's user-level epsilon to {cost:.3f}, and "
             f"user_level.epsilon = {user.epsilon:g} at delta {user.delta:g}; export the adapter as it is"
         )
 

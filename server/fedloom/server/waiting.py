@@ -5,7 +5,7 @@ from collections.abc import Collection
 from fedloom.proto.run import RunConfig
 from fedloom.server.rounds import Rounds
 
-__all__ = ["Patience", "waiting"]
+__all__ = ["Patience", "refusal", "waiting"]
 
 _SAY_AFTER_S = 10.0
 _SAY_AGAIN_S = 300.0
@@ -32,8 +32,22 @@ def waiting(rounds: Rounds, live: Collection[str], refusing: Collection[str], co
         what = f"round {number} waits for clients: {len(live)} of {needed} are here"
     else:
         return ""
-    refused = f"; {', '.join(sorted(refusing))} refused to take part, their own logs say why" if refusing else ""
-    return what + refused
+    return what + (f"; {', '.join(sorted(refusing))} refused to take part, their own logs say why" if refusing else "")
+
+
+def refusal(client: str, committed: int) -> str:
+    """What is said of a client that refuses the run; after a committed round, what a backup that was put back does.
+
+    Its clients have answered the rounds that the backup has forgotten, and answer none of them again. The coordinator
+    cannot know of those rounds, so it says what follows if it is so.
+    """
+    said = f"{client} refuses to take part; its own log says why"
+    if not committed:
+        return said
+    return (
+        f"{said}. If that is a round answered before, this state was put back from a backup, and the run cannot go on: "
+        f"end it with its {committed} rounds by `fedloom operate finish`, or begin a new run in another directory"
+    )
 
 
 class Patience:

@@ -53,8 +53,13 @@ ALLOWED: dict[tuple[str, str], Role] = {
     ("GET", "/api/runs"): "observer",
     ("GET", "/api/runs/{run}"): "observer",
     ("GET", "/api/runs/{run}/adapter"): "observer",
+    ("GET", "/api/runs/{run}/rounds.csv"): "observer",
+    ("GET", "/api/certificates"): "observer",
     ("GET", "/metrics"): "observer",
     ("POST", "/api/stop"): "operator",
+    ("POST", "/api/finish"): "operator",
+    ("POST", "/api/invite"): "operator",
+    ("POST", "/api/revoke"): "operator",
 }
 """The least role for each method and path. What is missing here is served to nobody."""
 
@@ -119,7 +124,7 @@ def write_links(folder: Path, url: str, tokens: Tokens) -> str:
     Raises:
         ConfigError: It cannot be written.
     """
-    lines = f"to look:  {url}#token={tokens.observer}\nto stop:  {url}#token={tokens.operator}\n"
+    lines = f"to look:   {url}#token={tokens.observer}\nto run it: {url}#token={tokens.operator}\n"
     try:
         write_durably(folder / LINKS_FILE, lines.encode())
     except OSError as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from inspect import iscoroutinefunction
+from pathlib import Path
 from typing import IO, Any
 
 from starlette.applications import Starlette
@@ -15,9 +16,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from fedloom.proto.errors import FedloomError, ProtocolError
+from fedloom.server.audit import Audit
 from fedloom.server.dashboard.access import ALLOWED, Access, Role, Tokens, cookie, may
 from fedloom.server.dashboard.adapter import peft_zip, state_zip
 from fedloom.server.dashboard.board import Board
+from fedloom.server.dashboard.certificates import certificates, invited, revoked
 
 __all__ = ["application"]
 
@@ -77,7 +81,7 @@ def _sign_out(site: _Site, request: Request) -> Response:
 
 
 async def _sign_in(site: _Site, request: Request) -> Response:
-    shown = await _token(request)
+    shown = await _said(request, "token")
     role = site.tokens.role(shown)
     if role == "nobody":
         return JSONResponse({"error": "this is not one of the two tokens"}, 403)
@@ -106,9 +110,22 @@ def _adapter(site: _Site, request: Request) -> Response:
         packed = peft_zip(folder / "adapter") if shown["adapter"] == "peft" else state_zip(site.board.coordinator)
     except OSError:
         return _missing("adapter")
-    safe = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "_" for letter in name)
-    headers = {"content-disposition": f'attachment; filename="{safe}-adapter.zip"'}
+    headers = {"content-disposition": f'attachment; filename="{_file_name(name)}-adapter.zip"'}
     return StreamingResponse(_chunks(packed), media_type="application/zip", headers=headers)
+
+
+def _rounds(site: _Site, request: Request) -> Response:
+    name = request.path_params["run"]
+    found = site.board.rounds(name)
+    if found is None:
+        return _missing("run")
+    headers = {"content-disposition": f'attachment; filename="{_file_name(name)}-rounds.csv"'}
+    return Response(found, media_type="text/csv", headers=headers)
+
+
+def _certificates(site: _Site, request: Request) -> Response:
+    folder = site.board.certs
+    return JSONResponse({"certificates": None if folder is None else certificates(folder)})
 
 
 def _metrics(site: _Site, request: Request) -> Response:
@@ -129,6 +146,36 @@ def _stop(site: _Site, request: Request) -> Response:
     return JSONResponse({"stopping": True}, 202)
 
 
+def _finish(site: _Site, request: Request) -> Response:
+    if site.board.observation.stop is None:
+        return JSONResponse({"error": "the run is not being served any more"}, 409)
+    try:
+        site.board.coordinator.finish()
+    except ProtocolError as error:
+        return JSONResponse({"error": str(error)}, 409)
+    site.board.coordinator.audit.note("stopped", detail="run finished by an operator, on the dashboard")
+    return JSONResponse({"finishing": True}, 202)
+
+
+async def _invite(site: _Site, request: Request) -> Response:
+    return await _about_member(site, request, invited)
+
+
+async def _revoke(site: _Site, request: Request) -> Response:
+    return await _about_member(site, request, revoked)
+
+
+async def _about_member(site: _Site, request: Request, act: Callable[[Path, str, Audit], dict[str, Any]]) -> Response:
+    """Do something about the client that the body names."""
+    folder, name = site.board.certs, await _said(request, "name")
+    if folder is None:
+        return JSONResponse({"error": "this coordinator runs without certificates, see --certs"}, 409)
+    try:
+        return JSONResponse(await run_in_threadpool(act, folder, name, site.board.coordinator.audit))
+    except FedloomError as error:
+        return JSONResponse({"error": str(error)}, 409)
+
+
 _HANDLERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("GET", "/"): _page,
     ("GET", "/static/{name}"): _asset,
@@ -139,8 +186,13 @@ _HANDLERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("GET", "/api/runs"): _runs,
     ("GET", "/api/runs/{run}"): _run,
     ("GET", "/api/runs/{run}/adapter"): _adapter,
+    ("GET", "/api/runs/{run}/rounds.csv"): _rounds,
+    ("GET", "/api/certificates"): _certificates,
     ("GET", "/metrics"): _metrics,
     ("POST", "/api/stop"): _stop,
+    ("POST", "/api/finish"): _finish,
+    ("POST", "/api/invite"): _invite,
+    ("POST", "/api/revoke"): _revoke,
 }
 
 
@@ -161,8 +213,8 @@ def _guarded(handler: Callable[..., Any], least: Role) -> Callable[[Request], Aw
     return checked
 
 
-async def _token(request: Request) -> str:
-    """The token in the body of a request; empty if there is none."""
+async def _said(request: Request, key: str) -> str:
+    """What the body of a request has under a key; empty if there is none."""
     body = b""
     try:
         async for part in request.stream():
@@ -172,10 +224,15 @@ async def _token(request: Request) -> str:
     except ClientDisconnect:  # it was too slow, or has left: nobody reads the answer
         return ""
     try:
-        shown = json.loads(body)["token"]
+        shown = json.loads(body)[key]
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
     return shown if isinstance(shown, str) else ""
+
+
+def _file_name(run: str) -> str:
+    """A run's name with nothing in it that a header or a disk could take amiss."""
+    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "_" for letter in run)
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:

@@ -8,10 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedloom.proto.errors import ConfigError, FedloomError, StoreError
+from fedloom.proto.errors import ConfigError, FedloomError, StoreError, StrategyError
 from fedloom.proto.run import RunConfig, load_run
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.dashboard.view import Spent, document
+from fedloom.server.dashboard.table import rounds_csv
+from fedloom.server.dashboard.view import Spent, document, past_rounds, traffic
 from fedloom.server.inspection import holder, state_folders
 from fedloom.server.journal import Journal
 from fedloom.server.observation import Observation
@@ -22,6 +23,7 @@ __all__ = ["Board"]
 _FRESH_S = 0.5
 _PROBE_S = 5.0
 _SHOWN = 100
+_ALARM_S = 60.0
 
 
 class Board:
@@ -31,10 +33,12 @@ class Board:
         coordinator: The run of this process.
         observation: What stops it, and its metrics.
         runs: Folder with other runs; None shows this one alone.
+        certs: The coordinator's folder of certificates; None if it has none.
         clock: Seconds, never going back.
 
     Attributes:
         own: Name of the run of this process.
+        certs: The coordinator's folder of certificates; None if it has none.
     """
 
     def __init__(
@@ -42,9 +46,10 @@ class Board:
         coordinator: Coordinator,
         observation: Observation,
         runs: Path | None = None,
+        certs: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.coordinator, self.observation = coordinator, observation
+        self.coordinator, self.observation, self.certs = coordinator, observation, certs
         self._state, self._runs, self._clock = coordinator.folder.absolute(), runs, clock
         self.own = _run_folder(self._state).name if runs else coordinator.config.run.name
         self._mutex, self._probing = threading.Lock(), threading.Lock()
@@ -76,6 +81,17 @@ class Board:
                 self._shown.clear()
             self._shown[name] = self._clock(), made
             return made
+
+    def rounds(self, name: str) -> str | None:
+        """The committed rounds of a run as CSV; None if there is no run of this name."""
+        with self._mutex:
+            folder = self.folder(name)
+            if folder is None:
+                return None
+            journal, records = self._journal(folder), _records(_run_folder(folder))
+            with suppress(FedloomError):
+                journal.refresh()
+            return rounds_csv(past_rounds(journal, traffic(records, journal)), records)
 
     def folder(self, name: str) -> Path | None:
         """The state directory of a run of this name. The name is looked up, and never made a path of."""
@@ -130,7 +146,9 @@ class Board:
         adapter = "peft" if peft and (not ours or shown["phase"] == "over") else None
         if adapter is None and ours and journal.rounds.round:
             adapter = "state"
-        return {**about, **shown, "adapter": adapter, "stoppable": ours and self.observation.stop is not None}
+        stoppable = ours and self.observation.stop is not None
+        alarm = _alarm(shown["open"], self.coordinator.fault if stoppable else None)
+        return {**about, **shown, "adapter": adapter, "stoppable": stoppable, "alarm": alarm}
 
     def _line(self, folder: Path) -> dict[str, Any]:
         ours, journal = folder == self._state, self._journal(folder)
@@ -156,6 +174,14 @@ class Board:
             with suppress(OSError):  # it has just been deleted
                 found.append(((folder / "run.db").stat().st_mtime, folder.absolute()))
         return {_run_folder(folder).name: folder for _, folder in sorted(found, reverse=True)}
+
+
+def _alarm(open_round: dict[str, Any] | None, fault: StrategyError | None) -> str:
+    """Why the run stands still until somebody does something; empty if it does not."""
+    if fault is not None:
+        return f"the strategy fails: {fault}"
+    waits = open_round is not None and open_round["waiting"] and open_round["waiting_s"] >= _ALARM_S
+    return str(open_round["waiting"]) if open_round is not None and waits else ""
 
 
 def _run_folder(state: Path) -> Path:

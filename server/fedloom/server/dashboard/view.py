@@ -4,22 +4,25 @@ Nothing of it is about what one client's data say: training losses, example coun
 client, and what clients release of their held-out rows is shown for all of them together.
 """
 
+import itertools
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig
 from fedloom.server.journal import Journal
+from fedloom.server.pace import Answers
 from fedloom.server.progress import Progress
 from fedloom.server.recording import spent_after
 from fedloom.server.records import RoundRecord
 from fedloom.server.user_ledger import spent as user_spent
 
-__all__ = ["CLIENTS", "Spent", "document"]
+__all__ = ["CLIENTS", "Spent", "document", "past_rounds", "traffic"]
 
 CLIENTS = 200
 """Most clients that are listed; those with something to see come first."""
@@ -29,7 +32,17 @@ T = TypeVar("T")
 _POINTS = 300
 _SPENT_POINTS = 40
 _ROUNDS = 20
-_TROUBLE = 50
+_HAPPENED = 100
+_SIMULATED = ("data", "engine")
+_SHOWN = {
+    "model": ("base", "task"),
+    "adapter": ("kind", "rank"),
+    "train": ("optimizer",),
+    "privacy": ("enabled", "epsilon", "delta"),
+    "strategy": ("name", "weighting"),
+    "rounds": ("min_clients", "deadline_s", "give_up_s"),
+}
+"""Keys that are shown with their default too."""
 _ORDER = ("lost", "training", "sent", "waiting", "gone", "unknown")
 
 
@@ -78,18 +91,21 @@ def document(
     counts = journal.asked.counts
     wanted = [0, journal.asked.most, *sorted(set(counts.values()), reverse=True), *(each.most_asked for each in past)]
     epsilon: dict[int, float | None] = spent.of(list(dict.fromkeys(wanted))) if spent else {}
-    traffic = _traffic(records, progress)
+    sent = traffic(records, journal)
     clients = _clients(journal, progress, epsilon)
+    total = config.run.rounds if config else None
     return {
         "run": journal.rounds.created.run if journal.rounds.created else None,
-        "starts": journal.epoch,
+        "starts": journal.starts,
         "round": journal.rounds.round,
-        "rounds": config.run.rounds if config else None,
+        "rounds": total,
+        "took_s": _took_s(journal),
+        "left_s": journal.pace.left_s(total - journal.rounds.round) if total and progress and progress.open else None,
         "phase": _phase(journal, config, progress),
         "open": _open_round(journal, config, progress),
         "totals": {
-            "up": sum(up for _, up, _ in traffic),
-            "down": sum(down for _, _, down in traffic),
+            "up": sum(up for _, up, _ in sent),
+            "down": sum(down for _, _, down in sent),
             "accepted": journal.accepted.total(),
             "lost": dict(journal.lost),
             "noted": dict(journal.noted),
@@ -101,15 +117,13 @@ def document(
         "curves": {
             **_scores(records),
             "epsilon": _curve([(each.round + 1, epsilon.get(each.most_asked)) for each in past]),
-            "traffic": _thinned(traffic, _POINTS),
+            "traffic": _thinned(sent, _POINTS),
         },
-        "past": _past(journal, records, traffic),
+        "past": past_rounds(journal, sent)[:_ROUNDS],
+        "answers": [_answers(each) for each in reversed(journal.pace.answers)],
         "privacy": _privacy(config, epsilon.get(journal.asked.most), journal.rounds.round),
-        "trouble": [
-            {"at": each.at, "kind": each.kind, "client": each.client, "detail": each.detail}
-            for each in list(journal.trouble)[: -_TROUBLE - 1 : -1]
-        ],
-        "config": config.model_dump(mode="json", exclude_none=True) if config else None,
+        "happened": _happened(journal),
+        "config": _config(config) if config else None,
     }
 
 
@@ -166,7 +180,7 @@ def _clients(journal: Journal, progress: Progress | None, epsilon: dict[int, flo
     found = []
     for name in names:
         lost = progress.lost.get(name, "") if progress and progress.open else ""
-        down, up = progress.bytes_by_client.get(name, (0, 0)) if progress else (None, None)
+        down, up = journal.traffic.clients.get(name, (None, None))
         count = journal.asked.counts[name]
         found.append(
             {
@@ -212,33 +226,70 @@ def _privacy(config: RunConfig | None, most: float | None, rounds: int) -> dict[
     }
 
 
-def _traffic(records: Sequence[RoundRecord], progress: Progress | None) -> list[tuple[int, int, int]]:
-    """(round from 1, bytes up, bytes down), as recorded, and by this process where it counted more."""
+def traffic(records: Sequence[RoundRecord], journal: Journal) -> list[tuple[int, int, int]]:
+    """(round from 1, bytes up, bytes down), as the state directory has it, and for earlier builds' as recorded."""
     found = {each.round: (each.bytes_up, each.bytes_down) for each in records if each.round}
-    for number, (down, up) in (progress.bytes_by_round if progress else {}).items():
+    for number, (down, up) in journal.traffic.rounds.items():
         before = found.get(number + 1, (0, 0))
         found[number + 1] = max(before[0], up), max(before[1], down)
     return [(number, *found[number]) for number in sorted(found)]
 
 
-def _past(
-    journal: Journal, records: Sequence[RoundRecord], traffic: Sequence[tuple[int, int, int]]
-) -> list[dict[str, Any]]:
-    """The newest committed rounds, newest first."""
-    at_s = {each.round: each.seconds for each in records}
-    sent = {number: (up, down) for number, up, down in traffic}
+def past_rounds(journal: Journal, sent: Sequence[tuple[int, int, int]]) -> list[dict[str, Any]]:
+    """The committed rounds, newest first, with the bytes that `traffic` gives."""
+    moved = {number: (up, down) for number, up, down in sent}
     return [
         {
             "round": each.round + 1,
             "clients": each.clients,
             "lost": each.lost,
             "reason": each.reason,
-            "at_s": at_s.get(each.round + 1),
-            "up": sent.get(each.round + 1, (None, None))[0],
-            "down": sent.get(each.round + 1, (None, None))[1],
+            "took_s": each.took_s,
+            "done_s": each.done_s,
+            "up": moved.get(each.round + 1, (None, None))[0],
+            "down": moved.get(each.round + 1, (None, None))[1],
         }
-        for each in journal.past[: -_ROUNDS - 1 : -1]
+        for each in reversed(journal.past)
     ]
+
+
+def _took_s(journal: Journal) -> float | None:
+    """From the first opening to the newest commit."""
+    pace = journal.pace
+    if pace.began_s is None or pace.ended_s is None or pace.ended_s < pace.began_s:
+        return None
+    return pace.ended_s - pace.began_s
+
+
+def _answers(answers: Answers) -> dict[str, Any]:
+    """What came of a round's clients: seconds, why it was lost, or that nothing came."""
+    pending = [client for client in sorted(answers.pending) if client not in answers.took_s]
+    return {
+        "round": answers.round + 1,
+        "took_s": dict(itertools.islice(answers.took_s.items(), CLIENTS)),
+        "lost": dict(itertools.islice(answers.lost.items(), CLIENTS)),
+        "pending": pending[:CLIENTS],
+    }
+
+
+def _happened(journal: Journal) -> list[dict[str, str]]:
+    """The newest lines of what happened, newest first; those of unknown time last."""
+    both = sorted(reversed((*journal.trouble, *journal.happened)), key=lambda each: each.at, reverse=True)
+    return [asdict(each) for each in both[:_HAPPENED]]
+
+
+def _config(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The keys that were chosen, and those that everybody asks for; what is switched off or not used is left out."""
+    chosen: dict[str, dict[str, Any]] = {}
+    full = config.model_dump(mode="json", exclude_none=True)
+    given = config.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    for section, keys in full.items():
+        if section in _SIMULATED or (isinstance(keys, dict) and keys.get("enabled") is False and section != "privacy"):
+            continue
+        wanted = {*given.get(section, ()), *_SHOWN.get(section, ())}
+        if found := {key: value for key, value in keys.items() if key in wanted and value not in ({}, [])}:
+            chosen[section] = found
+    return chosen
 
 
 def _curve(points: Sequence[tuple[int, float | None]]) -> list[tuple[int, float]]:

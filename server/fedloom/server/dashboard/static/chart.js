@@ -20,7 +20,7 @@ function ticks(low, high, most) {
 }
 
 // A spec: title, name, kind ("line", "step" or "bars"), points ([[round, value, ...], ...]), unit ("%", "B" or none),
-// limit and limitText, zero (the axis begins there), until (last round of the axis), empty (what to say without points).
+// others ([{index, name, points}, ...]: runs to compare with), limit and limitText, zero (the axis begins there), until (last round of the axis), empty (what to say without points).
 export class Chart {
   constructor(parent) {
     this.reading = el("span", { class: "reading" });
@@ -44,8 +44,14 @@ export class Chart {
     this.draw();
   }
 
+  // Those that can be read: this run's, or, where it has none, those of the first run that it is compared with.
+  points() {
+    if (!this.spec || this.spec.points.length) return this.spec?.points ?? [];
+    return this.spec.others?.find((each) => each.points.length)?.points ?? [];
+  }
+
   key(event) {
-    const last = (this.spec?.points.length ?? 0) - 1;
+    const last = this.points().length - 1;
     const steps = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity };
     if (last < 0 || !(event.key in steps)) return;
     event.preventDefault();
@@ -54,11 +60,12 @@ export class Chart {
   }
 
   point(event) {
-    if (!this.x || !this.spec?.points.length) return;
+    const points = this.points();
+    if (!this.x || !points.length) return;
     const where = event.clientX - this.plot.getBoundingClientRect().left;
     let best = 0;
-    this.spec.points.forEach(([round], index) => {
-      if (Math.abs(this.x(round) - where) < Math.abs(this.x(this.spec.points[best][0]) - where)) best = index;
+    points.forEach(([round], index) => {
+      if (Math.abs(this.x(round) - where) < Math.abs(this.x(points[best][0]) - where)) best = index;
     });
     this.move(best);
   }
@@ -74,16 +81,18 @@ export class Chart {
     if (!spec) return;
     this.title.textContent = spec.title;
     const width = this.plot.clientWidth;
-    if (!spec.points.length) {
+    const beside = (spec.others ?? []).filter((each) => each.points.length);
+    if (!spec.points.length && !beside.length) {
       this.reading.replaceChildren();
       this.plot.setAttribute("aria-label", `${spec.title}: ${spec.empty}`);
       this.plot.replaceChildren(el("p", { class: "empty" }, spec.empty));
       return;
     }
     if (width < 50) return;
-    const points = spec.points;
+    const points = this.points();
+    const drawn = [points, ...beside.map((each) => each.points)].flat();
     const stacks = spec.kind === "bars";
-    const values = points.map((point) => (stacks ? point[1] + point[2] : point[1]));
+    const values = drawn.map((point) => (stacks ? point[1] + point[2] : point[1]));
     let [low, high] = [Math.min(...values), Math.max(...values)];
     if (spec.limit !== null && spec.limit !== undefined) high = Math.max(high, spec.limit * 1.1);
     if (spec.zero || stacks) low = 0;
@@ -94,7 +103,8 @@ export class Chart {
     const labels = ticks(low, high, 4).map((value) => [value, tick(spec.unit, value, step)]);
     const left = 12 + 7 * Math.max(...labels.map(([, label]) => label.length));
     const inner = { width: width - left - MARGIN.right, height: HEIGHT - MARGIN.top - MARGIN.bottom };
-    const ends = [points[0][0] - (stacks ? 0.5 : 0), points[points.length - 1][0] + (stacks ? 0.5 : 0)];
+    const where = drawn.map(([round]) => round);
+    const ends = [Math.min(...where) - (stacks ? 0.5 : 0), Math.max(...where) + (stacks ? 0.5 : 0)];
     if (spec.until && !stacks) ends[1] = Math.max(ends[1], spec.until);
     if (ends[0] === ends[1]) { ends[0] -= 0.5; ends[1] += 0.5; }
     const x = (round) => left + ((round - ends[0]) / (ends[1] - ends[0])) * inner.width;
@@ -116,28 +126,31 @@ export class Chart {
       root.append(svg("text", { class: "limit-text", x: left + 4, y: y(spec.limit) - 6 }, spec.limitText));
     }
     if (stacks) this.bars(root, points, x, y, inner.width / (ends[1] - ends[0]));
-    else this.line(root, points, x, y);
+    else {
+      for (const each of beside) this.line(root, each.points, x, y, `other-${each.index}`);
+      if (spec.points.length) this.line(root, points, x, y, spec.name);
+    }
     const chosen = this.at === null ? null : points[Math.min(this.at, points.length - 1)];
     if (chosen) {
       root.append(svg("line", { class: "cursor", x1: x(chosen[0]), x2: x(chosen[0]), y1: MARGIN.top, y2: y(low) }));
-      if (!stacks) root.append(svg("circle", { class: `${spec.name}-dot`, cx: x(chosen[0]), cy: y(chosen[1]), r: 5 }));
+      if (!stacks) root.append(svg("circle", { class: `${spec.points.length ? spec.name : `other-${beside[0].index}`}-dot`, cx: x(chosen[0]), cy: y(chosen[1]), r: 5 }));
     }
     const last = points[points.length - 1];
-    const told = reading(spec, chosen ?? last);
+    const told = `${spec.points.length ? "" : `${beside[0].name}, `}${reading(spec, chosen ?? last)}`;
     this.reading.replaceChildren(...(stacks ? keyed(chosen ?? last) : [told]));
     this.plot.setAttribute("aria-label", `${spec.title}, ${points.length} points; ${told}. Left and right arrow keys read other rounds.`);
     this.plot.replaceChildren(root);
   }
 
-  line(root, points, x, y) {
+  line(root, points, x, y, look) {
     let path = "";
     points.forEach(([round, value], index) => {
       if (index && this.spec.kind === "step") path += `H${x(round)}V${y(value)}`;
       else path += `${index ? "L" : "M"}${x(round)} ${y(value)}`;
     });
-    root.append(svg("path", { class: `line ${this.spec.name}`, d: path }));
+    root.append(svg("path", { class: `line ${look}`, d: path }));
     if (points.length > 40) return;
-    for (const [round, value] of points) root.append(svg("circle", { class: `${this.spec.name}-dot`, cx: x(round), cy: y(value), r: 2.5 }));
+    for (const [round, value] of points) root.append(svg("circle", { class: `${look}-dot`, cx: x(round), cy: y(value), r: 2.5 }));
   }
 
   bars(root, points, x, y, room) {

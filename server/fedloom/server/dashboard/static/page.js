@@ -1,7 +1,9 @@
 // The page: asks for the figures of one run once a second, and shows what has changed.
 
 import { Chart } from "./chart.js";
-import { ago, bytes, clock, count, duration, el, figure, percent, plural, small } from "./shape.js";
+import { listenActs, sure } from "./acts.js";
+import { happened, timeline } from "./history.js";
+import { ago, bytes, clock, count, duration, el, figure, percent, pill, plural, small, table } from "./shape.js";
 
 const $ = (id) => document.getElementById(id);
 const PAUSE_MS = 1000;
@@ -29,6 +31,8 @@ let chosen = new URLSearchParams(location.search).get("run");
 let answeredAt = null;
 let failures = 0;
 let timer = 0;
+let overlaid = [];
+const others = new Map(); // the other runs that are compared with: when they were asked for, and their figures
 
 // One part of the page, made anew only when what it shows has changed.
 const shown = new Map();
@@ -112,28 +116,66 @@ async function look() {
   if (!answer.ok) return;
   const run = await answer.json();
   answeredAt = new Date(1000 * run.at).toISOString();
+  overlaid = overlaid.filter((name) => name !== chosen && all.runs.some((each) => each.name === name));
+  await Promise.all(overlaid.map(fetchOther));
+  overlay(all.runs);
   banner(run.error ? `The log of this run is in trouble: ${run.error}` : "");
   show(run);
 }
 
+async function fetchOther(name) {
+  if (Date.now() - (others.get(name)?.at ?? 0) < 10 * PAUSE_MS) return;
+  const answer = await ask(`/api/runs/${encodeURIComponent(name)}`);
+  if (answer.ok) others.set(name, { at: Date.now(), run: await answer.json() });
+}
+
+// One box for each other run of the folder; its curves are then drawn beside this one's.
+function overlay(runs) {
+  const names = runs.map((each) => each.name).filter((name) => name !== chosen).slice(0, 12);
+  $("overlay").hidden = !names.length;
+  part("overlay", [names, overlaid], () => [el("legend", {}, "Compare with"), ...names.map((name) => {
+    const box = el("input", { type: "checkbox", value: name });
+    box.checked = overlaid.includes(name);
+    box.disabled = !box.checked && overlaid.length === 3;
+    box.addEventListener("change", () => {
+      overlaid = box.checked ? [...overlaid, name] : overlaid.filter((each) => each !== name);
+      refresh();
+    });
+    const index = overlaid.indexOf(name);
+    return el("label", {}, box, index < 0 ? null : el("i", { class: `swatch other-${index}` }), name);
+  })]);
+}
+
+function alarm(run) {
+  const more = role === "operator" && run.round && run.phase !== "over" ? " Bring clients back, or finish with what is committed." : "";
+  const text = run.alarm ? `This run stands still: ${run.alarm}${run.open?.waiting ? ` (for ${duration(run.open.waiting_s)})` : ""}.${more}` : "";
+  $("alarm").hidden = !text;
+  if ($("alarm").textContent !== text) $("alarm").textContent = text;
+  return Boolean(text);
+}
+
 function show(run) {
   $("run").hidden = false;
-  document.title = `${run.name} · fedloom`;
+  document.title = `${alarm(run) ? "⚠ stands still: " : ""}${run.name} · fedloom`;
   head(run);
   tiles(run);
   curves(run);
+  part("timeline", run.answers, () => timeline(run.answers));
+  $("timeline-panel").hidden = !run.answers.length;
   clients(run);
   past(run);
-  trouble(run);
+  $("happened-note").textContent = refusals(run.totals.noted);
+  part("happened", run.happened, () => happened(run.happened));
+  certificates(run);
   config(run);
-  $("foot").textContent = `Run ${run.run ?? "not begun"} · state opened ${plural(run.starts, "time")} · figures of ${clock(answeredAt)}`;
+  $("foot").textContent = `Run ${run.run ?? "not begun"} · coordinator started ${run.starts === 1 ? "once" : plural(run.starts, "time")} · figures of ${clock(answeredAt)}`;
 }
 
 function head(run) {
   const file = run.config;
   $("name").textContent = run.name;
   $("eyebrow").textContent = file ? `${file.strategy.name} on ${file.model.base.split("/").pop()} · ${file.model.task.replaceAll("-", " ")}` : "No run file is kept for this run";
-  const [label, look] = PHASES[run.phase];
+  const [label, look] = run.alarm ? ["Stands still", "bad"] : PHASES[run.phase];
   $("phase").textContent = label;
   $("phase").className = `pill ${look}`;
   $("standing").textContent = standing(run);
@@ -153,27 +195,26 @@ function head(run) {
   adapter.title = run.adapter === "peft" ? "A PEFT folder, zipped" : "Tensors and run file, zipped";
   adapter.setAttribute("href", `/api/runs/${encodeURIComponent(run.name)}/adapter`);
   $("stop").hidden = !(role === "operator" && run.stoppable);
+  $("finish").hidden = !(role === "operator" && run.stoppable && run.phase !== "over" && run.round);
 }
 
 function standing(run) {
   const open = run.open;
+  if (run.phase === "over" && run.round < (run.rounds ?? 0)) return "It was ended with what is committed.";
   if (run.phase === "over") return run.adapter === "peft" ? "The adapter is ready." : "Every round is committed.";
   if (run.phase === "stopped") return "No coordinator works on it.";
   if (!open) return "";
-  if (run.phase === "waiting") return `${count(run.totals.live)} of ${count(open.needed)} needed to open round ${open.round + 1}`;
+  const refusing = open.refusing.length && !open.waiting ? ` ${open.refusing.join(", ")} refused to take part.` : "";
+  const waiting = open.waiting && !run.alarm ? `${open.waiting[0].toUpperCase()}${open.waiting.slice(1)}.` : "";
+  if (run.phase === "waiting") return (waiting || `${count(run.totals.live)} of ${count(open.needed)} needed to open round ${open.round + 1}.`) + refusing;
   const again = open.attempt ? `, opened ${plural(open.attempt + 1, "time")}` : "";
   const lost = open.lost ? `, ${count(open.lost)} lost` : "";
-  const short = open.short ? " It cannot reach the updates it needs until another client comes." : "";
-  return `Round ${count(open.round + 1)} has ${count(open.accepted)} of ${plural(open.asked, "update")}${lost}${again}; open for ${duration(open.elapsed_s)}.${short}`;
+  return `Round ${count(open.round + 1)} has ${count(open.accepted)} of ${plural(open.asked, "update")}${lost}${again}; open for ${duration(open.elapsed_s)}. ${waiting}${refusing}`;
 }
 
 function eta(run) {
-  const timed = run.past.filter((each) => each.at_s !== null);
-  if (run.phase === "over" || run.rounds === null || timed.length < 2) return run.phase === "over" && timed.length ? `took ${duration(timed[0].at_s)}` : "";
-  if (run.phase !== "open") return "";
-  const first = timed[timed.length - 1];
-  const each = (timed[0].at_s - first.at_s) / (timed[0].round - first.round);
-  return `about ${duration(Math.max(1, each * (run.rounds - run.round)))} left`;
+  if (run.phase === "over") return run.took_s === null ? "" : `took ${duration(run.took_s)}`;
+  return run.left_s === null || run.alarm ? "" : `about ${duration(Math.max(1, run.left_s))} left`;
 }
 
 function whose(run, figure) {
@@ -224,23 +265,14 @@ function chart(name, spec, wanted = true) {
 
 function curves(run) {
   const { curves: all, privacy, rounds } = run;
-  const scored = all.accuracy.length + all.loss.length > 0;
-  chart("accuracy", { title: whose(run, "accuracy"), kind: "line", unit: "%", points: all.accuracy, until: rounds, empty: "Not scored yet." }, scored);
-  chart("loss", { title: whose(run, "loss"), kind: "line", points: all.loss, until: rounds, empty: "Not scored yet." }, scored);
+  const beside = (name) => overlaid.flatMap((other, index) => (others.has(other) ? [{ index, name: other, points: others.get(other).run.curves[name] }] : []));
+  const scored = all.accuracy.length + all.loss.length + beside("accuracy").reduce((sum, each) => sum + each.points.length, 0) > 0;
+  chart("accuracy", { title: whose(run, "accuracy"), kind: "line", unit: "%", points: all.accuracy, others: beside("accuracy"), until: rounds, empty: "Not scored yet." }, scored);
+  chart("loss", { title: whose(run, "loss"), kind: "line", points: all.loss, others: beside("loss"), until: rounds, empty: "Not scored yet." }, scored);
   $("unscored").hidden = scored;
   const priv = privacy?.enabled;
-  chart("epsilon", { title: "Privacy spent (ε)", kind: "step", zero: true, points: priv ? all.epsilon : [], until: rounds, limit: priv ? privacy.epsilon : null, limitText: "most that the run may spend", empty: priv ? "Nothing is spent before the first round is committed." : "This run has no example-level privacy." });
+  chart("epsilon", { title: "Privacy spent (ε)", kind: "step", zero: true, points: priv ? all.epsilon : [], others: beside("epsilon"), until: rounds, limit: priv ? privacy.epsilon : null, limitText: "planned for the whole run", empty: priv ? "Nothing is spent before the first round is committed." : "This run has no example-level privacy." });
   chart("traffic", { title: "Bytes by round", kind: "bars", unit: "B", points: all.traffic, empty: "Nothing has been sent yet." });
-}
-
-function table(heads, rows, cards) {
-  const head = el("tr", {}, ...heads.map(([label, look]) => el("th", { scope: "col", class: look }, label)));
-  const body = rows.map((cells) => el("tr", {}, ...cells.map(([content, look], index) => el("td", { class: [look, heads[index][1] === "num" ? "num" : ""].join(" ").trim() || null, "data-label": heads[index][0] }, content))));
-  return el("div", { class: cards ? "cards" : null }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...body)));
-}
-
-function pill([label, look], more = "") {
-  return el("span", { class: `pill ${look}` }, more ? `${label}: ${more}` : label);
 }
 
 function clients(run) {
@@ -267,34 +299,57 @@ function clients(run) {
 }
 
 function past(run) {
+  $("csv").setAttribute("href", `/api/runs/${encodeURIComponent(run.name)}/rounds.csv`);
   part("past", run.past, () => {
     if (!run.past.length) return el("p", { class: "quietly" }, "No round is committed yet.");
-    const heads = [["Round", ""], ["Closed by", "wide-only"], ["Updates", "num"], ["Lost", "num"], ["Traffic", "num"], ["Done after", "num"]];
+    const heads = [["Round", ""], ["Closed by", "wide-only"], ["Updates", "num"], ["Lost", "num"], ["Traffic", "num"], ["Took", "num"]];
     return el("div", { class: "list", tabindex: "0", role: "group", "aria-label": "Recent rounds" }, table(heads, run.past.map((each) => [
       [count(each.round), ""],
       [each.reason === "complete" ? "all answered" : "deadline", "faint wide-only"],
       [count(each.clients), ""],
       [count(each.lost), each.lost ? "" : "faint"],
       [each.up === null ? "–" : bytes(each.up + each.down), ""],
-      [each.at_s === null ? "–" : each.at_s < 1 ? "1 s" : duration(each.at_s), "faint"],
+      [each.took_s === null ? "–" : duration(each.took_s), "faint"],
     ]), false));
   });
 }
 
-function trouble(run) {
-  const { noted } = run.totals;
-  const total = (noted.refused ?? 0) + (noted.rejected ?? 0) + (noted.revoked ?? 0);
-  $("trouble-note").textContent = total ? `${count(total)} in all` : "";
-  part("trouble", run.trouble, () => {
-    if (!run.trouble.length) return el("p", { class: "quietly" }, "Nothing was refused.");
-    return el("ul", { class: "list", tabindex: "0", "aria-label": "Refused and rejected, newest first" }, ...run.trouble.map((each) => el("li", {},
-      el("div", { class: "top" }, pill([each.kind, each.kind === "omitted" ? "" : "bad"]), el("span", { class: "who", title: each.client }, each.client || "somebody"), el("time", { datetime: each.at }, clock(each.at))),
-      el("p", { class: "what" }, each.detail))));
+function refusals(noted) {
+  const total = (noted.refused ?? 0) + (noted.rejected ?? 0) + (noted.declined ?? 0);
+  return total ? `${plural(total, "refusal")} in all` : "";
+}
+
+// Who is let in, and for how long. Asked for rarely: it changes with an invite, a renewal or a revocation.
+let certified = { at: 0, rows: null };
+async function certificates(run) {
+  if (Date.now() - certified.at > 10 * PAUSE_MS) {
+    const answer = await ask("/api/certificates").catch(() => null);
+    certified = { at: Date.now(), rows: answer?.ok ? (await answer.json()).certificates : null };
+  }
+  const rows = run.name === own ? certified.rows : null;
+  const operator = role === "operator";
+  $("certificates-panel").hidden = !rows;
+  $("invite").hidden = !operator;
+  if (!rows) return;
+  part("certificates", [rows, operator], () => {
+    const heads = [["Name", "who"], ["Role", "plain"], ["State", "plain"], ["Good until", ""], ...(operator ? [["", "num"]] : [])];
+    return el("div", { class: "list", tabindex: "0", role: "group", "aria-label": "Certificates" }, table(heads, rows.map((each) => {
+      const days = (new Date(each.ends) - Date.now()) / 864e5;
+      const gone = each.role === "client" && operator ? el("button", { type: "button", class: "quiet", "aria-label": `Revoke ${each.name}` }, "Revoke") : "";
+      if (gone) gone.addEventListener("click", () => sure("revoke", each.name));
+      return [
+        [each.name || "this coordinator", "who"],
+        [each.role, "faint"],
+        [pill([each.state, days < 7 && each.state === "valid" ? "warn" : ""]), "plain"],
+        [`${clock(each.ends)}${days < 7 ? ` (${days < 1 ? "within a day" : plural(Math.floor(days), "day")})` : ""}`, ""],
+        ...(operator ? [[gone, ""]] : []),
+      ];
+    }), true));
   });
 }
 
 function config(run) {
-  $("config-note").textContent = run.config ? "as this run was started" : "";
+  $("config-note").textContent = run.config ? "what was chosen; other keys have their defaults" : "";
   part("config", run.config, () => {
     if (!run.config) return el("p", { class: "note" }, "No run.toml lies in this run's folder.");
     return Object.entries(run.config).filter(([, keys]) => Object.keys(keys).length).map(([name, keys]) => el("div", {}, el("h3", {}, `[${name}]`), el("dl", {}, ...Object.entries(keys).flatMap(([key, value]) => [el("dt", {}, key), el("dd", {}, setting(value))]))));
@@ -340,15 +395,8 @@ function listen() {
     if (!wrong) $("ask-token").close();
     refresh();
   });
-  $("stop").addEventListener("click", () => {
-    $("stop-wrong").textContent = "";
-    $("ask-stop").showModal();
-  });
-  $("stop-cancel").addEventListener("click", () => $("ask-stop").close());
-  $("stop-sure").addEventListener("click", async () => {
-    const answer = await ask("/api/stop", { method: "POST", headers: ACTION });
-    if (answer.ok) $("ask-stop").close();
-    else $("stop-wrong").textContent = (await answer.json()).error;
+  listenActs((path, body) => ask(path, { method: "POST", headers: { ...ACTION, "content-type": "application/json" }, body: JSON.stringify(body) }), () => {
+    certified.at = 0;
     refresh();
   });
   document.addEventListener("visibilitychange", () => document.hidden || refresh());

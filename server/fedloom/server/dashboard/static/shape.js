@@ -16,6 +16,17 @@ export function svg(tag, attributes = {}, text = null) {
   return made;
 }
 
+export function pill([label, look], more = "") {
+  return el("span", { class: `pill ${look}` }, more ? `${label}: ${more}` : label);
+}
+
+// heads: [label, look]; rows: cells of [content, look]. On a phone each row of `cards` is a card of its own.
+export function table(heads, rows, cards) {
+  const head = el("tr", {}, ...heads.map(([label, look]) => el("th", { scope: "col", class: look }, label)));
+  const body = rows.map((cells) => el("tr", {}, ...cells.map(([content, look], index) => el("td", { class: [look, heads[index][1] === "num" ? "num" : ""].join(" ").trim() || null, "data-label": heads[index][0] }, content))));
+  return el("div", { class: cards ? "cards" : null }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...body)));
+}
+
 const whole = new Intl.NumberFormat("en");
 export const count = (value) => whole.format(value);
 export const percent = (value) => `${(100 * value).toFixed(1)} %`;
