@@ -5,7 +5,7 @@ import queue
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -118,13 +118,16 @@ def simulate(
     Raises:
         FedloomError: Anything that stops the run; nothing is left that looks like a finished run.
     """
-    watcher = watcher or Watcher()
+    with _threads(config.engine.threads):
+        return _simulate(config, out, watcher or Watcher(), report_to)
+
+
+def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[ReportTo, ...]) -> Result:
     config = completed(config)
     strategy = build_strategy(config)
     check_config(config, strategy)  # as the coordinator will, but before anything is loaded or written
     folder = new_folder(out, config.run.name)
     write_config(folder, config)
-    _set_threads(config.engine.threads)
     try:
         federation = build(config, folder)
         if config.privacy.enabled:
@@ -167,11 +170,16 @@ def simulate(
     return _finish(federation, folder, tape, start, run, rounds, result)
 
 
-def _set_threads(threads: int) -> int:
-    """Set torch's threads; 0 leaves torch's choice. Returns the number in force."""
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """torch with so many threads, 0 for its own choice; afterwards as many as whoever called had."""
+    before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
-    return torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _engine(federation: Federation, coordinator: Coordinator, folder: Path) -> Iterator[None]:
