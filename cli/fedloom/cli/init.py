@@ -101,7 +101,7 @@ def _next(path: Path, source: str, policy: Path | None) -> Iterator[str]:
         yield f"next: make the folder {source} with train.csv and test.csv in it, or give another to --data; then"
         yield f"      fedloom simulate {path}"
     if policy is not None:
-        yield f"{policy} is for a site: it names its rows train.csv, beside it; correct data.source and the number of rows"
+        yield f"{policy} is for a site: correct data.source and data.declared_examples in it"
 
 
 def _ask(given: str | None, question: str, default: str, read: Callable[[str], T]) -> T:

@@ -172,7 +172,7 @@ def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[R
 
 @contextmanager
 def _threads(threads: int) -> Iterator[None]:
-    """torch with so many threads, 0 for its own choice; afterwards as many as whoever called had."""
+    """Give torch so many threads, 0 for its own choice; afterwards as many as whoever called had."""
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
@@ -226,11 +226,11 @@ def _finish(
     config, model = federation.config, federation.model
     final, own = scored(federation, run, trained)
     spent = ledger_statements(federation) if config.privacy.enabled else {}
-    known = facts(config, _worst(spent) if spent else None)
     user = user_statement(config.user_level, rounds)
-    save_clients(federation, run, trained, own, folder / "adapters", {**known, "user_privacy": user})
+    known = facts(config, _worst(spent) if spent else None, user)
+    save_clients(federation, run, trained, own, folder / "adapters", known)
     model.show(trained)
-    save_adapter(model, folder / "adapter", {**known, "user_privacy": user, "held_out_accuracy": final.accuracy})
+    save_adapter(model, folder / "adapter", {**known, "held_out_accuracy": final.accuracy})
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, federation.held_out, pad, str(model.device))
     base, section = resolve_base(config.model.base), config.model
