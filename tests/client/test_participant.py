@@ -1,6 +1,7 @@
 """A participant against a scripted coordinator: what it sends, keeps, and never says."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -364,7 +365,7 @@ def test_a_line_that_is_cut_in_every_poll_does_not_use_up_patience(
     """A proxy that closes idle connections: whoever can be joined again is there."""
     now, cuts = [0.0], 20
     monkeypatch.setattr(module, "_BACKOFF_S", (0.0, 0.0))
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def work() -> Answer:
         nonlocal cuts

@@ -386,8 +386,10 @@ def test_a_simulation_leaves_its_caller_the_threads_and_the_backend_it_had(confi
         torch.set_num_threads(2)
         pyplot.switch_backend("svg")
         done = simulate(config, tmp_path)
+        assert config.data is not None
+        nowhere = config.data.model_copy(update={"source": "none"})
         with pytest.raises(DataError):
-            simulate(config.model_copy(update={"data": config.data.model_copy(update={"source": "none"})}), tmp_path)
+            simulate(config.model_copy(update={"data": nowhere}), tmp_path)
 
         assert (done.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
         assert torch.get_num_threads() == 2

@@ -247,6 +247,7 @@ def _finish(
             "loss": final.loss,
             "held_out_examples": final.examples,
             **classes_document(final.confusion, config.model.labels),
+            "federated": next((each.federated for each in reversed(tape.records) if each.federated), None),
             "epsilon": result.epsilon,
             "privacy": {name: stated.document() for name, stated in spent.items()},
             "user_epsilon": result.user_epsilon,
