@@ -4,7 +4,9 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.cli.main import main as fedloom
@@ -18,10 +20,13 @@ from fedloom.proto.run import load_run
 from fedloom.simulation.containers import furnish
 from fedloom.simulation.seats import take_seat
 
-__all__ = ["main"]
+__all__ = ["main", "until_over"]
 
 _PAUSE_S = 1.0
 _DONE = "done"
+_OVER = "over"  # docker/coordinator.py writes it; the client's image does not have that file
+_GRACE_S = 60.0
+"""Seconds in which a client that has heard the run's end writes its adapter; any other has nobody to hear it from."""
 
 
 def main() -> None:
@@ -34,7 +39,7 @@ def main() -> None:
     try:
         name = _seat(home, names)
         folder = home / name
-        if (folder / _DONE).exists():
+        if (folder / _DONE).exists() or (shared / _OVER).exists():
             print(f"{name}: this run is over; remove the volumes to begin another", flush=True)
             return
         run = shared / "run.toml"
@@ -45,6 +50,7 @@ def main() -> None:
         _enrol(shared / f"{name}.token", server, folder / "certs", name)
     except FedloomError as error:
         sys.exit(f"error: {error}")
+    threading.Thread(target=until_over, args=(shared, name, os._exit), daemon=True).start()
     sys.argv = ["fedloom", "client", "--server", server, "--policy", str(policy)]
     sys.argv += ["--adapter", os.environ["FEDLOOM_ADAPTER"]]
     try:
@@ -53,6 +59,25 @@ def main() -> None:
         if not end.code:
             write_durably(folder / _DONE)
         raise
+
+
+def until_over(shared: Path, name: str, leave: Callable[[int], object], grace_s: float = _GRACE_S) -> None:
+    """End this process, as one that is done, some time after the run is over.
+
+    A client that was killed near the end and started again may find the coordinator gone. It would wait for it for
+    minutes, fail, and be started again by the engine, time after time.
+
+    Args:
+        shared: Folder that the coordinator writes to.
+        name: Whose process this is.
+        leave: Ends it with a status.
+        grace_s: Seconds from the end that is seen to that of the process.
+    """
+    while not (shared / _OVER).exists():
+        time.sleep(_PAUSE_S)
+    time.sleep(grace_s)
+    print(f"{name}: the run was over before this client came back; its adapter is the others'", flush=True)
+    leave(0)
 
 
 def _seat(home: Path, names: list[str]) -> str:

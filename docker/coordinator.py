@@ -23,11 +23,14 @@ from fedloom.proto.identity import Identity, MemberRole
 from fedloom.proto.run import RunConfig, load_run
 from fedloom.server.authority import AUTHORITY_FILE, Authority, create
 from fedloom.server.dashboard.access import LINKS_FILE, load_tokens, write_links
+from fedloom.server.inspection import look
 
-__all__ = ["SEATS", "main", "offer", "settled"]
+__all__ = ["OVER", "SEATS", "close", "main", "offer", "settled"]
 
 SEATS = "seats.json"
 """The list of seats, in the shared folder."""
+OVER = "over"
+"""Written there once the run is over. A client that is started after that finds no coordinator, and need not wait."""
 
 _HOST = "coordinator"
 _CLIENTS = "client"
@@ -93,6 +96,17 @@ def settled(look: Callable[[], int], pause: Callable[[], None]) -> int:
     return seen[-1]
 
 
+def close(shared: Path, state: Path) -> None:
+    """Tell clients that are yet to start that the run is over, if it is; one that was only stopped goes on later."""
+    try:
+        over = look(state).rounds.over(load_run(shared / "run.toml").run.rounds)
+    except FedloomError as error:
+        print(f"cannot say whether the run is over: {error}", flush=True)
+        return
+    if over:
+        write_durably(shared / OVER)
+
+
 def _addresses() -> int:
     """The number of client containers: the network's name server knows one address for each."""
     try:
@@ -133,7 +147,10 @@ def main() -> None:
         print(f"dashboard at {page}; links with a token: compose exec {_HOST} cat {home / LINKS_FILE}", flush=True)
         command += ["--dashboard", address]
     sys.argv = ["fedloom", *command]
-    fedloom()
+    try:
+        fedloom()
+    finally:
+        close(shared, home / "state")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,16 @@ packages)
         install -c constraints.txt torch
     fi
     python3 -m pip --python "$target/bin/python" check
-    # Tests of their own, a good part of the two.
-    for package in numpy scipy; do
-        find "$target" -type d -name tests -path "*/site-packages/$package/*" -prune -exec rm -rf {} +
+    # Packages bring tests of their own, and torch what one needs to build on it in C++.
+    for package in matplotlib networkx numpy opacus scipy sympy torch; do
+        find "$target" -type d \( -name test -o -name tests \) -path "*/site-packages/$package/*" -prune -exec rm -rf {} +
+    done
+    for torch in "$target"/lib/python3*/site-packages/torch; do
+        [ -d "$torch" ] || continue
+        rm -rf "$torch/include" "$torch/share"
+        find "$torch/lib" -name "*.a" -exec rm -f {} +
+        # Importing torch asks for this one program.
+        find "$torch/bin" -type f ! -name torch_shm_manager -exec rm -f {} +
     done
     ;;
 fedloom)

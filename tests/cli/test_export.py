@@ -1,6 +1,7 @@
 """`fedloom export` gives what the coordinator holds, as an adapter that PEFT loads."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from fedloom.client.export import save_final
+from fedloom.client.model import load_model
 from fedloom.proto.accounting import Spend, statement
-from fedloom.proto.run import load_run
+from fedloom.proto.run import Spec, load_run
 from fedloom.proto.schema import Schema
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.launch import build_strategy, calibrated
@@ -59,6 +62,17 @@ def test_a_state_directory_becomes_a_peft_adapter(tmp_path: Path, tiny_base: Pat
     spent = json.loads(json.dumps(statement([Spend(0.5, 2.0, 1)], 1e-5).document()))
     assert spent.items() <= known["privacy"].items()
     assert (known["privacy"]["rounds"], known["privacy"]["clip_norm"]) == (1, 1.0)
+
+    # A client has the base in another folder, knows of the run what it was told, and writes the same files.
+    shutil.copytree(tiny_base, tmp_path / "elsewhere")
+    told = Spec.from_json(config.spec.model_dump_json())
+    at_client = told.model.model_copy(update={"base": str(tmp_path / "elsewhere")})
+    save_final(load_model(at_client, told.adapter), told, expected, tmp_path / "client", 1)
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in (tmp_path / each).iterdir()} for each in ("adapter", "client")
+    )
+    assert ours == theirs
+    assert {"adapter_config.json", "adapter_model.safetensors", "fedloom.json", "README.md"} == ours.keys()
 
     # The same state as a file of tensors, without torch, and as a whole model.
     code = "import sys; from fedloom.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"

@@ -59,6 +59,18 @@ def test_defaults_are_shown_and_taken_in_a_terminal() -> None:
     assert load_run(Path("first.toml")).privacy.enabled
 
 
+def test_the_next_step_names_only_folders_that_are_there(tmp_path: Path) -> None:
+    absent = init("--labels", "yes,no", "--policy", "client.toml", "--yes").stdout
+    assert "next: make the folder data with train.csv and test.csv" in " ".join(absent.split())
+    assert "client.toml is for a site" in absent
+
+    Path("data").mkdir()
+    Path("data", "train.csv").write_text("text,label\na,yes\nb,no\n")
+    present = init("second.toml", "--labels", "yes,no", "--yes").stdout
+    assert "next: fedloom simulate second.toml" in present
+    assert "make the folder" not in present
+
+
 def test_options_answer_beforehand() -> None:
     done = init("mine.toml", "--name", "x", "--labels", "none", "--base", "b", "--epsilon", "none", answers="")
 

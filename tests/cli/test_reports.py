@@ -201,11 +201,18 @@ def test_two_runs_are_compared(folders: tuple[Path, Path]) -> None:
 
 def test_what_clients_have_scored_is_compared_where_they_have(folders: tuple[Path, Path]) -> None:
     assert "federated accuracy" not in fedloom("runs", "compare", *folders).stdout
-    scored = {"accuracy": 0.625, "loss": 0.5, "standard_error": 0.02}
+    scored: dict[str, float | None] = {
+        "accuracy": 0.625,
+        "accuracy_margin": 0.04,
+        "loss": 0.5,
+        "loss_margin": 0.1,
+        "standard_error": 0.02,
+    }
     JsonLines(folders[1]).record(RoundRecord(2, 2, None, None, None, None, 0, 0, 9.0, None, scored))
 
     lines = [line.split() for line in fedloom("runs", "compare", *folders).stdout.splitlines()]
     assert ["federated", "accuracy", "none", "62.5%"] in lines
+    assert ["federated", "loss", "margin", "none", "0.1"] in lines
 
 
 def test_only_run_folders_are_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:

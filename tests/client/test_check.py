@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fedloom.client import check as module
 from fedloom.client.check import Report, check
@@ -193,3 +195,41 @@ def test_data_that_cannot_be_read_at_all_is_refused(policy: Policy, tmp_path: Pa
 
 def test_many_labels_are_not_all_listed() -> None:
     assert module._some([str(number) for number in range(30)]).endswith("19 ... (30 in all)")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said_of_it"),
+    [({"head": "frozen"}, 'model.head = "frozen"'), ({"max_length": 4000}, "4000"), ({"targets": ("none",)}, "none")],
+    ids=["head", "length", "layers"],
+)
+def test_a_base_model_that_the_run_cannot_use_is_found_before_joining(
+    policy: Policy, spec: Spec, tmp_path: Path, changed: dict[str, Any], said_of_it: str
+) -> None:
+    """As doctor and the start of a run find it, and not only that its folder is there."""
+    section = "adapter" if "targets" in changed else "model"
+    wrong = spec.model_copy(update={section: getattr(spec, section).model_copy(update=changed)})
+
+    report = check(site(policy, tmp_path, unlike(GOOD)), wrong)
+
+    assert not report.sound
+    assert said_of_it in "\n".join(said(report, "error"))
+
+
+@pytest.mark.parametrize(("white", "warned"), [(4095, "4,095 of 65,535"), (65535, "")])
+def test_pictures_of_twelve_bits_in_sixteen_are_warned_of(
+    policy: Policy, tmp_path: Path, white: int, warned: str
+) -> None:
+    for label in policy.data.labels:
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for number in range(2):
+            values = np.linspace(0, white - number, 64).reshape(8, 8).astype(np.uint16)
+            Image.fromarray(values).save(tmp_path / "pictures" / label / f"{label}{number}.png")
+    data = policy.data.model_copy(
+        update={"source": str(tmp_path / "pictures"), "task": "image-classification", "declared_examples": 4}
+    )
+
+    report = check(policy.model_copy(update={"data": data}), None)
+
+    found = [text for text in said(report, "warning") if "nearly black" in text]
+    assert len(found) == bool(warned)
+    assert all(warned in text and "every value times 16" in text for text in found)

@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
+from fedloom.client import channel as channel_module
 from fedloom.client import connection as connection_module
 from fedloom.client import participant as participant_module
 from fedloom.client.config import Policy
@@ -24,6 +25,7 @@ from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, u
 from fedloom.proto.run import RunConfig
 from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.proto.v1 import federation_pb2 as pb
+from fedloom.server import serve as serve_module
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.serve import serving
 from fedloom.server.store import Store
@@ -223,6 +225,32 @@ def test_a_proxy_that_cuts_idle_lines_costs_connections_and_nothing_else(
         assert [end.rounds for end in ends] == [2, 2]
         assert set(proxy.targets) == {address}
         assert len(proxy.targets) == proxy.connections >= 5
+
+
+def test_a_silent_line_is_kept_open_by_pings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a twentieth of real times: a proxy that cuts after 10 s of silence, in a poll that lasts longer."""
+    ours, theirs = dict(channel_module._OPTIONS), dict(serve_module.OPTIONS)
+    ping, least = "grpc.keepalive_time_ms", "grpc.http2.min_recv_ping_interval_without_data_ms"
+    assert theirs[least] < ours[ping] < 10_000
+    monkeypatch.setattr(channel_module, "_OPTIONS", [*(ours | {ping: ours[ping] // 20}).items()])
+    monkeypatch.setattr(serve_module, "OPTIONS", (*(theirs | {least: theirs[least] // 20}).items(),))
+    ends: list[Finished] = []
+    with Store(tmp_path, durable=False) as store, fault_proxy() as proxy:
+        made = coordinator(store, clients=2)
+        with serving(made) as address:
+            monkeypatch.setenv("grpc_proxy", f"http://{proxy.address}")
+            monkeypatch.setenv("no_grpc_proxy", "")
+            ann = life(site(address), ends)
+            wait_for(lambda: bool(made.progress.live))
+            proxy.faults.idle_s = 1.5
+            threading.Event().wait(4.0)
+            assert proxy.connections == 1
+            proxy.faults.idle_s = None
+            ben = life(site(address, "ben"), ends)
+            for thread in (ann, ben):
+                thread.join()
+
+        assert len(ends) == 2
 
 
 def test_a_client_outlives_resets_refusals_and_dead_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,15 +287,14 @@ def test_clients_that_share_a_folder_leave_one_whole_adapter(
     values = [{name: value + step for name, value in tiny_model.read(tiny_model.schema).items()} for step in (1, 2)]
 
     for each in values:
-        save_final(tiny_model, spec, each, folder)
+        save_final(tiny_model, spec, each, folder, 4)
 
     saved = load_file(folder / "adapter_model.safetensors")
     assert all(np.array_equal(saved[name], values[1][name]) for name in values[1])
     assert not (folder / "stale.txt").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
     known = json.loads((folder / "fedloom.json").read_text())
-    assert known["strategy"] is None
-    spent = epsilon([Spend(0.3, 1.0, spec.train.steps)] * spec.run.rounds, spec.privacy.delta)
+    spent = epsilon([Spend(0.3, 1.0, spec.train.steps)] * 4, spec.privacy.delta)
     assert known["privacy"]["epsilon"] == pytest.approx(spent)
 
 
@@ -314,7 +313,7 @@ def test_a_folder_that_is_moved_away_meanwhile_is_no_obstacle(
         return real(source, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    save_final(tiny_model, spec, tiny_model.read(tiny_model.schema), folder)
+    save_final(tiny_model, spec, tiny_model.read(tiny_model.schema), folder, 1)
 
     assert tried
     assert (folder / "adapter_model.safetensors").exists()
@@ -326,4 +325,4 @@ def test_an_adapter_that_cannot_be_written_is_one_clear_error(
     (tmp_path / "out").write_text("a file")
 
     with pytest.raises(ConfigError, match=r"out/adapter: .*let this user write there"):
-        save_final(tiny_model, spec, tiny_model.read(tiny_model.schema), tmp_path / "out" / "adapter")
+        save_final(tiny_model, spec, tiny_model.read(tiny_model.schema), tmp_path / "out" / "adapter", 1)

@@ -1,6 +1,7 @@
 """A participant against a scripted coordinator: what it sends, keeps, and never says."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -161,7 +162,8 @@ def test_the_final_adapter_is_handed_over_before_the_client_leaves(
     digest = hashlib.sha256(script.payload).hexdigest()
     script.answers = [Finished(2, "fp32", digest, len(script.payload))]
 
-    def ended(tensors: Tensors) -> None:
+    def ended(tensors: Tensors, rounds: int) -> None:
+        assert rounds == 2
         script.calls.append("ended")
         assert codec("fp32").encode(script.joined.schema, tensors) == script.payload
 
@@ -174,7 +176,7 @@ def test_a_final_adapter_of_another_size_is_not_fetched(script: Script, policy: 
     script.answers = [FINISHED]
 
     with pytest.raises(ProtocolError, match="a final adapter of 0 bytes; fp32 under the schema needs"):
-        Participant(script, policy, giving(trainer)).run(ended=lambda _: pytest.fail("there is none"))
+        Participant(script, policy, giving(trainer)).run(ended=lambda *_: pytest.fail("there is none"))
 
     assert "fetch" not in script.calls
 
@@ -355,6 +357,28 @@ def test_patience_has_an_end(script: Script, policy: Policy, trainer: Trainer) -
 
     with pytest.raises(Unavailable, match="lost"):
         Participant(script, policy, giving(trainer)).run(patience_s=-1.0)
+
+
+def test_a_line_that_is_cut_in_every_poll_does_not_use_up_patience(
+    script: Script, policy: Policy, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy that closes idle connections: whoever can be joined again is there."""
+    now, cuts = [0.0], 20
+    monkeypatch.setattr(module, "_BACKOFF_S", (0.0, 0.0))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def work() -> Answer:
+        nonlocal cuts
+        now[0] += 10.0
+        cuts -= 1
+        if cuts:
+            raise Unavailable("Socket closed")
+        return FINISHED
+
+    monkeypatch.setattr(script, "work", work)
+
+    assert Participant(script, policy, giving(trainer)).run(patience_s=30.0) == FINISHED
+    assert now[0] == 200.0
 
 
 def test_an_update_uses_the_codec_and_rank_of_its_order(script: Script, policy: Policy, trainer: Trainer) -> None:

@@ -1,5 +1,6 @@
 """The site: every page is built and linked without a warning, and nothing on it comes from elsewhere."""
 
+import html
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.blocks import DOCS
+from tests.docs.placeholders import placeholders
 
 ROOT = DOCS.parent
 LOADED = re.compile(r"<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"' >]+)")
@@ -47,6 +49,12 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     styles = [path.read_text() for path in (site / "assets" / "stylesheets").glob("*.css")]
     assert styles
     assert not [style for style in styles if re.search(r"url\((?:[\"']?)(?:https?:)?//", style)]
+
+
+def test_no_page_shows_what_was_to_be_filled_in(site: Path) -> None:
+    words = {path: html.unescape(re.sub(r"<[^>]*>", "", path.read_text())) for path in site.rglob("*.html")}
+
+    assert {path.name: found for path, text in words.items() if (found := placeholders(text))} == {}
 
 
 @pytest.mark.parametrize(

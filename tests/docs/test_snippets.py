@@ -21,7 +21,7 @@ from tests.docs.blocks import DOCS, Block, blocks
 
 PAGES = ("quickstart.md", "data.md", "tutorial-simulation.md", "tutorial-sites.md", "tutorial-strategy.md")
 NOT_RUN = {
-    ("quickstart.md", "clones and downloads; .ci/run does the same from a fresh clone"),
+    ("quickstart.md", "downloads; .ci/run does the same from a fresh clone"),
     ("quickstart.md", "the tests have an environment of their own"),
     ("data.md", "fetches a model and trains it for minutes"),
     ("data.md", "needs the model that was trained above"),

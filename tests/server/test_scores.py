@@ -12,6 +12,7 @@ from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.errors import ConfigError, ProtocolError
 from fedloom.proto.messages import UpdateHeader
 from fedloom.proto.run import RunConfig, SecureAggregationSection, UserLevelSection
+from fedloom.proto.scoring import largest_loss
 from fedloom.proto.spending import evaluations, run_spends
 from fedloom.proto.wire import header_from_wire, header_to_wire
 from fedloom.server.admission import check_config
@@ -54,6 +55,39 @@ def test_every_row_of_every_client_counts_the_same() -> None:
     assert found["standard_error"] == pytest.approx(math.sqrt(share * (1 - share) / 204), abs=1e-5)
 
 
+def test_every_figure_has_an_interval_that_holds_it_or_is_null() -> None:
+    """195 held-out rows, whose loss was told to 1.3 nats as if it were exact."""
+    config, rng = run_of(noise_multiplier=10.0, personalised=True), np.random.default_rng(7)
+    assert largest_loss(config) == pytest.approx(2 * math.log(2))
+    truth = {"accuracy": 0.8, "loss": 0.25 * largest_loss(config)}
+    inside = dict.fromkeys(truth, 0)
+    for _ in range(400):
+        table = rows_of(rng, 400, 0.8)
+        found = federated_score(config, [released([table, table], 10.0, System()) for _ in range(3)])
+        assert found is not None
+        assert {f"{name}_margin" for name in found if not name.endswith(("margin", "error"))} < found.keys()
+        for name, value in truth.items():
+            told, margin = found[name], found[f"{name}_margin"]
+            assert told is not None
+            assert margin is not None
+            inside[name] += abs(told - value) <= margin
+    assert all(each / 400 >= 0.9 for each in inside.values())
+
+    few = [released([rows_of(rng, 75, 0.8)] * 2, None, System()) for _ in range(2)]  # as noise may leave them
+    drowned = federated_score(config, few)
+    assert drowned is not None
+    assert set(drowned.values()) == {None}
+
+
+@pytest.mark.parametrize(("labels", "largest"), [(["a", "b"], 1.386), (["a", "b", "c", "d"], 2.773)])
+def test_the_largest_loss_is_twice_that_of_guessing(labels: list[str], largest: float) -> None:
+    plain = run_of().model_dump() | {"model": {"base": "nowhere", "labels": labels}}
+    assert largest_loss(RunConfig.model_validate(plain)) == pytest.approx(largest, abs=1e-3)
+    text = run_of().model_dump() | {"model": {"base": "nowhere", "task": "causal-lm", "head": "frozen"}}
+    assert largest_loss(RunConfig.model_validate(text)) == 10.0
+    assert largest_loss(run_of(max_loss=4.0)) == 4.0
+
+
 def test_the_standard_error_is_that_of_the_figure() -> None:
     config, rng = run_of(noise_multiplier=10.0), np.random.default_rng(2)
     found = []
@@ -76,7 +110,7 @@ def test_figures_that_drown_in_noise_are_not_shown() -> None:
     found = federated_score(config, spoilt)
     assert found is not None
     assert found["accuracy"] == 0.0
-    assert 0 <= found["loss"] <= 10
+    assert 0 <= (found["loss"] or 0.0) <= 10
 
 
 def test_figures_must_be_those_that_were_asked_for() -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from docker.coordinator import SEATS, offer, settled
+from docker import client
+from docker.coordinator import OVER, SEATS, close, offer, settled
 from fedloom.client.config import load_policy
 from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.credentials import Token
 from fedloom.proto.errors import ConfigError
 from fedloom.proto.run import RunConfig, load_run
 from fedloom.server.authority import Authority
+from fedloom.server.rounds import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
+from fedloom.server.store import Store
 from fedloom.simulation.containers import SPARE_ROUNDS, furnish
 from fedloom.simulation.federation import build, completed
 from fedloom.simulation.seats import take_seat
@@ -218,3 +221,43 @@ def test_clients_are_counted_once_no_more_come() -> None:
 
     assert settled(lambda: next(seen), lambda: None) == 4
     assert next(seen) == 9
+
+
+def test_the_end_of_a_run_is_marked_and_a_stop_is_not(run: Path, tmp_path: Path) -> None:
+    config, shared = _offer(run, tmp_path, 2), tmp_path / "shared"
+    close(shared, tmp_path / "state")  # it never came to be
+    with Store(tmp_path / "state") as store:
+        store.append(RunCreated("r", "{}", "{}", "s"))
+        store.append(RoundOpened(0, 0, "s", ("client-0", "client-1"), 60.0))
+        close(shared, tmp_path / "state")
+        assert not (shared / OVER).exists()
+        for event in (
+            UpdateAccepted(0, "client-0", "d", 1.0),
+            RoundClosed(0, ("client-0",), "deadline"),
+            AdapterCommitted(0, "t"),
+            RunEnded(1, "told"),
+        ):
+            store.append(event)
+
+    close(shared, tmp_path / "state")
+    assert (shared / OVER).exists()
+    assert config.run.rounds > 1
+
+
+def test_a_client_that_comes_back_when_the_run_is_over_ends_and_nobody_starts_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / SEATS).write_text(json.dumps(NAMES))
+    (shared / OVER).touch()
+    for name, value in {"SHARED": shared, "HOME": tmp_path / "home", "SERVER": "127.0.0.1:1"}.items():
+        monkeypatch.setenv(f"FEDLOOM_{name}", str(value))
+
+    client.main()  # with exit status 0, after which the engine leaves it alone
+
+    assert "this run is over" in capsys.readouterr().out
+    # One that was loading its model meanwhile waits for a coordinator that is gone.
+    statuses: list[int] = []
+    client.until_over(shared, "client-1", statuses.append, 0.0)
+    assert statuses == [0]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from fedloom.client.connection import GrpcConnection
@@ -374,3 +375,25 @@ def test_a_run_that_asks_more_than_the_policy_is_refused(config: RunConfig, tmp_
         with pytest.raises(PolicyError, match=r"noise multiplier .* \(at least 50\)"):
             for _ in run_inprocess(federation, coordinator):
                 pass
+
+
+def test_a_simulation_leaves_its_caller_the_threads_and_the_backend_it_had(config: RunConfig, tmp_path: Path) -> None:
+    import matplotlib
+    from matplotlib import pyplot
+
+    before, backend = torch.get_num_threads(), matplotlib.get_backend()
+    try:
+        torch.set_num_threads(2)
+        pyplot.switch_backend("svg")
+        done = simulate(config, tmp_path)
+        assert config.data is not None
+        nowhere = config.data.model_copy(update={"source": "none"})
+        with pytest.raises(DataError):
+            simulate(config.model_copy(update={"data": nowhere}), tmp_path)
+
+        assert (done.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert torch.get_num_threads() == 2
+        assert matplotlib.get_backend().lower() == "svg"
+    finally:
+        torch.set_num_threads(before)
+        pyplot.switch_backend(backend)

@@ -1,6 +1,7 @@
 """Federated evaluation in whole runs: the figures are those of the rows that clients hold out, on every engine."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,9 @@ def test_a_private_run_stays_within_its_epsilon_with_evaluations(data: Path, tin
     records = read_metrics(result.folder)
     assert set(records[-1].epsilon or {}) == set(result.privacy)
     assert max((records[-1].epsilon or {}).values()) == pytest.approx(spent)
-    shown = {"accuracy", "loss", "standard_error", "personalised_accuracy", "personalised_loss"}
+    names = {"accuracy", "loss", "personalised_accuracy", "personalised_loss"}
+    shown = names | {f"{name}_margin" for name in names} | {"standard_error"}
+    told = json.loads((result.folder / "summary.json").read_text())["federated"]
+    assert told == next((each.federated for each in reversed(records) if each.federated), None)
     # The noise of three sites on a dozen rows often leaves a count too small to divide by, and then nothing is shown.
     assert all(each.federated is None or each.federated.keys() == shown for each in records)

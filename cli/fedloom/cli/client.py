@@ -87,10 +87,10 @@ def client(
         made.append(prepare(site, joined.spec, own, announce=tell, run=joined.run, owing=owing))
         return made[-1]
 
-    def save(tensors: "Tensors") -> None:
+    def save(tensors: "Tensors", rounds: int) -> None:
         assert adapter is not None  # otherwise nobody asks
         trainer, own = made[-1], made[-1].personal(runs[-1])
-        save_final(trainer.model, trainer.spec, {**tensors, **own}, adapter)
+        save_final(trainer.model, trainer.spec, {**tensors, **own}, adapter, rounds)
         with_own = f" with this site's own {', '.join(sorted(trainer.schema.roles_of(own)))}" if own else ""
         tell(f"the run's adapter{with_own} is in {adapter}")
 

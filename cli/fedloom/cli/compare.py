@@ -67,13 +67,16 @@ def _figures(folder: Path) -> dict[str, Any]:
     records = read_metrics(folder)
     scored = [each for each in records if each.accuracy is not None]
     last, best = (each[-1] if each else None for each in (records, scored))
-    told = next((each.federated for each in reversed(records) if each.federated), {})
+    told: dict[str, float | None] = next((each.federated for each in reversed(records) if each.federated), {})
     spent = max(last.epsilon.values(), default=None) if last and last.epsilon else None
     return {
         "rounds": last.round if last else 0,
         "accuracy": best.accuracy if best else None,
         "loss": best.loss if best else None,
         "federated_accuracy": told.get("accuracy"),
+        "federated_accuracy_margin": told.get("accuracy_margin"),
+        "federated_loss": told.get("loss"),
+        "federated_loss_margin": told.get("loss_margin"),
         "epsilon": spent,
         "megabytes_up": sum(each.bytes_up for each in records) / 1e6,
         "megabytes_down": sum(each.bytes_down for each in records) / 1e6,

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version as distribution_version
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "show_classes",
     "terms",
     "times",
+    "told",
     "version",
 ]
 
@@ -67,6 +68,25 @@ def megabytes(size_bytes: int) -> str:
     '1.2 MB'
     """
     return f"{size_bytes / 1e6:.1f} MB"
+
+
+def told(score: Mapping[str, float | None]) -> str:
+    """What the clients' evaluations say together, for people: every figure with its 95 % interval.
+
+    >>> told({"accuracy": 0.75, "accuracy_margin": 0.031, "loss": 0.5, "loss_margin": 0.06})
+    'accuracy 75.0% ± 3.1%, loss 0.500 ± 0.060'
+    >>> told({"accuracy": 0.75, "accuracy_margin": 0.031, "loss": None, "loss_margin": None})
+    'accuracy 75.0% ± 3.1%, loss lost in noise'
+    """
+    parts = []
+    for name in ("accuracy", "loss", "personalised_accuracy", "personalised_loss"):
+        if name not in score:
+            continue
+        value, margin, digits = score[name], score.get(f"{name}_margin"), ".1%" if name.endswith("accuracy") else ".3f"
+        shown = "lost in noise" if value is None else format(value, digits)
+        shown += f" ± {format(margin, digits)}" if margin is not None else ""
+        parts.append(f"{name.replace('_', ' ')} {shown}")
+    return ", ".join(parts)
 
 
 def pace(total: int, clock: Callable[[], float] = time.monotonic) -> Callable[[int], str]:

@@ -87,7 +87,21 @@ def init(
         except OSError as error:
             raise ConfigError(f"cannot write {target}: {error}; give a folder that exists and is yours") from error
         out.print(f"wrote {target}")
-    out.print(f"next: fedloom simulate {path}")
+    for line in _next(path, source, policy):
+        out.print(line)
+
+
+def _next(path: Path, source: str, policy: Path | None) -> Iterator[str]:
+    """What to do with the files: nothing is named as if it were there that is not."""
+    from fedloom.client.assets import ASSETS
+
+    if Path(source).exists() or source in ASSETS:
+        yield f"next: fedloom simulate {path}"
+    else:
+        yield f"next: make the folder {source} with train.csv and test.csv in it, or give another to --data; then"
+        yield f"      fedloom simulate {path}"
+    if policy is not None:
+        yield f"{policy} is for a site: correct data.source and data.declared_examples in it"
 
 
 def _ask(given: str | None, question: str, default: str, read: Callable[[str], T]) -> T:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedloom.cli.compare import compare
-from fedloom.cli.console import Json, failed, out, print_json, times
+from fedloom.cli.console import Json, failed, out, print_json, times, told
 from fedloom.proto.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
@@ -79,7 +79,9 @@ def show(state: State, json_only: Json = False) -> None:
     if json_only:
         last = [asdict(record) for record in snapshot.audit[-_LAST:]]
         counted = {"opened": snapshot.epoch, "events": dict(counts), "audit": dict(noted), "last_audit": last}
-        print_json({"state": str(state), **_standing(snapshot), **counted})
+        number, score = _told(state)
+        scored = {"federated": score, "federated_after": number}
+        print_json({"state": str(state), **_standing(snapshot), **scored, **counted})
         return
     lines = [
         f"run {rounds.created.run if rounds.created else 'not begun'}, opened {times(snapshot.epoch)}",
@@ -91,6 +93,9 @@ def show(state: State, json_only: Json = False) -> None:
             f"{len(rounds.pending)}, {len(rounds.lost)} lost"
         )
     lines += _took_part(snapshot)
+    number, score = _told(state)
+    if score:
+        lines.append(f"by the clients, after {number} rounds: {told(score)}")
     lines.append("events: " + (", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"))
     lines.append("audit: " + (", ".join(f"{count} {kind}" for kind, count in sorted(noted.items())) or "nothing"))
     lines += [f"  {record.at} {record.kind} {record.client!r} {record.detail!r}" for record in snapshot.audit[-_LAST:]]
@@ -208,6 +213,17 @@ def _length(state: Path) -> int | None:
     with suppress(ConfigError):
         return load_run(state.absolute().parent / "run.toml").run.rounds
     return None
+
+
+def _told(state: Path) -> "tuple[int | None, dict[str, float | None] | None]":
+    """After how many rounds the clients scored the adapter last, and what they said; None where they said nothing."""
+    from fedloom.server.records import read_metrics
+
+    with suppress(OSError):
+        for record in reversed(read_metrics(state.absolute().parent)):
+            if record.federated:
+                return record.round - 1, record.federated  # a round scores the adapter that it starts from
+    return None, None
 
 
 def _took_part(snapshot: "Snapshot") -> list[str]:

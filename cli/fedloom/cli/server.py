@@ -260,7 +260,7 @@ def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Form
     model = load_model(config.model, config.adapter)
     model.show(coordinator.result())
     save = save_merged if format == "merged" else save_adapter
-    save(model, target, {**facts(config, privacy), "user_privacy": user})
+    save(model, target, facts(config, privacy, user))
     return target
 
 

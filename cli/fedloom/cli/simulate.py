@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.cli.console import megabytes, out, show_classes, terms
+from fedloom.cli.console import megabytes, out, show_classes, terms, told
 from fedloom.cli.observing import ReportTo, reports
 from fedloom.proto.run import RunConfig, load_run
 from fedloom.proto.spending import faint
@@ -108,10 +108,8 @@ def _line(config: RunConfig, record: "RoundRecord") -> None:
     """One line per round."""
     label = f"round {record.round:>3}/{config.run.rounds}" if record.round else "start    "
     score = f"accuracy {record.accuracy:.1%}  loss {record.loss:.3f}" if record.accuracy is not None else ""
-    if told := record.federated:
-        score += f"  begun at {told['accuracy']:.1%} ± {told['standard_error']:.1%} by the clients"
-        if "personalised_accuracy" in told:
-            score += f", {told['personalised_accuracy']:.1%} after their own steps"
+    if record.federated:
+        score += f"  begun at {told(record.federated)} by the clients"
     spent = f"  epsilon {_range(record.epsilon.values())}" if record.epsilon else ""
     spent += f"  user-level {record.user_epsilon:.2f}" if record.user_epsilon is not None else ""
     traffic = f"  {record.clients} clients  up {megabytes(record.bytes_up)}  down {megabytes(record.bytes_down)}"
@@ -129,6 +127,9 @@ def _summary(config: RunConfig, result: "Result") -> None:
     table = Table("", "start", "end", box=None, pad_edge=False)
     table.add_row("held-out accuracy", f"{result.start.accuracy:.1%}", Text(f"{result.final.accuracy:.1%}", "bold"))
     table.add_row("held-out loss", f"{result.start.loss:.3f}", f"{result.final.loss:.3f}")
+    if last := next((each for each in reversed(result.records) if each.federated), None):
+        # A round scores the adapter that it starts from.
+        table.add_row(f"by the clients, after {last.round - 1} rounds", "", told(last.federated or {}))
     up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
     table.add_row("sent by all clients", "", f"{megabytes(up)} up, {megabytes(down)} down")
     table.add_row("time", "", f"{result.records[-1].seconds:.0f} s")

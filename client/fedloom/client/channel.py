@@ -27,7 +27,8 @@ _OPTIONS = [
     # gRPC's own waits grow to two minutes; the participant spaces its attempts itself.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.keepalive_time_ms", 30_000),
+    # Some proxies cut what is silent for 10 s. Never below the least that a coordinator allows.
+    ("grpc.keepalive_time_ms", 8_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]

@@ -5,21 +5,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from fedloom.client.config import Policy, check_spec
 from fedloom.client.data.labels import Labelling
 from fedloom.client.data.load import Tally, tell_of
 from fedloom.client.data.survey import Lengths, Survey, guess_task, lengths, survey
-from fedloom.client.model import allowed_base, load_tokenizer
+from fedloom.client.model import allowed_base, load_model
 from fedloom.client.privacy.account import existing_account
 from fedloom.client.privacy.budget import affordable
 from fedloom.proto.accounting import epsilon
-from fedloom.proto.errors import DataError, FedloomError, ModelError, PolicyError
+from fedloom.proto.errors import FedloomError, PolicyError
 from fedloom.proto.run import Spec
 from fedloom.proto.spending import faint, run_spends
 
 __all__ = ["Cost", "Finding", "Report", "check"]
 
 _SHOWN = 20
+_DARK_BITS = 14
+"""16-bit pictures of which none needs more have been written by a device that has no more: 10, 12 or 14 bits."""
 
 
 class Finding(NamedTuple):
@@ -100,8 +104,7 @@ def check(policy: Policy, spec: Spec | None) -> Report:
         check_spec(policy, spec)
     except PolicyError as error:
         report.findings.append(Finding("error", str(error)))
-    if report.survey.usable:
-        _judge_lengths(report, policy, spec, labels)
+    _judge_model(report, policy, spec, labels)
     if spec.privacy.enabled:
         _judge_size(report, policy, spec)
         _judge_cost(report, policy, spec)
@@ -123,21 +126,31 @@ def _judge_rows(report: Report, labels: tuple[str, ...]) -> None:
     for what, fault in found.doubtful.items():
         add(Finding("warning", f"{_rows(fault)}: {what}"))
     tell_of(found.notes, lambda level, text: add(Finding("warning" if level == logging.WARNING else "note", text)))
+    if found.deep and (bits := max(found.deep).bit_length()) <= _DARK_BITS:
+        text = f"{len(found.deep):,} pictures of 16 bits have no value above {max(found.deep):,} of 65,535, and are "
+        text += f"read as nearly black: save them with every value times {1 << (16 - bits)}, or with 8 bits"
+        add(Finding("warning", text))
     absent = [name for name in labels if name not in found.labels]
     if absent and found.rows:
         add(Finding("warning", f"no row has the label {_some([repr(each) for each in absent])}"))
 
 
-def _judge_lengths(report: Report, policy: Policy, spec: Spec, labels: tuple[str, ...]) -> None:
-    add, most = report.findings.append, spec.model.max_length
+def _judge_model(report: Report, policy: Policy, spec: Spec, labels: tuple[str, ...]) -> None:
+    """Whether the base model can be loaded as the run will: with its head, adapter and lengths; and then the rows."""
     try:
-        folder = allowed_base(policy, spec)
-        if report.survey.task == "image-classification":
-            return
-        found = report.lengths = lengths(report.survey, labels, load_tokenizer(folder), most, policy.data)
-    except (DataError, ModelError, PolicyError) as error:
-        add(Finding("error", str(error)))
-        return
+        folder = str(allowed_base(policy, spec))
+        model = load_model(spec.model.model_copy(update={"base": folder}), spec.adapter, policy.compute)
+        if report.survey.usable and isinstance(model.tokenizer, PreTrainedTokenizerBase):  # or it reads pictures
+            _judge_lengths(report, policy, spec, labels, model.tokenizer)
+    except FedloomError as error:
+        report.findings.append(Finding("error", str(error)))
+
+
+def _judge_lengths(
+    report: Report, policy: Policy, spec: Spec, labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    add, most = report.findings.append, spec.model.max_length
+    found = report.lengths = lengths(report.survey, labels, tokenizer, most, policy.data)
     # A private run learns nothing of such rows: a refusal would tell of them.
     stops = not spec.privacy.enabled or sum(each.count for each in found.refused.values()) == len(report.survey.usable)
     for what, fault in found.refused.items():

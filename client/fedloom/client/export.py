@@ -132,7 +132,7 @@ def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
         model.model.save_pretrained(str(folder), safe_serialization=True)
     if model.corrections:
         widen(folder, model.schema, model.corrections)
-    _order(folder / "adapter_config.json")
+    _settle(folder / "adapter_config.json", facts.get("base"))
     labels = facts.get("labels", ())
     kind = MODELS[facts.get("task", "text-classification")].__name__
     arguments = f", num_labels={len(labels)}" if labels else ""
@@ -142,9 +142,14 @@ def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
     (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def _order(path: Path) -> None:
-    """Give the names of the targets, which PEFT keeps as a set, one order: equal adapters are then equal files."""
+def _settle(path: Path, base: str | None) -> None:
+    """Make equal adapters equal files: targets, which PEFT keeps as a set, in order, and the run's name for the base.
+
+    PEFT puts the folder there from which this machine has loaded it, which is nobody else's.
+    """
     settings = json.loads(path.read_text(encoding="utf-8"))
+    if base is not None:
+        settings["base_model_name_or_path"] = base
     for key, value in settings.items():
         if isinstance(value, list) and all(isinstance(each, str) for each in value):
             settings[key] = sorted(value)
@@ -156,17 +161,25 @@ def _names(folder: Path) -> set[str]:
     return {each.name for each in folder.iterdir()} if folder.is_dir() else set()
 
 
-def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path) -> None:
+def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path, rounds: int) -> None:
     """Write the adapter that a run ended with, as a client has it; what was at `folder` before is replaced whole.
 
     Clients that share the folder may all do so at once: it holds one of their adapters, which are the same unless they
     keep tensors to themselves. Its guarantee is that of a client that took part in every round: a client knows of no
-    other's rounds.
+    other's rounds. Where somebody did, and no user-level noise is added, which a client is not told of, the files are
+    those of an export by the coordinator, byte for byte.
+
+    Args:
+        model: The base model that this client trained with.
+        spec: The run.
+        tensors: The run's result, with what this client keeps to itself.
+        folder: Where to.
+        rounds: How many rounds made it.
 
     Raises:
         ConfigError: The folder cannot be written.
     """
-    privacy = run_statement(spec, spec.run.rounds) if spec.privacy.enabled else None
+    privacy = run_statement(spec, rounds) if spec.privacy.enabled else None
     model.show(tensors)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -186,12 +199,14 @@ def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path) 
         raise ConfigError(f"the adapter cannot be written to {folder}: {error}; let this user write there") from error
 
 
-def facts(spec: Spec, privacy: Statement | None) -> dict[str, Any]:
+def facts(spec: Spec, privacy: Statement | None, user: dict[str, Any] | None = None) -> dict[str, Any]:
     """What an adapter's user should know: base model, labels, and the privacy guarantee with its terms.
 
     Args:
-        spec: A completed run file, or what a client has seen of it, which does not name the strategy.
+        spec: A completed run file, or what a client has seen of it. Nothing is told that clients are not, such as the
+            strategy: the same adapter has the same facts wherever it is written.
         privacy: Statement of the client that has spent most; None in a run without privacy.
+        user: The coordinator's statement on whole clients; None without user-level privacy.
     """
     known: dict[str, Any] = {
         "run": spec.run.name,
@@ -199,9 +214,9 @@ def facts(spec: Spec, privacy: Statement | None) -> dict[str, Any]:
         "base_digest": spec.model.digest,
         "task": spec.model.task,
         "labels": list(spec.model.labels),
-        "strategy": spec.strategy.name if isinstance(spec, RunConfig) else None,
         "rounds": spec.run.rounds,
         "privacy": None,
+        "user_privacy": user,
     }
     if isinstance(spec, RunConfig) and spec.start is not None:
         known["start"] = {"adapter": Path(spec.start.adapter).name, "digest": spec.start.digest}

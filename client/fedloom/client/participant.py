@@ -156,12 +156,12 @@ class Participant:
             self._deliver()
         return None
 
-    def run(self, *, patience_s: float = 300.0, ended: Callable[[Tensors], None] | None = None) -> Finished:
+    def run(self, *, patience_s: float = 300.0, ended: Callable[[Tensors, int], None] | None = None) -> Finished:
         """Join and work until the run is over, through coordinator restarts and network loss.
 
         Args:
             patience_s: Give up when the coordinator cannot be reached for so long.
-            ended: Gets the final adapter, before the coordinator is told that this client leaves.
+            ended: Gets the final adapter and its rounds, before the coordinator is told that this client leaves.
 
         Raises:
             Unavailable: Patience ran out.
@@ -179,11 +179,13 @@ class Participant:
                     if not joined:
                         self.join()
                         joined = True
+                        if self._pending is None:  # a line that is cut in every poll is no coordinator that is away
+                            last_contact = time.monotonic()
                     finished = self.step()
                     last_contact, attempt = time.monotonic(), 0
                     if finished is not None:
                         if ended is not None:
-                            ended(self._final(finished))
+                            ended(self._final(finished), finished.rounds)
                         self._leave("run over")
                         return finished
                 except Overloaded as error:

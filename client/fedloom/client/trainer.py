@@ -31,6 +31,7 @@ from fedloom.proto.errors import DataError, PolicyError, ProtocolError
 from fedloom.proto.messages import Assignment, upload_schema
 from fedloom.proto.run import Spec, TrainSection
 from fedloom.proto.schema import Array, Role, Schema, Tensors
+from fedloom.proto.scoring import largest_loss
 from fedloom.proto.spending import evaluation_spend, training_spend
 
 __all__ = ["EntropyFor", "Score", "Trainer", "batch_loss", "evaluate"]
@@ -201,7 +202,7 @@ class Trainer:
 
         def score(size: int) -> None:
             nonlocal table
-            table = row_scores(self.model, self.held_out, size, self.spec.federated_evaluation.max_loss)
+            table = row_scores(self.model, self.held_out, size, largest_loss(self.spec))
 
         self.microbatch.attempt(len(self.held_out), score)
         return table

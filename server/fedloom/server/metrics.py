@@ -135,7 +135,7 @@ class _Standing(Collector):
     def __init__(self, coordinator: Coordinator, asked: Asked) -> None:
         self._coordinator, self._asked = coordinator, asked
         self.score: tuple[float, float] | None = None
-        self.federated: dict[str, float] | None = None
+        self.federated: dict[str, float | None] | None = None
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """The families with their values now."""
@@ -158,7 +158,9 @@ class _Standing(Collector):
             yield GaugeMetricFamily("fedloom_held_out_accuracy", "Newest accuracy on held-out rows, 0 to 1.", accuracy)
             yield GaugeMetricFamily("fedloom_held_out_loss", "Newest loss on held-out rows, in nats.", loss)
         for name, value in (self.federated or {}).items():
-            yield GaugeMetricFamily(f"fedloom_federated_{name}", "Newest, by the clients' evaluations together.", value)
+            if value is not None:
+                about = "Newest, by the clients' evaluations together."
+                yield GaugeMetricFamily(f"fedloom_federated_{name}", about, value)
         if config.privacy.enabled:
             most = math.inf
             with suppress(ConfigError):

@@ -50,7 +50,7 @@ class RoundRecord:
     """Since the start of the first round."""
     user_epsilon: float | None = None
     """Epsilon of a whole client so far, by the coordinator's noise; None without user-level privacy."""
-    federated: dict[str, float] | None = None
+    federated: dict[str, float | None] | None = None
     """What the clients' own evaluations say of the adapter that this round started from, see `federated_score`."""
 
 

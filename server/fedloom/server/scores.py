@@ -6,12 +6,17 @@ from collections.abc import Collection
 import numpy as np
 
 from fedloom.proto.run import Spec
+from fedloom.proto.scoring import largest_loss
 from fedloom.server.rounds import Event, RoundOpened, UpdateAccepted
 
 __all__ = ["Scores", "federated_score"]
 
 _LEAST_SIGNAL = 3.0
 """How many standard deviations of its noise the number of rows must be, for a share of it to mean anything."""
+_NORMAL_95 = 1.96
+"""Standard deviations on either side within which a normal variable is in 95 of 100 cases."""
+_WIDEST = 0.25
+"""Widest margin of a figure between 0 and 1 that is told: beyond it, half of all is within the interval."""
 
 
 class Scores:
@@ -27,12 +32,12 @@ class Scores:
         elif isinstance(event, UpdateAccepted) and event.score:
             self._scores[event.client] = event.score
 
-    def of(self, spec: Spec) -> dict[str, float] | None:
+    def of(self, spec: Spec) -> dict[str, float | None] | None:
         """`federated_score` of the round that was opened last."""
         return federated_score(spec, self._scores.values())
 
 
-def federated_score(spec: Spec, scores: Collection[tuple[float, ...]]) -> dict[str, float] | None:
+def federated_score(spec: Spec, scores: Collection[tuple[float, ...]]) -> dict[str, float | None] | None:
     """Accuracy and loss over the held-out rows of all clients, each row counting the same.
 
     Args:
@@ -41,8 +46,10 @@ def federated_score(spec: Spec, scores: Collection[tuple[float, ...]]) -> dict[s
             `fedloom.client.evaluation`.
 
     Returns:
-        accuracy in [0, 1], loss in nats, and accuracy's standard_error, by the noise and by the number of rows; with
-        personalised evaluation personalised_accuracy and personalised_loss. None where nothing was released, or the
+        accuracy in [0, 1] and loss in nats, each with a NAME_margin, half the width of its 95 % interval by the noise
+        and by the number of rows, of which the worst is supposed for losses; and accuracy's standard_error. With
+        personalised evaluation personalised_accuracy and personalised_loss likewise. A figure whose interval is more
+        than half of what is possible is None, and so is its margin. None alone where nothing was released, or the
         noise is as large as what it covers.
     """
     section = spec.federated_evaluation
@@ -54,15 +61,15 @@ def federated_score(spec: Spec, scores: Collection[tuple[float, ...]]) -> dict[s
     rows = float(sums[0])
     if rows < max(1.0, _LEAST_SIGNAL * noise):
         return None
-    shares = np.clip(sums[1:] / rows, 0.0, 1.0)
-    accuracy = float(shares[0])
-    variance = (noise / rows) ** 2 * (1 + accuracy**2) + accuracy * (1 - accuracy) / rows
-    found = {
-        "accuracy": accuracy,
-        "loss": float(section.max_loss * shares[1]),
-        "standard_error": math.sqrt(variance),
-    }
-    if section.personalised:
-        found["personalised_accuracy"] = float(shares[2])
-        found["personalised_loss"] = float(section.max_loss * shares[3])
+    found: dict[str, float | None] = {}
+    names = ("accuracy", "loss", "personalised_accuracy", "personalised_loss")
+    for name, share in zip(names, np.clip(sums[1:] / rows, 0.0, 1.0).tolist(), strict=False):
+        unit = largest_loss(spec) if name.endswith("loss") else 1.0
+        # Of values in [0, 1] with this mean none vary more than ones and zeros, which is what right answers are.
+        error = math.sqrt((noise / rows) ** 2 * (1 + share**2) + share * (1 - share) / rows)
+        clear = _NORMAL_95 * error <= _WIDEST
+        found[name] = unit * share if clear else None
+        found[f"{name}_margin"] = _NORMAL_95 * unit * error if clear else None
+        if name == "accuracy":
+            found["standard_error"] = error if clear else None
     return found

@@ -43,15 +43,14 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 def plot(folder: Path, title: str, records: list[RoundRecord]) -> Path:
     """Draw accuracy and loss, and in a private run the largest epsilon, against the round; returns the PNG."""
-    # Imported here: it takes a second to load, and Agg draws without a display.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # Imported here: it takes a second to load. Not by pyplot, whose backend is the whole process's: a figure of its own
+    # draws without a display wherever it is.
+    from matplotlib.figure import Figure
 
     scored = [r for r in records if r.accuracy is not None]
     private = [r for r in records if r.epsilon]
-    figure, axes = pyplot.subplots(1, 3 if private else 2, figsize=(12 if private else 8, 3.4), layout="constrained")
+    figure = Figure(figsize=(12 if private else 8, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3 if private else 2)
     rounds = [r.round for r in scored]
     axes[0].plot(rounds, [100 * (r.accuracy or 0.0) for r in scored], marker="o", markersize=3, color="#1f6f8b")
     axes[0].set(title="Held-out accuracy", ylabel="%")
@@ -68,5 +67,4 @@ def plot(folder: Path, title: str, records: list[RoundRecord]) -> Path:
     figure.suptitle(title)
     path = folder / "curves.png"
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
     return path

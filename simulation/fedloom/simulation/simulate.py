@@ -5,7 +5,7 @@ import queue
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -118,13 +118,16 @@ def simulate(
     Raises:
         FedloomError: Anything that stops the run; nothing is left that looks like a finished run.
     """
-    watcher = watcher or Watcher()
+    with _threads(config.engine.threads):
+        return _simulate(config, out, watcher or Watcher(), report_to)
+
+
+def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[ReportTo, ...]) -> Result:
     config = completed(config)
     strategy = build_strategy(config)
     check_config(config, strategy)  # as the coordinator will, but before anything is loaded or written
     folder = new_folder(out, config.run.name)
     write_config(folder, config)
-    _set_threads(config.engine.threads)
     try:
         federation = build(config, folder)
         starting = start_of(config, federation.model)
@@ -167,11 +170,16 @@ def simulate(
     return _finish(federation, folder, tape, start, run, rounds, result)
 
 
-def _set_threads(threads: int) -> int:
-    """Set torch's threads; 0 leaves torch's choice. Returns the number in force."""
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """Give torch so many threads, 0 for its own choice; afterwards as many as whoever called had."""
+    before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
-    return torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _engine(federation: Federation, coordinator: Coordinator, folder: Path) -> Iterator[None]:
@@ -218,11 +226,11 @@ def _finish(
     config, model = federation.config, federation.model
     final, own = scored(federation, run, trained)
     spent = ledger_statements(federation) if config.privacy.enabled else {}
-    known = facts(config, _worst(spent) if spent else None)
     user = user_statement(config.user_level, rounds)
-    save_clients(federation, run, trained, own, folder / "adapters", {**known, "user_privacy": user})
+    known = facts(config, _worst(spent) if spent else None, user)
+    save_clients(federation, run, trained, own, folder / "adapters", known)
     model.show(trained)
-    save_adapter(model, folder / "adapter", {**known, "user_privacy": user, "held_out_accuracy": final.accuracy})
+    save_adapter(model, folder / "adapter", {**known, "held_out_accuracy": final.accuracy})
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, federation.held_out, pad, str(model.device))
     base, section = resolve_base(config.model.base), config.model
@@ -239,6 +247,7 @@ def _finish(
             "loss": final.loss,
             "held_out_examples": final.examples,
             **classes_document(final.confusion, config.model.labels),
+            "federated": next((each.federated for each in reversed(tape.records) if each.federated), None),
             "epsilon": result.epsilon,
             "privacy": {name: stated.document() for name, stated in spent.items()},
             "user_epsilon": result.user_epsilon,

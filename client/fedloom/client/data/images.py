@@ -22,6 +22,7 @@ __all__ = [
     "SUFFIXES",
     "Pictures",
     "Pixels",
+    "brightest",
     "decode",
     "fingerprint",
     "folder_rows",
@@ -153,6 +154,19 @@ def _eight_bits(file: Image.Image, picture: Image.Image, where: str) -> Image.Im
     tags = getattr(file, "tag_v2", {})
     values = np.asarray(picture).astype(np.uint16) >> (tags.get(_BITS, (16,))[0] - 8)
     return Image.fromarray((255 - values if tags.get(_PHOTOMETRIC) == 0 else values).astype(np.uint8))
+
+
+def brightest(data: bytes) -> int | None:
+    """The greatest value in a file of 16 whole bits a pixel, of 65535 for white; None of every other picture.
+
+    Scanners and detectors write 12 bits into 16 without saying so: 4095 is then their white, and read as nearly black.
+    One picture does not tell that from a dark one, all of a site do.
+    """
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+        tags = getattr(picture, "tag_v2", {})
+        if not picture.mode.startswith("I;16") or tags.get(_BITS, (16,))[0] != 16 or tags.get(_PHOTOMETRIC) == 0:
+            return None
+        return int(np.asarray(picture).astype(np.uint16).max())
 
 
 def _check_opaque(picture: Image.Image, where: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fedloom.client.data.files import Note
+from fedloom.client.data.images import brightest
 from fedloom.client.data.labels import Labelling, labelling
 from fedloom.client.data.load import Tally, assembled, records, tallied
 from fedloom.client.data.records import Layout, Record
@@ -56,6 +57,8 @@ class Survey:
     labelling: Labelling | None = None
     """How labels are read, where there are any and names for them."""
     groups: int = 0
+    deep: list[int] = field(default_factory=list)
+    """The greatest value of each picture of 16 bits."""
     usable: list[Record] = field(default_factory=list, repr=False)
     """Rows that training takes."""
 
@@ -126,6 +129,8 @@ def survey(source: str, labels: tuple[str, ...], task: Task, form: Form) -> Surv
     for record in records(source, "train", Layout(task, form.columns), skip):
         found.rows += 1
         groups.add(record.group)
+        if record.image and (most := brightest(record.image)) is not None:
+            found.deep.append(most)
         for oddity in _oddities(record, seen):
             tallied(found.doubtful, oddity, record.where)
         kept.append(record)

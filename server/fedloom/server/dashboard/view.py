@@ -132,16 +132,20 @@ def _scores(records: Sequence[RoundRecord]) -> dict[str, Any]:
 
     A client scores the adapter that a round starts from, which is the one that the round before it has left.
     """
+    held_out: list[tuple[int, float | None, float | None]]
     held_out = [(each.round, each.accuracy, each.loss) for each in records if each.accuracy is not None]
     told = [(each.round - 1, each.federated) for each in records if each.federated is not None]
-    points = held_out or [(number, score["accuracy"], score["loss"]) for number, score in told]
+    points = held_out or [(number, score.get("accuracy"), score.get("loss")) for number, score in told]
     last = told[-1][1] if told else {}
     return {
         "scored_by": "held-out" if held_out else "clients" if told else None,
         "accuracy": _curve([(number, accuracy) for number, accuracy, _ in points]),
         "loss": _curve([(number, loss) for number, _, loss in points]),
         "standard_error": None if held_out else last.get("standard_error"),
+        "accuracy_margin": None if held_out else last.get("accuracy_margin"),
+        "loss_margin": None if held_out else last.get("loss_margin"),
         "personalised": last.get("personalised_accuracy"),
+        "personalised_margin": last.get("personalised_accuracy_margin"),
     }
 
 
