@@ -108,7 +108,7 @@ class Coordinator:
     def heartbeat(self) -> Standing:
         return Standing(0, True, 0)
 
-    def leave(self, reason: str) -> None:
+    def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
         pass
 
     def _maybe_die(self) -> None:

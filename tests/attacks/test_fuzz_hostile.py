@@ -121,7 +121,7 @@ class Script:
     def heartbeat(self) -> Standing:
         raise AssertionError("nobody is waited for here")
 
-    def leave(self, reason: str) -> None: ...
+    def leave(self, reason: str, score: tuple[float, ...] = ()) -> None: ...
 
 
 @dataclass

@@ -26,6 +26,7 @@ from fedloom.proto.gaussian import Integers
 from fedloom.proto.messages import UpdateHeader
 from fedloom.proto.run import FederatedEvaluationSection, Spec
 from fedloom.proto.schema import Role
+from fedloom.proto.scoring import largest_loss
 from tests.client.rounds import Everyone, assignment, start
 
 SHARE = 0.4
@@ -138,13 +139,53 @@ def test_a_private_round_releases_noised_sums_and_pays_for_them(
     tables = []
     for adapter in (values, after)[: 1 + personalised]:
         tiny_model.load(adapter)
-        tables.append(row_scores(tiny_model, encoded, 64, 10.0))
+        tables.append(row_scores(tiny_model, encoded, 64, largest_loss(spec)))
     assert np.allclose(trained.score, np.add(released(tables, None, System()), 9.0), atol=1e-4)
 
     (charge,) = ledger.charges()
     assert (charge.spend, charge.evaluation) == (Spend(0.3, 1.0, 3), Spend(1.0, 9.0, 1))
     assert ledger.epsilon(1e-5) == epsilon([Spend(0.3, 1.0, 3), Spend(1.0, 9.0, 1)], 1e-5)
     assert ledger.epsilon(1e-5) > epsilon([Spend(0.3, 1.0, 3)], 1e-5)
+
+
+def test_the_result_is_scored_once_with_noise_and_for_a_price(
+    tiny_model: AdapterModel, rows: Rows, spec: Spec, site: Policy, ledger: Ledger
+) -> None:
+    spec = evaluating(spec, noise_multiplier=9.0, personalised=True)
+    trainer = Trainer(tiny_model, rows, spec, site, ledger, entropy_for=lambda _: Ones())
+    result = {name: value + np.float32(0.01) for name, value in start(tiny_model).items()}
+
+    figures = trainer.score("run", spec.run.rounds, result)
+
+    encoded = encode(split(rows, SHARE)[1], tiny_model.tokenizer, 16)
+    tiny_model.load(result)
+    exact = released([row_scores(tiny_model, encoded, 64, largest_loss(spec))], None, System())
+    assert np.allclose(figures, np.add(exact, 9.0), atol=1e-4)
+    (charge,) = ledger.charges()
+    assert (charge.spends, charge.result) == ((Spend(1.0, 9.0, 1),), True)
+    assert charge.digest is not None, "what left is in the ledger"
+    assert ledger.statement(1e-5).rounds == 0, "nothing was trained"
+    assert trainer.score("run", spec.run.rounds, result) == (), "there is no second look"
+    assert trainer.score("run", spec.run.rounds + 1, result) == (), "no run has so many rounds"
+    assert len(ledger.charges()) == 1
+
+
+def test_a_result_that_cannot_be_paid_for_is_not_scored(
+    tiny_model: AdapterModel, rows: Rows, spec: Spec, site: Policy, ledger: Ledger
+) -> None:
+    poor = site.model_copy(update={"privacy": site.privacy.model_copy(update={"epsilon": 1e-3})})
+    trainer = Trainer(tiny_model, rows, evaluating(spec), poor, ledger)
+
+    assert trainer.score("run", 1, start(tiny_model)) == ()
+    assert not ledger.charges()
+
+
+def test_an_open_run_scores_its_result_as_it_is(tiny_model: AdapterModel, rows: Rows, spec: Spec, site: Policy) -> None:
+    trainer = Trainer(tiny_model, rows, evaluating(spec, private=False), site, None)
+
+    figures = trainer.score("run", 1, start(tiny_model))
+
+    assert figures[0] == pytest.approx(len(split(rows, SHARE)[1]) / 3**0.5)
 
 
 def test_the_noise_is_the_systems_own(

@@ -173,7 +173,7 @@ class World:
     def heartbeat(self) -> Standing:
         return Standing(0, True, 0)
 
-    def leave(self, reason: str) -> None:
+    def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
         self.move_on()
 
 

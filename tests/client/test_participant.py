@@ -53,6 +53,8 @@ class Script:
     closed: int = 0
     """Broadcasts that are refused because their round has closed."""
     leave_fails: bool = False
+    told: tuple[float, ...] = ()
+    """Figures on the result that came with the last goodbye."""
     calls: list[str] = field(default_factory=list)
     declared: list[int] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -89,9 +91,10 @@ class Script:
         self.calls.append("heartbeat")
         return Standing(0, True, 0)
 
-    def leave(self, reason: str) -> None:
+    def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
         self.calls.append("leave")
         self.reasons.append(reason)
+        self.told = score
         if self.leave_fails:
             raise Unavailable("gone")
 
@@ -162,21 +165,28 @@ def test_the_final_adapter_is_handed_over_before_the_client_leaves(
     digest = hashlib.sha256(script.payload).hexdigest()
     script.answers = [Finished(2, "fp32", digest, len(script.payload))]
 
-    def ended(tensors: Tensors, rounds: int) -> None:
+    def ended(tensors: Tensors, rounds: int) -> tuple[float, ...]:
         assert rounds == 2
         script.calls.append("ended")
         assert codec("fp32").encode(script.joined.schema, tensors) == script.payload
+        return 1.0, 2.0, 3.0
 
-    Participant(script, policy, giving(trainer)).run(ended=ended)
+    participant = Participant(script, policy, giving(trainer))
+    participant.ended = ended
+    participant.run()
 
     assert script.calls[-3:] == ["fetch", "ended", "leave"]
+    assert script.told == (1.0, 2.0, 3.0)
 
 
 def test_a_final_adapter_of_another_size_is_not_fetched(script: Script, policy: Policy, trainer: Trainer) -> None:
     script.answers = [FINISHED]
 
+    participant = Participant(script, policy, giving(trainer))
+    participant.ended = lambda *_: pytest.fail("there is none")
+
     with pytest.raises(ProtocolError, match="a final adapter of 0 bytes; fp32 under the schema needs"):
-        Participant(script, policy, giving(trainer)).run(ended=lambda *_: pytest.fail("there is none"))
+        participant.run()
 
     assert "fetch" not in script.calls
 

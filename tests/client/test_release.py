@@ -67,7 +67,7 @@ class Recorder:
         """Has no field."""
         return Standing(0, True, 0)
 
-    def leave(self, reason: str) -> None:
+    def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
         self.messages.append(("leave", reason))
 
 

@@ -68,7 +68,7 @@ class Line:
     def heartbeat(self) -> Standing:
         return Standing(0, True, 0)
 
-    def leave(self, reason: str) -> None:
+    def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
         self.reasons.append(reason)
 
 

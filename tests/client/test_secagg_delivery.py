@@ -42,7 +42,7 @@ class Line:
     def heartbeat(self) -> Standing:
         raise AssertionError
 
-    def leave(self, reason: str) -> None:
+    def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
         raise AssertionError
 
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:

@@ -246,7 +246,7 @@ class Line:
             raise self.standing
         return self.standing
 
-    def leave(self, reason: str) -> None: ...
+    def leave(self, reason: str, score: tuple[float, ...] = ()) -> None: ...
 
 
 def told(

@@ -302,7 +302,7 @@ def test_a_busy_coordinator_does_not_run_out_of_patience(monkeypatch: pytest.Mon
                 raise Overloaded("busy", 0.001)
             raise KeyboardInterrupt
 
-        def leave(self, reason: str) -> None:
+        def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
             pass
 
     policy = Policy.model_validate({"client": {"name": "ann"}, "data": {"source": "none"}})

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from fedloom.client.evaluation import released
 from fedloom.client.privacy.entropy import System
 from fedloom.proto.accounting import Spend, epsilon
 from fedloom.proto.errors import ConfigError, ProtocolError
-from fedloom.proto.messages import UpdateHeader
+from fedloom.proto.messages import Finished, UpdateHeader
 from fedloom.proto.run import RunConfig, SecureAggregationSection, UserLevelSection
 from fedloom.proto.scoring import largest_loss
 from fedloom.proto.spending import evaluations, run_spends
@@ -19,7 +20,10 @@ from fedloom.server.admission import check_config
 from fedloom.server.launch import build_strategy, calibrated
 from fedloom.server.rounds import RoundOpened, UpdateAccepted, event_from_json, event_to_json
 from fedloom.server.scores import Scores, federated_score
+from fedloom.server.store import Store
 from fedloom.server.submission import check_score
+from tests.server.conftest import Federation
+from tests.server.conftest import config as configure
 
 HEADER = UpdateHeader("ann", 0, "0" * 64, "fp32", 8, "1" * 64)
 
@@ -157,28 +161,60 @@ def test_scores_are_those_of_the_round_that_was_opened_last() -> None:
     assert scores.of(config) == federated_score(config, [three])
 
 
+def test_the_result_is_scored_by_those_who_leave_and_outlasts_a_restart(tmp_path: Path) -> None:
+    run = configure(1, privacy={"enabled": False}, federated_evaluation={"enabled": True}, model={"labels": ["a", "b"]})
+    score = released([np.array([[1.0, 0.25]] * 4)], None, System())
+    with Store(tmp_path / "state") as store:
+        federation = Federation(store, run)
+        federation.begin("ann", "ben")
+        with pytest.raises(ProtocolError, match="3 figures on a result; 0 finite ones"):
+            federation.coordinator.leave("ann", "", *federation.runs["ann"], score)
+        for client in ("ann", "ben"):
+            federation.send(*federation.update(client))
+        finished = federation.work("ann")
+        assert isinstance(finished, Finished)
+        federation.coordinator.blob("ann", finished.digest, *federation.runs["ann"])
+        assert not federation.coordinator.over, "who has fetched the result has yet to score it"
+        for wrong in ((1.0, 2.0), (1.0, math.nan, 0.0)):
+            with pytest.raises(ProtocolError, match="3 finite ones are allowed"):
+                federation.coordinator.leave("ann", "", *federation.runs["ann"], wrong)
+        federation.coordinator.leave("ann", "", *federation.runs["ann"], score)
+        federation.coordinator.leave("ann", "", *federation.runs["ann"], (9.0, 9.0, 9.0))
+        told = federation.coordinator.told
+        assert told == federated_score(run, [score]), "the first one counts"
+        assert told is not None
+        assert told["accuracy"] == pytest.approx(1.0)
+    with Store(tmp_path / "state") as store:
+        again = Federation(store, run)
+        assert again.coordinator.told == told
+        again.join("ben")
+        again.work("ben")
+        again.coordinator.leave("ben", "", *again.runs["ben"], score)
+        assert again.coordinator.told == federated_score(run, [score, score])
+
+
 def test_the_runs_noise_pays_for_its_evaluations() -> None:
     open_noise = run_of().model_copy(update={"privacy": run_of().privacy.model_copy(update={"noise_multiplier": None})})
     config = calibrated(open_noise)
     noise = config.privacy.noise_multiplier
     assert noise is not None
-    whole = [Spend(0.05, noise, 50), Spend(1.0, 10.0, 10)]
+    whole = [Spend(0.05, noise, 50), Spend(1.0, 10.0, 11)]  # each round's and the result's
     assert epsilon(run_spends(config, 10), 1e-5) == epsilon(whole, 1e-5) <= 6.0
-    assert epsilon([Spend(0.05, noise - 0.001, 50), Spend(1.0, 10.0, 10)], 1e-5) > 6.0
+    assert epsilon([Spend(0.05, noise - 0.001, 50), Spend(1.0, 10.0, 11)], 1e-5) > 6.0
     off = open_noise.model_copy(update={"federated_evaluation": type(config.federated_evaluation)()})
     without = calibrated(off).privacy.noise_multiplier
     assert without is not None
     assert without < noise
     dear = open_noise.federated_evaluation.model_copy(update={"noise_multiplier": 1.0})
-    with pytest.raises(ConfigError, match=r"10 evaluations alone cost epsilon .* of privacy.epsilon = 6; raise"):
+    with pytest.raises(ConfigError, match=r"11 evaluations alone cost epsilon .* of privacy.epsilon = 6; raise"):
         calibrated(open_noise.model_copy(update={"federated_evaluation": dear}))
 
 
-@pytest.mark.parametrize(("every", "joined", "count"), [(1, 10, 10), (3, 10, 4), (3, 2, 2), (20, 10, 1), (3, 0, 0)])
+@pytest.mark.parametrize(("every", "joined", "count"), [(1, 10, 11), (3, 10, 5), (3, 2, 3), (20, 10, 2), (3, 0, 1)])
 def test_evaluations_are_counted_from_above(every: int, joined: int, count: int) -> None:
     config = run_of(every=every)
     assert evaluations(config, joined) == count
-    assert sum(config.federated_evaluation.due(each) for each in range(10)) >= count
+    assert sum(config.federated_evaluation.due(each) for each in range(10)) + 1 >= count, "and once at the end"
     assert len(run_spends(config, joined)) == joined + count
 
 

@@ -83,12 +83,17 @@ def client(
         rest = pace(rounds)
         participant.delivered = lambda number: tell(f"round {number}/{rounds} sent{rest(number)}")
         runs.append(joined.run)
+        participant.ended = ended if adapter is not None or joined.spec.federated_evaluation.enabled else None
         owing = kept(spool, joined.run, name) is not None
         made.append(prepare(site, joined.spec, own, announce=tell, run=joined.run, owing=owing))
         return made[-1]
 
-    def save(tensors: "Tensors", rounds: int) -> None:
-        assert adapter is not None  # otherwise nobody asks
+    def ended(tensors: "Tensors", rounds: int) -> tuple[float, ...]:
+        if adapter is not None:
+            save(adapter, tensors, rounds)
+        return made[-1].score(runs[-1], rounds, tensors)
+
+    def save(adapter: Path, tensors: "Tensors", rounds: int) -> None:
         trainer, own = made[-1], made[-1].personal(runs[-1])
         save_final(trainer.model, trainer.spec, {**tensors, **own}, adapter, rounds)
         with_own = f" with this site's own {', '.join(sorted(trainer.schema.roles_of(own)))}" if own else ""
@@ -97,7 +102,7 @@ def client(
     participant = Participant(connection, site, ready, spool=spool, pace=grid)
     out.print(f"{participant.name}: joining {server}")
     with closing(connection), renewing(server, folder) if folder else nullcontext():
-        finished = participant.run(ended=save if adapter is not None else None)
+        finished = participant.run()
     out.print(f"{participant.name}: run over after {finished.rounds} rounds; trained {participant.rounds_trained}")
 
 

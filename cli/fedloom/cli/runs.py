@@ -79,7 +79,7 @@ def show(state: State, json_only: Json = False) -> None:
     if json_only:
         last = [asdict(record) for record in snapshot.audit[-_LAST:]]
         counted = {"opened": snapshot.epoch, "events": dict(counts), "audit": dict(noted), "last_audit": last}
-        number, score = _told(state)
+        number, score = _told(state, snapshot)
         scored = {"federated": score, "federated_after": number}
         print_json({"state": str(state), **_standing(snapshot), **scored, **counted})
         return
@@ -93,7 +93,7 @@ def show(state: State, json_only: Json = False) -> None:
             f"{len(rounds.pending)}, {len(rounds.lost)} lost"
         )
     lines += _took_part(snapshot)
-    number, score = _told(state)
+    number, score = _told(state, snapshot)
     if score:
         lines.append(f"by the clients, after {number} rounds: {told(score)}")
     lines.append("events: " + (", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"))
@@ -215,10 +215,16 @@ def _length(state: Path) -> int | None:
     return None
 
 
-def _told(state: Path) -> "tuple[int | None, dict[str, float | None] | None]":
+def _told(state: Path, snapshot: "Snapshot") -> "tuple[int | None, dict[str, float | None] | None]":
     """After how many rounds the clients scored the adapter last, and what they said; None where they said nothing."""
+    from fedloom.proto.run import load_run
     from fedloom.server.records import read_metrics
+    from fedloom.server.scores import federated_score
 
+    if scores := snapshot.rounds.scored:
+        with suppress(ConfigError):
+            spec = load_run(state.absolute().parent / "run.toml").spec
+            return snapshot.rounds.round, federated_score(spec, scores.values())
     with suppress(OSError):
         for record in reversed(read_metrics(state.absolute().parent)):
             if record.federated:

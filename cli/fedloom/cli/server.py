@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fedloom.cli.certs import SERVER_CERTS
-from fedloom.cli.console import INSECURE, Json, out, pace, print_json
+from fedloom.cli.console import INSECURE, Json, out, pace, print_json, told
 from fedloom.cli.logs import LogFormat, LogLevel, write_logs
 from fedloom.cli.observing import Dashboard, DashboardTls, HeldOut, ReportTo, Stay, reports, scored, showing
 from fedloom.proto.durable import write_durably
@@ -139,6 +139,8 @@ def server(
             if not coordinator.finished:
                 out.print("stopped; start again with the same state directory to go on")
                 return
+            if coordinator.told is not None:
+                out.print(f"the result, by the clients on their rows: {told(coordinator.told)}")
             try:
                 saved = _save(coordinator, store, folder.parent / "adapter")
                 out.print(f"run over; adapter in {saved}")

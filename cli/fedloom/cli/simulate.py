@@ -125,11 +125,10 @@ def _range(epsilons: Collection[float]) -> str:
 def _summary(config: RunConfig, result: "Result") -> None:
     """The closing table and where everything is."""
     table = Table("", "start", "end", box=None, pad_edge=False)
+    if result.told is not None:
+        table.add_row("by the clients, on their rows", "", Text(told(result.told), "bold"))
     table.add_row("held-out accuracy", f"{result.start.accuracy:.1%}", Text(f"{result.final.accuracy:.1%}", "bold"))
     table.add_row("held-out loss", f"{result.start.loss:.3f}", f"{result.final.loss:.3f}")
-    if last := next((each for each in reversed(result.records) if each.federated), None):
-        # A round scores the adapter that it starts from.
-        table.add_row(f"by the clients, after {last.round - 1} rounds", "", told(last.federated or {}))
     up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
     table.add_row("sent by all clients", "", f"{megabytes(up)} up, {megabytes(down)} down")
     table.add_row("time", "", f"{result.records[-1].seconds:.0f} s")

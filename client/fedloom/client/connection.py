@@ -75,8 +75,8 @@ class Connection(Protocol):
     def heartbeat(self) -> Standing:
         """Say that this client is alive, and learn how the run stands."""
 
-    def leave(self, reason: str) -> None:
-        """Say that this client is not to be waited for."""
+    def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
+        """Say that this client is not to be waited for, and at the end what its held-out rows say of the result."""
 
 
 @dataclass
@@ -245,9 +245,11 @@ class GrpcConnection:
             # It has looked at who asks, and says that a client of that name should join first.
 
     @failpoint("line.leave")
-    def leave(self, reason: str) -> None:
-        """Say goodbye with one line of reason."""
-        request = pb.LeaveRequest(run=self._run, epoch=self._epoch, client=self._client, reason=reason[:500])
+    def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
+        """Say goodbye with one line of reason, and at the end with a score of the result."""
+        request = pb.LeaveRequest(
+            run=self._run, epoch=self._epoch, client=self._client, reason=reason[:500], score=score
+        )
         self._call(self._stub.Leave, request, _CALL_S)
 
     def close(self) -> None:

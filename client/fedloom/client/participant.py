@@ -84,6 +84,8 @@ class Participant:
         self.rounds_trained = 0
         self.delivered: Callable[[int], None] = lambda number: None
         """Called with the number of a round, from 1, once the coordinator has this client's update for it."""
+        self.ended: Callable[[Tensors, int], tuple[float, ...]] | None = None
+        """Gets the result of the run and how many rounds made it; figures that it returns are released."""
         self._prepare = prepare
         self._trainer: Training | None = None
         self._joined: Joined | None = None
@@ -156,12 +158,11 @@ class Participant:
             self._deliver()
         return None
 
-    def run(self, *, patience_s: float = 300.0, ended: Callable[[Tensors, int], None] | None = None) -> Finished:
+    def run(self, *, patience_s: float = 300.0) -> Finished:
         """Join and work until the run is over, through coordinator restarts and network loss.
 
         Args:
             patience_s: Give up when the coordinator cannot be reached for so long.
-            ended: Gets the final adapter and its rounds, before the coordinator is told that this client leaves.
 
         Raises:
             Unavailable: Patience ran out.
@@ -184,9 +185,7 @@ class Participant:
                     finished = self.step()
                     last_contact, attempt = time.monotonic(), 0
                     if finished is not None:
-                        if ended is not None:
-                            ended(self._final(finished), finished.rounds)
-                        self._leave("run over")
+                        self.conclude(finished)
                         return finished
                 except Overloaded as error:
                     # It answers, so patience does not run out. All who hear this were told different times.
@@ -201,13 +200,18 @@ class Participant:
                     log.warning("%s; trying again in %.1f s", error, pause)
                     time.sleep(pause)
 
-    def _final(self, finished: Finished) -> Tensors:
-        """Fetch the adapter that the run ends with."""
-        joined = self._joined
+    def conclude(self, finished: Finished) -> None:
+        """Leave a run that is over, with the figures on its result that `ended` returns."""
+        joined, score = self._joined, tuple[float, ...]()
         assert joined is not None  # there is an answer
-        schema = final_schema(self.policy, joined.schema, finished)
-        decode = reader(finished.codec, schema, finished.bytes, "a final adapter")
-        return decode(self._insist(lambda: self.connection.fetch(finished.digest, finished.bytes)))
+        if self.ended is not None:
+            schema = final_schema(self.policy, joined.schema, finished)
+            decode = reader(finished.codec, schema, finished.bytes, "a final adapter")
+            result = decode(self._insist(lambda: self.connection.fetch(finished.digest, finished.bytes)))
+            self._busy.set()
+            with self._pace(joined).training():
+                score = self.ended(result, finished.rounds)
+        self._leave("run over", score)
 
     def _closed_s(self) -> float:
         return until_open_s(self.policy.compute.hours, dt.datetime.now())
@@ -379,10 +383,10 @@ class Participant:
             self.join()
             return call()
 
-    def _leave(self, reason: str) -> None:
+    def _leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
         """Say so. A line that fails now must not hide why the client leaves; the lease runs out on its own."""
         with suppress(Unavailable, ProtocolError, IdentityError):
-            self.connection.leave(reason)
+            self.connection.leave(reason, score)
 
     def _pace(self, joined: Joined) -> Pace:
         return self.pace if joined.spec.privacy.enabled else AT_ONCE

@@ -1,6 +1,7 @@
 """Local training of one round: Poisson-sampled steps on the adapter, private or not."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,8 @@ from fedloom.proto.scoring import largest_loss
 from fedloom.proto.spending import evaluation_spend, training_spend
 
 __all__ = ["EntropyFor", "Score", "Trainer", "batch_loss", "evaluate"]
+
+log = logging.getLogger(__name__)
 
 EntropyFor = Callable[[int], Entropy]
 """Gives the randomness of one round (counted from 0)."""
@@ -181,6 +184,29 @@ class Trainer:
         score = released(scores, noise, entropy) if evaluating else ()
         after = self.model.read(schema)
         return Trained({name: after[name] - broadcast[name] for name in after}, charge, score)
+
+    def score(self, run: str, rounds: int, result: Tensors) -> tuple[float, ...]:
+        """What the rows held out here say of the model that a run ended with, charged before and with noise if private.
+
+        Returns:
+            See `evaluation.released`; empty where the run asks for none, or it cannot be or was charged.
+        """
+        section, charge = self.spec.federated_evaluation, None
+        if not section.enabled or not 0 < rounds <= self.spec.run.rounds:
+            return ()
+        try:
+            check_broadcast(self.policy, self.schema, result)
+            if self.ledger is not None and self.spec.privacy.enabled:
+                mine, spend = self.policy.privacy, evaluation_spend(self.spec)
+                charge = self.ledger.reserve_result(run, rounds, spend, budget=mine.epsilon, delta=mine.delta)
+        except PolicyError as error:
+            log.warning("the result is not scored here: %s", error)
+            return ()
+        self.model.show({**result, **self.personal(run)})
+        noise = section.noise_multiplier if self.spec.privacy.enabled else None
+        figures = released([self._row_scores()], noise, self._entropy_for(rounds))
+        self.release(charge, hashlib.sha256(np.array(figures).tobytes()).hexdigest())
+        return figures
 
     def personal(self, run: str) -> dict[str, Array]:
         """What was trained and kept here in this run, float32, by the schema's names; empty if nothing was.

@@ -81,8 +81,8 @@ class _Relay:
         round = self._work[0].round if self._work else 0
         return Standing(round, True, round)
 
-    def leave(self, reason: str) -> None:
-        """The reply says it."""
+    def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
+        """The reply says it; results are not scored in this engine."""
 
 
 class Resident:

@@ -265,7 +265,7 @@ class FederatedEvaluationSection(Section):
     enabled: bool = False
     """True asks for it; a client whose policy has no data.held_out refuses the run."""
     every: int = Field(default=1, ge=1, le=MAX_ROUNDS)
-    """Evaluate in the first round and every so many rounds after it, before training: the adapter as broadcast."""
+    """Evaluate in the first round and every so many rounds after it, before training, and the result at the end."""
     personalised: bool = False
     """Evaluate after training too: the adapter as this client's own steps leave it."""
     noise_multiplier: float = Field(default=10.0, ge=0.01, le=1000)

@@ -45,9 +45,9 @@ def evaluation_spend(spec: Spec) -> Spend:
 
 
 def evaluations(spec: Spec, rounds: int) -> int:
-    """In how many of so many rounds a client evaluates at most, whichever rounds they are."""
+    """How often a client evaluates at most in so many rounds, whichever they are, and once at the run's end."""
     section = spec.federated_evaluation
-    return min(rounds, math.ceil(spec.run.rounds / section.every)) if section.enabled else 0
+    return min(rounds, math.ceil(spec.run.rounds / section.every)) + 1 if section.enabled else 0
 
 
 def run_spends(spec: Spec, rounds: int) -> tuple[Spend, ...]:

@@ -15,8 +15,8 @@ from fedloom.proto.spending import faint
 from fedloom.server.admission import admitted, check_join, check_room, check_work
 from fedloom.server.course import Course
 from fedloom.server.members import Member
-from fedloom.server.rounds import UpdateAccepted
-from fedloom.server.submission import check_payload, decoded
+from fedloom.server.rounds import ResultScored, UpdateAccepted
+from fedloom.server.submission import check_payload, check_result_score, decoded
 from fedloom.server.waiting import refusal
 
 __all__ = ["Coordinator"]
@@ -98,7 +98,8 @@ class Coordinator(Course):
             if not 0 <= offset <= len(payload):
                 raise ProtocolError(f"offset {offset} lies beyond the payload of {len(payload)} bytes; start from 0")
             self._traffic.down(self._rounds.round, client, len(payload) - offset)
-            member.served = member.served or self.finished
+            # Where the result is scored, a client has more to say once it has fetched it.
+            member.served = member.served or (self.finished and not self.config.federated_evaluation.enabled)
             return payload
 
     def check_header(self, header: UpdateHeader, run: str, epoch: int) -> int | None:
@@ -203,14 +204,25 @@ class Coordinator(Course):
             self._admit(client, run, epoch)
             return self._history.standing
 
-    def leave(self, client: str, reason: str, run: str, epoch: int) -> None:
+    def leave(self, client: str, reason: str, run: str, epoch: int, score: tuple[float, ...] = ()) -> None:
         """Do not wait for this client. It may come back by asking for work.
 
+        Args:
+            client: Who leaves.
+            reason: Why, for the log.
+            run: The run it joined.
+            epoch: The epoch it joined in.
+            score: At the end, what its evaluation of the result released. Its first one counts.
+
         Raises:
-            ProtocolError: The run, the epoch or the client is not known here.
+            ProtocolError: The run, the epoch or the client is not known here, or nobody asked for such a score.
         """
         with self._changing():
             self._admit(client, run, epoch)
+            if score:
+                check_result_score(client, score, self.config.spec, self.finished)
+                if client not in self._rounds.scored:
+                    self._history.record(ResultScored(self._rounds.round, client, score))
             self._members.leaves(client)
             _log.info("client %r leaves: %.200r", client, reason)
             if reason == REFUSED:

@@ -16,6 +16,7 @@ from fedloom.server.history import History
 from fedloom.server.members import Members
 from fedloom.server.progress import Progress, warn_if_short
 from fedloom.server.rounds import ClientLost, LostReason, RoundClosed, Rounds, RunEnded
+from fedloom.server.scores import federated_score
 from fedloom.server.secure import Secure
 from fedloom.server.storage import Storage
 from fedloom.server.waiting import Patience, waiting
@@ -111,6 +112,11 @@ class Course:
             StrategyError: The strategy gives none that fits.
         """
         return self._history.result(self.state if state is None else state)
+
+    @property
+    def told(self) -> dict[str, float | None] | None:
+        """What the clients' evaluations say of the run's result so far, see `federated_score`."""
+        return federated_score(self.config, self._rounds.scored.values())
 
     @property
     def fault(self) -> StrategyError | None:

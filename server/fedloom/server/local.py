@@ -41,6 +41,6 @@ class LocalConnection:
         """Say that this client is alive, and learn how the run stands."""
         return self._coordinator.heartbeat(self._client, self._run, self._epoch)
 
-    def leave(self, reason: str) -> None:
-        """Say that this client is not to be waited for."""
-        self._coordinator.leave(self._client, reason, self._run, self._epoch)
+    def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
+        """Say that this client is not to be waited for, and at the end what its held-out rows say of the result."""
+        self._coordinator.leave(self._client, reason, self._run, self._epoch, score)

@@ -17,7 +17,7 @@ one, and a ClientAsked for each that asks for work. An update then counts in the
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -31,6 +31,7 @@ __all__ = [
     "ClientLost",
     "Event",
     "LostReason",
+    "ResultScored",
     "RoundClosed",
     "RoundOpened",
     "Rounds",
@@ -145,6 +146,16 @@ class RunEnded:
     """It has waited too long for clients, or an operator said so."""
 
 
+@dataclass(frozen=True)
+class ResultScored:
+    """A client's evaluation of the model that the run ended with; nothing is decided by it."""
+
+    round: int
+    """How many rounds are committed."""
+    client: str
+    score: tuple[float, ...]
+
+
 Event = (
     RunCreated
     | RoundOpened
@@ -155,6 +166,7 @@ Event = (
     | RoundClosed
     | AdapterCommitted
     | RunEnded
+    | ResultScored
 )
 
 _EVENTS: dict[str, Any] = {each.__name__: each for each in get_args(Event)}
@@ -183,6 +195,8 @@ class Rounds:
     """Digest of the mean of all `updates`, where only that is known."""
     folding: tuple[str, ...] = ()
     """Clients whose updates are folded, in order, once the round is closed."""
+    scored: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    """What clients have released of the model that the run ended with."""
 
     @cached_property
     def pending(self) -> frozenset[str]:
@@ -228,24 +242,7 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
             _expect(rounds.phase == "new", rounds, event)
             return replace(rounds, phase="idle", created=event, state=event.state)
         case RoundOpened():
-            again, buffered = rounds.phase == "open", event.max_staleness is not None
-            _expect(rounds.phase == "idle" or (again and rounds.updates.keys() <= set(event.cohort)), rounds, event)
-            _expect((event.round, event.state) == (rounds.round, rounds.state), rounds, event)
-            _expect(event.attempt == (rounds.attempt + 1 if again else 0), rounds, event)
-            _expect(not buffered or (not again and rounds.starts.keys() >= set(event.cohort)), rounds, event)
-            kept = set(event.cohort) if buffered else rounds.rejected
-            lost = {client: reason for client, reason in rounds.lost.items() if client in kept}
-            return replace(
-                rounds,
-                phase="open",
-                attempt=event.attempt,
-                cohort=frozenset(event.cohort),
-                deadline_s=event.deadline_s,
-                wanted=event.wanted,
-                max_staleness=event.max_staleness,
-                starts=MappingProxyType({client: rounds.starts[client] for client in event.cohort} if buffered else {}),
-                lost=MappingProxyType(lost),
-            )
+            return _opened(rounds, event)
         case ClientAsked(client=client):
             _expect(rounds.phase == "open" and event.round == rounds.round, rounds, event)
             _expect(rounds.max_staleness is not None and client not in rounds.updates, rounds, event)
@@ -254,19 +251,18 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
                 rounds,
                 cohort=rounds.cohort | {client},
                 starts=MappingProxyType({**rounds.starts, client: event.round}),
-                lost=MappingProxyType({other: reason for other, reason in rounds.lost.items() if other != client}),
+                lost=_without(rounds.lost, {client}),
             )
         case UpdateAccepted(client=client):
             _expect(rounds.takes_from(client) and event.round == rounds.started(client), rounds, event)
-            lost = {other: reason for other, reason in rounds.lost.items() if other != client}
             updates = {**rounds.updates, client: event}
-            return replace(rounds, updates=MappingProxyType(updates), lost=MappingProxyType(lost))
+            return replace(rounds, updates=MappingProxyType(updates), lost=_without(rounds.lost, {client}))
         case SumAccepted(clients=clients, digest=digest):
             fits = rounds.phase == "open" and event.round == rounds.round and not rounds.updates
             _expect(fits and len(clients) > 0 and rounds.cohort.issuperset(clients), rounds, event)
             updates = {client: UpdateAccepted(rounds.round, client, digest, 1.0) for client in clients}
-            lost = {other: reason for other, reason in rounds.lost.items() if other not in updates}
-            return replace(rounds, updates=MappingProxyType(updates), lost=MappingProxyType(lost), sum=digest)
+            lost = _without(rounds.lost, updates)
+            return replace(rounds, updates=MappingProxyType(updates), lost=lost, sum=digest)
         case ClientLost(client=client):
             _expect(rounds.phase == "open" and event.round == rounds.round, rounds, event)
             _expect(client in rounds.cohort and client not in rounds.updates, rounds, event)
@@ -275,20 +271,57 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
             _expect(rounds.phase == "open" and event.round == rounds.round, rounds, event)
             _expect(len(event.clients) > 0 and event.clients == tuple(sorted(rounds.updates)), rounds, event)
             return replace(rounds, phase="closed", folding=event.clients)
-        case RunEnded():
-            _expect(rounds.phase in ("idle", "open") and event.round == rounds.round > 0, rounds, event)
-            return Rounds(phase="over", created=rounds.created, round=rounds.round, state=rounds.state)
+        case RunEnded() | ResultScored():
+            return _ended(rounds, event)
         case AdapterCommitted():
             _expect(rounds.phase == "closed" and event.round == rounds.round, rounds, event)
-            left = rounds.cohort - rounds.updates.keys() - rounds.rejected if rounds.starts else frozenset()
-            return Rounds(
-                phase="idle",
-                created=rounds.created,
-                round=rounds.round + 1,
-                state=event.state,
-                starts=MappingProxyType({client: rounds.starts[client] for client in left}),
-                lost=MappingProxyType({client: reason for client, reason in rounds.lost.items() if client in left}),
-            )
+            return _next(rounds, event)
+
+
+def _without(lost: Mapping[str, LostReason], clients: Collection[str]) -> Mapping[str, LostReason]:
+    return MappingProxyType({client: reason for client, reason in lost.items() if client not in clients})
+
+
+def _opened(rounds: Rounds, event: RoundOpened) -> Rounds:
+    again, buffered = rounds.phase == "open", event.max_staleness is not None
+    _expect(rounds.phase == "idle" or (again and rounds.updates.keys() <= set(event.cohort)), rounds, event)
+    _expect((event.round, event.state) == (rounds.round, rounds.state), rounds, event)
+    _expect(event.attempt == (rounds.attempt + 1 if again else 0), rounds, event)
+    _expect(not buffered or (not again and rounds.starts.keys() >= set(event.cohort)), rounds, event)
+    kept = set(event.cohort) if buffered else rounds.rejected
+    lost = {client: reason for client, reason in rounds.lost.items() if client in kept}
+    return replace(
+        rounds,
+        phase="open",
+        attempt=event.attempt,
+        cohort=frozenset(event.cohort),
+        deadline_s=event.deadline_s,
+        wanted=event.wanted,
+        max_staleness=event.max_staleness,
+        starts=MappingProxyType({client: rounds.starts[client] for client in event.cohort} if buffered else {}),
+        lost=MappingProxyType(lost),
+    )
+
+
+def _ended(rounds: Rounds, event: RunEnded | ResultScored) -> Rounds:
+    phases = ("idle", "open") if isinstance(event, RunEnded) else ("idle", "over")
+    _expect(rounds.phase in phases and event.round == rounds.round > 0, rounds, event)
+    if isinstance(event, RunEnded):
+        return Rounds(phase="over", created=rounds.created, round=rounds.round, state=rounds.state)
+    _expect(event.client not in rounds.scored, rounds, event)
+    return replace(rounds, scored=MappingProxyType({**rounds.scored, event.client: event.score}))
+
+
+def _next(rounds: Rounds, event: AdapterCommitted) -> Rounds:
+    left = rounds.cohort - rounds.updates.keys() - rounds.rejected if rounds.starts else frozenset()
+    return Rounds(
+        phase="idle",
+        created=rounds.created,
+        round=rounds.round + 1,
+        state=event.state,
+        starts=MappingProxyType({client: rounds.starts[client] for client in left}),
+        lost=MappingProxyType({client: reason for client, reason in rounds.lost.items() if client in left}),
+    )
 
 
 def event_to_json(event: Event) -> str:

@@ -42,8 +42,8 @@ def federated_score(spec: Spec, scores: Collection[tuple[float, ...]]) -> dict[s
 
     Args:
         spec: The run.
-        scores: What the clients have released, each `federated_evaluation.figures` numbers: see
-            `fedloom.client.evaluation`.
+        scores: What the clients have released, each `federated_evaluation.figures` numbers, or three for the model
+            that a run ended with: see `fedloom.client.evaluation`.
 
     Returns:
         accuracy in [0, 1] and loss in nats, each with a NAME_margin, half the width of its 95 % interval by the noise
@@ -52,12 +52,12 @@ def federated_score(spec: Spec, scores: Collection[tuple[float, ...]]) -> dict[s
         than half of what is possible is None, and so is its margin. None alone where nothing was released, or the
         noise is as large as what it covers.
     """
-    section = spec.federated_evaluation
     if not scores:
         return None
-    scale = math.sqrt(section.figures)
-    sums = scale * np.array(list(scores), np.float64).sum(0)
-    noise = scale * section.noise_multiplier * math.sqrt(len(scores)) if spec.privacy.enabled else 0.0
+    given = np.array(list(scores), np.float64)
+    scale = math.sqrt(given.shape[1])
+    sums = scale * given.sum(0)
+    noise = scale * spec.federated_evaluation.noise_multiplier * math.sqrt(len(scores)) if spec.privacy.enabled else 0.0
     rows = float(sums[0])
     if rows < max(1.0, _LEAST_SIGNAL * noise):
         return None

@@ -232,6 +232,8 @@ def _run(
 async def _until_over(coordinator: Coordinator, servicer: Servicer, stopped: asyncio.Event, linger_s: float) -> None:
     """Tick until the run is over and its clients are served, or somebody says stop."""
     rounds, loop = coordinator.config.rounds, asyncio.get_running_loop()
+    if coordinator.config.federated_evaluation.enabled:
+        linger_s = max(linger_s, rounds.deadline_s)  # clients score the result before they leave
     pause_s = min(0.5, rounds.lease_s / 4, rounds.deadline_s / 4)
     stop = asyncio.ensure_future(stopped.wait())
     finished_s: float | None = None

@@ -236,7 +236,7 @@ class Servicer(pb_grpc.FederationServicer):
     @failpoint("rpc.leave")
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveReply:
         """See federation.proto."""
-        asked = request.client, request.reason, request.run, request.epoch
+        asked = request.client, request.reason, request.run, request.epoch, tuple(request.score)
         with self._clients.call(request.client):
             await self._calls.run(partial(self._coordinator.leave, *asked))
         return pb.LeaveReply()

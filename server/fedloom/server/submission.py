@@ -19,7 +19,15 @@ from fedloom.server.broadcast import Order
 from fedloom.server.rounds import Rounds, UpdateAccepted
 from fedloom.strategies.api import State, Strategy, Update
 
-__all__ = ["check_address", "check_payload", "check_score", "decoded", "expected_bytes", "is_repeat"]
+__all__ = [
+    "check_address",
+    "check_payload",
+    "check_result_score",
+    "check_score",
+    "decoded",
+    "expected_bytes",
+    "is_repeat",
+]
 
 
 def is_repeat(header: UpdateHeader, accepted: UpdateAccepted | None) -> bool:
@@ -72,6 +80,19 @@ def check_score(header: UpdateHeader, spec: Spec) -> None:
         raise ProtocolError(
             f"client {header.client!r} sends {len(header.score)} figures of an evaluation for round "
             f"{header.round + 1}; {wanted} or none are allowed"
+        )
+
+
+def check_result_score(client: str, score: tuple[float, ...], spec: Spec, finished: bool) -> None:
+    """Refuse figures on a run's result that nobody has asked for.
+
+    Raises:
+        ProtocolError: The run is not over or has no evaluations, or there are more or fewer than one gives.
+    """
+    wanted = 3 if finished and spec.federated_evaluation.enabled else 0
+    if len(score) != wanted or not all(map(math.isfinite, score)):
+        raise ProtocolError(
+            f"client {client!r} sends {len(score)} figures on a result; {wanted} finite ones are allowed"
         )
 
 

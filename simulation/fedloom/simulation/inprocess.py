@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 
 from fedloom.client.data.rows import digest
 from fedloom.client.participant import Participant
@@ -37,11 +36,7 @@ def run_inprocess(
     """
     with ExitStack() as ledgers:
         participants = [
-            Participant(
-                LocalConnection(coordinator),
-                federation.policies[name],
-                partial(_trainer, federation, name, ledgers, (entropy or {}).get(name)),
-            )
+            _participant(federation, coordinator, name, ledgers, (entropy or {}).get(name))
             for name in federation.clients
         ]
         for participant in participants:
@@ -50,11 +45,27 @@ def run_inprocess(
         working = list(participants)
         while working:
             for participant in list(working):
-                if participant.step() is not None:
+                if (finished := participant.step()) is not None:
+                    participant.conclude(finished)
                     working.remove(participant)
                 check_alive(federation, coordinator)
                 yield
     coordinator.close()
+
+
+def _participant(
+    federation: Federation, coordinator: Coordinator, name: str, ledgers: ExitStack, entropy_for: EntropyFor | None
+) -> Participant:
+    """One client, who scores the result where the run asks for it."""
+
+    def ready(joined: Joined) -> Trainer:
+        trainer = _trainer(federation, name, ledgers, entropy_for, joined)
+        if joined.spec.federated_evaluation.enabled:
+            participant.ended = lambda result, rounds: trainer.score(joined.run, rounds, result)
+        return trainer
+
+    participant = Participant(LocalConnection(coordinator), federation.policies[name], ready)
+    return participant
 
 
 def _trainer(

@@ -68,6 +68,8 @@ class Result:
     """Epsilon of a whole client, by the coordinator's noise; None without user-level privacy."""
     agreement: float
     """Share of held-out rows on which the adapter reloaded through PEFT predicts what the run's model predicts."""
+    told: dict[str, float | None] | None = None
+    """What the clients' evaluations say of the adapter; None without federated evaluation, or where noise hides it."""
 
     @property
     def epsilon(self) -> dict[str, float]:
@@ -85,6 +87,8 @@ class _Tape:
     events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     """The log as it grows, from where it was read last."""
     seen: Attendance = field(default_factory=Attendance)
+    told: dict[str, float | None] | None = None
+    """What the clients say of the result."""
 
     def append(self, events: Sequence[Event], _seconds: float) -> None:
         """More events are durable."""
@@ -166,6 +170,7 @@ def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[R
         _drain(federation, coordinator, tape, watcher, began)
         if not coordinator.finished:
             raise FedloomError(f"the run stopped after {coordinator.progress.round} of {config.run.rounds} rounds")
+        tape.told = coordinator.told
         run, rounds, result = coordinator.progress.run, coordinator.state.round, coordinator.result()
     return _finish(federation, folder, tape, start, run, rounds, result)
 
@@ -237,7 +242,8 @@ def _finish(
     reloaded = load_exported(base, folder / "adapter", len(section.labels), section.task, section.image_size)
     agreement = float(np.mean(ours == predict(reloaded, federation.held_out, pad)))
     plot(folder, f"{folder.name}: {config.strategy.name}, {len(federation.clients)} clients", tape.records)
-    result = Result(folder, tape.records, start, final, spent, user["epsilon"] if user else None, agreement)
+    user_epsilon = user["epsilon"] if user else None
+    result = Result(folder, tape.records, start, final, spent, user_epsilon, agreement, tape.told)
     write_json(
         folder / "summary.json",
         {
@@ -247,7 +253,7 @@ def _finish(
             "loss": final.loss,
             "held_out_examples": final.examples,
             **classes_document(final.confusion, config.model.labels),
-            "federated": next((each.federated for each in reversed(tape.records) if each.federated), None),
+            "federated": tape.told,
             "epsilon": result.epsilon,
             "privacy": {name: stated.document() for name, stated in spent.items()},
             "user_epsilon": result.user_epsilon,

@@ -81,6 +81,8 @@ class Charge:
     """The round's evaluation of held-out rows, if it has one."""
     dropped: str | None = None
     """Why nothing leaves for it: `FAILED` or `OVER`. None too for a charge whose process ended before it could say."""
+    result: bool = False
+    """It is for scoring the model that the run ended with after `round` rounds, which cost `spend`; none is trained."""
 
     @property
     def spends(self) -> tuple[Spend, ...]:
@@ -152,16 +154,19 @@ def note(charges: dict[int, Charge], entry: Entry) -> None:
         raise LedgerError(f"entry {entry.number} is none that a client writes ({error})") from error
 
 
-def charge_content(run: str, round: int, spend: Spend, evaluation: Spend | None = None) -> dict[str, object]:
+def charge_content(
+    run: str, round: int, spend: Spend, evaluation: Spend | None = None, result: bool = False
+) -> dict[str, object]:
     """What an entry of kind `CHARGED` says."""
-    more = {} if evaluation is None else {"evaluation": asdict(evaluation)}
-    return {"run": run, "round": round, **asdict(spend), **more}
+    more: dict[str, object] = {} if evaluation is None else {"evaluation": asdict(evaluation)}
+    return {"run": run, "round": round, **asdict(spend), **more, **({"result": True} if result else {})}
 
 
 def _charge(entry: Entry) -> Charge:
     body = json.loads(entry.body)
     evaluation = _spend(body["evaluation"]) if "evaluation" in body else None
-    return Charge(entry.number, body["run"], body["round"], _spend(body), None, evaluation)
+    result = bool(body.get("result", False))
+    return Charge(entry.number, body["run"], body["round"], _spend(body), None, evaluation, result=result)
 
 
 def _spend(body: Mapping[str, Any]) -> Spend:

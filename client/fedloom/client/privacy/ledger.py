@@ -187,7 +187,9 @@ class Ledger:
         Raises:
             ConfigError: There is no finite epsilon at this delta.
         """
-        return statement(self.spends(), delta, grid, covers=covers, rounds=len(self._charges))
+        return statement(
+            self.spends(), delta, grid, covers=covers, rounds=sum(not each.result for each in self.charges())
+        )
 
     @failpoint("ledger.reserve")
     def reserve(
@@ -212,15 +214,34 @@ class Ledger:
                 "ends it with `fedloom operate finish`, or begins a new run"
             )
         self._check_failures(run, round)
-        after = epsilon([*self.spends(), spend, *([] if evaluation is None else [evaluation])], delta)
+        wanted = [spend] if evaluation is None else [spend, evaluation]
+        self._check_budget(f"round {round + 1} of run {run!r}", wanted, budget, delta)
+        self._open = self.append(CHARGED, charge_content(run, round, spend, evaluation))
+        return self._open
+
+    def reserve_result(self, run: str, rounds: int, spend: Spend, *, budget: float, delta: float) -> int:
+        """Charge the scoring of the model that a run ended with, before it begins; durable on return.
+
+        Returns:
+            The charge's number, for `release`.
+
+        Raises:
+            BudgetError: The account would exceed `budget` at `delta`; nothing is charged.
+            PolicyError: Something was charged for it, or for a round of its number, before. Nothing is charged.
+        """
+        if any((each.run, each.round) == (run, rounds) for each in self._charges.values()):
+            raise PolicyError(f"the result of run {run!r} after {rounds} rounds was scored before, or more was trained")
+        self._check_budget(f"scoring the result of run {run!r}", [spend], budget, delta)
+        return self.append(CHARGED, charge_content(run, rounds, spend, result=True))
+
+    def _check_budget(self, what: str, spends: list[Spend], budget: float, delta: float) -> None:
+        after = epsilon([*self.spends(), *spends], delta)
         if after > budget:
             raise BudgetError(
-                f"round {round + 1} of run {run!r} would bring epsilon to {after:.4f} at delta {delta:g}; the policy "
+                f"{what} would bring epsilon to {after:.4f} at delta {delta:g}; the policy "
                 f"allows {budget:g} over the life of this data set, and {self.epsilon(delta):.4f} is spent. "
                 "Leave the run, or raise privacy.epsilon in the policy if you may"
             )
-        self._open = self.append(CHARGED, charge_content(run, round, spend, evaluation))
-        return self._open
 
     def evaluated(self, run: str, round: int) -> bool:
         """Whether an evaluation was charged for this round, released or not: there is one at most."""

@@ -244,16 +244,18 @@ class HeartbeatReply(_message.Message):
     def __init__(self, round: _Optional[int] = ..., open: _Optional[bool] = ..., oldest: _Optional[int] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
-    __slots__ = ("run", "epoch", "client", "reason")
+    __slots__ = ("run", "epoch", "client", "reason", "score")
     RUN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
     run: str
     epoch: int
     client: str
     reason: str
-    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    score: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ..., reason: _Optional[str] = ..., score: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class LeaveReply(_message.Message):
     __slots__ = ()

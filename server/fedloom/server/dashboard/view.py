@@ -20,6 +20,7 @@ from fedloom.server.pace import Answers
 from fedloom.server.progress import Progress
 from fedloom.server.recording import spent_after
 from fedloom.server.records import RoundRecord
+from fedloom.server.scores import federated_score
 from fedloom.server.user_ledger import spent as user_spent
 
 __all__ = ["CLIENTS", "Spent", "document", "past_rounds", "traffic"]
@@ -87,7 +88,7 @@ def document(
         progress: Where it stands in this process; None if no coordinator of this process runs it.
         spent: Epsilon of it; None if the run file is not known.
     """
-    past = _thinned(journal.past, _SPENT_POINTS)
+    past, scored = _thinned(journal.past, _SPENT_POINTS), journal.rounds.scored.values()
     counts = journal.asked.counts
     wanted = [0, journal.asked.most, *sorted(set(counts.values()), reverse=True), *(each.most_asked for each in past)]
     epsilon: dict[int, float | None] = spent.of(list(dict.fromkeys(wanted))) if spent else {}
@@ -115,7 +116,7 @@ def document(
         "clients_total": len(clients),
         "states": Counter(each["state"] for each in clients),
         "curves": {
-            **_scores(records),
+            **_scores(records, (journal.rounds.round, federated_score(config, scored)) if config and scored else None),
             "epsilon": _curve([(each.round + 1, epsilon.get(each.most_asked)) for each in past]),
             "traffic": _thinned(sent, _POINTS),
         },
@@ -127,14 +128,18 @@ def document(
     }
 
 
-def _scores(records: Sequence[RoundRecord]) -> dict[str, Any]:
+def _scores(
+    records: Sequence[RoundRecord], result: tuple[int, dict[str, float | None] | None] | None
+) -> dict[str, Any]:
     """Curves of accuracy and loss: on the federation's own held-out rows, or else by the clients on theirs.
 
-    A client scores the adapter that a round starts from, which is the one that the round before it has left.
+    A client scores the adapter that a round starts from, which is the one that the round before it has left, and at the
+    end the `result` after so many rounds.
     """
     held_out: list[tuple[int, float | None, float | None]]
     held_out = [(each.round, each.accuracy, each.loss) for each in records if each.accuracy is not None]
     told = [(each.round - 1, each.federated) for each in records if each.federated is not None]
+    told += [(result[0], result[1])] if result and result[1] else []
     points = held_out or [(number, score.get("accuracy"), score.get("loss")) for number, score in told]
     last = told[-1][1] if told else {}
     return {
