@@ -66,8 +66,7 @@ class Participant:
         connection: Line to the coordinator.
         policy: The site's policy.
         prepare: Makes the trainer once the run is known and allowed; the base model is loaded here, once.
-        spool: Folder of finished updates, so that a client that is started again sends the same bytes again.
-            None keeps them in memory only, and the answer to an unfinished round is then lost with the process.
+        spool: Folder of finished updates, which a client that is started again sends again. None keeps them in memory.
         pace: When the messages of a private run leave that follow work on the data.
     """
 
@@ -372,10 +371,7 @@ class Participant:
             drop(self.spool, self._joined.run, self.name)
 
     def _insist(self, call: Callable[[], Reply]) -> Reply:
-        """Make a call; if it is refused, join and make it once more.
-
-        A coordinator that has restarted refuses its clients until they join its new epoch.
-        """
+        """Make a call; if it is refused, as by a coordinator that has restarted, join and make it once more."""
         try:
             return call()
         except ProtocolError as error:

@@ -186,11 +186,7 @@ class Trainer:
         return Trained({name: after[name] - broadcast[name] for name in after}, charge, score)
 
     def score(self, run: str, rounds: int, result: Tensors) -> tuple[float, ...]:
-        """What the rows held out here say of the model that a run ended with, charged before and with noise if private.
-
-        Returns:
-            See `evaluation.released`; empty where the run asks for none, or it cannot be or was charged.
-        """
+        """Figures on the model that a run ended with, as `evaluation.released`; none where they cannot be charged."""
         section, charge = self.spec.federated_evaluation, None
         if not section.enabled or not 0 < rounds <= self.spec.run.rounds:
             return ()
