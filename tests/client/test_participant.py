@@ -54,7 +54,6 @@ class Script:
     """Broadcasts that are refused because their round has closed."""
     leave_fails: bool = False
     told: tuple[float, ...] = ()
-    """Figures on the result that came with the last goodbye."""
     calls: list[str] = field(default_factory=list)
     declared: list[int] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -107,8 +106,7 @@ def order(schema: Schema, payload: bytes, round: int) -> Assignment:
 @pytest.fixture
 def script(tiny_model: AdapterModel, spec: Spec) -> Script:
     """Two rounds, then the end."""
-    schema = tiny_model.schema
-    rng = np.random.default_rng(0)
+    schema, rng = tiny_model.schema, np.random.default_rng(0)
     values = {s.name: rng.normal(0, 0.1, s.shape).astype(np.float32) for s in schema.tensors}
     payload = codec("fp32").encode(schema, values)
     answers: list[Answer] = [order(schema, payload, 0), Wait(0.0), order(schema, payload, 1), FINISHED]
@@ -139,7 +137,6 @@ def test_a_client_joins_trains_and_submits_until_the_end(
     script: Script, policy: Policy, trainer: Trainer, ledger: Ledger
 ) -> None:
     participant = Participant(script, policy, giving(trainer))
-
     assert participant.run() == FINISHED
 
     assert [c for c in script.calls if c != "heartbeat"] == [
@@ -184,7 +181,6 @@ def test_a_final_adapter_of_another_size_is_not_fetched(script: Script, policy: 
 
     participant = Participant(script, policy, giving(trainer))
     participant.ended = lambda *_: pytest.fail("there is none")
-
     with pytest.raises(ProtocolError, match="a final adapter of 0 bytes; fp32 under the schema needs"):
         participant.run()
 

@@ -271,8 +271,7 @@ class FederatedEvaluationSection(Section):
     noise_multiplier: float = Field(default=10.0, ge=0.01, le=1000)
     """Noise standard deviation over the most that one row adds to the released sums, which is 1. Private runs only."""
     max_loss: float | None = Field(default=None, ge=1e-3, le=1e4)
-    """Loss in nats at which that of one row is cut. The noise on the loss grows with it. None takes twice the loss of
-    guessing among model.labels (1.39 of two), and 10 for a language model."""
+    """Loss in nats at which a row's is cut; noise grows with it. None: twice that of guessing a label, 10 for texts."""
 
     def due(self, round: int) -> bool:
         """Whether clients evaluate in this round, counted from 0."""
