@@ -215,11 +215,11 @@ def test_an_update_is_acknowledged_after_it_is_on_disk(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
+    """A file system of 288 KiB."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=288k", "none", str(folder)], capture_output=True, text=True, check=False
     )
     if mount.returncode != 0:
         pytest.skip(f"needs the right to mount a tmpfs: {mount.stderr.strip()}")
@@ -234,7 +234,7 @@ def test_a_full_disk_stops_the_coordinator_and_space_lets_it_go_on(small_disk: P
     stopped = []
     for free in range(64, 192, 4) if PROVE else (80, 132, 168):
         state, ballast = small_disk / "state", small_disk / "ballast"
-        ballast.write_bytes(bytes((256 - free) << 10))
+        ballast.write_bytes(bytes((288 - free) << 10))
         ended = run(state)
         if ended.code != 0:
             stopped.append(len(ended.acknowledged))

@@ -18,8 +18,8 @@ from fedloom.cli.observing import Dashboard, DashboardTls, HeldOut, ReportTo, St
 from fedloom.proto.durable import write_durably
 from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.run import RunConfig, load_run
-from fedloom.proto.schema import Array, Schema
-from fedloom.proto.start import pinned, write_tensors
+from fedloom.proto.schema import Array, Schema, Tensors
+from fedloom.proto.start import pinned
 from fedloom.proto.tables import read_json
 from fedloom.server.prepared import prepared_path, with_prepared
 from fedloom.strategies.start import stored_start
@@ -63,7 +63,7 @@ def prepare(run: RunFile, overrides: Overrides = None) -> None:
         pinned, schema = with_prepared(config, document, run)
         values = _starting(pinned, schema)
         target = path.with_suffix("").with_suffix(".start.safetensors")
-        write_tensors(target, values, schema, {"base_digest": document["digest"], "labels": list(config.model.labels)})
+        _write_tensors(target, values, schema, {"base_digest": document["digest"], "labels": list(config.model.labels)})
         out.print(f"wrote {target}; a coordinator without torch begins there: --set start.adapter={target}")
 
 
@@ -271,8 +271,23 @@ def _save_tensors(coordinator: "Coordinator", target: Path, known: dict[str, Any
     from fedloom.strategies.result import result_schema
 
     model = coordinator.result()
-    write_tensors(target, model, result_schema(coordinator.state.schema, model), known)
+    _write_tensors(target, model, result_schema(coordinator.state.schema, model), known)
     return target
+
+
+def _write_tensors(path: Path, tensors: Tensors, schema: Schema, known: dict[str, Any]) -> None:
+    """Write tensors by their schema's names, with the schema and what is known of them.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    from safetensors.numpy import save
+
+    about = {"schema": schema.to_json(), "fedloom": json.dumps(known)}
+    try:
+        write_durably(path, save(dict(tensors), about))
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}; give a file in a folder that exists") from error
 
 
 def _with_base(config: RunConfig, run: Path) -> tuple[RunConfig, Schema]:

@@ -1,17 +1,14 @@
-"""[start]: the adapter that a run begins from, and the file in which one has its schema's own names and values."""
+"""[start]: the adapter that a run begins from."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from fedloom.proto.codec import codec
-from fedloom.proto.durable import write_durably
 from fedloom.proto.errors import CodecError, ConfigError, SchemaError
 from fedloom.proto.schema import Array, Role, Schema, Tensors
 from fedloom.proto.tables import FileName, Section
@@ -24,7 +21,6 @@ __all__ = [
     "pinned",
     "read_tensors",
     "tensors_file",
-    "write_tensors",
 ]
 
 
@@ -38,19 +34,6 @@ class StartSection(Section):
     """A PEFT adapter's folder, such as runs/NAME/adapter, or a file of `fedloom export --format safetensors`."""
     digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
     """Pin of its file of tensors; another one is refused. None takes what is found."""
-
-
-def write_tensors(path: Path, tensors: Tensors, schema: Schema, known: dict[str, Any]) -> None:
-    """Write tensors by their schema's names, with the schema and what is known of them.
-
-    Raises:
-        ConfigError: The file cannot be written.
-    """
-    about = {"schema": schema.to_json(), "fedloom": json.dumps(known)}
-    try:
-        write_durably(path, save(dict(tensors), about))
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error}; give a file in a folder that exists") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
