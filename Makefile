@@ -38,7 +38,7 @@ demo: setup
 
 # A worker for each core, with one thread of torch; a file's tests share its fixtures, and therefore a worker.
 test: setup flower
-	OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Everything that is too heavy for every change, at full size.
 # The attacks write their report as chaos does.

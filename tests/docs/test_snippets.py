@@ -27,7 +27,7 @@ NOT_RUN = {
     ("data.md", "needs the model that was trained above"),
 }
 PROXY_SCRIPT = Path(__file__).with_name("connect_proxy.py")
-_BLOCK_S = 200
+_BLOCK_S = 600
 ADDRESS, PROXY = "127.0.0.1:8470", "proxy.example:3128"
 
 FEDLOOM = """#!/bin/sh
@@ -81,6 +81,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(1200)  # whole runs; a busy machine must not fail one
 @pytest.mark.parametrize("page", PAGES)
 def test_the_page_works(page: str, tmp_path: Path, environment: dict[str, str]) -> None:
     folder = tmp_path / "clone"
