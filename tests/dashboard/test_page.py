@@ -92,6 +92,7 @@ def test_a_run_looks_right_wherever_it_is_seen(
         opened(page, busy.url + query)
         page.wait("document.getElementById('clients').innerText.includes('5.43') || location.search !== ''")
         page.wait("document.getElementById('tiles').innerText.includes('of 6')")
+        page.wait("!document.body.innerText.includes('Being worked out')")
         path = folder / f"dashboard-{name}-{device}-{scheme}.png"
 
         page.picture(path, width)

@@ -271,7 +271,7 @@ function curves(run) {
   chart("loss", { title: whose(run, "loss"), kind: "line", points: all.loss, others: beside("loss"), until: rounds, empty: "Not scored yet." }, scored);
   $("unscored").hidden = scored;
   const priv = privacy?.enabled;
-  chart("epsilon", { title: "Privacy spent (ε)", kind: "step", zero: true, points: priv ? all.epsilon : [], others: beside("epsilon"), until: rounds, limit: priv ? privacy.epsilon : null, limitText: "planned for the whole run", empty: priv ? "Nothing is spent before the first round is committed." : "This run has no example-level privacy." });
+  chart("epsilon", { title: "Privacy spent (ε)", kind: "step", zero: true, points: priv ? all.epsilon : [], others: beside("epsilon"), until: rounds, limit: priv ? privacy.epsilon : null, limitText: "planned for the whole run", empty: priv ? (run.round ? "Being worked out." : "Nothing is spent before the first round is committed.") : "This run has no example-level privacy." });
   chart("traffic", { title: "Bytes by round", kind: "bars", unit: "B", points: all.traffic, empty: "Nothing has been sent yet." });
 }
 
