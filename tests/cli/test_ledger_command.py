@@ -186,3 +186,16 @@ def test_a_refusal_is_one_line_and_status_2(
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("error: no account in")
     logging.getLogger().handlers.clear()  # what `main` set up is not the next test's
+
+
+def test_a_charge_for_a_runs_result_is_no_round(charged: Path) -> None:
+    with opened(charged) as account:
+        account.reserve_result("winter", 2, Spend(1.0, 10.0, 1), budget=3.0, delta=1e-6)
+
+    text = ledger("show", charged).stdout
+
+    assert "result" in next(line for line in text.splitlines() if line.split()[4:6] == ["10", "1"])
+    assert "more rounds of 20 steps at rate 0.05 and noise 1.5" in text
+    document = json.loads(ledger("show", charged, "--json").stdout)
+    assert [each["result"] for each in document["charges"]] == [False, False, True]
+    assert document["round"]["steps"] == 20

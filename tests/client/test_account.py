@@ -17,8 +17,8 @@ from fedloom.client.privacy.statement import statement
 from fedloom.proto.accounting import REPORT_GRID, Spend, epsilon
 from fedloom.proto.accounting import statement as terms
 from fedloom.proto.errors import BudgetError, LedgerError, PolicyError
-from fedloom.proto.run import Spec
-from fedloom.proto.spending import training_spend
+from fedloom.proto.run import FederatedEvaluationSection, Spec
+from fedloom.proto.spending import evaluation_spend, training_spend
 
 SPEND = Spend(0.3, 1.0, 3)
 
@@ -205,3 +205,24 @@ def test_a_statement_says_the_grid_that_its_figure_was_computed_on(tmp_path: Pat
 
     assert document["grid"] == terms([loud], 1e-5).grid > REPORT_GRID
     assert document["epsilon"] == epsilon([loud], 1e-5, REPORT_GRID)
+
+
+def test_what_is_left_of_a_run_is_counted_with_the_evaluations_that_are_due(
+    policy: Policy, spec: Spec, tmp_path: Path
+) -> None:
+    """The first of two evaluations is behind a client that was killed in its third round; only one more is due."""
+    scored = FederatedEvaluationSection(enabled=True, every=5, noise_multiplier=2.0)
+    run = spec.model_copy(update={"federated_evaluation": scored, "run": spec.run.model_copy(update={"rounds": 9})})
+    training, scoring = training_spend(run), evaluation_spend(run)
+    whole = epsilon([training] * 10 + [scoring] * 2, policy.privacy.delta)
+    exact = policy.privacy.model_copy(update={"epsilon": whole * (1 + 1e-9)})
+    with Ledger(tmp_path / "ledger", "sha256:" + "0" * 64) as ledger:
+        for round in range(3):
+            evaluation = scoring if run.federated_evaluation.due(round) else None
+            number = ledger.reserve("run", round, training, budget=1e9, delta=1e-5, evaluation=evaluation)
+            if round < 2:
+                ledger.release(number, "a" * 64)
+
+        standing = outlook(ledger, run, exact, "run")
+
+    assert (standing.done, standing.affordable, standing.short) == (2, 7, 0)

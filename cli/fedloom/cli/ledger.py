@@ -182,13 +182,14 @@ def _document(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> dict[s
 
     mine, charges = site.privacy, ledger.charges()
     spent = ledger.epsilon(mine.delta)
-    spend = spend or (charges[-1].spend if charges else None)
+    spend = spend or next((each.spend for each in reversed(charges) if not each.result), None)
     rows = [
         {**asdict(charge.spend), "charge": charge.number, "run": charge.run, "round": charge.round + 1}
         | {
             "released": charge.digest,
             "dropped": charge.dropped,
             "evaluation": charge.evaluation and asdict(charge.evaluation),
+            "result": charge.result,
         }
         for charge in charges
     ]
@@ -214,13 +215,14 @@ def _charges(ledger: "Ledger") -> None:
         about = f"noise {scored.noise_multiplier:g}" if scored else ""
         figures = (f"{spend.sampling_rate:g}", f"{spend.noise_multiplier:g}", str(spend.steps), about)
         released = charge.digest[:12] if charge.digest else charge.dropped or "no"
-        table.add_row(str(charge.number), charge.run, str(charge.round + 1), *figures, released)
+        number = "result" if charge.result else str(charge.round + 1)
+        table.add_row(str(charge.number), charge.run, number, *figures, released)
     out.print(f"account {ledger.path}")
     out.print(table)
 
 
 def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:
-    """Print what is spent, what is left, and how many rounds of `spend`, or of the last charge, that buys."""
+    """Print what is spent, what is left, and how many rounds of `spend`, or of the last one charged, that buys."""
     from fedloom.client.privacy.budget import rounds_left
     from fedloom.proto.accounting import GRID
 
@@ -228,7 +230,7 @@ def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:
     spent = ledger.epsilon(mine.delta)
     left = max(0.0, mine.epsilon - spent)
     out.print(f"spent epsilon {spent:.4f} of {mine.epsilon:g} at delta {mine.delta:g}; left {left:.4f}")
-    spend = spend or (charges[-1].spend if charges else None)
+    spend = spend or next((each.spend for each in reversed(charges) if not each.result), None)
     if spend is not None:
         rounds = rounds_left(ledger, spend, mine, _MOST_ROUNDS)
         count = f"{rounds} or more" if rounds == _MOST_ROUNDS else str(rounds)

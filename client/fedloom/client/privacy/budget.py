@@ -10,7 +10,7 @@ from fedloom.proto import accounting
 from fedloom.proto.accounting import Spend
 from fedloom.proto.errors import BudgetError
 from fedloom.proto.run import Spec
-from fedloom.proto.spending import run_spends
+from fedloom.proto.spending import evaluation_spend, run_spends, training_spend
 
 __all__ = ["Outlook", "affordable", "check_affordable", "outlook", "rounds_left"]
 
@@ -88,7 +88,17 @@ def outlook(ledger: Ledger, spec: Spec, policy: PrivacyPolicy, run: str | None =
     """
     rounds = spec.run.rounds
     done = max((each.round + 1 for each in ledger.charges() if each.run == run and each.digest is not None), default=0)
-    left = min(affordable(ledger.spends(), spec, policy), rounds - done)
+    # Which rounds evaluate is known, and so is which of them have; what cannot pay for the result's score goes without.
+    due = [
+        each
+        for each in range(done, rounds)
+        if spec.federated_evaluation.due(each) and not (run and ledger.evaluated(run, each))
+    ]
+
+    def cost(more: int) -> tuple[Spend, ...]:
+        return (training_spend(spec),) * more + (evaluation_spend(spec),) * min(more, len(due))
+
+    left = accounting.most_rounds(ledger.spends(), cost, policy.epsilon, policy.delta, most=rounds - done)
     return Outlook(spec.run.name, ledger.epsilon(policy.delta), policy.epsilon, policy.delta, rounds, left, done)
 
 
