@@ -276,14 +276,14 @@ class Course:
             lines, self._lines = self._lines, []
         if stirred:
             self.wake()
-        for line in lines:
-            self.say(line)
         if self._committed:
             with self._hooks:
                 with self._lock:
                     committed, self._committed = self._committed, []
                 for number, state in committed:
                     self.on_commit(number, state)
+        for line in lines:  # the next round begins after the last one's commit was told
+            self.say(line)
 
     def _refuse(self, client: str, error: UpdateRejected | StrategyError | ConfigError) -> None:
         """The open round goes on without this client; it is not asked for it again."""
