@@ -32,7 +32,7 @@ LOOPBACK = "--insecure-loopback"
 
 def fedloom(*arguments: str | Path, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
     words = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=240, cwd=cwd)
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=800, cwd=cwd)
 
 
 def refused(*arguments: str | Path) -> str:
@@ -315,6 +315,7 @@ def test_the_round_benchmark_ends_with_its_figures() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(900)  # it measures, and a busy machine must not fail it
 def test_the_step_benchmark_ends_with_its_figures() -> None:
     document = figures("dp-step", "--repeats", "1")
 
