@@ -68,7 +68,7 @@ class Recorder:
         return Standing(0, True, 0)
 
     def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
-        self.messages.append(("leave", reason))
+        self.messages.append(("leave", reason, {"score": score}))
 
 
 class Silent:
@@ -95,10 +95,14 @@ def live(
     payload = codec("fp32").encode(schema, values)
     digest = hashlib.sha256(payload).hexdigest()
     orders = [Assignment(number, ALL, ALL, digest, len(payload)) for number in (0, 1)]
-    recorder = Recorder(Joined("tiny-1", 1, spec, schema), payload, [*orders, FINISHED])
+    scored = spec.federated_evaluation.enabled
+    finished = Finished(2, "fp32", digest, len(payload)) if scored else FINISHED
+    recorder = Recorder(Joined("tiny-1", 1, spec, schema), payload, [*orders, finished])
     with Ledger(folder, "sha256:" + "0" * 64) as ledger:
         trainer = Trainer(model, rows, spec, policy, ledger, entropy_for=entropy_for)
-        Participant(recorder, policy, lambda _: trainer).run()
+        participant = Participant(recorder, policy, lambda _: trainer)
+        participant.ended = (lambda result, rounds: trainer.score("tiny-1", rounds, result)) if scored else None
+        participant.run()
     return recorder
 
 
@@ -151,12 +155,13 @@ def test_an_evaluation_adds_noised_figures_and_nothing_else(
         live(tiny_model, scored, site, tmp_path / name, data, None) for name, data in (("a", rows), ("b", other(rows)))
     )
     figures = [
-        [message[1].pop("score") for message in each.messages if message[0] == "submit"] for each in (first, second)
+        [part.pop("score") for message in each.messages for part in message if isinstance(part, dict)]
+        for each in (first, second)
     ]
 
     assert first.messages == second.messages
-    assert [len(score) for score in figures[0]] == [3, 3]
-    assert len({value for each in figures for score in each for value in score}) == 12, "noise is never the same"
+    assert [len(score) for score in figures[0]] == [3, 3, 3], "of two rounds, and of the result"
+    assert len({value for each in figures for score in each for value in score}) == 18, "noise is never the same"
 
 
 def test_a_failed_probe_is_told_as_a_refusal_and_no_more(
@@ -173,7 +178,7 @@ def test_a_failed_probe_is_told_as_a_refusal_and_no_more(
     ):
         Participant(recorder, policy, lambda _: Trainer(tiny_model, rows, spec, policy, ledger)).run()
 
-    assert recorder.messages == [("join", "site-a", 0), ("leave", "refused")]
+    assert recorder.messages == [("join", "site-a", 0), ("leave", "refused", {"score": ()})]
 
 
 # What a message to the coordinator may hold. A field that is added here needs a reason why it is public, or noise.
@@ -190,7 +195,8 @@ PUBLIC = {
     # Keys, shares of keys and signatures of a secure sum: drawn at random, whatever the update is.
     "ExchangeRequest": {"run", "epoch", "client", "round", "attempt", "step", "parts"},
     "HeartbeatRequest": {"run", "epoch", "client"},
-    "LeaveRequest": {"run", "epoch", "client", "reason"},
+    # Figures on the result are noised as those of a round are, see test_evaluation.py.
+    "LeaveRequest": {"run", "epoch", "client", "reason", "score"},
 }
 
 
