@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from fedloom.cli.console import Json, failed, out, print_json, terms
 
 if TYPE_CHECKING:
     from fedloom.client.config import Policy
+    from fedloom.client.privacy.chain import Charge
     from fedloom.client.privacy.ledger import Ledger
     from fedloom.proto.accounting import Spend
 
@@ -175,6 +177,11 @@ def _spend(text: str) -> "Spend":
         raise ConfigError(f"{text!r} is not RATE:NOISE:STEPS, such as 0.05:1.0:20") from None
 
 
+def _last_round(charges: "Sequence[Charge]") -> "Spend | None":
+    """What the round cost that was charged last; the scoring of a result is no round."""
+    return next((each.spend for each in reversed(charges) if not each.result), None)
+
+
 def _document(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> dict[str, Any]:
     """What `show` prints, for programs; an epsilon that has no bound is null."""
     from fedloom.client.privacy.budget import rounds_left
@@ -182,7 +189,7 @@ def _document(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> dict[s
 
     mine, charges = site.privacy, ledger.charges()
     spent = ledger.epsilon(mine.delta)
-    spend = spend or next((each.spend for each in reversed(charges) if not each.result), None)
+    spend = spend or _last_round(charges)
     rows = [
         {**asdict(charge.spend), "charge": charge.number, "run": charge.run, "round": charge.round + 1}
         | {
@@ -230,7 +237,7 @@ def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:
     spent = ledger.epsilon(mine.delta)
     left = max(0.0, mine.epsilon - spent)
     out.print(f"spent epsilon {spent:.4f} of {mine.epsilon:g} at delta {mine.delta:g}; left {left:.4f}")
-    spend = spend or next((each.spend for each in reversed(charges) if not each.result), None)
+    spend = spend or _last_round(charges)
     if spend is not None:
         rounds = rounds_left(ledger, spend, mine, _MOST_ROUNDS)
         count = f"{rounds} or more" if rounds == _MOST_ROUNDS else str(rounds)

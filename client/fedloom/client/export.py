@@ -204,7 +204,8 @@ def facts(spec: Spec, privacy: Statement | None, user: dict[str, Any] | None = N
 
     Args:
         spec: A completed run file, or what a client has seen of it. Nothing is told that clients are not, such as the
-            strategy: the same adapter has the same facts wherever it is written.
+            strategy, but for what a run file says it began from: without [start] the same adapter has the same facts
+            wherever it is written.
         privacy: Statement of the client that has spent most; None in a run without privacy.
         user: The coordinator's statement on whole clients; None without user-level privacy.
     """

@@ -36,7 +36,6 @@ from fedloom.proto.scoring import largest_loss
 from fedloom.proto.spending import evaluation_spend, training_spend
 
 __all__ = ["EntropyFor", "Score", "Trainer", "batch_loss", "evaluate"]
-
 log = logging.getLogger(__name__)
 
 EntropyFor = Callable[[int], Entropy]
@@ -180,15 +179,14 @@ class Trainer:
             self._personal.keep(run, self.model.read(self.model.schema.select(assignment.personal)))
         if evaluating and self.spec.federated_evaluation.personalised:
             scores.append(self._row_scores())
-        noise = self.spec.federated_evaluation.noise_multiplier if self.spec.privacy.enabled else None
-        score = released(scores, noise, entropy) if evaluating else ()
+        score = self._released(scores, entropy) if evaluating else ()
         after = self.model.read(schema)
         return Trained({name: after[name] - broadcast[name] for name in after}, charge, score)
 
     def score(self, run: str, rounds: int, result: Tensors) -> tuple[float, ...]:
         """Figures on the model that a run ended with, as `evaluation.released`; none where they cannot be charged."""
-        section, charge = self.spec.federated_evaluation, None
-        if not section.enabled or not 0 < rounds <= self.spec.run.rounds:
+        charge = None
+        if not self.spec.federated_evaluation.enabled or not 0 < rounds <= self.spec.run.rounds:
             return ()
         try:
             check_broadcast(self.policy, self.schema, result)
@@ -199,8 +197,7 @@ class Trainer:
             log.warning("the result is not scored here: %s", error)
             return ()
         self.model.show({**result, **self.personal(run)})
-        noise = section.noise_multiplier if self.spec.privacy.enabled else None
-        figures = released([self._row_scores()], noise, self._entropy_for(rounds))
+        figures = self._released([self._row_scores()], self._entropy_for(rounds))
         self.release(charge, hashlib.sha256(np.array(figures).tobytes()).hexdigest())
         return figures
 
@@ -217,6 +214,10 @@ class Trainer:
         if not self.spec.federated_evaluation.due(round):
             return False
         return self.ledger is None or not self.ledger.evaluated(run, round)
+
+    def _released(self, tables: list[Table], entropy: Entropy) -> tuple[float, ...]:
+        noise = self.spec.federated_evaluation.noise_multiplier
+        return released(tables, noise if self.spec.privacy.enabled else None, entropy)
 
     def _row_scores(self) -> Table:
         """What the model as it is says about the held-out rows, of which chance may have left none."""
