@@ -30,15 +30,15 @@ from rich.console import Console
 from fedloom.client.data.partition import partition
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
-from fedloom.client.model import AdapterModel
-from fedloom.proto.codec import codec
-from fedloom.proto.errors import UpdateRejected
+from fedloom.client.models.load import AdapterModel
+from fedloom.core.codecs import codec
+from fedloom.core.config.run import RunConfig, load_run
+from fedloom.core.errors import UpdateRejected
+from fedloom.core.schema import Array, Role, Schema, Tensors, TensorSpec
 from fedloom.proto.messages import PROTOCOL_VERSION, Assignment, UpdateHeader, broadcast_schema, upload_schema
-from fedloom.proto.run import RunConfig, load_run
-from fedloom.proto.schema import Array, Role, Schema, Tensors, TensorSpec
+from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.launch import build_strategy
-from fedloom.server.store import Store
+from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import build, completed
 from fedloom.simulation.inprocess import standing_clock
 from fedloom.strategies.start import starting_adapter
@@ -61,13 +61,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "fedavg": ("strategy.name=fedavg",),
     "ffa": ("strategy.name=ffa",),
     "ffa, norm bound": ("strategy.name=ffa", f"strategy.norm_bound={NORM_BOUND}"),
-    "median": ("strategy.name=median", "strategy.options={faulty=6}"),
-    "trimmed-mean": ("strategy.name=trimmed-mean", "strategy.options={faulty=6}"),
-    "krum": ("strategy.name=krum", "strategy.options={faulty=6}"),
-    "krum on fedavg": ("strategy.name=krum", 'strategy.options={faulty=6, inner="fedavg"}'),
-    "multi-krum": ("strategy.name=multi-krum", "strategy.options={faulty=6}"),
-    "multi-krum on fedavg": ("strategy.name=multi-krum", 'strategy.options={faulty=6, inner="fedavg"}'),
-    "bulyan": ("strategy.name=bulyan", "strategy.options={faulty=3}"),
+    "median": ("strategy.name=median", "strategy.options={num_byzantine=6}"),
+    "trimmed-mean": ("strategy.name=trimmed-mean", "strategy.options={num_byzantine=6}"),
+    "krum": ("strategy.name=krum", "strategy.options={num_byzantine=6}"),
+    "krum on fedavg": ("strategy.name=krum", 'strategy.options={num_byzantine=6, inner="fedavg"}'),
+    "multi-krum": ("strategy.name=multi-krum", "strategy.options={num_byzantine=6}"),
+    "multi-krum on fedavg": ("strategy.name=multi-krum", 'strategy.options={num_byzantine=6, inner="fedavg"}'),
+    "bulyan": ("strategy.name=bulyan", "strategy.options={num_byzantine=3}"),
 }
 """Each rule bears six liars, a third; Bulyan three, the most it can among the fifteen updates that a round may have."""
 

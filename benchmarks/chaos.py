@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from fedloom.proto.failpoints import CALLS, LINES
+from fedloom.core.runtime.failpoints import CALLS, LINES
 
 __all__ = ["main", "table"]
 
@@ -105,19 +105,19 @@ def _removals() -> str:
 
 
 PROOFS: dict[str, tuple[str, ...]] = {
-    "R5: exactly once": ("tests/server/test_exactly_once.py",),
+    "R5: exactly once": ("tests/server/rounds/test_exactly_once.py",),
     "R6: the ledger never counts too little": (
-        "tests/client/test_ledger_sequences.py",
-        "tests/client/test_ledger_tampering.py",
+        "tests/client/ledger/test_ledger_sequences.py",
+        "tests/client/ledger/test_ledger_tampering.py",
         "tests/simulation/test_sync_order.py",
     ),
     "R7: disk faults": ("tests/faults_server/test_disk.py",),
-    "R8: bytes change": ("tests/faults_server/test_flips.py", "tests/client/test_flips.py"),
+    "R8: bytes change": ("tests/faults_server/test_flips.py", "tests/client/ledger/test_flips.py"),
     "R9: fuzzing": ("tests/proto/test_fuzz.py",),
-    "R13: abuse": ("tests/server/test_abuse.py",),
+    "R13: abuse": ("tests/server/auth/test_abuse.py",),
     "R14: memory of 200 clients and of 10": ("tests/faults_server/test_cohort_memory.py",),
-    "R16: compatibility": ("tests/proto/test_golden.py", "tests/server/test_old_state.py"),
-    "R18: revocation": ("tests/simulation/test_revocation.py",),
+    "R16: compatibility": ("tests/proto/test_golden.py", "tests/server/storage/test_old_state.py"),
+    "R18: revocation": ("tests/simulation/end_to_end/test_revocation.py",),
     "each safeguard taken out is missed by its test": ("tests/mutations", "-k", _removals()),
     "attacks: low bits of the noise": ("tests/attacks/test_low_bits.py", "tests/attacks/test_denormal_clip_norm.py"),
     "attacks: neighbouring data sets": ("tests/attacks/test_neighbours.py",),

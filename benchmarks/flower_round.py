@@ -23,8 +23,8 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from fedloom.client.assets import fetch
-from fedloom.proto.run import load_run
+from fedloom.client.assets.fetch import fetch
+from fedloom.core.config.run import load_run
 from fedloom.simulation.simulate import simulate
 from tests.flower.federation import superlink, write_run
 

@@ -2,7 +2,7 @@
 
     python benchmarks/prove_ledger.py --count 100000
 
-What a sequence is and what is checked after each of its crashes is in tests/client/test_ledger_sequences.py. After
+tests/client/ledger/test_ledger_sequences.py says what a sequence is and what is checked after each crash. After
 it, the accountant judges a sample of what was charged: epsilon of the whole is never below that of a part.
 """
 
@@ -15,7 +15,7 @@ import runpy
 import time
 from pathlib import Path
 
-from fedloom.proto.accounting import Spend, epsilon
+from fedloom.core.privacy.accounting import Spend, epsilon
 
 __all__ = ["main", "sample_is_monotone"]
 

@@ -77,11 +77,11 @@ def train(arm: Arm) -> Outcome:
     """Run one arm in this process, on one thread."""
     import torch
 
-    from fedloom.client.trainer import evaluate
-    from fedloom.proto.run import load_run
+    from fedloom.client.training.trainer import evaluate
+    from fedloom.core.config.run import load_run
+    from fedloom.server.build import build_strategy
     from fedloom.server.coordinator import Coordinator
-    from fedloom.server.launch import build_strategy
-    from fedloom.server.store import Store
+    from fedloom.server.storage.local import Store
     from fedloom.simulation.federation import build, completed
     from fedloom.simulation.inprocess import run_inprocess, standing_clock
     from fedloom.simulation.simulate import ledger_statements
@@ -134,7 +134,7 @@ def probe(seed: int) -> Outcome:
     from sklearn.preprocessing import StandardScaler
 
     from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
-    from fedloom.proto.run import load_run
+    from fedloom.core.config.run import load_run
     from fedloom.simulation.federation import build, completed
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""A client's container of a simulated federation: take a seat, enrol, and `fedloom client` until the run is over."""
+"""A client's container of a simulated federation: take a slot, enrol, and `fedloom client` until the run is over."""
 
 import json
 import os
@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.cli.main import main as fedloom
-from fedloom.cli.server import prepare
-from fedloom.client.channel import MEMBER_FILE
-from fedloom.client.enrolment import enrol
-from fedloom.proto.credentials import Token
-from fedloom.proto.durable import write_durably
-from fedloom.proto.errors import FedloomError, Unavailable
-from fedloom.proto.run import load_run
+from fedloom.cli.server.server import prepare
+from fedloom.client.transport.enrollment import enrol
+from fedloom.client.transport.tls import MEMBER_FILE
+from fedloom.core.config.run import load_run
+from fedloom.core.errors import FedloomError, Unavailable
+from fedloom.core.runtime.durable import write_durably
+from fedloom.core.security.certificates import Token
 from fedloom.simulation.containers import furnish
-from fedloom.simulation.seats import take_seat
+from fedloom.simulation.slots import take_seat
 
 __all__ = ["main", "until_over"]
 
@@ -33,9 +33,9 @@ def main() -> None:
     """Run the container."""
     shared, home = Path(os.environ["FEDLOOM_SHARED"]), Path(os.environ["FEDLOOM_HOME"])
     server = os.environ["FEDLOOM_SERVER"]
-    while not (shared / "seats.json").exists():
+    while not (shared / "slots.json").exists():
         time.sleep(_PAUSE_S)
-    names = json.loads((shared / "seats.json").read_bytes())
+    names = json.loads((shared / "slots.json").read_bytes())
     try:
         name = _seat(home, names)
         folder = home / name
@@ -43,7 +43,7 @@ def main() -> None:
             print(f"{name}: this run is over; remove the volumes to begin another", flush=True)
             return
         run = shared / "run.toml"
-        # The coordinator has no torch; whoever has the first seat makes what it needs of the model.
+        # The coordinator has no torch; whoever has the first slot makes what it needs of the model.
         if name == names[0] and not run.with_suffix(".schema.json").exists():
             prepare(run)
         policy = furnish(load_run(run), name, folder, os.environ.get("FEDLOOM_DEVICE") or "cpu")
@@ -81,11 +81,11 @@ def until_over(shared: Path, name: str, leave: Callable[[int], object], grace_s:
 
 
 def _seat(home: Path, names: list[str]) -> str:
-    """Wait for a seat."""
+    """Wait for a slot."""
     told = False
     while (name := take_seat(home, names, socket.gethostname())) is None:
         if not told:
-            print(f"all {len(names)} seats are taken; waiting for one that falls free", flush=True)
+            print(f"all {len(names)} slots are taken; waiting for one that falls free", flush=True)
             told = True
         time.sleep(_PAUSE_S)
     print(f"{name}: taken by container {socket.gethostname()}", flush=True)

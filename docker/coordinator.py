@@ -1,7 +1,7 @@
-"""The coordinator's container of a simulated federation: seats on its first start, then `fedloom server`.
+"""The coordinator's container of a simulated federation: slots on its first start, then `fedloom server`.
 
 It makes the certificate authority, counts the clients, and puts into the folder it shares with them, in this order:
-a join token for each, the run file as it will run, and the list of seats. That list is what clients wait for, and
+a join token for each, the run file as it will run, and the list of slots. That list is what clients wait for, and
 once it is there nothing is made again. The coordinator itself then waits for the run's schema, which takes torch and
 is written by the first client.
 """
@@ -17,18 +17,18 @@ from pathlib import Path
 import tomli_w
 
 from fedloom.cli.main import main as fedloom
-from fedloom.proto.durable import make_folder, write_durably
-from fedloom.proto.errors import ConfigError, FedloomError
-from fedloom.proto.identity import Identity, MemberRole
-from fedloom.proto.run import RunConfig, load_run
-from fedloom.server.authority import AUTHORITY_FILE, Authority, create
-from fedloom.server.dashboard.access import LINKS_FILE, load_tokens, write_links
-from fedloom.server.inspection import look
+from fedloom.core.config.run import RunConfig, load_run
+from fedloom.core.errors import ConfigError, FedloomError
+from fedloom.core.runtime.durable import make_folder, write_durably
+from fedloom.core.security.subject import Identity, MemberRole
+from fedloom.server.auth.ca import AUTHORITY_FILE, Authority, create
+from fedloom.server.monitoring.dashboard.access import LINKS_FILE, load_tokens, write_links
+from fedloom.server.storage.verify import look
 
-__all__ = ["OVER", "SEATS", "close", "main", "offer", "settled"]
+__all__ = ["OVER", "SLOTS", "close", "main", "offer", "settled"]
 
-SEATS = "seats.json"
-"""The list of seats, in the shared folder."""
+SLOTS = "slots.json"
+"""The list of slots, in the shared folder."""
 OVER = "over"
 """Written there once the run is over. A client that is started after that finds no coordinator, and need not wait."""
 
@@ -41,7 +41,7 @@ _TOKEN_HOURS = 24.0
 
 
 def offer(run: Path, overrides: tuple[str, ...], shared: Path, certs: Path, count: Callable[[], int]) -> None:
-    """Make authority, tokens, run file and list of seats, unless that was done before.
+    """Make authority, tokens, run file and list of slots, unless that was done before.
 
     Args:
         run: The run file.
@@ -53,7 +53,7 @@ def offer(run: Path, overrides: tuple[str, ...], shared: Path, certs: Path, coun
     Raises:
         ConfigError: The run file is wrong or asks for what containers that are all alike cannot do.
     """
-    if (shared / SEATS).exists():
+    if (shared / SLOTS).exists():
         return
     config = load_run(run, overrides)
     if config.data is None:
@@ -75,8 +75,8 @@ def offer(run: Path, overrides: tuple[str, ...], shared: Path, certs: Path, coun
         authority.close()
     tables = _sized(config, clients).model_dump(mode="json", exclude_none=True)
     write_durably(shared / "run.toml", tomli_w.dumps(tables).encode())
-    write_durably(shared / SEATS, json.dumps(names).encode())
-    print(f"{clients} seats, each with a partition of {config.data.source} and a join token", flush=True)
+    write_durably(shared / SLOTS, json.dumps(names).encode())
+    print(f"{clients} slots, each with a partition of {config.data.source} and a join token", flush=True)
 
 
 def _sized(config: RunConfig, clients: int) -> RunConfig:

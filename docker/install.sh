@@ -47,7 +47,7 @@ fedloom)
     ;;
 assets)
     # By the base image's Python, which has pip; this module needs nothing that is not in the tree.
-    FEDLOOM_CACHE=/assets PYTHONPATH=proto:client python3 -m fedloom.client.assets "$@"
+    FEDLOOM_CACHE=/assets PYTHONPATH=core:client python3 -m fedloom.client.assets.fetch "$@"
     chmod -R a+rX /assets
     ;;
 *)

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from docker.lock import LOCKS, TORCH, name_of, pinned
-from fedloom.client.assets import ASSETS
+from fedloom.client.assets.fetch import ASSETS
 
 __all__ = ["main"]
 

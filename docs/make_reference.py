@@ -13,11 +13,11 @@ import typer
 from pydantic import BaseModel
 
 from fedloom.cli.main import app
-from fedloom.client.config import Policy
-from fedloom.proto import errors
-from fedloom.proto.codec import CODECS
-from fedloom.proto.run import RunConfig
-from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.client.policy import Policy
+from fedloom.core import errors
+from fedloom.core.codecs import CODECS
+from fedloom.core.config.run import RunConfig
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.proto.wire import STATUS
 from fedloom.strategies.registry import GROUP
 

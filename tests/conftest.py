@@ -28,11 +28,11 @@ from transformers import (
     ViTModel,
 )
 
-from fedloom.client.assets import fetch
-from fedloom.client.config import Policy
+from fedloom.client.assets.fetch import fetch
 from fedloom.client.data.rows import Rows
-from fedloom.client.model import AdapterModel, load_model
-from fedloom.proto.run import AdapterSection, ModelSection, Spec, Task
+from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.policy import Policy
+from fedloom.core.config.run import AdapterSection, ModelSection, Spec, Task
 
 # Tests assert behaviour, never times: a busy machine must not fail one.
 settings.register_profile("fedloom", deadline=None)

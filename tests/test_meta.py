@@ -17,14 +17,14 @@ import typer
 from pydantic import BaseModel
 
 from fedloom.cli.main import app
-from fedloom.client.config import Policy
-from fedloom.proto import errors
-from fedloom.proto.codec import CODECS
-from fedloom.proto.run import RunConfig, load_run
-from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.client.policy import Policy
+from fedloom.core import errors
+from fedloom.core.codecs import CODECS
+from fedloom.core.config.run import RunConfig, load_run
+from fedloom.core.schema import Role, Schema, TensorSpec
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("proto", "strategies", "server", "client", "simulation", "flower", "cli")
+PARTS = ("core", "proto", "strategies", "server", "client", "simulation", "flower", "cli")
 MAX_LINES = 400
 
 
@@ -326,7 +326,7 @@ try:
     main()
 except SystemExit as end:
     print(end.code, file=sys.stderr)
-import fedloom.server.serve
+import fedloom.server.rpc.server
 """
 
 

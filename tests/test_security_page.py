@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.proto.identity import MemberRole
-from fedloom.server.auth import ALLOWED
+from fedloom.core.security.subject import MemberRole
+from fedloom.server.auth.gate import ALLOWED
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedloom.client.privacy.entropy import System
-from fedloom.client.privacy.optimizer import PrivateOptimizer
+from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
+from fedloom.client.privacy.dp_sgd.rng import System
 
 __all__ = ["FloatMechanism"]
 

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedloom.client.privacy.attacks import Make, Singles
-from fedloom.client.privacy.entropy import System
-from fedloom.client.privacy.per_example import recording
+from fedloom.client.privacy.auditing.attacks import Make, Singles
+from fedloom.client.privacy.dp_sgd.grad_sample import recording
+from fedloom.client.privacy.dp_sgd.rng import System
 
 __all__ = ["WIDTH", "Head"]
 

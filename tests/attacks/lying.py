@@ -10,18 +10,18 @@ from typing import Any
 
 import grpc
 
-from fedloom.client.config import Policy
-from fedloom.client.connection import GrpcConnection
 from fedloom.client.data.rows import Rows
-from fedloom.client.model import AdapterModel
-from fedloom.client.participant import Participant
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.trainer import Trainer
-from fedloom.proto.codec import codec
-from fedloom.proto.errors import FedloomError
+from fedloom.client.models.load import AdapterModel
+from fedloom.client.policy import Policy
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.session.participant import Participant
+from fedloom.client.training.trainer import Trainer
+from fedloom.client.transport.grpc import GrpcConnection
+from fedloom.core.codecs import codec
+from fedloom.core.config.run import Spec
+from fedloom.core.errors import FedloomError
+from fedloom.core.schema import Role, Schema, Tensors
 from fedloom.proto.messages import Assignment, broadcast_schema
-from fedloom.proto.run import Spec
-from fedloom.proto.schema import Role, Schema, Tensors
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
 

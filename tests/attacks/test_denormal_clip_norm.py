@@ -7,11 +7,11 @@ whose clip factor, C over its norm, rounds up to one unit.
 import numpy as np
 import pytest
 
-from fedloom.client.privacy.attacks import Make, Singles
-from fedloom.client.privacy.entropy import Seeded, poisson
-from fedloom.client.privacy.optimizer import PrivateOptimizer
-from fedloom.proto.errors import ConfigError
-from fedloom.proto.gaussian import LEAST_CLIP_NORM
+from fedloom.client.privacy.auditing.attacks import Make, Singles
+from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
+from fedloom.client.privacy.dp_sgd.rng import Seeded, poisson
+from fedloom.core.errors import ConfigError
+from fedloom.core.privacy.gaussian import LEAST_CLIP_NORM
 from tests.attacks.float_mechanism import FloatMechanism
 from tests.attacks.heads import Head
 

@@ -1,7 +1,7 @@
 """A coordinator that asks for a finished update under weaker terms than it was made under.
 
-The coordinator is scripted; the participant, its spool, ledger, keys and secure sum are the real ones. What it would
-win is `SECRET`: the update as it lies in the spool before it is masked.
+The coordinator is scripted; the participant, its outbox, ledger, keys and secure sum are the real ones. What it would
+win is `SECRET`: the update as it lies in the outbox before it is masked.
 """
 
 import hashlib
@@ -14,24 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedloom.client import participant as module
-from fedloom.client.config import Policy
-from fedloom.client.identity import load_identity, public_text
-from fedloom.client.participant import Participant
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.privacy.spool import keep, kept
-from fedloom.client.secagg import Attempt, membership
-from fedloom.client.training import Proceed, Trained
+from fedloom.client.policy import Policy
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.secagg.identity_key import load_identity, public_text
+from fedloom.client.secagg.participant import Attempt, membership
+from fedloom.client.session import participant as module
+from fedloom.client.session.api import CheckCancelled, Trained
+from fedloom.client.session.outbox import keep, kept
+from fedloom.client.session.participant import Participant
+from fedloom.core.codecs import codec
+from fedloom.core.config.run import Spec
+from fedloom.core.errors import FedloomError, PolicyError, ProtocolError
+from fedloom.core.privacy.accounting import Spend
+from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
+from fedloom.core.secagg.keys import Advert, Place, check_advert
+from fedloom.core.secagg.steps import ALL, MASKED, Step, StepMessage, StepResult
 from fedloom.flower.messages import Request
-from fedloom.flower.resident import Resident
-from fedloom.proto.accounting import Spend
-from fedloom.proto.codec import codec
-from fedloom.proto.errors import FedloomError, PolicyError, ProtocolError
-from fedloom.proto.messages import Answer, Assignment, Joined, Standing, UpdateHeader
-from fedloom.proto.run import Spec
-from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
-from fedloom.proto.secagg.keys import Advert, Place, check_advert
-from fedloom.proto.secagg.steps import ALL, MASKED, Step, StepMessage, StepResult
+from fedloom.flower.resident_trainer import Resident
+from fedloom.proto.messages import Answer, Assignment, Joined, RoundStatus, UpdateHeader
 
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (1, 8)),))
 BROADCAST = codec("fp32").encode(SCHEMA, SCHEMA.zeros())
@@ -105,8 +105,8 @@ class Coordinator:
             return None
         return StepResult(1, self.cohort(message.parts[ALL]))
 
-    def heartbeat(self) -> Standing:
-        return Standing(0, True, 0)
+    def heartbeat(self) -> RoundStatus:
+        return RoundStatus(0, True, 0)
 
     def leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
         pass
@@ -126,7 +126,7 @@ class Trainer:
     schema: Schema = SCHEMA
     declared_examples: int = 40
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, check_cancelled: CheckCancelled) -> Trained:
         charge = None
         if self.private:
             charge = self.account.reserve(run, assignment.round, Spend(0.1, 1.0, 1), budget=50, delta=1e-5)
@@ -161,24 +161,24 @@ class Site:
 
     def start(self, coordinator: Coordinator, policy: Policy | None = None, **trainer: Any) -> Participant:
         made = Trainer(self.ledger, coordinator.spec.privacy.enabled, **trainer)
-        return Participant(coordinator, policy or self.policy(), lambda _: made, spool=self.spool)
+        return Participant(coordinator, policy or self.policy(), lambda _: made, outbox=self.outbox)
 
     @property
-    def spool(self) -> Path:
-        return self.folder / "ann" / "spool"
+    def outbox(self) -> Path:
+        return self.folder / "ann" / "outbox"
 
     def finished(self, spec: Spec, policy: Policy | None = None, **trainer: Any) -> None:
         """An update is made under `spec`, and the client killed before a byte of it has left."""
         with pytest.raises(Kill):
             live(self.start(Coordinator(spec, dies=True), policy, **trainer))
-        assert kept(self.spool, RUN, "ann") is not None
+        assert kept(self.outbox, RUN, "ann") is not None
 
     def refuses(self, coordinator: Coordinator, text: str, policy: Policy | None = None, **trainer: Any) -> None:
         """Started again it sends nothing, and has the update still for whoever keeps the promise."""
         with pytest.raises(PolicyError, match=text):
             live(self.start(coordinator, policy, **trainer))
         assert (coordinator.sent, coordinator.steps) == ([], [])
-        assert kept(self.spool, RUN, "ann") is not None
+        assert kept(self.outbox, RUN, "ann") is not None
 
     def cohort(self, names: tuple[str, ...], spec: Spec) -> Callable[[bytes], dict[str, bytes]]:
         """Genuine peers of a genuine sum."""
@@ -303,7 +303,7 @@ def test_what_is_promised_still_is_delivered_after_a_restart(site: Site) -> None
     client.step()
 
     assert coordinator.sent == [codec("fp32").encode(SCHEMA, DELTA)]
-    assert kept(site.spool, RUN, "ann") is None
+    assert kept(site.outbox, RUN, "ann") is None
 
 
 @pytest.mark.parametrize("changed", ["spec", "run"])
@@ -361,14 +361,14 @@ def test_a_peer_that_was_not_pinned_when_the_update_was_made_shares_no_sum_with_
 
 
 def test_nor_does_a_coordinator_inside_flower(site: Site) -> None:
-    """No secure sum exists there, so the update stays in the spool; and then the next message says that there is none.
+    """No secure sum exists there, so the update stays in the outbox; and then the next message says that there is none.
 
     Another process of the site, and the same one.
     """
     asked = Request(Joined(RUN, 1, SECURE, SCHEMA), order(0, MASKED))
     weaker = replace(asked, joined=replace(asked.joined, spec=OPEN), assignment=order(0, "fp32"))
-    resident = Resident(site.policy(), lambda joined: Trainer(site.ledger), site.spool)
-    anew = Resident(site.policy(), lambda joined: Trainer(site.ledger), site.spool)
+    resident = Resident(site.policy(), lambda joined: Trainer(site.ledger), site.outbox)
+    anew = Resident(site.policy(), lambda joined: Trainer(site.ledger), site.outbox)
     site.finished(SECURE)
 
     answers = [anew.answer(weaker, BROADCAST)]
@@ -391,8 +391,8 @@ def peers(site: Site) -> dict[str, str]:
 
 def forget_terms(site: Site) -> None:
     """As the first release has written it."""
-    update = kept(site.spool, RUN, "ann")
+    update = kept(site.outbox, RUN, "ann")
     assert update is not None
-    keep(site.spool, replace(update, terms=None))
-    (path,) = site.spool.glob("*.update")
+    keep(site.outbox, replace(update, terms=None))
+    (path,) = site.outbox.glob("*.update")
     assert b"terms" not in path.read_bytes()

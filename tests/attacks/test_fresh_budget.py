@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedloom.client.config import Policy
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.rows import Rows
-from fedloom.client.privacy.account import open_account
-from fedloom.client.privacy.anchor import default_anchors
-from fedloom.client.privacy.sketch import alike, normal, sketches
-from fedloom.proto.errors import LedgerError
+from fedloom.client.policy import Policy
+from fedloom.client.privacy.ledger.account import open_account
+from fedloom.client.privacy.ledger.anchor import default_anchors
+from fedloom.client.privacy.ledger.sketch import alike, normal, sketches
+from fedloom.core.errors import LedgerError
 
 KEY = b"k" * 32
 

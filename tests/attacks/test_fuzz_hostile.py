@@ -21,23 +21,23 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from torch import nn
 
-from fedloom.client.config import Policy
 from fedloom.client.data.rows import Rows
-from fedloom.client.evaluation import released
-from fedloom.client.model import AdapterModel
-from fedloom.client.participant import Participant
-from fedloom.client.privacy.entropy import System
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.privacy.optimizer import PrivateOptimizer
-from fedloom.client.privacy.per_example import recording
-from fedloom.client.trainer import Trainer
+from fedloom.client.models.load import AdapterModel
+from fedloom.client.policy import Policy
+from fedloom.client.privacy.dp_sgd.grad_sample import recording
+from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
+from fedloom.client.privacy.dp_sgd.rng import System
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.session.participant import Participant
+from fedloom.client.training.local_eval import released
+from fedloom.client.training.trainer import Trainer
+from fedloom.core.codecs import codec
+from fedloom.core.config.run import Spec
+from fedloom.core.errors import FedloomError
+from fedloom.core.schema import Array, Role, Schema
+from fedloom.core.secagg.steps import StepMessage, StepResult
 from fedloom.proto.checks import checked_assignment
-from fedloom.proto.codec import codec
-from fedloom.proto.errors import FedloomError
-from fedloom.proto.messages import Answer, Joined, Standing, UpdateHeader
-from fedloom.proto.run import Spec
-from fedloom.proto.schema import Array, Role, Schema
-from fedloom.proto.secagg.steps import StepMessage, StepResult
+from fedloom.proto.messages import Answer, Joined, RoundStatus, UpdateHeader
 
 CASES = 100_000 if os.environ.get("FEDLOOM_PROVE") == "1" else 1_500
 ALL = frozenset({Role.LORA_A, Role.LORA_B, Role.HEAD})
@@ -118,7 +118,7 @@ class Script:
     def exchange(self, message: StepMessage) -> StepResult | None:
         raise AssertionError("nothing is summed here")
 
-    def heartbeat(self) -> Standing:
+    def heartbeat(self) -> RoundStatus:
         raise AssertionError("nobody is waited for here")
 
     def leave(self, reason: str, score: tuple[float, ...] = ()) -> None: ...

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.client.channel import MEMBER_FILE
-from fedloom.client.connection import GrpcConnection
-from fedloom.proto.credentials import CA_FILE
-from fedloom.proto.identity import Identity, MemberRole
-from fedloom.proto.run import RunConfig
-from fedloom.proto.schema import Role, Schema, TensorSpec
-from fedloom.server import serve as serve_module
-from fedloom.server.authority import Authority, create
+from fedloom.client.transport.grpc import GrpcConnection
+from fedloom.client.transport.tls import MEMBER_FILE
+from fedloom.core.config.run import RunConfig
+from fedloom.core.schema import Role, Schema, TensorSpec
+from fedloom.core.security.certificates import CA_FILE
+from fedloom.core.security.subject import Identity, MemberRole
+from fedloom.server.auth.ca import Authority, create
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.serve import serving
-from fedloom.server.store import Store
+from fedloom.server.rpc import server as serve_module
+from fedloom.server.rpc.server import serving
+from fedloom.server.storage.local import Store
 from fedloom.simulation.credentials import enrolled
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedloom.client.config import Policy
 from fedloom.client.data.rows import Rows
-from fedloom.client.model import AdapterModel
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.proto.errors import ConfigError, PolicyError, ProtocolError, SchemaError
-from fedloom.proto.run import Spec
-from fedloom.proto.schema import Array, Role
+from fedloom.client.models.load import AdapterModel
+from fedloom.client.policy import Policy
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.core.config.run import Spec
+from fedloom.core.errors import ConfigError, PolicyError, ProtocolError, SchemaError
+from fedloom.core.schema import Array, Role
 from tests.attacks.lying import ALL, Liar, Site, announcement, broadcast, edited
 
 

@@ -9,9 +9,9 @@ import os
 import numpy as np
 import pytest
 
-from fedloom.client.privacy.attacks import Make, Singles
-from fedloom.client.privacy.optimizer import PrivateOptimizer
-from fedloom.proto.gaussian import longest
+from fedloom.client.privacy.auditing.attacks import Make, Singles
+from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
+from fedloom.core.privacy.gaussian import longest
 from tests.attacks.float_mechanism import FloatMechanism
 from tests.attacks.heads import WIDTH, Head
 

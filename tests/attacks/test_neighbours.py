@@ -17,23 +17,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedloom.client import own as own_module
-from fedloom.client import participant as module
-from fedloom.client.config import Policy
-from fedloom.client.connection import GrpcConnection
+from fedloom.client.data import site_data as own_module
 from fedloom.client.data.rows import Rows
-from fedloom.client.model import load_model
-from fedloom.client.own import own_data, own_rows
-from fedloom.client.pace import Pace
-from fedloom.client.participant import Participant
-from fedloom.client.prepare import prepare
-from fedloom.client.trainer import Trainer
-from fedloom.client.training import Proceed, Trained
-from fedloom.proto.codec import codec
-from fedloom.proto.errors import DataError, FedloomError
+from fedloom.client.data.site_data import own_data, own_rows
+from fedloom.client.models.load import load_model
+from fedloom.client.policy import Policy
+from fedloom.client.session import participant as module
+from fedloom.client.session.api import CheckCancelled, Trained
+from fedloom.client.session.participant import Participant
+from fedloom.client.session.prepare import prepare
+from fedloom.client.session.send_times import Pace
+from fedloom.client.training.trainer import Trainer
+from fedloom.client.transport.grpc import GrpcConnection
+from fedloom.core.codecs import codec
+from fedloom.core.config.run import Spec
+from fedloom.core.errors import DataError, FedloomError
+from fedloom.core.schema import Tensors
 from fedloom.proto.messages import REFUSED, Answer, Assignment, Finished, Joined
-from fedloom.proto.run import Spec
-from fedloom.proto.schema import Tensors
 from fedloom.proto.v1 import federation_pb2 as pb
 from tests.attacks.scripted import Clock, Scripted, listening
 
@@ -53,9 +53,9 @@ class Slow:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.trainer, name)
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, check_cancelled: CheckCancelled) -> Trained:
         assert self.scripted.beaten.wait(60), "a client at work sends heartbeats"
-        trained = self.trainer.train(run, assignment, broadcast, proceed)
+        trained = self.trainer.train(run, assignment, broadcast, check_cancelled)
         self.scripted.clock.now += 1.26 + 1e-5 * sum(map(len, self.trainer.encoded.input_ids))
         return trained
 

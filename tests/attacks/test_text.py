@@ -19,18 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
-from fedloom.cli import operation
 from fedloom.cli.console import failed, out
 from fedloom.cli.logs import JsonLines, TextLines
-from fedloom.client import operator
-from fedloom.client.connection import GrpcConnection
+from fedloom.cli.server import operate as operation
+from fedloom.client.transport import admin as operator
+from fedloom.client.transport.grpc import GrpcConnection
+from fedloom.core.errors import FedloomError, ProtocolError
+from fedloom.core.text import clean, clean_lines
 from fedloom.flower.messages import Reply, reply_to_json
 from fedloom.flower.rounds import Answered, _Site, _take
-from fedloom.proto.errors import FedloomError, ProtocolError
-from fedloom.proto.text import clean, clean_lines
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.wire import RETRY_AFTER, joined_from_wire
-from fedloom.server.audit import Audit, AuditRecord
+from fedloom.server.storage.audit_log import Audit, AuditRecord
 from tests.dashboard.stage import Stage, stage
 
 FORGED = "2030-01-01 00:00:00,000 CRITICAL fedloom: "

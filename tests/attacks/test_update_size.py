@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedloom.proto.errors import ConfigError, UpdateRejected
+from fedloom.core.config.run import RunConfig, load_run
+from fedloom.core.errors import ConfigError, UpdateRejected
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.proto.messages import Assignment, Finished
-from fedloom.proto.run import RunConfig, load_run
-from fedloom.proto.schema import Role, Schema, TensorSpec
-from fedloom.server.broadcast import Order
-from fedloom.server.honest import largest_norm
-from fedloom.server.launch import build_strategy
-from fedloom.server.store import Store
+from fedloom.server.build import build_strategy
+from fedloom.server.rounds.broadcast import Order
+from fedloom.server.rounds.update_norm import largest_norm
+from fedloom.server.storage.local import Store
 from fedloom.strategies.ffa import FFA
 from tests.server.conftest import Federation, config
 

@@ -19,18 +19,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedloom.proto import failpoints
-from fedloom.proto.accounting import epsilon
+from fedloom.core.privacy.accounting import epsilon
+from fedloom.core.runtime import failpoints
 from tests.chaos.trial import DELTA, SPEND, Trial
 
 __all__ = ["Failure", "Federation", "free_port", "in_parallel", "preload"]
 
 SLOW = (
     "grpc.aio",
-    "fedloom.client.config",
+    "fedloom.client.policy",
     "fedloom.proto.wire",
-    "fedloom.server.admission",
-    "fedloom.server.user_ledger",
+    "fedloom.server.validate_config",
+    "fedloom.server.privacy.user_ledger",
     "fedloom.strategies.fedavg",
 )
 """Modules without failpoints that every node needs."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedloom.proto.failpoints import CALLS, LINES
+from fedloom.core.runtime.failpoints import CALLS, LINES
 from tests.chaos.driver import Failure, Federation, Node
 from tests.chaos.trial import Trial
 
@@ -24,7 +24,7 @@ PRIMED = {
 
 _FIRST = ("history.begin", "history.born")
 _LAST = ("serve.over", "line.leave", "rpc.leave")
-_CLIENT = ("line.", "participant.", "spool.", "durable.", "ledger.", "anchor.")
+_CLIENT = ("line.", "participant.", "outbox.", "durable.", "ledger.", "anchor.")
 _ONCE = frozenset(
     {
         "ledger.open",

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedloom.client import channel
-from fedloom.client.connection import GrpcConnection
-from fedloom.proto.errors import FedloomError, Overloaded
+from fedloom.client.transport import tls as channel
+from fedloom.client.transport.grpc import GrpcConnection
+from fedloom.core.errors import FedloomError, Overloaded
 from fedloom.proto.messages import Assignment, Finished
 from tests.chaos.driver import Failure
 from tests.chaos.kills import Result

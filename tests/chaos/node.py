@@ -6,21 +6,21 @@ import threading
 import time
 from pathlib import Path
 
-from fedloom.client import channel as channel_module
-from fedloom.client import participant as participant_module
-from fedloom.client.config import Policy
-from fedloom.client.connection import GrpcConnection
-from fedloom.client.participant import Participant
-from fedloom.client.privacy import ledger as ledger_module
-from fedloom.client.privacy.account import anchors_folder, ledger_folder, spool_folder
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.training import Proceed, Trained
-from fedloom.proto import failpoints
+from fedloom.client.policy import Policy
+from fedloom.client.privacy.ledger import ledger as ledger_module
+from fedloom.client.privacy.ledger.account import anchors_folder, ledger_folder, outbox_folder
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.session import participant as participant_module
+from fedloom.client.session.api import CheckCancelled, Trained
+from fedloom.client.session.participant import Participant
+from fedloom.client.transport import tls as channel_module
+from fedloom.client.transport.grpc import GrpcConnection
+from fedloom.core.runtime import failpoints
+from fedloom.core.schema import Tensors
 from fedloom.proto.messages import Assignment, Joined, UpdateHeader
-from fedloom.proto.schema import Tensors
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.serve import serve
-from fedloom.server.store import Store
+from fedloom.server.rpc.server import serve
+from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
 from tests.chaos.trial import BUDGET, DELTA, SCHEMA, SPEND, Trial, begun, change, note, sent_digests
 
@@ -67,12 +67,12 @@ class Steady:
     def __init__(self, name: str, folder: Path, ledger: Ledger | None, pause_s: float) -> None:
         self.name, self.folder, self.ledger, self.pause_s = name, folder, ledger, pause_s
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, check_cancelled: CheckCancelled) -> Trained:
         charge = None
         if self.ledger is not None:
             charge = self.ledger.reserve(run, assignment.round, SPEND, budget=BUDGET, delta=DELTA)
         note(self.folder / "drawn.log", f"{assignment.round} {charge}")
-        proceed()
+        check_cancelled()
         time.sleep(self.pause_s)
         if self.ledger is None:
             return Trained(change(self.name, assignment.round, 0, broadcast), None)
@@ -115,7 +115,7 @@ def run_client(trial: Trial, folder: Path, address: str, name: str) -> int:
     def prepare(_: Joined) -> Steady:
         return Steady(name, folder, account_of(policy), trial.pause_s)
 
-    Participant(connection, policy, prepare, spool=spool_folder(policy)).run(patience_s=120)
+    Participant(connection, policy, prepare, outbox=outbox_folder(policy)).run(patience_s=120)
     connection.close()
     return 0
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedloom.server.rounds import AdapterCommitted, ClientLost, Event, RoundClosed, RoundOpened, UpdateAccepted
-from fedloom.server.store import Store
+from fedloom.server.rounds.state import AdapterCommitted, ClientLost, Event, RoundClosed, RoundOpened, UpdateAccepted
+from fedloom.server.storage.local import Store
 from tests.chaos import node
 from tests.chaos.driver import Failure
 from tests.chaos.trial import SPEND, Trial, begun, digest, sent_digests, stepped, undisturbed

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedloom.proto.accounting import Spend
-from fedloom.proto.codec import codec
-from fedloom.proto.run import RunConfig
-from fedloom.proto.schema import Array, Role, Schema, Tensors, TensorSpec
+from fedloom.core.codecs import codec
+from fedloom.core.config.run import RunConfig
+from fedloom.core.privacy.accounting import Spend
+from fedloom.core.schema import Array, Role, Schema, Tensors, TensorSpec
 from fedloom.strategies.api import State, Update
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter

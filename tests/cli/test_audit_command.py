@@ -9,11 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from fedloom.cli.main import app
-from fedloom.client.privacy import adversarial as adversarial_module
-from fedloom.client.privacy import audit as module
-from fedloom.client.privacy.attacks import Attack
-from fedloom.client.privacy.audit import Audit, Check
-from fedloom.proto.errors import ConfigError, PolicyError
+from fedloom.client.privacy.auditing import adversarial as adversarial_module
+from fedloom.client.privacy.auditing import audit as module
+from fedloom.client.privacy.auditing.attacks import Attack
+from fedloom.client.privacy.auditing.audit import Audit, Check
+from fedloom.core.errors import ConfigError, PolicyError
 
 RUN = """
 [run]

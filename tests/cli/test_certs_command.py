@@ -8,13 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from fedloom.cli.main import app
-from fedloom.proto.errors import FedloomError
-from fedloom.proto.run import RunConfig
-from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import FedloomError
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.serve import serving
-from fedloom.server.store import Store
+from fedloom.server.rpc.server import serving
+from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
 
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (2, 3)), TensorSpec("m.B", "m", Role.LORA_B, (3, 2))))
@@ -98,7 +98,7 @@ def test_from_an_authority_to_a_run_that_is_stopped(tmp_path: Path) -> None:
 
 def test_a_run_that_is_over_is_said_to_be_and_where_its_result_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     reply = pb.StatusReply(run="4f", epoch=1, round=3, rounds=10, over=True)
-    monkeypatch.setattr("fedloom.client.operator.status", lambda server, certs: reply)
+    monkeypatch.setattr("fedloom.client.transport.admin.status", lambda server, certs: reply)
 
     said = told("operate", "status", *to("127.0.0.1:1"))
 

@@ -15,13 +15,13 @@ import pytest
 from typer.testing import CliRunner
 
 from fedloom.cli.main import app
-from fedloom.cli.simulate import _line
-from fedloom.client.assets import ASSETS
-from fedloom.proto.run import load_run
-from fedloom.proto.schema import Schema
-from fedloom.server.records import RoundRecord
-from fedloom.server.rounds import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
-from fedloom.server.store import Store
+from fedloom.cli.simulation.simulate import _line
+from fedloom.client.assets.fetch import ASSETS
+from fedloom.core.config.run import load_run
+from fedloom.core.schema import Schema
+from fedloom.server.monitoring.recorders.api import RoundRecord
+from fedloom.server.rounds.state import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
+from fedloom.server.storage.local import Store
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.toml"
 COMMAND = [sys.executable, "-m", "fedloom.cli.main"]

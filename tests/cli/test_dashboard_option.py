@@ -13,9 +13,9 @@ from urllib.error import HTTPError
 
 import pytest
 
-from fedloom.proto.run import load_run
-from fedloom.proto.schema import Role, Schema, TensorSpec
-from fedloom.server.dashboard.access import LINKS_FILE, TOKENS_FILE
+from fedloom.core.config.run import load_run
+from fedloom.core.schema import Role, Schema, TensorSpec
+from fedloom.server.monitoring.dashboard.access import LINKS_FILE, TOKENS_FILE
 
 ROOT = Path(__file__).parents[2]
 

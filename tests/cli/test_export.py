@@ -10,15 +10,15 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from fedloom.client.export import save_final
-from fedloom.client.model import load_model
-from fedloom.proto.accounting import Spend, statement
-from fedloom.proto.run import Spec, load_run
-from fedloom.proto.schema import Schema
+from fedloom.client.models.export import save_final
+from fedloom.client.models.load import load_model
+from fedloom.core.config.run import Spec, load_run
+from fedloom.core.privacy.accounting import Spend, statement
+from fedloom.core.schema import Schema
+from fedloom.server.build import build_strategy, calibrated
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.launch import build_strategy, calibrated
-from fedloom.server.rounds import RoundOpened, RunCreated
-from fedloom.server.store import Store
+from fedloom.server.rounds.state import RoundOpened, RunCreated
+from fedloom.server.storage.local import Store
 from fedloom.strategies.start import starting_adapter
 
 

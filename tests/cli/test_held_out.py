@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 
 from fedloom.cli.main import app
 from fedloom.client.data.rows import Rows
-from fedloom.proto.errors import ConfigError, DataError, ModelError, StoreError
-from fedloom.server.records import read_metrics
+from fedloom.core.errors import ConfigError, DataError, ModelError, StoreError
+from fedloom.server.monitoring.recorders.api import read_metrics
 
 COMMAND = [sys.executable, "-u", "-m", "fedloom.cli.main"]
 POLICY = (
@@ -133,7 +133,7 @@ def test_what_a_coordinator_scores_is_what_evaluate_says(site: Path) -> None:
 def test_a_scorer_that_dies_stops_nobody(site: Path) -> None:
     def kill(server: "subprocess.Popen[str]") -> None:
         children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-        (scorer,) = (int(each) for each in children if b"fedloom.client.scorer" in _words(each))
+        (scorer,) = (int(each) for each in children if b"fedloom.client.eval.worker" in _words(each))
         os.kill(scorer, 9)
 
     said = served("--held-out", "held_out.csv", meanwhile=kill)

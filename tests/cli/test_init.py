@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fedloom.cli.main import app
-from fedloom.client.config import Policy, check_spec, load_policy
-from fedloom.proto.errors import ConfigError
-from fedloom.proto.run import RunConfig, load_run
-from fedloom.proto.tables import Section
+from fedloom.client.policy import Policy, check_spec, load_policy
+from fedloom.core.config.parsing import Section
+from fedloom.core.config.run import RunConfig, load_run
+from fedloom.core.errors import ConfigError
 
 COMMAND = [sys.executable, "-m", "fedloom.cli.main", "init"]
 

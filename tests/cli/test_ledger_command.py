@@ -8,13 +8,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fedloom.cli.main import app, main
-from fedloom.client.config import load_policy
-from fedloom.client.privacy.account import anchors_folder, existing_account, ledger_folder, spool_folder
-from fedloom.client.privacy.anchor import default_anchors
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.privacy.spool import Spooled, keep
-from fedloom.proto.accounting import REPORT_GRID, Spend, epsilon
-from fedloom.proto.errors import FedloomError, LedgerError
+from fedloom.client.policy import load_policy
+from fedloom.client.privacy.ledger.account import anchors_folder, existing_account, ledger_folder, outbox_folder
+from fedloom.client.privacy.ledger.anchor import default_anchors
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.session.outbox import OutboxEntry, keep
+from fedloom.core.errors import FedloomError, LedgerError
+from fedloom.core.privacy.accounting import REPORT_GRID, Spend, epsilon
 from fedloom.proto.messages import UpdateHeader
 
 NAME = "ab" * 16
@@ -112,7 +112,7 @@ def test_an_account_is_shown_while_its_client_runs_and_is_changed_by_it_alone(ch
 
 def test_verify_says_what_it_found(charged: Path) -> None:
     header = UpdateHeader("a", 0, "f" * 64, "fp32", 4, "0" * 64)
-    spool = spool_folder(load_policy(charged))
+    outbox = outbox_folder(load_policy(charged))
 
     done = ledger("verify", charged)
     assert done.exit_code == 0
@@ -120,7 +120,7 @@ def test_verify_says_what_it_found(charged: Path) -> None:
     assert "2 charges, 1 of them released" in done.stdout
     assert "0 updates wait to be sent" in done.stdout
 
-    keep(spool, Spooled("run", 2, header, b"oops", None))  # the digest is not that of the payload
+    keep(outbox, OutboxEntry("run", 2, header, b"oops", None))  # the digest is not that of the payload
     done = ledger("verify", charged)
     assert done.exit_code == 1
     assert "is damaged" in done.stderr

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from fedloom.cli.logs import write_logs
-from fedloom.server.rounds import ClientLost
+from fedloom.server.rounds.state import ClientLost
 
 
 @pytest.fixture(autouse=True)

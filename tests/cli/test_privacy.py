@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from fedloom.cli.privacy import _first_unsafe
-from fedloom.client.config import load_policy
-from fedloom.client.privacy.account import anchors_folder, ledger_folder
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.proto.accounting import GRID, Spend, calibrate, epsilon, rounds_left, statement
+from fedloom.cli.client.privacy import _first_unsafe
+from fedloom.client.policy import load_policy
+from fedloom.client.privacy.ledger.account import anchors_folder, ledger_folder
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.core.privacy.accounting import GRID, Spend, calibrate, epsilon, rounds_left, statement
 
 RUN = """
 run = { name = "flu", rounds = 4 }

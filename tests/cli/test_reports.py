@@ -15,16 +15,16 @@ from typer.testing import CliRunner, Result
 
 from fedloom.cli.console import pace
 from fedloom.cli.main import app
-from fedloom.client.config import load_policy
-from fedloom.client.privacy.account import anchors_folder, ledger_folder
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.proto.accounting import Spend
-from fedloom.proto.errors import ConfigError, StoreError
-from fedloom.proto.run import RunConfig
-from fedloom.server.audit import AuditRecord
-from fedloom.server.records import JsonLines, RoundRecord, write_config
-from fedloom.server.rounds import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, UpdateAccepted
-from fedloom.server.store import Store
+from fedloom.client.policy import load_policy
+from fedloom.client.privacy.ledger.account import anchors_folder, ledger_folder
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import ConfigError, StoreError
+from fedloom.core.privacy.accounting import Spend
+from fedloom.server.monitoring.recorders.api import JsonLines, RoundRecord, write_config
+from fedloom.server.rounds.state import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, UpdateAccepted
+from fedloom.server.storage.audit_log import AuditRecord
+from fedloom.server.storage.local import Store
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.toml"
 REPORTS = (

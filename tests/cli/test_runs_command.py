@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fedloom.cli.main import app
-from fedloom.proto.errors import StoreError
-from fedloom.server.audit import AuditRecord
-from fedloom.server.inspection import holder
-from fedloom.server.journal import Journal
-from fedloom.server.rounds import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
-from fedloom.server.store import Store
+from fedloom.core.errors import StoreError
+from fedloom.server.rounds.state import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
+from fedloom.server.storage.audit_log import AuditRecord
+from fedloom.server.storage.follow import Journal
+from fedloom.server.storage.local import Store
+from fedloom.server.storage.verify import holder
 
 
 def runs(*words: str | Path) -> Result:
@@ -120,8 +120,8 @@ def test_verify_finds_a_changed_and_a_missing_file(state: Path) -> None:
 HOLD = """
 import signal, sys
 from pathlib import Path
-from fedloom.server.rounds import RoundClosed
-from fedloom.server.store import Store
+from fedloom.server.rounds.state import RoundClosed
+from fedloom.server.storage.local import Store
 with Store(Path(sys.argv[1])) as store:
     store.append(RoundClosed(0, ("ann",), "deadline"))
     print("open", flush=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedloom.client.config import SecureAggregationPolicy
-from fedloom.client.identity import load_identity, public_text
-from fedloom.client.secagg import Attempt, Member
-from fedloom.proto.run import SecureAggregationSection
-from fedloom.proto.secagg.keys import Place
-from fedloom.proto.secagg.steps import ALL
+from fedloom.client.policy import SecureAggregationPolicy
+from fedloom.client.secagg.identity_key import load_identity, public_text
+from fedloom.client.secagg.participant import Attempt, Member
+from fedloom.core.config.run import SecureAggregationSection
+from fedloom.core.secagg.keys import Place
+from fedloom.core.secagg.steps import ALL
 
 NAMES = ("ann", "ben", "cat", "dan", "eve", "fay")
 PLACE = Place("run", 1, 0)

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedloom.client.model import AdapterModel
-from fedloom.proto.gaussian import Integers
+from fedloom.client.models.load import AdapterModel
+from fedloom.core.config.run import Spec
+from fedloom.core.privacy.gaussian import Integers
+from fedloom.core.schema import Array, Role
 from fedloom.proto.messages import Assignment
-from fedloom.proto.run import Spec
-from fedloom.proto.schema import Array, Role
 
 ALL = frozenset({Role.LORA_A, Role.LORA_B, Role.HEAD})
 

@@ -81,8 +81,8 @@ class Containers:
         mount = f"{self.project}_{volume}:/var/lib/fedloom"
         return run("docker", "run", "--rm", "--volume", mount, "--entrypoint", command[0], image, *command[1:])
 
-    def seats(self) -> dict[str, str]:
-        """Which container has which seat: its name by the container's."""
+    def slots(self) -> dict[str, str]:
+        """Which container has which slot: its name by the container's."""
         holders = self.look("fedloom-client", "clients", "sh", "-c", "grep -H . */holder").splitlines()
         return {holder: path.partition("/")[0] for path, _, holder in (line.partition(":") for line in holders)}
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedloom.client.assets import fetch
+from fedloom.client.assets.fetch import fetch
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.tokens import encode
-from fedloom.client.export import load_exported, predict
-from fedloom.client.model import load_base
-from fedloom.proto.run import RunConfig
+from fedloom.client.models.export import load_exported, predict
+from fedloom.client.models.load import load_base
+from fedloom.core.config.run import RunConfig
 from fedloom.simulation.federation import shares
 from tests.compose.conftest import CLIENTS, Containers, run, until
 
@@ -38,8 +38,8 @@ def finished(containers: Containers) -> Containers:
     (coordinator,) = containers.ids("coordinator")
     until("the coordinator is healthy", lambda: containers.state(coordinator, "State.Health.Status") == "healthy")
     until("the second round is open", lambda: _training(containers, 2))
-    seats = containers.seats()
-    assert len(seats) == CLIENTS
+    slots = containers.slots()
+    assert len(slots) == CLIENTS
 
     run("docker", "kill", "--signal", "KILL", coordinator)
     assert containers.state(coordinator, "State.Status") == "exited"
@@ -55,7 +55,7 @@ def finished(containers: Containers) -> Containers:
     until("all have ended", lambda: {containers.state(each, "State.Status") for each in everybody} == {"exited"})
     assert containers.ids() == everybody
     assert containers.state(second, "RestartCount") == "1"
-    assert containers.seats() == seats, "a client came back as another"
+    assert containers.slots() == slots, "a client came back as another"
     return containers
 
 
@@ -118,7 +118,7 @@ def test_no_two_clients_share_an_example(finished: Containers) -> None:
 def test_the_tokens_are_gone_and_no_key_is_where_others_look(finished: Containers) -> None:
     seen = finished.look("fedloom-client", "federation", "ls").split()
 
-    assert sorted(seen) == ["over", "run.schema.json", "run.toml", "seats.json"]
+    assert sorted(seen) == ["over", "run.schema.json", "run.toml", "slots.json"]
 
 
 def test_the_adapter_is_the_coordinators_and_predicts(finished: Containers, tmp_path: Path) -> None:

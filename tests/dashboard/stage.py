@@ -11,22 +11,22 @@ from pathlib import Path
 
 import numpy as np
 
-from fedloom.client.connection import GrpcConnection
-from fedloom.proto.codec import codec
-from fedloom.proto.errors import ProtocolError
+from fedloom.client.transport.grpc import GrpcConnection
+from fedloom.core.codecs import codec
+from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import ProtocolError
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, upload_schema
-from fedloom.proto.run import RunConfig
-from fedloom.proto.schema import Role, Schema, TensorSpec
-from fedloom.server.authority import create
+from fedloom.server.auth.ca import create
+from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.dashboard.access import Tokens
-from fedloom.server.dashboard.board import Board
-from fedloom.server.dashboard.hosting import hosting
-from fedloom.server.launch import build_strategy
-from fedloom.server.observation import Observation, observing
-from fedloom.server.recording import Scorer
-from fedloom.server.serve import serving
-from fedloom.server.store import Store
+from fedloom.server.monitoring.dashboard.access import Tokens
+from fedloom.server.monitoring.dashboard.hosting import hosting
+from fedloom.server.monitoring.dashboard.runs import Board
+from fedloom.server.monitoring.recorders.background import Scorer
+from fedloom.server.monitoring.status import Observation, observing
+from fedloom.server.rpc.server import serving
+from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from fedloom.proto.errors import ConfigError
-from fedloom.server.dashboard.access import ACTION, ALLOWED, TOKENS_FILE, Tokens, cookie, load_tokens
-from fedloom.server.dashboard.app import application
-from fedloom.server.dashboard.certificates import invited
+from fedloom.core.errors import ConfigError
+from fedloom.server.monitoring.dashboard.access import ACTION, ALLOWED, TOKENS_FILE, Tokens, cookie, load_tokens
+from fedloom.server.monitoring.dashboard.app import application
+from fedloom.server.monitoring.dashboard.certificates import invited
 from tests.dashboard.stage import TOKENS, Stage
 
 ACT = {ACTION: "1"}

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedloom.server.dashboard.connections import Limits
-from fedloom.server.dashboard.hosting import hosting
+from fedloom.server.monitoring.dashboard.connections import Limits
+from fedloom.server.monitoring.dashboard.hosting import hosting
 from tests.dashboard.stage import TOKENS, Stage
 
 TIMEOUT_S = 60.0

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from safetensors.numpy import load
 
-from fedloom.proto.errors import ConfigError, StoreError, UpdateRejected
-from fedloom.server.dashboard.hosting import hosting
-from fedloom.server.store import Store
+from fedloom.core.errors import ConfigError, StoreError, UpdateRejected
+from fedloom.server.monitoring.dashboard.hosting import hosting
+from fedloom.server.storage.local import Store
 from tests.dashboard.stage import TOKENS, Stage, config, finished_run, stage
 
 NAN = float("nan")

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fedloom.proto.errors import UpdateRejected
-from fedloom.proto.run import RunConfig
-from fedloom.server.records import RoundRecord
-from fedloom.server.scores import federated_score
+from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import UpdateRejected
+from fedloom.server.monitoring.recorders.api import RoundRecord
+from fedloom.server.rounds.evaluation import federated_score
 from tests.dashboard.stage import Stage, config, stage
 
 SCORED = federated_score(

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from fedloom.proto.credentials import Token
+from fedloom.core.security.certificates import Token
 from fedloom.proto.messages import Finished
-from fedloom.server.dashboard.access import ACTION, ALLOWED, cookie
-from fedloom.server.dashboard.app import application
-from fedloom.server.dashboard.certificates import certificates, invited
-from fedloom.server.dashboard.table import HEADS
+from fedloom.server.monitoring.dashboard.access import ACTION, ALLOWED, cookie
+from fedloom.server.monitoring.dashboard.app import application
+from fedloom.server.monitoring.dashboard.certificates import certificates, invited
+from fedloom.server.monitoring.dashboard.csv_table import HEADS
 from tests.dashboard.stage import TOKENS, Stage, finished_run, stage
 
 ACT = {ACTION: "1"}
@@ -127,8 +127,8 @@ def test_an_operator_invites_a_client_and_revokes_it(live: Stage) -> None:
     ],
 )
 def test_a_wrong_name_is_one_line(live: Stage, path: str, name: str, words: str) -> None:
-    from fedloom.proto.identity import Identity, MemberRole
-    from fedloom.server.authority import Authority
+    from fedloom.core.security.subject import Identity, MemberRole
+    from fedloom.server.auth.ca import Authority
 
     assert live.board.certs is not None
     authority = Authority(live.board.certs)

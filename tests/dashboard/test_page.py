@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.proto.errors import UpdateRejected
-from fedloom.proto.schema import Tensors
-from fedloom.server.dashboard import board
+from fedloom.core.errors import UpdateRejected
+from fedloom.core.schema import Tensors
+from fedloom.server.monitoring.dashboard import runs as board
 from tests.dashboard.browser import Browser, browser, found
 from tests.dashboard.stage import TOKENS, Stage, config, finished_run, stage
 

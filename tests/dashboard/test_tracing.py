@@ -7,8 +7,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from fedloom.server import observation
-from fedloom.server.tracing import ENDPOINT, Spans, exporting
+from fedloom.server.monitoring import status as observation
+from fedloom.server.monitoring.otel import ENDPOINT, Spans, exporting
 from tests.dashboard.stage import config, stage
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.client.assets import cache_dir, fetch
+from fedloom.client.assets.fetch import cache_dir, fetch
 from tests.docs.blocks import DOCS, Block, blocks
 
 PAGES = ("quickstart.md", "data.md", "tutorial-simulation.md", "tutorial-sites.md", "tutorial-strategy.md")

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedloom.cli.main import app
-from fedloom.proto.errors import ModelError
-from fedloom.proto.run import RunConfig
+from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import ModelError
 from fedloom.simulation.simulate import simulate
 from tests.families import FAMILIES, save_family
 

@@ -19,18 +19,18 @@ from typing import Any
 import grpc
 import numpy as np
 
-from fedloom.proto.codec import codec
-from fedloom.proto.limits import CHUNK_BYTES
+from fedloom.core.codecs import codec
+from fedloom.core.config.run import RunConfig
+from fedloom.core.limits import CHUNK_BYTES
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.proto.messages import Assignment, Finished, UpdateHeader, Wait, upload_schema
-from fedloom.proto.run import RunConfig
-from fedloom.proto.schema import Role, Schema, TensorSpec
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1.federation_pb2_grpc import FederationStub
 from fedloom.proto.wire import answer_from_wire, header_to_wire
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.rounds import Event
-from fedloom.server.serve import serve
-from fedloom.server.store import Store
+from fedloom.server.rounds.state import Event
+from fedloom.server.rpc.server import serve
+from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 from fedloom.strategies.state import state_to_bytes

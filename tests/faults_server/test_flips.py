@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.proto.errors import FedloomError, ProtocolError, StoreError
+from fedloom.core.errors import FedloomError, ProtocolError, StoreError
 from fedloom.proto.messages import Assignment
-from fedloom.server.store import Store
+from fedloom.server.storage.local import Store
 from tests.faults_server.serving import NAMES, Acknowledged, finish, open_coordinator, update
 
 PROVE = os.environ.get("FEDLOOM_PROVE") == "1"

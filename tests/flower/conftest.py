@@ -1,4 +1,4 @@
-"""A site with a real ledger and spool, whose training is random numbers that are never the same twice."""
+"""A site with a real ledger and outbox, whose training is random numbers that are never the same twice."""
 
 import hashlib
 import os
@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedloom.client.config import Policy
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.training import Proceed, Trained
+from fedloom.client.policy import Policy
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.session.api import CheckCancelled, Trained
+from fedloom.core.codecs import codec
+from fedloom.core.config.run import Spec
+from fedloom.core.privacy.accounting import Spend
+from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.flower.messages import Request
-from fedloom.flower.resident import Resident
-from fedloom.proto.accounting import Spend
-from fedloom.proto.codec import codec
+from fedloom.flower.resident_trainer import Resident
 from fedloom.proto.messages import Assignment, Joined
-from fedloom.proto.run import Spec
-from fedloom.proto.schema import Role, Schema, Tensors, TensorSpec
 
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (1, 8)), TensorSpec("m.B", "m", Role.LORA_B, (8, 1))))
 BROADCAST = codec("fp32").encode(SCHEMA, SCHEMA.zeros())
@@ -35,7 +35,7 @@ class Dice:
     declared_examples: int = 40
     failure: BaseException | None = None
 
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors, proceed: Proceed) -> Trained:
+    def train(self, run: str, assignment: Assignment, broadcast: Tensors, check_cancelled: CheckCancelled) -> Trained:
         self.calls.append(f"train {assignment.round}")
         if self.failure is not None:
             raise self.failure
@@ -77,7 +77,7 @@ class Site:
             return len(ledger.charges())
 
     @property
-    def spooled(self) -> list[Path]:
+    def waiting(self) -> list[Path]:
         return sorted((self.policy.client.state / "spool").glob("*"))
 
 

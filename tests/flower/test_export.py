@@ -7,12 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fedloom.cli.main import app
-from fedloom.client.config import load_policy
+from fedloom.client.policy import load_policy
+from fedloom.core.config.run import load_run
+from fedloom.core.errors import ConfigError
 from fedloom.flower.launch import launch
-from fedloom.proto.errors import ConfigError
-from fedloom.proto.run import load_run
-from fedloom.server.launch import calibrated
-from fedloom.server.prepared import prepared_path
+from fedloom.server.build import calibrated
+from fedloom.server.prepared_schema import prepared_path
 from tests.flower.federation import write_run
 from tests.flower.test_rounds import Sites
 

@@ -13,11 +13,11 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from fedloom.client.config import Policy
-from fedloom.flower.line import ask, listening, receive, send, socket_path
+from fedloom.client.policy import Policy
+from fedloom.core.errors import ConfigError, ProtocolError, Unavailable
 from fedloom.flower.messages import Request, reply_from_json, request_to_json
-from fedloom.flower.node import run, serve
-from fedloom.proto.errors import ConfigError, ProtocolError, Unavailable
+from fedloom.flower.resident_process import run, serve
+from fedloom.flower.unix_socket import ask, listening, receive, send, socket_path
 from tests.flower.conftest import BROADCAST, Site
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from fedloom.core.errors import CodecError, FedloomError, ProtocolError
+from fedloom.core.schema import Role
 from fedloom.flower.messages import (
     MAX_HEAD_BYTES,
     Reply,
@@ -16,9 +18,7 @@ from fedloom.flower.messages import (
     request_from_json,
     request_to_json,
 )
-from fedloom.proto.errors import CodecError, FedloomError, ProtocolError
 from fedloom.proto.messages import UpdateHeader
-from fedloom.proto.schema import Role
 
 HEADER = UpdateHeader("site-a", 3, "a" * 64, "fp32", 32, "b" * 64, score=(1.5, -2.0, 1e-17))
 

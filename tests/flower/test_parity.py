@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from fedloom.client.data.rows import Rows, digest
-from fedloom.client.privacy.entropy import Entropy, Seeded
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.trainer import Trainer
-from fedloom.flower.resident import Resident
+from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.training.trainer import Trainer
+from fedloom.core.config.run import RunConfig
+from fedloom.flower.resident_trainer import Resident
 from fedloom.proto.messages import Joined
-from fedloom.proto.run import RunConfig
+from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.launch import build_strategy
-from fedloom.server.rounds import RoundClosed
-from fedloom.server.store import Store
+from fedloom.server.rounds.state import RoundClosed
+from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess
 from fedloom.strategies.start import starting_adapter

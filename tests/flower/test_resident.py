@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from fedloom.client.privacy import spool
+from fedloom.client.session import outbox as outbox
+from fedloom.core.errors import BudgetError
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.flower.messages import Request
-from fedloom.proto.errors import BudgetError
 from fedloom.proto.messages import Joined
-from fedloom.proto.schema import Role, Schema, TensorSpec
 from tests.flower.conftest import BROADCAST, Site
 
 Work = Callable[[int], Request]
@@ -70,7 +70,7 @@ def test_a_retried_message_gets_the_same_bytes(site: Site, work: Work) -> None:
 def test_a_trainer_that_was_killed_answers_with_the_same_bytes(site: Site, work: Work) -> None:
     resident = site.start()
     first = resident.answer(work(0), BROADCAST)
-    resident.close()  # all that a killed process leaves: ledger and spool on the disk
+    resident.close()  # all that a killed process leaves: ledger and outbox on the disk
 
     anew = site.start()
 
@@ -87,7 +87,7 @@ def test_the_next_round_is_trained_and_takes_the_place_of_the_last(site: Site, w
 
     assert first[1] != second[1]
     assert second == resident.answer(work(1), BROADCAST)
-    assert len(site.spooled) == 1
+    assert len(site.waiting) == 1
     resident.close()
     assert site.charges == 2
 
@@ -111,16 +111,16 @@ def test_the_bytes_are_spooled_before_the_ledger_says_that_they_leave(
     resident = site.start()
     resident.answer(Request(work(0).joined), b"")
     calls = site.trainers[0].calls
-    keep = spool.keep
+    keep = outbox.keep
 
     def noted(*arguments: object) -> None:
-        calls.append("spool")
+        calls.append("outbox")
         keep(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fedloom.client.participant.keep", noted)
+    monkeypatch.setattr("fedloom.client.session.participant.keep", noted)
     resident.answer(work(0), BROADCAST)
 
-    assert calls == ["train 0", "spool", "release"]
+    assert calls == ["train 0", "outbox", "release"]
     resident.close()
 
 
@@ -150,12 +150,12 @@ def test_another_schema_than_the_model_gives_is_refused(site: Site, work: Work) 
 def test_the_end_of_a_run_clears_the_spool(site: Site, work: Work) -> None:
     resident = site.start()
     resident.answer(work(0), BROADCAST)
-    assert site.spooled
+    assert site.waiting
 
     reply, _ = resident.answer(Request(work(0).joined, over=True), b"")
 
     assert reply.refusal == ""
-    assert not site.spooled
+    assert not site.waiting
     assert site.charges == 1, "and the ledger is free again"
 
 

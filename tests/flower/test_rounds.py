@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.client.config import Policy
+from fedloom.client.policy import Policy
+from fedloom.core.config.run import RunConfig, Spec
+from fedloom.core.schema import Schema, Tensors
 from fedloom.flower.messages import Reply, Request, reply_to_json, request_from_json
-from fedloom.flower.resident import Resident
+from fedloom.flower.resident_trainer import Resident
 from fedloom.flower.rounds import Answered, coordinate
 from fedloom.proto.messages import Joined
-from fedloom.proto.run import RunConfig, Spec
-from fedloom.proto.schema import Schema, Tensors
+from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.launch import build_strategy
-from fedloom.server.rounds import ClientLost, Event, RoundClosed, RunCreated
-from fedloom.server.store import Store
+from fedloom.server.rounds.state import ClientLost, Event, RoundClosed, RunCreated
+from fedloom.server.storage.local import Store
 from fedloom.strategies.start import starting_adapter
 from tests.flower.conftest import SCHEMA, Site
 

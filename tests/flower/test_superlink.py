@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedloom.proto.run import load_run
-from fedloom.proto.schema import Tensors
+from fedloom.core.config.run import load_run
+from fedloom.core.schema import Tensors
 from fedloom.simulation.simulate import simulate
 from tests.flower.federation import FLOWER, WAIT_S, superlink, write_run
 

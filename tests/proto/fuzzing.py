@@ -19,25 +19,25 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from google.protobuf.message import DecodeError, Message
 
-from fedloom.client import config as policy_module
-from fedloom.client.privacy import spool as spool_module
+from fedloom.client import policy as policy_module
+from fedloom.client.session import outbox as spool_module
+from fedloom.core import schema as schema_module
+from fedloom.core.codecs import codec
+from fedloom.core.codecs import dense as dense_module
+from fedloom.core.config import parsing as tables_module
+from fedloom.core.config import run as run_module
+from fedloom.core.errors import FedloomError
+from fedloom.core.schema import Role, Schema, TensorSpec
+from fedloom.core.secagg import fixed_point as fixed_module
+from fedloom.core.secagg import keys as keys_module
+from fedloom.core.secagg import shamir as shamir_module
+from fedloom.core.secagg.keys import Advert, Place
+from fedloom.core.secagg.steps import Step, StepMessage, StepResult
 from fedloom.proto import frames as frames_module
-from fedloom.proto import run as run_module
-from fedloom.proto import schema as schema_module
-from fedloom.proto import tables as tables_module
 from fedloom.proto import wire as wire_module
-from fedloom.proto.codec import codec
-from fedloom.proto.codec import dense as dense_module
-from fedloom.proto.errors import FedloomError
-from fedloom.proto.messages import Assignment, Finished, Joined, Standing, UpdateHeader, Wait
-from fedloom.proto.schema import Role, Schema, TensorSpec
-from fedloom.proto.secagg import fixed as fixed_module
-from fedloom.proto.secagg import keys as keys_module
-from fedloom.proto.secagg import shamir as shamir_module
-from fedloom.proto.secagg.keys import Advert, Place
-from fedloom.proto.secagg.steps import Step, StepMessage, StepResult
+from fedloom.proto.messages import Assignment, Finished, Joined, RoundStatus, UpdateHeader, Wait
 from fedloom.proto.v1 import federation_pb2 as pb
-from fedloom.server import rounds as rounds_module
+from fedloom.server.rounds import state as rounds_module
 from fedloom.strategies import state as state_module
 from fedloom.strategies.api import State
 from tests.proto.mutating import as_json, as_toml, bent, garbled, of_bytes, of_messages, sized
@@ -89,7 +89,7 @@ def from_peers() -> Iterator[Decoder]:
     yield "step", of_messages(step), parsed(pb.ExchangeRequest, wire_module.step_from_wire)
     result = wire_module.result_to_wire(StepResult(2, {"ann": b"abc"}))
     yield "step result", of_messages(result), parsed(pb.ExchangeReply, wire_module.result_from_wire)
-    standing = wire_module.standing_to_wire(Standing(7, True, 3))
+    standing = wire_module.standing_to_wire(RoundStatus(7, True, 3))
     yield "heartbeat reply", of_messages(standing), parsed(pb.HeartbeatReply, wire_module.standing_from_wire)
     framed = [frames_module.framed(2, bytes(size)) for size in (0, 1, 200, 20_000)]
     yield "frame", of_bytes(*framed), lambda content: frames_module.unframed(2, content)
@@ -155,9 +155,9 @@ def from_disk(folder: Path) -> Iterator[Decoder]:
 
     payload = b"\n payload \0"
     ready = UpdateHeader("a", 4, "f" * 64, "fp32", len(payload), hashlib.sha256(payload).hexdigest())
-    spool = folder / "spool"
-    spool_module.keep(spool, spool_module.Spooled("run-1", 7, ready, payload, None))
-    (spooled,) = spool.iterdir()
+    outbox = folder / "outbox"
+    spool_module.keep(outbox, spool_module.OutboxEntry("run-1", 7, ready, payload, None))
+    (waiting,) = outbox.iterdir()
     note = {"run": "run-1", "charge": 7, "header": dataclasses.asdict(ready)}
 
     def resealed(rng: random.Random) -> bytes:
@@ -166,11 +166,11 @@ def from_disk(folder: Path) -> Iterator[Decoder]:
         sealed_note = hashlib.sha256(changed).hexdigest().encode()
         return b"\n".join((b"fedloom update 1", sealed_note, changed, payload))
 
-    whole = spooled.read_bytes()
+    whole = waiting.read_bytes()
     yield (
-        "spool",
+        "outbox",
         lambda rng: resealed(rng) if rng.random() < 0.7 else garbled(whole, rng),
-        _from_file(spooled, lambda path: spool_module.kept(path.parent, "run-1", "a")),
+        _from_file(waiting, lambda path: spool_module.kept(path.parent, "run-1", "a")),
     )
 
 

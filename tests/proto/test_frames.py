@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.proto.errors import ProtocolError
+from fedloom.core.errors import ProtocolError
+from fedloom.core.limits import CHUNK_BYTES
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, framed, frames, unframed
-from fedloom.proto.limits import CHUNK_BYTES
 from fedloom.proto.v1 import federation_pb2 as pb
 
 

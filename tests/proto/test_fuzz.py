@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.proto.errors import FedloomError
-from fedloom.proto.tables import read_json, read_toml
-from fedloom.server.chain import read_mark
-from fedloom.server.rounds import event_from_json
+from fedloom.core.config.parsing import read_json, read_toml
+from fedloom.core.errors import FedloomError
+from fedloom.server.rounds.state import event_from_json
+from fedloom.server.storage.hash_chain import read_mark
 
 PROVE = os.environ.get("FEDLOOM_PROVE") == "1"
 INPUTS = 100_000 if PROVE else 400

@@ -14,12 +14,12 @@ import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.message import Message
 
-from fedloom.proto.errors import ProtocolError
+from fedloom.core.config.run import Spec
+from fedloom.core.errors import ProtocolError
+from fedloom.core.schema import Role, Schema, TensorSpec
+from fedloom.core.secagg.steps import MASKED, Step, StepMessage, StepResult
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, framed, unframed
-from fedloom.proto.messages import Assignment, Finished, Joined, Standing, UpdateHeader, Wait
-from fedloom.proto.run import Spec
-from fedloom.proto.schema import Role, Schema, TensorSpec
-from fedloom.proto.secagg.steps import MASKED, Step, StepMessage, StepResult
+from fedloom.proto.messages import Assignment, Finished, Joined, RoundStatus, UpdateHeader, Wait
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.wire import (
     answer_from_wire,
@@ -96,7 +96,7 @@ MESSAGES: dict[str, Message] = {
     "ExchangeReply waiting": result_to_wire(None),
     "HeartbeatRequest": pb.HeartbeatRequest(**ADDRESS),
     "HeartbeatReply": pb.HeartbeatReply(round=7, open=True),
-    "HeartbeatReply oldest": standing_to_wire(Standing(7, True, 3)),
+    "HeartbeatReply oldest": standing_to_wire(RoundStatus(7, True, 3)),
     "LeaveRequest": pb.LeaveRequest(reason="run over", **ADDRESS),
     "LeaveReply": pb.LeaveReply(),
     "EnrollRequest": pb.EnrollRequest(signing_request=b"request"),
@@ -140,8 +140,8 @@ READ: dict[str, tuple[Callable[[Any], object], object]] = {
     "ExchangeRequest": (step_from_wire, STEP),
     "ExchangeReply": (result_from_wire, STEP_RESULT),
     "ExchangeReply waiting": (result_from_wire, None),
-    "HeartbeatReply": (standing_from_wire, Standing(7, True, 0)),
-    "HeartbeatReply oldest": (standing_from_wire, Standing(7, True, 3)),
+    "HeartbeatReply": (standing_from_wire, RoundStatus(7, True, 0)),
+    "HeartbeatReply oldest": (standing_from_wire, RoundStatus(7, True, 3)),
 }
 """What this build makes of the bytes, where it makes more of them than protobuf does."""
 

@@ -3,12 +3,12 @@ from dataclasses import replace
 
 import pytest
 
-from fedloom.proto import errors
-from fedloom.proto.errors import CodecError, FedloomError, ProtocolError, SchemaError
-from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader, Wait
-from fedloom.proto.run import Spec
-from fedloom.proto.schema import Role, Schema, TensorSpec
-from fedloom.proto.secagg.steps import MASKED, Step, StepMessage, StepResult
+from fedloom.core import errors
+from fedloom.core.config.run import Spec
+from fedloom.core.errors import CodecError, FedloomError, ProtocolError, SchemaError
+from fedloom.core.schema import Role, Schema, TensorSpec
+from fedloom.core.secagg.steps import MASKED, Step, StepMessage, StepResult
+from fedloom.proto.messages import Answer, Assignment, Finished, Joined, RoundStatus, UpdateHeader, Wait
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.wire import (
     STATUS,
@@ -154,7 +154,7 @@ def test_an_answer_no_honest_coordinator_sends_is_refused(
 
 
 def test_how_the_run_stands_survives_and_must_make_sense() -> None:
-    for standing in (Standing(7, True, 3), Standing(7, False, 7), Standing(0, True, 0)):
+    for standing in (RoundStatus(7, True, 3), RoundStatus(7, False, 7), RoundStatus(0, True, 0)):
         assert standing_from_wire(standing_to_wire(standing)) == standing
     with pytest.raises(ProtocolError, match="taken from round 8 on, but round 7 is open or next"):
         standing_from_wire(pb.HeartbeatReply(round=7, open=True, oldest=8))

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedloom.proto.codec import codec
+from fedloom.core.codecs import codec
+from fedloom.core.config.run import RunConfig
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.proto.messages import Assignment, Finished, UpdateHeader, Wait, broadcast_schema, upload_schema
-from fedloom.proto.run import RunConfig
-from fedloom.proto.schema import Role, Schema, TensorSpec
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.store import Store
+from fedloom.server.storage.local import Store
 from fedloom.strategies.api import Strategy
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedloom.proto.codec import codec
-from fedloom.proto.errors import ConfigError, ProtocolError
+from fedloom.core.codecs import codec
+from fedloom.core.errors import ConfigError, ProtocolError
 from fedloom.proto.messages import Finished, UpdateHeader, Wait
-from fedloom.server.store import Store
+from fedloom.server.storage.local import Store
 from fedloom.strategies.api import State
 
 

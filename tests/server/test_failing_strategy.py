@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from fedloom.proto.errors import StrategyError, UpdateRejected
+from fedloom.core.errors import StrategyError, UpdateRejected
+from fedloom.core.schema import Array, Schema
 from fedloom.proto.messages import Finished, Wait
-from fedloom.proto.schema import Array, Schema
-from fedloom.server.serve import serving
-from fedloom.server.store import Store
+from fedloom.server.rpc.server import serving
+from fedloom.server.storage.local import Store
 from fedloom.strategies.api import Plan, State, Update
 from fedloom.strategies.fedavg import FedAvg
 

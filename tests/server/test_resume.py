@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedloom.proto.errors import ConfigError, ProtocolError, StoreError
+from fedloom.core.errors import ConfigError, ProtocolError, StoreError
 from fedloom.proto.messages import Assignment
-from fedloom.server.rounds import Event, RoundClosed
-from fedloom.server.store import Store
+from fedloom.server.rounds.state import Event, RoundClosed
+from fedloom.server.storage.local import Store
 from fedloom.strategies.api import State, Strategy
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.state import state_to_bytes
-from fedloom.strategies.user_level import UserLevel
+from fedloom.strategies.transforms.user_level_dp import UserLevel
 
 
 class Crash(Exception):

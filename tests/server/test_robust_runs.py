@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedloom.proto.errors import ConfigError, UpdateRejected
-from fedloom.proto.run import RunConfig
-from fedloom.server.launch import build_strategy
-from fedloom.server.rounds import RunCreated
-from fedloom.server.store import Store
+from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import ConfigError, UpdateRejected
+from fedloom.server.build import build_strategy
+from fedloom.server.rounds.state import RunCreated
+from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
-from fedloom.strategies.norm_bound import NormBound
+from fedloom.strategies.transforms.norm_bound import NormBound
 
 NAMES = ("ada", "bo", "cy", "dee", "eve", "flo", "gus")
 RULES = {"median": 3, "trimmed-mean": 3, "krum": 5, "multi-krum": 5, "bulyan": 7}

@@ -12,17 +12,17 @@ import pytest
 from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 
-from fedloom.proto.errors import BudgetError, ConfigError, UpdateRejected
+from fedloom.core.config.run import RunConfig, SecureAggregationSection, UserLevelSection
+from fedloom.core.errors import BudgetError, ConfigError, UpdateRejected
 from fedloom.proto.messages import Assignment, Finished
-from fedloom.proto.run import RunConfig, SecureAggregationSection, UserLevelSection
-from fedloom.server.launch import build_strategy, calibrated
-from fedloom.server.rounds import RoundClosed, RoundOpened
-from fedloom.server.store import Store
-from fedloom.server.user_ledger import check_supply, eligible, participations, settled, spent, statement
+from fedloom.server.build import build_strategy, calibrated
+from fedloom.server.privacy.user_ledger import check_supply, eligible, participations, settled, spent, statement
+from fedloom.server.rounds.state import RoundClosed, RoundOpened
+from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.state import state_to_bytes
-from fedloom.strategies.tree import sensitivity
-from fedloom.strategies.user_level import UserLevel
+from fedloom.strategies.transforms.tree_noise import sensitivity
+from fedloom.strategies.transforms.user_level_dp import UserLevel
 
 
 def section(**keys: Any) -> UserLevelSection:

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.client.connection import GrpcConnection
 from fedloom.client.data.rows import Rows
-from fedloom.proto.identity import Identity, MemberRole
+from fedloom.client.transport.grpc import GrpcConnection
+from fedloom.core.config.run import RunConfig
+from fedloom.core.schema import Role, Schema, TensorSpec
+from fedloom.core.security.subject import Identity, MemberRole
 from fedloom.proto.messages import Assignment
-from fedloom.proto.run import RunConfig
-from fedloom.proto.schema import Role, Schema, TensorSpec
-from fedloom.server import authority as authority_module
-from fedloom.server.authority import Authority, create
+from fedloom.server.auth import ca as authority_module
+from fedloom.server.auth.ca import Authority, create
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.serve import serving
-from fedloom.server.store import Store
+from fedloom.server.rpc.server import serving
+from fedloom.server.storage.local import Store
 from fedloom.simulation.credentials import enrolled
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.client import operator
-from fedloom.client.channel import open_channel
-from fedloom.client.connection import GrpcConnection
-from fedloom.client.enrolment import enrol, renew
-from fedloom.proto.errors import Forbidden, IdentityError
-from fedloom.proto.identity import Identity, MemberRole
+from fedloom.client.transport import admin as operator
+from fedloom.client.transport.enrollment import enrol, renew
+from fedloom.client.transport.grpc import GrpcConnection
+from fedloom.client.transport.tls import open_channel
+from fedloom.core.errors import Forbidden, IdentityError
+from fedloom.core.security.subject import Identity, MemberRole
 from fedloom.proto.v1 import federation_pb2 as pb
-from fedloom.server.authority import Authority
+from fedloom.server.auth.ca import Authority
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.inspection import look
-from fedloom.server.serve import serving
+from fedloom.server.rpc.server import serving
+from fedloom.server.storage.verify import look
 from fedloom.simulation.credentials import enrolled
 
 

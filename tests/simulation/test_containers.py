@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from docker import client
-from docker.coordinator import OVER, SEATS, close, offer, settled
-from fedloom.client.config import load_policy
-from fedloom.proto.accounting import Spend, epsilon
-from fedloom.proto.credentials import Token
-from fedloom.proto.errors import ConfigError
-from fedloom.proto.run import RunConfig, load_run
-from fedloom.server.authority import Authority
-from fedloom.server.rounds import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
-from fedloom.server.store import Store
+from docker.coordinator import OVER, SLOTS, close, offer, settled
+from fedloom.client.policy import load_policy
+from fedloom.core.config.run import RunConfig, load_run
+from fedloom.core.errors import ConfigError
+from fedloom.core.privacy.accounting import Spend, epsilon
+from fedloom.core.security.certificates import Token
+from fedloom.server.auth.ca import Authority
+from fedloom.server.rounds.state import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
+from fedloom.server.storage.local import Store
 from fedloom.simulation.containers import SPARE_ROUNDS, furnish
 from fedloom.simulation.federation import build, completed
-from fedloom.simulation.seats import take_seat
+from fedloom.simulation.slots import take_seat
 
 NAMES = ("client-0", "client-1", "client-2")
 WORDS = ("good", "bad", "fine", "awful", "great", "poor", "happy", "sad")
@@ -29,21 +29,21 @@ WORDS = ("good", "bad", "fine", "awful", "great", "poor", "happy", "sad")
 TAKE = """
 import sys
 from pathlib import Path
-from fedloom.simulation.seats import take_seat
+from fedloom.simulation.slots import take_seat
 print(take_seat(Path(sys.argv[1]), sys.argv[3:], sys.argv[2]), flush=True)
 sys.stdin.read()
 """
 
 
 class Container:
-    """A process that takes a seat and keeps it until it is killed."""
+    """A process that takes a slot and keeps it until it is killed."""
 
     def __init__(self, folder: Path, holder: str) -> None:
         command = [sys.executable, "-c", TAKE, str(folder), holder, *NAMES]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     @property
-    def seat(self) -> str:
+    def slot(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
@@ -54,17 +54,17 @@ class Container:
 
 def test_each_container_has_a_seat_of_its_own_and_comes_back_to_it(tmp_path: Path) -> None:
     containers = {holder: Container(tmp_path, holder) for holder in "abcd"}  # at once, and one too many
-    seats = {holder: container.seat for holder, container in containers.items()}
+    slots = {holder: container.slot for holder, container in containers.items()}
     try:
-        assert sorted(seats.values()) == sorted(("None", *NAMES))
+        assert sorted(slots.values()) == sorted(("None", *NAMES))
 
-        (left_out,) = (holder for holder, seat in seats.items() if seat == "None")
-        sitting = [holder for holder in seats if holder != left_out]
+        (left_out,) = (holder for holder, slot in slots.items() if slot == "None")
+        sitting = [holder for holder in slots if holder != left_out]
         for holder in sitting:
             containers[holder].kill()
         for holder in reversed(sitting):
             containers[holder] = Container(tmp_path, holder)
-            assert containers[holder].seat == seats[holder]
+            assert containers[holder].slot == slots[holder]
     finally:
         for container in containers.values():
             container.kill()
@@ -162,7 +162,7 @@ def _offer(run: Path, folder: Path, clients: int, *overrides: str) -> RunConfig:
 def test_as_many_seats_are_offered_as_there_are_clients(run: Path, tmp_path: Path) -> None:
     config = _offer(run, tmp_path, 11, "run.rounds=7")
 
-    names = json.loads((tmp_path / "shared" / SEATS).read_bytes())
+    names = json.loads((tmp_path / "shared" / SLOTS).read_bytes())
     assert names == [f"client-{index:02d}" for index in range(11)]
     for name in names:
         token = Token.from_text((tmp_path / "shared" / f"{name}.token").read_text())
@@ -189,7 +189,7 @@ def test_what_was_offered_stays(run: Path, tmp_path: Path) -> None:
 
 def test_an_offer_that_was_cut_off_is_made_again_by_the_same_authority(run: Path, tmp_path: Path) -> None:
     _offer(run, tmp_path, 3)
-    (tmp_path / "shared" / SEATS).unlink()
+    (tmp_path / "shared" / SLOTS).unlink()
 
     _offer(run, tmp_path, 3)
 
@@ -249,7 +249,7 @@ def test_a_client_that_comes_back_when_the_run_is_over_ends_and_nobody_starts_it
 ) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
-    (shared / SEATS).write_text(json.dumps(NAMES))
+    (shared / SLOTS).write_text(json.dumps(NAMES))
     (shared / OVER).touch()
     for name, value in {"SHARED": shared, "HOME": tmp_path / "home", "SERVER": "127.0.0.1:1"}.items():
         monkeypatch.setenv(f"FEDLOOM_{name}", str(value))

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from fedloom.cli.main import app
 from fedloom.client.doctor import Finding
 from fedloom.client.doctor.network import proxy_for
-from fedloom.proto.identity import Identity, MemberRole
-from fedloom.server import authority as authority_module
-from fedloom.server.authority import Authority, create
+from fedloom.core.security.subject import Identity, MemberRole
+from fedloom.server.auth import ca as authority_module
+from fedloom.server.auth.ca import Authority, create
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.serve import serving
+from fedloom.server.rpc.server import serving
 from fedloom.simulation.credentials import enrolled
 from tests.faults import fault_proxy
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from fedloom.client.data.load import load_rows
-from fedloom.proto.run import load_run
-from fedloom.server.admission import check_config
-from fedloom.server.launch import build_strategy, calibrated
+from fedloom.core.config.run import load_run
+from fedloom.server.build import build_strategy, calibrated
+from fedloom.server.validate_config import check_config
 from fedloom.simulation.federation import shares
 
 ROOT = Path(__file__).parents[2]

@@ -18,18 +18,18 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.client.channel import MEMBER_FILE
-from fedloom.client.connection import GrpcConnection
-from fedloom.client.enrolment import due, enrol, renew, renewing
-from fedloom.client.operator import status
-from fedloom.proto.credentials import CA_FILE, KeyPair, Token, key_pem
-from fedloom.proto.errors import ConfigError, IdentityError, Unavailable
-from fedloom.proto.identity import Identity, MemberRole, fingerprint
+from fedloom.client.transport.admin import status
+from fedloom.client.transport.enrollment import due, enrol, renew, renewing
+from fedloom.client.transport.grpc import GrpcConnection
+from fedloom.client.transport.tls import MEMBER_FILE
+from fedloom.core.errors import ConfigError, IdentityError, Unavailable
+from fedloom.core.security.certificates import CA_FILE, KeyPair, Token, key_pem
+from fedloom.core.security.subject import Identity, MemberRole, fingerprint
 from fedloom.proto.messages import Assignment
-from fedloom.server import authority as authority_module
-from fedloom.server.authority import SERVER_FILE, Authority, create
+from fedloom.server.auth import ca as authority_module
+from fedloom.server.auth.ca import SERVER_FILE, Authority, create
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.serve import serving
+from fedloom.server.rpc.server import serving
 from fedloom.simulation.credentials import enrolled
 from tests.faults import fault_proxy
 

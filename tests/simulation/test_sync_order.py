@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.proto.run import RunConfig
-from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.core.config.run import RunConfig
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.serve import serving
-from fedloom.server.store import Store
+from fedloom.server.rpc.server import serving
+from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
@@ -35,12 +35,12 @@ CLIENT = """
 import sys
 from pathlib import Path
 import numpy as np
-from fedloom.client.config import Policy
-from fedloom.client.connection import GrpcConnection
-from fedloom.client.participant import Participant
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.training import Trained
-from fedloom.proto.accounting import Spend
+from fedloom.client.policy import Policy
+from fedloom.client.transport.grpc import GrpcConnection
+from fedloom.client.session.participant import Participant
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.session.api import Trained
+from fedloom.core.privacy.accounting import Spend
 
 class Marked:
     declared_examples = 1
@@ -48,7 +48,7 @@ class Marked:
     def __init__(self, ledger, schema):
         self.ledger, self.schema, self.release, self.drop = ledger, schema, ledger.release, ledger.drop
 
-    def train(self, run, assignment, broadcast, proceed):
+    def train(self, run, assignment, broadcast, check_cancelled):
         charge = self.ledger.reserve(run, assignment.round, Spend(1.0, 9.0, 1), budget=9.0, delta=1e-5)
         values = np.frombuffer(sys.argv[3].encode() * 4, np.float32)
         return Trained({spec.name: values.reshape(spec.shape) for spec in self.schema.tensors}, charge)
@@ -59,7 +59,7 @@ policy = Policy.model_validate(
 )
 with Ledger(folder / "ledger", "ab", anchors=folder / "anchors") as ledger:
     connection = GrpcConnection(sys.argv[1])
-    Participant(connection, policy, lambda joined: Marked(ledger, joined.schema), spool=folder / "spool").run()
+    Participant(connection, policy, lambda joined: Marked(ledger, joined.schema), outbox=folder / "outbox").run()
 """
 
 
@@ -80,7 +80,7 @@ def traced(folder: Path, trace: Path) -> list[str]:
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (apt-get install strace)")
 def test_every_write_is_synced_before_the_first_byte_of_the_update_leaves(tmp_path: Path) -> None:
     calls = traced(tmp_path, tmp_path / "trace")
-    spool, anchors, ledger = (f"{tmp_path}/client/{name}" for name in ("spool", "anchors", "ledger"))
+    outbox, anchors, ledger = (f"{tmp_path}/client/{name}" for name in ("outbox", "anchors", "ledger"))
 
     sends = [i for i, call in enumerate(calls) if MARK in call and re.search(r"(send\w+|writev?)\(\d+<TCP", call)]
     before = calls[: sends[0]]
@@ -91,10 +91,10 @@ def test_every_write_is_synced_before_the_first_byte_of_the_update_leaves(tmp_pa
     last = [
         all_of(pattern)[-1]
         for pattern in (
-            rf"write\(\d+<{spool}/\w+\.update\.tmp>.*{MARK}",
-            rf"fsync\(\d+<{spool}/\w+\.update\.tmp>",
-            rf"rename\(.*{spool}/\w+\.update\"",
-            rf"fsync\(\d+<{spool}>",
+            rf"write\(\d+<{outbox}/\w+\.update\.tmp>.*{MARK}",
+            rf"fsync\(\d+<{outbox}/\w+\.update\.tmp>",
+            rf"rename\(.*{outbox}/\w+\.update\"",
+            rf"fsync\(\d+<{outbox}>",
             rf"(fsync|fdatasync)\(\d+<{ledger}/ab\.ledger-wal>",
             rf"fsync\(\d+<{anchors}/\w+\.anchor\.tmp>",
             rf"rename\(.*{anchors}/\w+\.anchor\"",
@@ -103,7 +103,7 @@ def test_every_write_is_synced_before_the_first_byte_of_the_update_leaves(tmp_pa
     ]
     assert last == sorted(last)
     # The names of the folders too, or all of it is lost with them.
-    for folder in (spool, anchors, ledger):
+    for folder in (outbox, anchors, ledger):
         (made,) = all_of(rf"mkdir\(\"{folder}\".* = 0")
         assert any(made < synced for synced in all_of(rf"fsync\(\d+<{tmp_path}/client>"))
     # Opened, charged, released: each is synced, in the ledger and in the anchor.

@@ -17,8 +17,8 @@ from fedloom.cli.main import app
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.rows import digest
 from fedloom.client.data.tokens import collate, encode
-from fedloom.client.model import load_model
-from fedloom.proto.run import RunConfig
+from fedloom.client.models.load import load_model
+from fedloom.core.config.run import RunConfig
 from fedloom.simulation.federation import build, completed, write_client
 from fedloom.simulation.simulate import simulate
 

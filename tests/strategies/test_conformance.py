@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.strategies.api import Strategy
 from fedloom.strategies.conformance import StrategyConformance
 from fedloom.strategies.fedpeft import FedPEFT

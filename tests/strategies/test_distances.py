@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fedloom.proto.schema import LORA, Array, Role, Schema, TensorSpec
+from fedloom.core.schema import LORA, Array, Role, Schema, TensorSpec
 from fedloom.strategies.api import Update
-from fedloom.strategies.distances import squared_distances
+from fedloom.strategies.robust.distances import squared_distances
 
 SCHEMA = Schema(
     (

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedloom.proto.schema import Array, Role, Schema, TensorSpec
+from fedloom.core.schema import Array, Role, Schema, TensorSpec
 from fedloom.strategies.api import State, Strategy, Update
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedpeft import FedPEFT

@@ -6,11 +6,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from fedloom.proto.schema import LORA, Array, Schema, Tensors
+from fedloom.core.schema import LORA, Array, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Update
 from fedloom.strategies.conformance import StrategyConformance, effective, respond, run_round
 from fedloom.strategies.lowrank import refactorize
-from fedloom.strategies.mean import Sum, begin, check, fold, mean, moved
+from fedloom.strategies.transforms.average import Sum, apply_mean_delta, begin, check, fold, mean
 
 Kept = tuple[Update, ...]
 
@@ -52,7 +52,7 @@ class FedEx:
 
     def commit(self, state: State, acc: tuple[Sum, Kept]) -> State:
         total, kept = acc
-        adapter = moved(state.adapter, total)
+        adapter = apply_mean_delta(state.adapter, total)
         stacks = {}
         for pair in state.schema.pairs:
             shares = [update.weight / total.weight for update in kept]

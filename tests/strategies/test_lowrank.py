@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fedloom.proto.errors import SchemaError, UpdateRejected
-from fedloom.proto.schema import Array
+from fedloom.core.errors import SchemaError, UpdateRejected
+from fedloom.core.schema import Array
 from fedloom.strategies.lowrank import orthonormal_rows, refactorize
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.proto.errors import ConfigError
+from fedloom.core.errors import ConfigError
 from fedloom.strategies.fedpeft import FedPEFT
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA

@@ -7,20 +7,20 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fedloom.proto.errors import ConfigError, ProtocolError, UpdateRejected
-from fedloom.proto.schema import LORA, Role, Schema, TensorSpec
+from fedloom.core.errors import ConfigError, ProtocolError, UpdateRejected
+from fedloom.core.schema import LORA, Role, Schema, TensorSpec
 from fedloom.strategies.api import Plan, Strategy, Update
-from fedloom.strategies.bulyan import BULYAN, bulyan
 from fedloom.strategies.conformance import StrategyConformance, effective, respond, run_round
-from fedloom.strategies.coordinate import MEDIAN, TRIMMED_MEAN, median, trimmed_mean
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
-from fedloom.strategies.krum import KRUM, MULTI_KRUM, krum, multi_krum
 from fedloom.strategies.registry import load
-from fedloom.strategies.robust import Robust, Rule
+from fedloom.strategies.robust.bulyan import BULYAN, bulyan
+from fedloom.strategies.robust.coordinate import MEDIAN, TRIMMED_MEAN, median, trimmed_mean
+from fedloom.strategies.robust.krum import KRUM, MULTI_KRUM, krum, multi_krum
+from fedloom.strategies.robust.rule import Robust, Rule
 from fedloom.strategies.start import starting_adapter
-from fedloom.strategies.user_level import UserLevel
+from fedloom.strategies.transforms.user_level_dp import UserLevel
 
 Float64 = npt.NDArray[np.float64]
 SCALAR = Schema((TensorSpec("b", "m", Role.BIAS, (1,)),))
@@ -35,8 +35,8 @@ LEAST = {
 }
 
 
-def around(rule: Rule, faulty: int = 1, inner: Strategy | None = None) -> Robust:
-    return Robust(inner or FedAvg(), rule, faulty)
+def around(rule: Rule, num_byzantine: int = 1, inner: Strategy | None = None) -> Robust:
+    return Robust(inner or FedAvg(), rule, num_byzantine)
 
 
 def of(values: Sequence[float]) -> list[Update]:
@@ -44,46 +44,46 @@ def of(values: Sequence[float]) -> list[Update]:
     return [Update(f"c{k:02d}", 1.0, zero, {"b": np.array([each], np.float32)}) for k, each in enumerate(values)]
 
 
-def result(rule: Rule, faulty: int, values: Sequence[float]) -> float:
-    strategy = around(rule, faulty)
+def result(rule: Rule, num_byzantine: int, values: Sequence[float]) -> float:
+    strategy = around(rule, num_byzantine)
     after = run_round(strategy, strategy.init(SCALAR, SCALAR.zeros(), 0), of(values))
     return float(after.adapter["b"][0])
 
 
-def naive_scores(points: Float64, faulty: int) -> list[float]:
+def naive_scores(points: Float64, num_byzantine: int) -> list[float]:
     """Krum's scores as the paper writes them, with loops."""
     found = []
     for i, one in enumerate(points):
         off = sorted(float(np.sum((one - other) ** 2)) for j, other in enumerate(points) if j != i)
-        found.append(sum(off[: max(1, len(points) - faulty - 2)]))
+        found.append(sum(off[: max(1, len(points) - num_byzantine - 2)]))
     return found
 
 
-def naive(rule: Rule, points: Float64, faulty: int) -> Float64:
+def naive(rule: Rule, points: Float64, num_byzantine: int) -> Float64:
     """What a rule makes of points, shape (n, d), written another way than in the package."""
     count = len(points)
-    scored = naive_scores(points, faulty)
+    scored = naive_scores(points, num_byzantine)
     if rule is MEDIAN:
         middle = np.sort(points, axis=0)
         return np.asarray((middle[(count - 1) // 2] + middle[count // 2]) / 2)
     if rule is TRIMMED_MEAN:
-        return np.array([np.mean(sorted(column)[faulty : count - faulty]) for column in points.T])
+        return np.array([np.mean(sorted(column)[num_byzantine : count - num_byzantine]) for column in points.T])
     if rule is KRUM:
         return np.asarray(points[scored.index(min(scored))])
     if rule is MULTI_KRUM:
-        limit = sorted(scored)[count - faulty - 1]
+        limit = sorted(scored)[count - num_byzantine - 1]
         return np.asarray(np.mean([p for p, s in zip(points, scored, strict=True) if s <= limit], axis=0))
     left = list(points)
     chosen: list[Float64] = []
-    while len(chosen) < count - 2 * faulty:
-        again = naive_scores(np.array(left), faulty)
+    while len(chosen) < count - 2 * num_byzantine:
+        again = naive_scores(np.array(left), num_byzantine)
         rivals = [k for k, s in enumerate(again) if s == min(again)]
         spread = [float(sum(np.sum((left[k] - other) ** 2) for other in left)) for k in rivals]
         chosen.append(left.pop(rivals[spread.index(min(spread))]))
     columns = []
     for column in np.array(chosen).T:
         near = sorted(column, key=lambda value: abs(value - np.median(column)))
-        columns.append(np.mean(near[: len(chosen) - 2 * faulty]))
+        columns.append(np.mean(near[: len(chosen) - 2 * num_byzantine]))
     return np.array(columns)
 
 
@@ -92,28 +92,28 @@ def naive(rule: Rule, points: Float64, faulty: int) -> Float64:
 def test_scalars_give_what_the_definition_says(rule: Rule, count: int) -> None:
     """Honest values near 1 and as many at a million as the count allows: the result is an honest one's neighbour."""
     per_faulty, plus = LEAST[rule.name]
-    for faulty in range(1, (count - plus) // per_faulty + 1):
-        draw = np.random.default_rng([count, faulty])
-        honest = 1 + 0.1 * draw.normal(size=count - faulty)
-        values = [*honest, *([1e6] * faulty)]
+    for num_byzantine in range(1, (count - plus) // per_faulty + 1):
+        draw = np.random.default_rng([count, num_byzantine])
+        honest = 1 + 0.1 * draw.normal(size=count - num_byzantine)
+        values = [*honest, *([1e6] * num_byzantine)]
         order = draw.permutation(count)
         points = np.array(values, np.float32).astype(np.float64)[order][:, None]
 
-        found = result(rule, faulty, points[:, 0].tolist())
+        found = result(rule, num_byzantine, points[:, 0].tolist())
 
-        assert found == pytest.approx(float(naive(rule, points, faulty)[0]), rel=1e-6)
+        assert found == pytest.approx(float(naive(rule, points, num_byzantine)[0]), rel=1e-6)
         assert honest.min() - 1e-6 <= found <= honest.max() + 1e-6
         if rule is KRUM:
             assert np.abs(points - found).min() < 1e-7
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("faulty", [1, 2])
-def test_vectors_give_what_the_definition_says(rule: Rule, faulty: int) -> None:
+@pytest.mark.parametrize("num_byzantine", [1, 2])
+def test_vectors_give_what_the_definition_says(rule: Rule, num_byzantine: int) -> None:
     """On B with a shared A, and a head: points are the model's weights for choices, the values for coordinates."""
     schema = TestKrumOnBothFactors().schema()
     inner = FFA(orthonormal=True)
-    strategy = around(rule, faulty, inner)
+    strategy = around(rule, num_byzantine, inner)
     state = strategy.init(schema, starting_adapter(schema, 3), 3)
     plan = strategy.plan(state, 0, "x")
     updates = [respond(schema, plan, f"c{k:02d}", k) for k in range(11)]
@@ -129,21 +129,21 @@ def test_vectors_give_what_the_definition_says(rule: Rule, faulty: int) -> None:
     moved = np.concatenate(
         [factor[n] * (after.adapter[n].astype(np.float64) - state.adapter[n]).ravel() for n in names]
     )
-    np.testing.assert_allclose(moved, naive(rule, points, faulty), atol=1e-5)
+    np.testing.assert_allclose(moved, naive(rule, points, num_byzantine), atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_too_few_updates_are_refused_at_commit(rule: Rule) -> None:
     per_faulty, plus = LEAST[rule.name]
-    for faulty in (1, 2):
-        least = per_faulty * faulty + plus
-        assert around(rule, faulty).least_updates == least
-        assert np.isfinite(result(rule, faulty, np.arange(least).tolist()))
+    for num_byzantine in (1, 2):
+        least = per_faulty * num_byzantine + plus
+        assert around(rule, num_byzantine).least_updates == least
+        assert np.isfinite(result(rule, num_byzantine, np.arange(least).tolist()))
         with pytest.raises(
             ProtocolError, match=rf"needs {least} updates and got {least - 1}; raise rounds.min_clients"
         ):
-            result(rule, faulty, np.arange(least - 1).tolist())
-        strategy = around(rule, faulty)
+            result(rule, num_byzantine, np.arange(least - 1).tolist())
+        strategy = around(rule, num_byzantine)
         with pytest.raises(ProtocolError, match="got 0"):
             strategy.commit(strategy.init(SCALAR, SCALAR.zeros(), 0), None)
 
@@ -175,7 +175,7 @@ def test_coordinates_of_two_moving_factors_are_refused(rule: Rule) -> None:
 def test_krum_takes_the_same_client_however_it_writes_its_product() -> None:
     """Without products the choice changes: raw factors of these clients are far apart, their models are not."""
     schema = TestKrumOnBothFactors().schema()
-    strategy = krum(faulty=1, inner="fedavg")
+    strategy = krum(num_byzantine=1, inner="fedavg")
     draw = np.random.default_rng(4)
     begin = {n: draw.normal(size=t.shape).astype(np.float32) for n, t in schema.zeros().items()}
     state = strategy.init(schema, begin, 0)
@@ -218,10 +218,10 @@ def test_krum_commits_the_chosen_update_to_the_bit() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: krum(faulty=0), "Krum against 0 false updates; set faulty to 1 or more"),
+        (lambda: krum(num_byzantine=0), "Krum against 0 false updates; set num_byzantine to 1 or more"),
         (lambda: bulyan(inner="nosuch"), "unknown strategy 'nosuch'"),
         (lambda: median(inner="krum"), "Robust does not declare linear = True; coordinate-wise median hands it one"),
-        (lambda: load("multi-krum", {"faulty": 1.5}), "option 'faulty' of strategy 'multi-krum' is 1.5"),
+        (lambda: load("multi-krum", {"num_byzantine": 1.5}), "option 'num_byzantine' of strategy 'multi-krum' is 1.5"),
         (
             lambda: UserLevel(trimmed_mean(), bytes(32), 3, 1.0, 1.0),
             "Robust does not declare linear = True; user-level",
@@ -255,10 +255,10 @@ class TestOthers(StrategyConformance):
     @pytest.fixture(
         autouse=True,
         params=[
-            lambda: bulyan(faulty=2, inner="fedsvd"),
-            lambda: trimmed_mean(faulty=2, inner="fedsvd", train_head=False),
+            lambda: bulyan(num_byzantine=2, inner="fedsvd"),
+            lambda: trimmed_mean(num_byzantine=2, inner="fedsvd", train_head=False),
             lambda: around(MEDIAN, 1, FFA(orthonormal=True)),
-            lambda: multi_krum(faulty=2, inner="fedpeft"),
+            lambda: multi_krum(num_byzantine=2, inner="fedpeft"),
         ],
     )
     def _make(self, request: pytest.FixtureRequest) -> None:

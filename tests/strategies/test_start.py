@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from fedloom.proto.errors import StoreError
-from fedloom.proto.schema import Array, Role, Schema, TensorSpec
+from fedloom.core.errors import StoreError
+from fedloom.core.schema import Array, Role, Schema, TensorSpec
 from fedloom.strategies.api import State
 from fedloom.strategies.start import starting_adapter
 from fedloom.strategies.state import state_from_bytes, state_to_bytes

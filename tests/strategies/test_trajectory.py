@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fedloom.proto.schema import Role, Schema, TensorSpec
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA

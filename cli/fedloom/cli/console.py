@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.proto.accounting import Statement
-from fedloom.proto.text import clean_lines
+from fedloom.core.privacy.accounting import Statement
+from fedloom.core.text import clean_lines
 
 if TYPE_CHECKING:
-    from fedloom.client.classes import Confusion
+    from fedloom.client.eval.confusion import Confusion
 
 __all__ = [
     "INSECURE",
@@ -152,7 +152,7 @@ def version(asked: bool) -> None:
 
 def show_classes(confusion: "Confusion", labels: tuple[str, ...]) -> None:
     """Precision, recall and F1 of each class, and a word on those that are never found; nothing without classes."""
-    from fedloom.client.classes import class_scores, missed
+    from fedloom.client.eval.confusion import class_scores, missed
 
     if not confusion or not labels:
         return

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fedloom.proto.text import clean, clean_lines
+from fedloom.core.text import clean, clean_lines
 
 __all__ = ["JsonLines", "LogFormat", "LogLevel", "TextLines", "write_logs"]
 

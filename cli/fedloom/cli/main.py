@@ -6,30 +6,14 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli import (
-    assets,
-    audit,
-    bench,
-    certs,
-    client,
-    data,
-    doctor,
-    evaluate,
-    flower,
-    identity,
-    init,
-    ledger,
-    operation,
-    privacy,
-    runs,
-    server,
-    simulate,
-    strategies,
-)
+from fedloom.cli.client import client, data, doctor, identity, ledger, privacy
 from fedloom.cli.console import failed, version
 from fedloom.cli.logs import write_logs
-from fedloom.proto.errors import FedloomError
-from fedloom.proto.memory import keep_freed_memory
+from fedloom.cli.server import certs, runs, server
+from fedloom.cli.server import operate as operation
+from fedloom.cli.simulation import assets, audit, bench, evaluate, flower, init, simulate, strategies
+from fedloom.core.errors import FedloomError
+from fedloom.core.runtime.memory import keep_freed_memory
 
 __all__ = ["app", "main", "options"]
 

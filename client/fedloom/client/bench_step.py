@@ -19,14 +19,14 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 from torch.nn import functional as F
 
-from fedloom.client.model import AdapterModel, load_model
-from fedloom.client.privacy.entropy import System
-from fedloom.client.privacy.optimizer import PrivateOptimizer
-from fedloom.client.privacy.per_example import recording
-from fedloom.proto.gaussian import deviation
-from fedloom.proto.memory import keep_freed_memory
-from fedloom.proto.run import AdapterSection, ModelSection
-from fedloom.proto.schema import Role
+from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.privacy.dp_sgd.grad_sample import recording
+from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
+from fedloom.client.privacy.dp_sgd.rng import System
+from fedloom.core.config.run import AdapterSection, ModelSection
+from fedloom.core.privacy.gaussian import deviation
+from fedloom.core.runtime.memory import keep_freed_memory
+from fedloom.core.schema import Role
 
 __all__ = ["bench_step", "peak_bytes"]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedloom.client.config import load_policy
-from fedloom.flower.line import ask, socket_path
+from fedloom.client.policy import load_policy
+from fedloom.core.errors import ConfigError
 from fedloom.flower.messages import Reply, reply_to_json
 from fedloom.flower.records import packed, unpacked
-from fedloom.proto.errors import ConfigError
+from fedloom.flower.unix_socket import ask, socket_path
 from fedloom.proto.messages import REFUSED
 
 __all__ = ["answer", "app"]

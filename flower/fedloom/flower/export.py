@@ -7,9 +7,9 @@ from typing import Any
 
 import tomli_w
 
-from fedloom.proto.errors import ConfigError
-from fedloom.proto.run import RunConfig
-from fedloom.server.prepared import prepared_path
+from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import ConfigError
+from fedloom.server.prepared_schema import prepared_path
 
 __all__ = ["export_app"]
 

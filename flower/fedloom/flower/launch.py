@@ -3,16 +3,16 @@
 import logging
 from pathlib import Path
 
+from fedloom.core.config.parsing import read_json
+from fedloom.core.config.run import load_run
+from fedloom.core.errors import ConfigError, StoreError
 from fedloom.flower.rounds import Nodes, coordinate
-from fedloom.proto.errors import ConfigError, StoreError
 from fedloom.proto.messages import Joined
-from fedloom.proto.run import load_run
-from fedloom.proto.tables import read_json
+from fedloom.server.build import build_strategy, calibrated
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.launch import build_strategy, calibrated
-from fedloom.server.prepared import prepared_path, with_prepared
-from fedloom.server.rounds import RunCreated
-from fedloom.server.store import Store
+from fedloom.server.prepared_schema import prepared_path, with_prepared
+from fedloom.server.rounds.state import RunCreated
+from fedloom.server.storage.local import Store
 from fedloom.strategies.start import stored_start
 
 __all__ = ["launch"]

@@ -9,9 +9,9 @@ from typing import Annotated, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
+from fedloom.core.errors import ProtocolError
+from fedloom.core.limits import MAX_SCHEMA_BYTES, MAX_SPEC_BYTES
 from fedloom.proto.checks import checked_assignment, checked_header, checked_joined
-from fedloom.proto.errors import ProtocolError
-from fedloom.proto.limits import MAX_SCHEMA_BYTES, MAX_SPEC_BYTES
 from fedloom.proto.messages import Assignment, Joined, UpdateHeader
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedloom.proto.errors import ProtocolError
+from fedloom.core.errors import ProtocolError
 
 __all__ = ["packed", "unpacked"]
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedloom.core.errors import ConfigError, FedloomError, ProtocolError, StoreError, StrategyError
+from fedloom.core.text import clean
 from fedloom.flower.messages import Reply, Request, reply_from_json, request_to_json
-from fedloom.proto.errors import ConfigError, FedloomError, ProtocolError, StoreError, StrategyError
 from fedloom.proto.messages import Assignment, Joined
-from fedloom.proto.text import clean
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.local import LocalConnection
+from fedloom.server.rpc.local import LocalConnection
 
 __all__ = ["Answered", "Nodes", "coordinate"]
 

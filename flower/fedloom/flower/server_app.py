@@ -9,10 +9,10 @@ from flwr.app import Context, Message
 from flwr.common.config import get_project_dir
 from flwr.serverapp import Grid, ServerApp
 
+from fedloom.core.errors import ProtocolError
 from fedloom.flower.launch import launch
 from fedloom.flower.records import packed, unpacked
 from fedloom.flower.rounds import Answered
-from fedloom.proto.errors import ProtocolError
 
 __all__ = ["app", "main"]
 

@@ -10,14 +10,14 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
-from fedloom.proto.codec import codec
-from fedloom.proto.errors import ProtocolError
-from fedloom.proto.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES, MAX_RANK, MAX_ROUNDS
+from fedloom.core.codecs import codec
+from fedloom.core.config.parsing import explain
+from fedloom.core.config.run import Spec, TrainSection
+from fedloom.core.errors import ProtocolError
+from fedloom.core.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES, MAX_RANK, MAX_ROUNDS
+from fedloom.core.schema import Role, Schema
+from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.messages import Assignment, Joined, UpdateHeader
-from fedloom.proto.run import Spec, TrainSection
-from fedloom.proto.schema import Role, Schema
-from fedloom.proto.secagg.steps import MASKED
-from fedloom.proto.tables import explain
 
 __all__ = [
     "LOCAL_NAMES",

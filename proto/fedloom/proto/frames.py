@@ -7,8 +7,8 @@ instead of four times, which is a quarter of the time of a round.
 
 from collections.abc import Iterator
 
-from fedloom.proto.errors import ProtocolError
-from fedloom.proto.limits import CHUNK_BYTES
+from fedloom.core.errors import ProtocolError
+from fedloom.core.limits import CHUNK_BYTES
 
 __all__ = ["CHUNK_FIELD", "DATA_FIELD", "SERVICE", "framed", "frames", "unframed"]
 

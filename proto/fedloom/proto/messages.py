@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fedloom.proto.run import Spec
-from fedloom.proto.schema import Role, Schema
+from fedloom.core.config.run import Spec
+from fedloom.core.schema import Role, Schema
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -13,7 +13,7 @@ __all__ = [
     "Assignment",
     "Finished",
     "Joined",
-    "Standing",
+    "RoundStatus",
     "UpdateHeader",
     "Wait",
     "broadcast_schema",
@@ -79,7 +79,7 @@ Answer = Assignment | Wait | Finished
 
 
 @dataclass(frozen=True)
-class Standing:
+class RoundStatus:
     """How the run stands, for a client that trains."""
 
     round: int

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 
-from fedloom.proto.checks import checked_assignment, checked_digest, checked_header, checked_joined, checked_size
-from fedloom.proto.codec import codec
-from fedloom.proto.errors import (
+from fedloom.core.codecs import codec
+from fedloom.core.errors import (
     BudgetError,
     CodecError,
     ConfigError,
@@ -23,10 +22,11 @@ from fedloom.proto.errors import (
     Unavailable,
     UpdateRejected,
 )
-from fedloom.proto.limits import MAX_NAME_LENGTH
-from fedloom.proto.messages import Answer, Assignment, Finished, Joined, Standing, UpdateHeader, Wait
-from fedloom.proto.secagg.keys import ADVERT_BYTES
-from fedloom.proto.secagg.steps import Step, StepMessage, StepResult
+from fedloom.core.limits import MAX_NAME_LENGTH
+from fedloom.core.secagg.keys import ADVERT_BYTES
+from fedloom.core.secagg.steps import Step, StepMessage, StepResult
+from fedloom.proto.checks import checked_assignment, checked_digest, checked_header, checked_joined, checked_size
+from fedloom.proto.messages import Answer, Assignment, Finished, Joined, RoundStatus, UpdateHeader, Wait
 from fedloom.proto.v1 import federation_pb2 as pb
 
 __all__ = [
@@ -168,12 +168,12 @@ def header_from_wire(message: pb.UpdateHeader) -> tuple[UpdateHeader, str, int]:
     return checked_header(message), message.run, message.epoch
 
 
-def standing_to_wire(standing: Standing) -> pb.HeartbeatReply:
+def standing_to_wire(standing: RoundStatus) -> pb.HeartbeatReply:
     """The answer to Heartbeat as protobuf."""
     return pb.HeartbeatReply(round=standing.round, open=standing.open, oldest=standing.oldest)
 
 
-def standing_from_wire(reply: pb.HeartbeatReply) -> Standing:
+def standing_from_wire(reply: pb.HeartbeatReply) -> RoundStatus:
     """The answer to Heartbeat.
 
     Raises:
@@ -181,7 +181,7 @@ def standing_from_wire(reply: pb.HeartbeatReply) -> Standing:
     """
     if reply.oldest > reply.round:
         raise ProtocolError(f"updates are taken from round {reply.oldest} on, but round {reply.round} is open or next")
-    return Standing(reply.round, reply.open, reply.oldest)
+    return RoundStatus(reply.round, reply.open, reply.oldest)
 
 
 def overloaded(text: str, retry_after_ms: str) -> Overloaded:

@@ -8,16 +8,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from fedloom.proto.errors import ConfigError, ProtocolError, StrategyError, UpdateRejected
-from fedloom.proto.messages import REFUSED, Answer, Assignment, Joined, Standing, UpdateHeader, Wait
-from fedloom.proto.secagg.steps import StepMessage, StepResult
-from fedloom.proto.spending import faint
-from fedloom.server.admission import admitted, check_join, check_room, check_work
-from fedloom.server.course import Course
-from fedloom.server.members import Member
-from fedloom.server.rounds import ResultScored, UpdateAccepted
-from fedloom.server.submission import check_payload, check_result_score, decoded
-from fedloom.server.waiting import refusal
+from fedloom.core.errors import ConfigError, ProtocolError, StrategyError, UpdateRejected
+from fedloom.core.privacy.spends import faint
+from fedloom.core.secagg.steps import StepMessage, StepResult
+from fedloom.proto.messages import REFUSED, Answer, Assignment, Joined, RoundStatus, UpdateHeader, Wait
+from fedloom.server.monitoring.waiting import refusal
+from fedloom.server.rounds.lifecycle import Course
+from fedloom.server.rounds.membership import Member
+from fedloom.server.rounds.state import ResultScored, UpdateAccepted
+from fedloom.server.rounds.validation import check_payload, check_result_score, decoded
+from fedloom.server.validate_config import admitted, check_join, check_room, check_work
 
 __all__ = ["Coordinator"]
 
@@ -194,7 +194,7 @@ class Coordinator(Course):
         with self._lock:
             return self._secure.take(client, message)
 
-    def heartbeat(self, client: str, run: str, epoch: int) -> Standing:
+    def heartbeat(self, client: str, run: str, epoch: int) -> RoundStatus:
         """Keep the client's lease; how the run stands, so that it need not train for a round that is over.
 
         Raises:

@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from fedloom.client.config import ComputePolicy, Policy
-from fedloom.proto.accounting import epsilon
-from fedloom.proto.errors import ConfigError
-from fedloom.proto.run import RunConfig
-from fedloom.proto.spending import run_spends
+from fedloom.client.policy import ComputePolicy, Policy
+from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import ConfigError
+from fedloom.core.privacy.accounting import epsilon
+from fedloom.core.privacy.spends import run_spends
 from fedloom.simulation.federation import completed, shares, simulated_policy, write_client
 
 __all__ = ["SPARE_ROUNDS", "furnish"]
@@ -17,12 +17,12 @@ SPARE_ROUNDS = 3
 
 
 def furnish(config: RunConfig, name: str, folder: Path, device: str = "cpu") -> Path:
-    """Write a seat's data and policy, as `fedloom simulate` gives them to the client of this name.
+    """Write a slot's data and policy, as `fedloom simulate` gives them to the client of this name.
 
     Args:
         config: The run file, with the number of clients in data.clients.
         name: The client's name.
-        folder: The seat's folder.
+        folder: The slot's folder.
         device: Torch device.
 
     Returns:

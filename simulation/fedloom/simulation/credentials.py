@@ -5,11 +5,11 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from fedloom.client.channel import MEMBER_FILE
-from fedloom.proto.credentials import CA_FILE, KeyPair, new_key, signing_request
-from fedloom.proto.durable import write_durably
-from fedloom.proto.identity import Identity, MemberRole, fingerprint
-from fedloom.server.authority import Authority, create
+from fedloom.client.transport.tls import MEMBER_FILE
+from fedloom.core.runtime.durable import write_durably
+from fedloom.core.security.certificates import CA_FILE, KeyPair, new_key, signing_request
+from fedloom.core.security.subject import Identity, MemberRole, fingerprint
+from fedloom.server.auth.ca import Authority, create
 
 __all__ = ["certificates", "enrolled"]
 

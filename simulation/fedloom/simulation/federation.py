@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 import tomli_w
 
-from fedloom.client.config import Policy, SecureAggregationPolicy
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.partition import partition
 from fedloom.client.data.rows import Rows, documents, picture
 from fedloom.client.data.tokens import Encoded, encode
-from fedloom.client.identity import load_identity, public_text
-from fedloom.client.model import AdapterModel, base_digest, load_model, resolve_base
-from fedloom.client.scoring import held_out
-from fedloom.proto.errors import ConfigError, FedloomError
-from fedloom.proto.run import DataSection, RunConfig, Spec
-from fedloom.proto.start import pinned
+from fedloom.client.eval.held_out import held_out
+from fedloom.client.models.load import AdapterModel, base_digest, load_model, resolve_base
+from fedloom.client.policy import Policy, SecureAggregationPolicy
+from fedloom.client.secagg.identity_key import load_identity, public_text
+from fedloom.core.config.run import DataSection, RunConfig, Spec
+from fedloom.core.config.start import pinned
+from fedloom.core.errors import ConfigError, FedloomError
+from fedloom.server.build import calibrated
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.launch import calibrated
-from fedloom.server.user_ledger import check_supply
+from fedloom.server.privacy.user_ledger import check_supply
 
 __all__ = [
     "Federation",

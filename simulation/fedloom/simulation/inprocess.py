@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from fedloom.client.data.rows import digest
-from fedloom.client.participant import Participant
-from fedloom.client.privacy.account import personal_folder
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.trainer import EntropyFor, Trainer
+from fedloom.client.privacy.ledger.account import personal_folder
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.session.participant import Participant
+from fedloom.client.training.trainer import EntropyFor, Trainer
 from fedloom.proto.messages import Joined
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.local import LocalConnection
+from fedloom.server.rpc.local import LocalConnection
 from fedloom.simulation.federation import Federation, check_alive
 
 __all__ = ["run_inprocess", "standing_clock"]

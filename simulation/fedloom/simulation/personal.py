@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.client.export import save_adapter
-from fedloom.client.personal import kept_personal
-from fedloom.client.privacy.account import personal_folder
-from fedloom.client.trainer import Score, evaluate
-from fedloom.proto.schema import Tensors
+from fedloom.client.models.export import save_adapter
+from fedloom.client.privacy.ledger.account import personal_folder
+from fedloom.client.session.personal_tensors import kept_personal
+from fedloom.client.training.trainer import Score, evaluate
+from fedloom.core.schema import Tensors
 from fedloom.simulation.federation import Federation
 
 __all__ = ["save_clients", "scored"]

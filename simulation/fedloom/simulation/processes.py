@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from fedloom.client.config import ComputePolicy
-from fedloom.proto.errors import FedloomError, Unavailable
+from fedloom.client.policy import ComputePolicy
+from fedloom.core.errors import FedloomError, Unavailable
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.serve import serving
+from fedloom.server.rpc.server import serving
 from fedloom.simulation.federation import Federation, check_alive, write_client
 
 __all__ = ["run_processes"]

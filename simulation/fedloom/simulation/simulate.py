@@ -13,33 +13,33 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedloom.client.classes import classes_document
 from fedloom.client.data.rows import digest
-from fedloom.client.export import facts, load_exported, predict, save_adapter
-from fedloom.client.model import resolve_base
-from fedloom.client.privacy.ledger import Ledger
-from fedloom.client.privacy.probe import probe
-from fedloom.client.start import start_of
-from fedloom.client.trainer import Score, batch_loss, evaluate
-from fedloom.proto.accounting import Statement
-from fedloom.proto.errors import FedloomError, ModelError
-from fedloom.proto.run import RunConfig
-from fedloom.proto.schema import Tensors
-from fedloom.server.admission import check_config
+from fedloom.client.eval.confusion import classes_document
+from fedloom.client.models.export import facts, load_exported, predict, save_adapter
+from fedloom.client.models.load import resolve_base
+from fedloom.client.models.start import start_of
+from fedloom.client.privacy.dp_sgd.probe import probe
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.training.trainer import Score, batch_loss, evaluate
+from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import FedloomError, ModelError
+from fedloom.core.privacy.accounting import Statement
+from fedloom.core.schema import Tensors
+from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.launch import build_strategy
-from fedloom.server.participation import Attendance
-from fedloom.server.progress import Progress
-from fedloom.server.recording import is_scored, round_record
-from fedloom.server.records import Recorder, ReportTo, RoundRecord, open_recorders, write_config
-from fedloom.server.rounds import AdapterCommitted, Event
-from fedloom.server.store import Store
-from fedloom.server.user_ledger import statement as user_statement
+from fedloom.server.monitoring.participation import Attendance
+from fedloom.server.monitoring.progress import Progress
+from fedloom.server.monitoring.recorders.api import Recorder, ReportTo, RoundRecord, open_recorders, write_config
+from fedloom.server.monitoring.recorders.background import is_scored, round_record
+from fedloom.server.privacy.user_ledger import statement as user_statement
+from fedloom.server.rounds.state import AdapterCommitted, Event
+from fedloom.server.storage.local import Store
+from fedloom.server.validate_config import check_config
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess, standing_clock
 from fedloom.simulation.personal import save_clients, scored
 from fedloom.simulation.processes import run_processes
-from fedloom.simulation.record import new_folder, plot, write_json
+from fedloom.simulation.run_folder import new_folder, plot, write_json
 from fedloom.strategies.api import State
 
 __all__ = ["Result", "Watcher", "ledger_statements", "simulate"]

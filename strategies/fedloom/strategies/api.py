@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedloom.proto.schema import Array, Role, Schema, Tensors
+from fedloom.core.schema import Array, Role, Schema, Tensors
 
 __all__ = ["Plan", "State", "Strategy", "Update"]
 

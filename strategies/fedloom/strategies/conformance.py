@@ -19,8 +19,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedloom.proto.errors import ProtocolError, SchemaError, UpdateRejected
-from fedloom.proto.schema import LORA, Array, Role, Schema, Tensors, TensorSpec
+from fedloom.core.errors import ProtocolError, SchemaError, UpdateRejected
+from fedloom.core.schema import LORA, Array, Role, Schema, Tensors, TensorSpec
 from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.result import result
 from fedloom.strategies.start import starting_adapter

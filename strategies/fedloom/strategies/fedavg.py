@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedloom.proto.schema import Role, Schema, Tensors
+from fedloom.core.schema import Role, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Update
-from fedloom.strategies.mean import Sum, begin, fold, moved, trained
+from fedloom.strategies.transforms.average import Sum, apply_mean_delta, begin, fold, trained
 
 __all__ = ["FedAvg"]
 
@@ -46,7 +46,7 @@ class FedAvg:
 
     def commit(self, state: State, acc: Sum | None) -> State:
         """Move the adapter by the mean change."""
-        return replace(state, adapter=moved(state.adapter, acc), round=state.round + 1)
+        return replace(state, adapter=apply_mean_delta(state.adapter, acc), round=state.round + 1)
 
     def _trained(self, schema: Schema) -> Schema:
         return trained(schema, schema.roles & _AVERAGED, head=self.train_head)

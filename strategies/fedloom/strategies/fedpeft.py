@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fedloom.proto.errors import ConfigError
-from fedloom.proto.schema import LORA, Role, Schema, Tensors
+from fedloom.core.errors import ConfigError
+from fedloom.core.schema import LORA, Role, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Update
 from fedloom.strategies.fedavg import FedAvg
-from fedloom.strategies.mean import Sum, begin, fold, trained
+from fedloom.strategies.transforms.average import Sum, begin, fold, trained
 
 __all__ = ["FedPEFT"]
 

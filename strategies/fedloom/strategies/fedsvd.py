@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedloom.proto.errors import ConfigError
-from fedloom.proto.schema import Array, Role, Schema, Tensors
+from fedloom.core.errors import ConfigError
+from fedloom.core.schema import Array, Role, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Update
 from fedloom.strategies.lowrank import refactorize
-from fedloom.strategies.mean import Sum, begin, fold, moved, trained
+from fedloom.strategies.transforms.average import Sum, apply_mean_delta, begin, fold, trained
 
 __all__ = ["FedSVD"]
 
@@ -64,7 +64,7 @@ class FedSVD:
 
     def commit(self, state: State, acc: Sum | None) -> State:
         """Move B and the head by the mean change, then rewrite the pairs if their round has come."""
-        adapter = moved(state.adapter, acc)
+        adapter = apply_mean_delta(state.adapter, acc)
         done = state.round + 1
         if done % self.period == 0:
             adapter = _rewritten(state.schema, adapter)

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedloom.proto.schema import Array, Role, Schema, Tensors
+from fedloom.core.schema import Array, Role, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Update
 from fedloom.strategies.lowrank import orthonormal_rows
-from fedloom.strategies.mean import Sum, begin, fold, moved, trained
+from fedloom.strategies.transforms.average import Sum, apply_mean_delta, begin, fold, trained
 
 __all__ = ["FFA"]
 
@@ -60,7 +60,7 @@ class FFA:
 
     def commit(self, state: State, acc: Sum | None) -> State:
         """Move B and the head by the mean change."""
-        return replace(state, adapter=moved(state.adapter, acc), round=state.round + 1)
+        return replace(state, adapter=apply_mean_delta(state.adapter, acc), round=state.round + 1)
 
     def _trained(self, schema: Schema) -> Schema:
         return trained(schema, {Role.LORA_B}, head=self.train_head)

@@ -6,8 +6,8 @@ For factors of width 4096 and rank 16 that is milliseconds instead of minutes.
 import numpy as np
 import numpy.typing as npt
 
-from fedloom.proto.errors import SchemaError, UpdateRejected
-from fedloom.proto.schema import Array
+from fedloom.core.errors import SchemaError, UpdateRejected
+from fedloom.core.schema import Array
 
 __all__ = ["orthonormal_rows", "refactorize"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, cast, get_args, get_origin
 
-from fedloom.proto.errors import ConfigError
+from fedloom.core.errors import ConfigError
 from fedloom.strategies.api import Strategy
 
 __all__ = ["GROUP", "Entry", "available", "factory", "load"]

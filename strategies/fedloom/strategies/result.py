@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedloom.proto.errors import SchemaError
-from fedloom.proto.schema import Schema, Tensors
+from fedloom.core.errors import SchemaError
+from fedloom.core.schema import Schema, Tensors
 from fedloom.strategies.api import State, Strategy
 
 __all__ = ["base_rank", "corrections", "result", "result_schema", "voided"]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedloom.proto.errors import ConfigError
-from fedloom.proto.run import RunConfig
-from fedloom.proto.schema import Array, Role, Schema, Start, TensorSpec
-from fedloom.proto.start import beginning, check_digest, check_origin, read_tensors
+from fedloom.core.config.run import RunConfig
+from fedloom.core.config.start import beginning, check_digest, check_origin, read_tensors
+from fedloom.core.errors import ConfigError
+from fedloom.core.schema import Array, Role, Schema, Start, TensorSpec
 
 __all__ = ["starting_adapter", "stored_start"]
 

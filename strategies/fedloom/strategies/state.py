@@ -7,8 +7,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedloom.proto.errors import SchemaError, StoreError
-from fedloom.proto.schema import Array, Schema
+from fedloom.core.errors import SchemaError, StoreError
+from fedloom.core.schema import Array, Schema
 from fedloom.strategies.api import State
 
 __all__ = ["state_from_bytes", "state_to_bytes"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedloom.proto.schema import TensorSpec
+from fedloom.core.schema import TensorSpec
 
 __all__ = ["Slot", "schema_name"]
 

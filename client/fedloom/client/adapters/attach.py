@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from fedloom.client.adapters import bias, head, lora
 from fedloom.client.adapters.api import Slot
 from fedloom.client.adapters.head import Head
-from fedloom.proto.errors import ModelError
-from fedloom.proto.run import AdapterSection, Task
+from fedloom.core.config.run import AdapterSection, Task
+from fedloom.core.errors import ModelError
 
 __all__ = ["attach"]
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from fedloom.client.adapters import lora
 from fedloom.client.adapters.api import Slot, schema_name
 from fedloom.client.adapters.head import Head
-from fedloom.proto.run import AdapterSection
-from fedloom.proto.schema import Role, TensorSpec
+from fedloom.core.config.run import AdapterSection
+from fedloom.core.schema import Role, TensorSpec
 
 __all__ = ["attach", "slots"]
 

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedloom.client.adapters.api import Slot, schema_name
-from fedloom.proto.errors import ModelError
-from fedloom.proto.run import LANGUAGE, Task
-from fedloom.proto.schema import Role, Start, TensorSpec
+from fedloom.core.config.run import LANGUAGE, Task
+from fedloom.core.errors import ModelError
+from fedloom.core.schema import Role, Start, TensorSpec
 
 __all__ = ["PEFT_HEADS", "Head", "check_labels", "find_head", "slots"]
 

@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.client.adapters.api import Slot, schema_name
 from fedloom.client.adapters.head import PEFT_HEADS, Head
-from fedloom.proto.errors import ModelError
-from fedloom.proto.run import AdapterSection
-from fedloom.proto.schema import Role, TensorSpec
+from fedloom.core.config.run import AdapterSection
+from fedloom.core.errors import ModelError
+from fedloom.core.schema import Role, TensorSpec
 
 __all__ = ["attach", "linear_targets", "slots"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedloom.client.data.files import Note, Row, check_columns, readable
 from fedloom.client.data.records import Layout
-from fedloom.proto.errors import DataError
+from fedloom.core.errors import DataError
 
 __all__ = ["parquet_rows", "saved_rows"]
 

@@ -4,8 +4,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedloom.client.data.records import Turns
-from fedloom.proto.errors import DataError
-from fedloom.proto.form import Answers
+from fedloom.core.config.file_format import Answers
+from fedloom.core.errors import DataError
 
 __all__ = ["learned_spans"]
 

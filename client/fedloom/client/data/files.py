@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedloom.client.data.records import LAYOUTS, Layout
-from fedloom.proto.errors import DataError
+from fedloom.core.errors import DataError
 
 __all__ = ["EMPTY_LINE", "Note", "Row", "check_columns", "csv_rows", "jsonl_rows", "readable"]
 

@@ -15,12 +15,12 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from fedloom.client.data.files import Note, Row, readable
-from fedloom.proto.errors import DataError, ModelError
+from fedloom.core.errors import DataError, ModelError
 
 __all__ = [
     "HIDDEN",
     "SUFFIXES",
-    "Pictures",
+    "ImageProcessor",
     "Pixels",
     "brightest",
     "decode",
@@ -202,7 +202,7 @@ def noise_picture(seed: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageProcessor:
     """How a model's pictures are prepared.
 
     Args:
@@ -246,7 +246,7 @@ class Pictures:
         return scaled
 
 
-def picture_settings(folder: Path, image_size: int | None) -> Pictures:
+def picture_settings(folder: Path, image_size: int | None) -> ImageProcessor:
     """How the base model in `folder` wants its pictures, from its preprocessor_config.json and config.json.
 
     Args:
@@ -271,7 +271,7 @@ def picture_settings(folder: Path, image_size: int | None) -> Pictures:
         mean, deviation = (tuple(settings.get(f"image_{name}") or (0.5,) * 3) for name in ("mean", "std"))
         if side < 1 or len(mean) != 3 or len(deviation) != 3 or not all(deviation):
             raise ValueError("sizes and spreads must be above zero, one for each of three channels")
-        return Pictures(side, resized, mean, deviation, int(settings.get("resample", Image.Resampling.BILINEAR)))
+        return ImageProcessor(side, resized, mean, deviation, int(settings.get("resample", Image.Resampling.BILINEAR)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{folder} does not say how large its pictures are ({error!r}); give it a preprocessor_config.json with "

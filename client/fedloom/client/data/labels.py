@@ -5,8 +5,8 @@ from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
 
-from fedloom.proto.errors import DataError
-from fedloom.proto.form import LabelsAs
+from fedloom.core.config.file_format import LabelsAs
+from fedloom.core.errors import DataError
 
 __all__ = ["Labelling", "labelling"]
 

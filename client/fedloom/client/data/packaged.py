@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from fedloom.client.assets import fetch
+from fedloom.client.assets.fetch import fetch
 from fedloom.client.data.records import Record
-from fedloom.proto.errors import DataError
-from fedloom.proto.run import Task
+from fedloom.core.config.run import Task
+from fedloom.core.errors import DataError
 
 __all__ = ["PACKAGED", "Packaged", "Split"]
 

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from fedloom.client.data.rows import Indices, Rows
-from fedloom.proto.errors import ConfigError
+from fedloom.core.errors import ConfigError
 
 __all__ = ["Scheme", "partition"]
 

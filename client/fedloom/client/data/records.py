@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, get_args
 
-from fedloom.proto.errors import DataError
-from fedloom.proto.form import Column
-from fedloom.proto.run import Task
+from fedloom.core.config.file_format import Column
+from fedloom.core.config.run import Task
+from fedloom.core.errors import DataError
 
 __all__ = ["LAYOUTS", "Layout", "Record", "Turns"]
 

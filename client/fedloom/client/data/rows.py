@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from fedloom.client.data.labels import Labelling
 from fedloom.client.data.records import Turns
-from fedloom.proto.errors import DataError
-from fedloom.proto.form import Answers
-from fedloom.proto.run import Task
+from fedloom.core.config.file_format import Answers
+from fedloom.core.config.run import Task
+from fedloom.core.errors import DataError
 
 __all__ = ["Indices", "Rows", "digest", "documents", "picture"]
 

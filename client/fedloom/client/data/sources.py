@@ -12,7 +12,7 @@ from fedloom.client.data.files import Note, Row, csv_rows, jsonl_rows, readable
 from fedloom.client.data.images import HIDDEN, SUFFIXES, folder_rows
 from fedloom.client.data.packaged import PACKAGED, Split
 from fedloom.client.data.records import Layout, Record
-from fedloom.proto.errors import DataError
+from fedloom.core.errors import DataError
 
 __all__ = ["source_rows"]
 

@@ -16,9 +16,9 @@ from fedloom.client.data.records import Layout, Record
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.sources import source_rows
 from fedloom.client.data.tokens import IGNORED, attempted
-from fedloom.proto.errors import DataError
-from fedloom.proto.form import Form
-from fedloom.proto.run import Task
+from fedloom.core.config.file_format import Form
+from fedloom.core.config.run import Task
+from fedloom.core.errors import DataError
 
 __all__ = ["Lengths", "Survey", "guess_task", "lengths", "survey"]
 

@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedloom.client.data.chat import learned_spans
-from fedloom.client.data.images import Pictures, Pixels
+from fedloom.client.data.images import ImageProcessor, Pixels
 from fedloom.client.data.rows import Indices, Rows
-from fedloom.proto.errors import ConfigError, DataError
+from fedloom.core.errors import ConfigError, DataError
 
 __all__ = ["IGNORED", "Encoded", "Uniform", "attempted", "collate", "encode", "microbatches", "uniform_microbatches"]
 
@@ -49,7 +49,7 @@ class Encoded:
     labels: Indices
     targets: tuple[Ids, ...] = ()
     pixels: tuple[Pixels, ...] = ()
-    pictures: Pictures | None = None
+    pictures: ImageProcessor | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -62,7 +62,7 @@ class Encoded:
 
 
 def encode(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase | Pictures, max_length: int, *, strict: bool = True
+    rows: Rows, tokenizer: PreTrainedTokenizerBase | ImageProcessor, max_length: int, *, strict: bool = True
 ) -> Encoded:
     """Tokenize every row once, keeping at most `max_length` tokens of each, special tokens included.
 
@@ -81,7 +81,7 @@ def encode(
     Raises:
         DataError: A row gives no token, is no picture, or does not fit the chat template, and `strict`.
     """
-    if isinstance(tokenizer, Pictures):
+    if isinstance(tokenizer, ImageProcessor):
         prepared = tuple(tokenizer.pixels(data, rows.place(index)) for index, data in enumerate(rows.images))
         return Encoded((), rows.labels, pixels=prepared, pictures=tokenizer)
     encoded, faults = attempted(rows, tokenizer, max_length)

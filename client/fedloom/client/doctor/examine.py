@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from fedloom.client.channel import MEMBER_FILE
-from fedloom.client.config import Policy, check_spec
 from fedloom.client.data.rows import Rows
+from fedloom.client.data.site_data import own_rows
 from fedloom.client.doctor import machine, network, site
 from fedloom.client.doctor.finding import Finding, failed, ok, warning
-from fedloom.client.model import AdapterModel, load_model
-from fedloom.client.own import own_rows
-from fedloom.client.privacy.account import existing_account
-from fedloom.client.privacy.budget import check_affordable, outlook
-from fedloom.client.privacy.per_example import recording
-from fedloom.client.trainer import Trainer
-from fedloom.proto.address import host_of
-from fedloom.proto.errors import FedloomError, LedgerError
-from fedloom.proto.run import Spec
-from fedloom.proto.spending import faint
+from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.policy import Policy, check_spec
+from fedloom.client.privacy.dp_sgd.grad_sample import recording
+from fedloom.client.privacy.ledger.account import existing_account
+from fedloom.client.privacy.ledger.budget import check_affordable, outlook
+from fedloom.client.training.trainer import Trainer
+from fedloom.client.transport.tls import MEMBER_FILE
+from fedloom.core.config.run import Spec
+from fedloom.core.errors import FedloomError, LedgerError
+from fedloom.core.privacy.spends import faint
+from fedloom.core.security.address import host_of
 
 __all__ = ["examine"]
 

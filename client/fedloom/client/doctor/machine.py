@@ -15,11 +15,11 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from fedloom.client.compute import free_bytes, prepare_device
-from fedloom.client.config import ComputePolicy
 from fedloom.client.doctor.finding import Finding, failed, ok, warning
-from fedloom.client.privacy.ledger_file import connect
-from fedloom.proto.errors import FedloomError, LedgerError
+from fedloom.client.policy import ComputePolicy
+from fedloom.client.privacy.ledger.file import connect
+from fedloom.client.training.device import free_bytes, prepare_device
+from fedloom.core.errors import FedloomError, LedgerError
 
 __all__ = ["clock", "device", "disk", "file_system", "packages", "python", "state_folder"]
 
@@ -34,7 +34,7 @@ _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Flags of x86 and ARM CPUs."""
 _MOUNTS = Path("/proc/self/mountinfo")
 _ROOM_BYTES = (256 << 20, 2 << 30)
-"""Free space below which a ledger is in danger, and below which a base model or spool may not fit."""
+"""Free space below which a ledger is in danger, and below which a base model or outbox may not fit."""
 
 
 def python() -> Finding:

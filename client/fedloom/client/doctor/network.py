@@ -11,11 +11,11 @@ from urllib.parse import unquote, urlsplit
 
 from cryptography import x509
 
-from fedloom.client.channel import MEMBER_FILE
-from fedloom.client.connection import GrpcConnection
 from fedloom.client.doctor.finding import Finding, failed, ok, warning
-from fedloom.proto.address import host_of
-from fedloom.proto.errors import FedloomError, Forbidden, IdentityError, Overloaded, Unavailable
+from fedloom.client.transport.grpc import GrpcConnection
+from fedloom.client.transport.tls import MEMBER_FILE
+from fedloom.core.errors import FedloomError, Forbidden, IdentityError, Overloaded, Unavailable
+from fedloom.core.security.address import host_of
 
 __all__ = ["answer", "proxy_for", "reach", "server_certificate"]
 
@@ -107,7 +107,7 @@ def answer(address: str, client: str, certs: Path | None, shown: x509.Certificat
     secure = [] if shown is None else [ok("tls", f"its certificate is trusted until {_day(shown)}")]
     try:
         with closing(GrpcConnection(address, certs)) as line:
-            line.knock(client)
+            line.ping(client)
     except Forbidden as error:
         return [*secure, failed("coordinator", str(error), "enrol with a join token for a client of that name")]
     except IdentityError as error:

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from fedloom.client.assets import ASSETS, cache_dir
-from fedloom.client.channel import MEMBER_FILE, member, member_pair
-from fedloom.client.config import ComputePolicy, Policy
+from fedloom.client.assets.fetch import ASSETS, cache_dir
 from fedloom.client.data.packaged import PACKAGED
 from fedloom.client.doctor.finding import Finding, failed, ok, warning
-from fedloom.client.enrolment import due
-from fedloom.client.model import base_digest, resolve_base
-from fedloom.client.privacy.account import existing_account, ledger_folder, spool_folder
-from fedloom.client.privacy.glance import Glance
-from fedloom.client.privacy.spool import check_spool
-from fedloom.proto.errors import FedloomError, IdentityError, LedgerError
+from fedloom.client.models.load import base_digest, resolve_base
+from fedloom.client.policy import ComputePolicy, Policy
+from fedloom.client.privacy.ledger.account import existing_account, ledger_folder, outbox_folder
+from fedloom.client.privacy.ledger.read_only import Glance
+from fedloom.client.session.outbox import check_outbox
+from fedloom.client.transport.enrollment import due
+from fedloom.client.transport.tls import MEMBER_FILE, member, member_pair
+from fedloom.core.errors import FedloomError, IdentityError, LedgerError
 
 __all__ = ["base_model", "certificate", "data", "ledger"]
 
@@ -64,7 +64,7 @@ def ledger(policy: Policy) -> tuple[list[Finding], dt.datetime | None]:
                         f"the last charges for {', '.join(map(repr, stopped))} came to nothing: the rounds failed here"
                     )
                     found.append(
-                        failed("ledger", what, "look in the client's log for why; then `fedloom ledger adopt`")
+                        failed("ledger", what, "look in the client's log for why; then `fedloom ledger recover`")
                     )
                 if isinstance(account, Glance):
                     remedy = "it checked the ledger when it started; stop it to check the anchor again"
@@ -72,10 +72,10 @@ def ledger(policy: Policy) -> tuple[list[Finding], dt.datetime | None]:
     except LedgerError as error:
         return [failed("ledger", str(error))], None
     try:
-        waiting = len(check_spool(spool_folder(policy)))
+        waiting = len(check_outbox(outbox_folder(policy)))
     except LedgerError as error:
-        return [*found, failed("spool", str(error))], written
-    return [*found, ok("spool", f"{waiting} updates wait to be sent")], written
+        return [*found, failed("outbox", str(error))], written
+    return [*found, ok("outbox", f"{waiting} updates wait to be sent")], written
 
 
 def data(source: str) -> Finding:

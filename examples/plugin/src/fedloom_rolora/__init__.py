@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from fedloom.proto.schema import LORA, Role, Schema, Tensors
+from fedloom.core.schema import LORA, Role, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Update
-from fedloom.strategies.mean import Sum, begin, fold, moved, trained
+from fedloom.strategies.transforms.average import Sum, apply_mean_delta, begin, fold, trained
 
 __all__ = ["RoLoRA"]
 
@@ -42,7 +42,7 @@ class RoLoRA:
 
     def commit(self, state: State, acc: Sum | None) -> State:
         """Move it by the mean change; the next round is the other factor's."""
-        return replace(state, adapter=moved(state.adapter, acc), round=state.round + 1)
+        return replace(state, adapter=apply_mean_delta(state.adapter, acc), round=state.round + 1)
 
     def _trained(self, state: State) -> Schema:
         # Commits decide whose turn it is, so that a round nobody answered does not skip a factor.

@@ -1,0 +1,120 @@
+"""`fedloom bench`: measurements, as a table for people and, if asked for, one JSON line for programs."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fedloom.cli.console import out
+
+__all__ = ["app", "clients", "dp_step", "round_", "secagg"]
+
+app = typer.Typer(
+    help="Measure this machine. With --json, a benchmark ends with one line of JSON.", no_args_is_help=True
+)
+
+Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
+
+
+@app.command("round")
+def round_(
+    rounds: Annotated[int, typer.Option(help="Empty rounds to measure, after ten to warm up.", min=5)] = 100,
+    clients: Annotated[int, typer.Option(help="Client processes.", min=1)] = 2,
+    durable: Annotated[
+        bool, typer.Option(help="Sync every update and event to disk, as `fedloom server` does.")
+    ] = False,
+    tls: Annotated[bool, typer.Option(help="Encrypt and identify, as `fedloom server` does.")] = False,
+    json_line: Json = False,
+) -> None:
+    """Time an empty round over gRPC: broadcast, no training, upload, commit.
+
+    The adapter has 786,432 float32 values (LoRA r=8 on query and value of a RoBERTa-large), the clients are
+    resident processes, and the time runs from one commit to the next.
+
+    Example: fedloom bench round --json
+    """
+    from fedloom.simulation.benchmarks.round import bench_round
+
+    _report("round", bench_round(rounds=rounds, clients=clients, durable=durable, tls=tls), json_line)
+
+
+@app.command("dp-step")
+def dp_step(
+    repeats: Annotated[int, typer.Option(help="Interleaved repetitions of each variant.", min=1)] = 15,
+    json_line: Json = False,
+) -> None:
+    """Time a private step against a plain LoRA step, interleaved, beside Opacus's hooks and its ghost clipping.
+
+    MiniLM, LoRA r=8 on every linear layer of the encoder, batch 32 of 64 tokens, one thread. Then, on Linux, the peak
+    memory of each above what stays between steps, each in a fresh process.
+
+    Example: fedloom bench dp-step --json
+    """
+    from fedloom.client.bench_step import bench_step
+
+    _report("dp-step", bench_step(repeats=repeats), json_line)
+
+
+@app.command()
+def secagg(
+    rounds: Annotated[int, typer.Option(help="Rounds of each kind, in turn, after two to warm up.", min=3)] = 15,
+    clients: Annotated[int, typer.Option(help="Client processes.", min=3, max=256)] = 16,
+    parameters: Annotated[int, typer.Option(help="Values in the adapter.", min=1)] = 1_000_000,
+    json_line: Json = False,
+) -> None:
+    """Time a round with secure aggregation against one without, over gRPC and without training.
+
+    Example: fedloom bench secagg --json
+    """
+    from fedloom.simulation.benchmarks.secagg import bench_secagg
+
+    _report("secagg", bench_secagg(rounds=rounds, clients=clients, parameters=parameters), json_line)
+
+
+@app.command()
+def clients(
+    n: Annotated[int, typer.Option(help="Clients, each with a connection of its own.", min=16)] = 2000,
+    seconds: Annotated[float, typer.Option(help="How long to measure, once all have arrived.", min=1)] = 60.0,
+    heartbeat: Annotated[float, typer.Option(help="Seconds between two heartbeats of a client.", min=1)] = 30.0,
+    training: Annotated[float, typer.Option(help="Longest time a client takes to answer a round, in seconds.")] = 5.0,
+    tls: Annotated[bool, typer.Option(help="Mutual TLS, each client with a certificate of its own.")] = True,
+    json_line: Json = False,
+) -> None:
+    """Hold many clients on one coordinator: its memory, and how long a heartbeat takes. Linux only.
+
+    Every client has a long poll waiting, and rounds of 16 of them go on meanwhile: each that opens wakes every poll.
+
+    Example: fedloom bench clients --n 2000 --json
+    """
+    from fedloom.simulation.benchmarks.clients import bench_clients
+
+    figures = bench_clients(clients=n, seconds=seconds, heartbeat_s=heartbeat, training_s=training, tls=tls)
+    _report("clients", figures, json_line)
+
+
+def _report(name: str, figures: dict[str, Any], json_line: bool) -> None:
+    table = Table("figure", "value", box=None, pad_edge=False)
+    for key, value in figures.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    out.print(table)
+    if json_line:
+        typer.echo(json.dumps({"bench": name, **figures, "machine": _machine(), "versions": _versions()}))
+
+
+def _machine() -> dict[str, Any]:
+    import os
+
+    return {"system": platform.platform(), "processor": platform.processor() or "", "cores": os.cpu_count()}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("cryptography", "fedloom", "grpcio", "numpy", "opacus", "peft", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

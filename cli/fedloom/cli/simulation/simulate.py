@@ -1,0 +1,150 @@
+"""`fedloom simulate`: a whole federation on this machine."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.cli.console import megabytes, out, show_classes, terms, told
+from fedloom.cli.server.observing import ReportTo, reports
+from fedloom.core.config.run import RunConfig, load_run
+from fedloom.core.privacy.spends import faint
+
+if TYPE_CHECKING:
+    from fedloom.server.monitoring.progress import Progress as RoundStatus
+    from fedloom.server.monitoring.recorders.api import RoundRecord
+    from fedloom.simulation.federation import Federation
+    from fedloom.simulation.simulate import Result
+
+__all__ = ["simulate"]
+
+
+def simulate(
+    run: Annotated[Path, typer.Argument(help="The run file.")],
+    engine: Annotated[
+        Literal["inprocess", "grpc"] | None,
+        typer.Option(help="inprocess: one process. grpc: a coordinator and a process per client, on loopback."),
+    ] = None,
+    no_privacy: Annotated[
+        bool, typer.Option("--no-privacy", help="Train without differential privacy, for comparison.")
+    ] = False,
+    out_folder: Annotated[Path, typer.Option("--out", help="Parent of the run folder.")] = Path("runs"),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key, such as train.learning_rate=0.5.")
+    ] = None,
+    report_to: ReportTo = None,
+) -> None:
+    """Run a federation on this machine and leave a PEFT adapter in runs/NAME/adapter.
+
+    Example: fedloom simulate examples/sentiment.toml --set run.rounds=3
+    """
+    chosen = list(overrides or ())
+    chosen += [f"engine.kind={engine}"] if engine else []
+    chosen += ["privacy.enabled=false"] if no_privacy else []
+    config = load_run(run, tuple(chosen))
+    if no_privacy:
+        open_run = config.run.model_copy(update={"name": f"{config.run.name}-no-privacy"})
+        config = config.model_copy(update={"run": open_run})
+    # Loads torch, which takes seconds: a mistake in the run file should not have to wait for it.
+    from fedloom.simulation.simulate import Watcher
+    from fedloom.simulation.simulate import simulate as run_simulation
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    # By the pace of the last ten minutes: rich's own half a minute is shorter than many a round.
+    left = (TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, *left, console=out, transient=True, speed_estimate_period=600) as bar:
+        task = bar.add_task("loading model and data", total=None)
+
+        def moved(standing: "RoundStatus") -> None:
+            total = standing.rounds * max(1, len(standing.cohort) or len(standing.live))
+            done = standing.round * max(1, len(standing.cohort) or len(standing.live)) + len(standing.submitted)
+            label = f"round {min(standing.round + 1, standing.rounds)}/{standing.rounds}"
+            bar.update(task, description=label, total=total, completed=done)
+
+        watcher = Watcher(ready=_introduce, moved=moved, recorded=lambda record: _line(config, record))
+        result = run_simulation(config, out_folder, watcher, report_to=reports(report_to))
+    _summary(config, result)
+
+
+def _introduce(federation: "Federation", folder: Path) -> None:
+    """Say what is about to run, before it takes minutes."""
+    config, schema = federation.config, federation.model.schema
+    out.print(
+        f"[bold]{folder.name}[/]: {config.strategy.name}, {len(federation.clients)} clients, {config.engine.kind}",
+        markup=True,
+    )
+    trained = f"{config.adapter.kind}, head {config.model.head}"
+    if modules := federation.model.head.modules:
+        trained += f": {'new' if federation.model.head.new else 'from the checkpoint'} {', '.join(modules)}"
+    out.print(f"  base {config.model.base}; adapter of {schema.size:,} values ({trained})")
+    for name, rows in federation.clients.items():
+        groups = ", ".join(sorted(set(rows.groups) - {""}))
+        out.print(f"  {name}: {len(rows):,} examples {groups}")
+    privacy = config.privacy
+    if privacy.enabled:
+        out.print(
+            f"  private: epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for each example over the whole run; "
+            f"noise multiplier {privacy.noise_multiplier:.3f}, rate {config.train.sampling_rate:g}, "
+            f"{config.train.steps * config.run.rounds} steps"
+        )
+    else:
+        out.print("  [yellow]not private[/]: updates leave the clients without noise", markup=True)
+    for name, policy in federation.policies.items():
+        if (drowned := faint(config.spec, policy.data.declared_examples or 0)) is not None:
+            out.print(f"  [yellow]{name}[/]: {drowned}", markup=True)
+    user = config.user_level
+    if user.enabled:
+        out.print(
+            f"  user-level: epsilon {user.epsilon:g}, delta {user.delta:g} for each whole client against all but the "
+            f"coordinator; {user.mechanism} noise multiplier {user.noise_multiplier:.3f}, cohort {user.cohort}"
+        )
+
+
+def _line(config: RunConfig, record: "RoundRecord") -> None:
+    """One line per round."""
+    label = f"round {record.round:>3}/{config.run.rounds}" if record.round else "start    "
+    score = f"accuracy {record.accuracy:.1%}  loss {record.loss:.3f}" if record.accuracy is not None else ""
+    if record.federated:
+        score += f"  begun at {told(record.federated)} by the clients"
+    spent = f"  epsilon {_range(record.epsilon.values())}" if record.epsilon else ""
+    spent += f"  user-level {record.user_epsilon:.2f}" if record.user_epsilon is not None else ""
+    traffic = f"  {record.clients} clients  up {megabytes(record.bytes_up)}  down {megabytes(record.bytes_down)}"
+    out.print(f"{label}  {score}{spent}{traffic if record.round else ''}  {record.seconds:.0f} s")
+
+
+def _range(epsilons: Collection[float]) -> str:
+    """What the clients have spent: one figure, or the least and the most where they differ."""
+    least, most = f"{min(epsilons):.2f}", f"{max(epsilons):.2f}"
+    return most if least == most else f"{least} to {most}"
+
+
+def _summary(config: RunConfig, result: "Result") -> None:
+    """The closing table and where everything is."""
+    table = Table("", "start", "end", box=None, pad_edge=False)
+    if result.told is not None:
+        table.add_row("by the clients, on their rows", "", Text(told(result.told), "bold"))
+    table.add_row("held-out accuracy", f"{result.start.accuracy:.1%}", Text(f"{result.final.accuracy:.1%}", "bold"))
+    table.add_row("held-out loss", f"{result.start.loss:.3f}", f"{result.final.loss:.3f}")
+    up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
+    table.add_row("sent by all clients", "", f"{megabytes(up)} up, {megabytes(down)} down")
+    table.add_row("time", "", f"{result.records[-1].seconds:.0f} s")
+    for name, stated in result.privacy.items():
+        joined = f"{stated.rounds} of {config.run.rounds} rounds joined"
+        table.add_row(f"epsilon of {name}", "0", f"{stated.epsilon:.3f} at delta {stated.delta:g}, {joined}")
+    if result.user_epsilon is not None:
+        table.add_row("user-level epsilon", "0", f"{result.user_epsilon:.3f} at delta {config.user_level.delta:g}")
+    out.print()
+    out.print(table)
+    show_classes(result.final.confusion, config.model.labels)
+    if result.privacy:
+        out.print(f"\n{terms(max(result.privacy.values(), key=lambda each: each.epsilon))}")
+    out.print(f"\nadapter  {result.folder / 'adapter'}")
+    out.print(f"         reloaded with PeftModel.from_pretrained: {result.agreement:.1%} of predictions the same")
+    if (each := result.folder / "adapters").is_dir():
+        out.print(f"         {each} has one for each client, with what it kept to itself; the accuracy is their mean")
+    out.print(f"metrics  {result.folder / 'metrics.jsonl'}")
+    out.print(f"plot     {result.folder / 'curves.png'}")

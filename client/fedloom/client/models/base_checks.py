@@ -1,0 +1,104 @@
+"""Whether a base model can read what its run will give it, asked when it is loaded, before anything is charged."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedloom.client.data.images import ImageProcessor
+from fedloom.core.config.run import LANGUAGE, Task
+from fedloom.core.errors import ModelError
+
+__all__ = ["check_base"]
+
+_SHORT = 32
+"""Tokens after which a model whose positions are computed reads any number."""
+
+
+def check_base(base: PreTrainedModel, reader: Any, task: Task, folder: Path, max_length: int) -> None:
+    """Refuse a model that cannot do the task, or cannot read the longest text or a picture.
+
+    Args:
+        base: The model, on any device.
+        reader: Its tokenizer, or its `ImageProcessor`.
+        task: What it is to do.
+        folder: Where it lies, for errors.
+        max_length: Tokens of the longest text.
+
+    Raises:
+        ModelError: As above; the message says what to change.
+    """
+    base.eval()
+    if isinstance(reader, ImageProcessor):
+        _check_side(base, folder, reader.side)
+        return
+    kind = type(base).__name__
+    if task not in LANGUAGE and base.config.is_encoder_decoder:
+        # It scores a text where its end tokens are, which a text may hold itself: one row would end a run.
+        raise ModelError(f"{kind} in {folder} is an encoder and a decoder; {task} takes a model that is one of them")
+    if task in LANGUAGE and not _causal(base):
+        raise ModelError(f"{kind} in {folder} sees the tokens it is to predict; take a language model")
+    if task == "instruct" and not reader.chat_template:
+        raise ModelError(f"the tokenizer in {folder} has no chat template; take an instruct model, or task causal-lm")
+    known = base.get_input_embeddings().weight.shape[0]
+    if len(reader) > known:
+        # A text with such a token would end a run half-way, which tells that it is there.
+        raise ModelError(f"the tokenizer in {folder} has {len(reader)} tokens, the model {known}; get files that fit")
+    _check_length(base, reader, folder, max_length)
+
+
+def _check_length(base: PreTrainedModel, reader: PreTrainedTokenizerBase, folder: Path, max_length: int) -> None:
+    """Have the model read a short text beside one of `max_length` tokens."""
+    tables = [name.rpartition(".")[2] for name, each in base.named_modules() if isinstance(each, nn.Embedding)]
+    learned = any("pos" in name or name == "wpe" for name in tables)
+    longest = max_length if learned else min(max_length, _SHORT)
+    if (error := _unreadable(base, reader, longest)) is None:
+        return
+    kind = type(base).__name__
+    if _unreadable(base, reader, 8) is not None:
+        raise ModelError(f"{kind} in {folder} cannot score a batch of texts: {error}; take another model") from error
+    works, fails = 8, longest
+    while fails - works > 1:
+        middle = (works + fails) // 2
+        works, fails = (middle, fails) if _unreadable(base, reader, middle) is None else (works, middle)
+    raise ModelError(
+        f"{kind} in {folder} reads texts of at most {works} tokens; model.max_length = {max_length} is too long; set "
+        f"model.max_length = {works}"
+    ) from error
+
+
+def _unreadable(base: PreTrainedModel, reader: PreTrainedTokenizerBase, length: int) -> Exception | None:
+    """What comes of a text of two tokens beside one of `length`."""
+    token = next(each for each in reversed(range(len(reader))) if each not in reader.all_special_ids)
+    ids = torch.full((2, length), token, device=base.device)
+    ids[0, 2:] = int(reader.pad_token_id or 0)
+    mask = torch.ones_like(ids)
+    mask[0, 2:] = 0
+    try:
+        with torch.no_grad():
+            base(input_ids=ids, attention_mask=mask)
+    except Exception as error:  # whatever another's code raises
+        return error
+    return None
+
+
+def _check_side(base: PreTrainedModel, folder: Path, side: int) -> None:
+    try:
+        with torch.no_grad():
+            base(pixel_values=torch.zeros(1, 3, side, side, device=base.device))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"{type(base).__name__} in {folder} cannot read colour pictures of {side} by {side} pixels; remove "
+            f"model.image_size, or take another model ({error})"
+        ) from error
+
+
+def _causal(base: PreTrainedModel) -> bool:
+    """Whether the scores at a token are a function of it and the tokens before it."""
+    ids = torch.arange(4, device=base.device).expand(2, -1).clone()
+    ids[1, -1] += 1
+    with torch.no_grad():
+        first, second = base(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
+    return torch.allclose(first, second, rtol=1e-4, atol=1e-4)

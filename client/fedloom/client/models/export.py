@@ -1,0 +1,257 @@
+"""The result as an ordinary Hugging Face PEFT adapter, or as a whole model."""
+
+import errno
+import json
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
+from fedloom.client.models.load import MODELS, AdapterModel, load_base
+from fedloom.client.models.wide_adapter import widen
+from fedloom.client.training.losses import positions
+from fedloom.core.config.run import RunConfig, Spec, Task
+from fedloom.core.errors import ConfigError, ModelError
+from fedloom.core.privacy.accounting import Statement
+from fedloom.core.privacy.spends import run_statement
+from fedloom.core.runtime.durable import replacing_folder
+from fedloom.core.schema import Tensors
+
+__all__ = ["facts", "load_exported", "predict", "save_adapter", "save_final", "save_merged"]
+
+_CARD = """# {name}
+
+A PEFT adapter trained with fedloom.
+
+```python
+from transformers import {kind}
+from peft import PeftModel
+
+base = {kind}.from_pretrained("BASE"{arguments})
+model = PeftModel.from_pretrained(base, "THIS FOLDER")
+```
+
+`fedloom.json` has the base model's digest, the label names and, for a private run, the guarantee.
+"""
+
+
+_MERGED_CARD = """# {name}
+
+A model with an adapter folded into its weights, trained with fedloom.
+
+```python
+from transformers import AutoTokenizer, {kind}
+
+model = {kind}.from_pretrained("THIS FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+```
+
+`fedloom.json` has the base model's digest, the label names and, for a private run, the guarantee.
+"""
+
+
+def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write the adapter the model holds now: PEFT's files, a card, and `facts` as fedloom.json.
+
+    An adapter that is in the folder is replaced by a whole one or not at all, see `durable.replacing_folder`.
+
+    What the model adds to the frozen weights is in it, see `widen`.
+
+    Raises:
+        ConfigError: The folder holds other files, is the one this process runs in, or cannot be written.
+    """
+    _replace(folder, lambda draft: _write(model, draft, facts))
+
+
+def save_merged(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write the base model with the adapter folded into its weights, its tokenizer, a card, and `facts`.
+
+    W0 + scale·B·A takes the place of W0, in float32. The model is used up: it holds the merged weights afterwards.
+    The folder is written as by `save_adapter`.
+
+    Raises:
+        ModelError: A weight is quantised or shared with the embeddings, or would not be finite.
+        ConfigError: As by `save_adapter`.
+    """
+    base = model.model.get_base_model()
+    quantised = [name for name, each in base.named_parameters() if not each.is_floating_point()]
+    if quantised:
+        raise ModelError(f"{quantised[0]} is quantised, and a merged weight would be rounded; export with format peft")
+    shared = base.get_input_embeddings().weight
+    for pair in model.schema.pairs:
+        if base.get_submodule(pair.module).base_layer.weight is shared:
+            raise ModelError(
+                f"{pair.module} shares its weight with the embeddings, which merging would change too; export with "
+                "format peft"
+            )
+    try:
+        merged = model.model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"the adapter cannot be merged: {error}; the run has diverged, lower its rates") from error
+    if facts.get("task") == "causal-lm":
+        merged.config.use_cache = True  # training had no use for it, generating has
+
+    def write(draft: Path) -> None:
+        merged.save_pretrained(str(draft), safe_serialization=True)
+        model.tokenizer.save_pretrained(str(draft))
+        kind = MODELS[facts.get("task", "text-classification")].__name__
+        (draft / "README.md").write_text(_MERGED_CARD.format(name=facts.get("run", "model"), kind=kind))
+        (draft / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    _replace(folder, write)
+
+
+def _replace(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder that then takes the place of `folder`, which holds no other files."""
+    target = folder.resolve()
+    if Path.cwd().is_relative_to(target):
+        raise ConfigError(f"{target} is where this runs, and an export's folder is replaced whole; give one inside it")
+    try:
+        with replacing_folder(target) as draft:
+            write(draft)
+            if others := _names(target) - _names(draft):
+                raise ConfigError(
+                    f"{target} holds {', '.join(sorted(others)[:3])}, which is no part of an export, and would be "
+                    "replaced whole; give another folder, or move that away"
+                )
+    except OSError as error:
+        raise ConfigError(f"cannot export to {target}: {error}; free the disk or give another folder") from error
+
+
+def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+    """All of an adapter's files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft cannot find a model card for a base model in a local folder
+        model.model.save_pretrained(str(folder), safe_serialization=True)
+    if model.corrections:
+        widen(folder, model.schema, model.corrections)
+    _settle(folder / "adapter_config.json", facts.get("base"))
+    labels = facts.get("labels", ())
+    kind = MODELS[facts.get("task", "text-classification")].__name__
+    arguments = f", num_labels={len(labels)}" if labels else ""
+    if model.head.resized:
+        arguments += ", ignore_mismatched_sizes=True"  # the base model's own head is for other labels
+    (folder / "README.md").write_text(_CARD.format(name=facts.get("run", "adapter"), kind=kind, arguments=arguments))
+    (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _settle(path: Path, base: str | None) -> None:
+    """Make equal adapters equal files: targets, which PEFT keeps as a set, in order, and the run's name for the base.
+
+    PEFT puts the folder there from which this machine has loaded it, which is nobody else's.
+    """
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if base is not None:
+        settings["base_model_name_or_path"] = base
+    for key, value in settings.items():
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            settings[key] = sorted(value)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _names(folder: Path) -> set[str]:
+    """Of what is in a folder, if there is one."""
+    return {each.name for each in folder.iterdir()} if folder.is_dir() else set()
+
+
+def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path, rounds: int) -> None:
+    """Write the adapter that a run ended with, as a client has it; what was at `folder` before is replaced whole.
+
+    Clients that share the folder may all do so at once: it holds one of their adapters, which are the same unless they
+    keep tensors to themselves. Its guarantee is that of a client that took part in every round: a client knows of no
+    other's rounds. Where somebody did, and no user-level noise is added, which a client is not told of, the files are
+    those of an export by the coordinator, byte for byte.
+
+    Args:
+        model: The base model that this client trained with.
+        spec: The run.
+        tensors: The run's result, with what this client keeps to itself.
+        folder: Where to.
+        rounds: How many rounds made it.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    privacy = run_statement(spec, rounds) if spec.privacy.enabled else None
+    model.show(tensors)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            made = Path(scratch) / "made"
+            save_adapter(model, made, facts(spec, privacy))
+            while True:
+                try:
+                    made.rename(folder)
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise
+                with suppress(FileNotFoundError):  # another client has moved it away
+                    folder.rename(Path(tempfile.mkdtemp(dir=scratch)) / folder.name)
+    except OSError as error:
+        raise ConfigError(f"the adapter cannot be written to {folder}: {error}; let this user write there") from error
+
+
+def facts(spec: Spec, privacy: Statement | None, user: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What an adapter's user should know: base model, labels, and the privacy guarantee with its terms.
+
+    Args:
+        spec: A completed run file, or what a client has seen of it. Nothing is told that clients are not, such as the
+            strategy, but for what a run file says it began from: without [start] the same adapter has the same facts
+            wherever it is written.
+        privacy: Statement of the client that has spent most; None in a run without privacy.
+        user: The coordinator's statement on whole clients; None without user-level privacy.
+    """
+    known: dict[str, Any] = {
+        "run": spec.run.name,
+        "base": spec.model.base,
+        "base_digest": spec.model.digest,
+        "task": spec.model.task,
+        "labels": list(spec.model.labels),
+        "rounds": spec.run.rounds,
+        "privacy": None,
+        "user_privacy": user,
+    }
+    if isinstance(spec, RunConfig) and spec.start is not None:
+        known["start"] = {"adapter": Path(spec.start.adapter).name, "digest": spec.start.digest}
+    if privacy is not None:
+        known["privacy"] = {
+            **privacy.document(),
+            "mechanism": "DP-SGD on every client: Poisson sampling, per-example clipping, Gaussian noise",
+            "clip_norm": spec.privacy.clip_norm,
+        }
+    return known
+
+
+def load_exported(
+    base: Path, adapter: Path, labels: int, task: Task = "text-classification", image_size: int | None = None
+) -> PeftModel:
+    """What a user gets who follows the card: the plain base model with the saved adapter."""
+    plain = load_base(base, task, tuple(f"LABEL_{index}" for index in range(labels)), image_size).model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers deprecates an attribute that peft reads
+        return PeftModel.from_pretrained(plain, str(adapter)).eval()
+
+
+def predict(model: Any, encoded: Encoded, pad_id: int, device: str = "cpu") -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Predicted classes, int64, by a model with the Hugging Face call convention.
+
+    Returns:
+        Shape (n,), one for each row; or one for each labelled token of each row in turn.
+    """
+    found: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = {}
+    with torch.inference_mode():
+        for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, encoded.evaluation_batch):
+            batch = collate(encoded, part, pad_id)
+            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            scores, labels = positions(model(**inputs).logits.cpu(), batch["labels"])
+            for row, classes, labelled in zip(part, scores.argmax(-1), labels != IGNORED, strict=True):
+                found[int(row)] = classes[labelled].numpy()
+    return np.concatenate([found[row] for row in range(len(encoded))])

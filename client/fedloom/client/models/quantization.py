@@ -1,0 +1,97 @@
+"""A frozen base model in fewer bits, or with less kept of it, under an adapter that is exact."""
+
+import importlib.util
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import BitsAndBytesConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fedloom.client.adapters import Slot
+from fedloom.client.policy import ComputePolicy
+from fedloom.core.config.run import AdapterSection
+from fedloom.core.errors import ConfigError, ModelError
+from fedloom.core.schema import Role
+
+__all__ = ["keep_float32", "loading", "recompute_layers"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HEADS = ["classifier", "score", "lm_head", "pooler", "head", "summary", "logits_proj", "pre_classifier"]
+"""Layers that are left whole: heads are trained, or give scores whose small differences count."""
+
+
+def loading(compute: ComputePolicy, adapter: AdapterSection, device: torch.device) -> dict[str, Any]:
+    """Options of `from_pretrained` under which the frozen base is as the policy has it.
+
+    Raises:
+        ConfigError: 4-bit weights are asked for without bitsandbytes.
+        ModelError: The adapter trains parts of the base itself.
+    """
+    if compute.dtype == "float32" and compute.quantization == "none":
+        return {"dtype": torch.float32}
+    if adapter.kind == "bias":
+        raise ModelError(
+            'adapter.kind = "bias" trains the base model\'s own biases, which need the rest of it in float32; set '
+            'compute.dtype = "float32" and compute.quantization = "none"'
+        )
+    dtype = _DTYPES[compute.dtype]
+    if compute.quantization == "none":
+        return {"dtype": dtype}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            'compute.quantization = "4bit" needs bitsandbytes, which is not installed; install fedloom[quantized], or '
+            'set compute.quantization = "none"'
+        )
+    # transformers compares modules by their full name's last part; without the list it would quantise some heads.
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_HEADS
+    )
+    return {"dtype": dtype, "quantization_config": bits, "device_map": {"": str(device)}}
+
+
+def keep_float32(model: PeftModel, slots: list[Slot]) -> None:
+    """Give every trained value 32 bits, and each head float32 input; a model all in float32 is left as it is.
+
+    A step of SGD is often smaller than what bfloat16 can add to a weight, and an update is a difference of two values.
+    """
+    for slot in slots:
+        slot.parameter.data = slot.parameter.data.float()
+    if all(each.dtype == torch.float32 for each in model.parameters()):
+        return
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would pack the weights of a CPU's layer for inference, through which no gradient goes back.
+            module.support_avx512bf16_for_cpu = False
+    heads = {slot.spec.name.rpartition(".")[0] for slot in slots if slot.spec.role == Role.HEAD}
+    for name, module in model.named_modules():
+        # Only the layers whose own parameters are trained: what a head does in between follows them.
+        if name.replace(".modules_to_save.default", "") in heads and ".original_module" not in name:
+            module.register_forward_pre_hook(_in_float32)
+
+
+def _in_float32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        each.float() if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in inputs
+    )
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Have each transformer layer computed again in the backward pass.
+
+    transformers does so in training mode only, which would switch dropout on.
+
+    Raises:
+        ModelError: The model has no layers of a kind that transformers can recompute.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(
+            "this base model has no layers that can be recomputed; set compute.gradient_checkpointing = false"
+        )
+    for layer in layers:
+        # Set beside the class's method, where peft and the tape leave it alone: both change the linear layers within.
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

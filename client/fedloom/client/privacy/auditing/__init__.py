@@ -1,0 +1,1 @@
+"""Attacks on the mechanism, and the lower bounds on epsilon that they prove."""

@@ -1,0 +1,144 @@
+"""How each kind of layer is recorded, and how to add one.
+
+A recorded forward computes what the layer's own forward computes, but each trained parameter enters it through one
+of three operations that put its per-example gradient on the tape:
+
+    product(x, weight, tape)    y = x Wᵀ over the last axis
+    scale(x, weight, tape)      y = x · w, element by element over the last axes
+    shift(x, bias, tape)        y = x + b, likewise
+
+To add a layer, write its forward with them and list it under its exact type:
+
+    def _rms_norm(module, tape, x):
+        return scale(F.rms_norm(x, module.normalized_shape, None, module.eps), module.weight, tape)
+
+    LAYERS[nn.RMSNorm] = _rms_norm
+
+Three things must hold, and a test against a naive loop over the examples shows that they do:
+
+- The first axis of `x` is the examples, in every call: a layer that sees the batch reshaped to (batch · tokens, d)
+  is refused at the first backward pass.
+- Each row of the result depends on the same row of `x` alone.
+- A trained parameter enters through these operations only: what reaches it by another way is refused too.
+
+Subclasses are not listed by their base class: they may compute something else.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from fedloom.client.privacy.dp_sgd.grad_sample.tape import Tape
+
+__all__ = ["LAYERS", "Forward", "product", "scale", "shift"]
+
+Forward = Callable[..., torch.Tensor]
+"""Called with the layer, the tape, and what the layer's own forward is called with."""
+
+
+class _Product(torch.autograd.Function):
+    """y = x Wᵀ, or x W; W's gradient goes to the tape, example by example."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, tape: Tape, transposed: bool) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tape, ctx.parameter, ctx.transposed = tape, weight, transposed
+        return x @ weight if transposed else F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        left, right = (x, grad) if ctx.transposed else (grad, x)
+        ctx.tape.add_product(ctx.parameter, left, right)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        return grad @ (weight.t() if ctx.transposed else weight), None, None, None
+
+
+class _Scale(torch.autograd.Function):
+    """y = x · w; w's gradient goes to the tape, example by example."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, tape: Tape) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tape, ctx.parameter = tape, weight
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        ctx.tape.add(ctx.parameter, _summed(grad.float() * x.float(), ctx.parameter))
+        return ((grad * weight).to(x.dtype) if ctx.needs_input_grad[0] else None), None, None
+
+
+class _Shift(torch.autograd.Function):
+    """y = x + b; b's gradient goes to the tape, example by example."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: nn.Parameter, tape: Tape) -> torch.Tensor:
+        ctx.tape, ctx.parameter, ctx.dtype = tape, bias, x.dtype
+        return x + bias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        (grad,) = grads
+        ctx.tape.add(ctx.parameter, _summed(grad.float(), ctx.parameter))
+        return (grad.to(ctx.dtype) if ctx.needs_input_grad[0] else None), None, None
+
+
+def _summed(grad: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """Sum within each example: (batch, ..., *parameter.shape) gives (batch, *parameter.shape)."""
+    return grad.reshape(len(grad), -1, *parameter.shape).sum(1)
+
+
+# torch types `Function.apply` as untyped; named once here so that the calls below stay checked.
+_product: Any = _Product.apply
+_scale: Any = _Scale.apply
+_shift: Any = _Shift.apply
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, tape: Tape, *, transposed: bool = False) -> torch.Tensor:
+    """Give x Wᵀ over the last axis of `x`, shape (batch, ..., in), or x W; record it if the tape has `weight`."""
+    if weight in tape.columns:
+        recorded: torch.Tensor = _product(x, weight, tape, transposed)
+        return recorded
+    return x @ weight if transposed else F.linear(x, weight)
+
+
+def scale(x: torch.Tensor, weight: torch.Tensor, tape: Tape) -> torch.Tensor:
+    """Give x · w over the last axes of `x`, shape (batch, ..., *weight.shape); record it if the tape has `weight`."""
+    result: torch.Tensor = _scale(x, weight, tape) if weight in tape.columns else x * weight
+    return result
+
+
+def shift(x: torch.Tensor, bias: torch.Tensor | None, tape: Tape) -> torch.Tensor:
+    """Give x + b over the last axes of `x`, shape (batch, ..., *bias.shape); record it if the tape has `bias`."""
+    if bias is None:
+        return x
+    result: torch.Tensor = _shift(x, bias, tape) if bias in tape.columns else x + bias
+    return result
+
+
+def _linear(module: nn.Linear, tape: Tape, x: torch.Tensor) -> torch.Tensor:
+    return shift(product(x, module.weight, tape), module.bias, tape)
+
+
+def _conv1d(module: Any, tape: Tape, x: torch.Tensor) -> torch.Tensor:
+    return shift(product(x, module.weight, tape, transposed=True), module.bias, tape)
+
+
+def _layer_norm(module: nn.LayerNorm, tape: Tape, x: torch.Tensor) -> torch.Tensor:
+    if module.weight is None or module.weight not in tape.columns:
+        return shift(F.layer_norm(x, module.normalized_shape, module.weight, None, module.eps), module.bias, tape)
+    normalised = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    return shift(scale(normalised, module.weight, tape), module.bias, tape)
+
+
+LAYERS: dict[type[nn.Module], Forward] = {nn.Linear: _linear, Conv1D: _conv1d, nn.LayerNorm: _layer_norm}
+"""The recorded forward of each kind of layer; Conv1D is GPT-2's linear layer, whose weight is (in, out)."""

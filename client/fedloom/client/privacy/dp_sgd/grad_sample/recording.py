@@ -1,0 +1,42 @@
+"""Route a model's trained layers through a tape."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+
+from fedloom.client.privacy.dp_sgd.grad_sample.hooks import HOOKED, hooked
+from fedloom.client.privacy.dp_sgd.grad_sample.layers import LAYERS
+from fedloom.client.privacy.dp_sgd.grad_sample.owners import names_of, owners
+from fedloom.client.privacy.dp_sgd.grad_sample.tape import Tape
+
+__all__ = ["recording"]
+
+
+@contextmanager
+def recording(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[Tape]:
+    """Record the per-example gradients of `parameters` while the context lasts.
+
+    For each microbatch: `tape.begin(examples)`, forward, backward on the sum of per-example losses,
+    `PrivateOptimizer.accumulate()`. Right under gradient checkpointing of both kinds. If a trained layer is of a kind
+    that only Opacus's hooks know, all of them go through the hooks.
+
+    Raises:
+        ModelError: A trained parameter belongs to a layer that is not supported.
+    """
+    names = names_of(model, parameters)
+    layers = owners(model, names, LAYERS.keys() | HOOKED)
+    if any(type(module) not in LAYERS for module in layers.values()):
+        with hooked(model, parameters) as tape:
+            yield tape
+        return
+    tape = Tape(parameters, names)
+    try:
+        for module in layers.values():
+            module.forward = partial(LAYERS[type(module)], module, tape)
+        yield tape
+    finally:
+        for module in layers.values():
+            module.__dict__.pop("forward", None)
+        tape.withdraw()

@@ -1,0 +1,136 @@
+"""Opacus's DPOptimizer on whole numbers: one flat clip over all trained parameters, an exact sum, exact noise."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+from fedloom.client.privacy.dp_sgd.grad_sample import Tape
+from fedloom.client.privacy.dp_sgd.rng import Entropy
+from fedloom.core.errors import ConfigError
+from fedloom.core.privacy.gaussian import LEAST_CLIP_NORM, deviation, longest
+
+__all__ = ["PrivateOptimizer"]
+
+
+class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no types
+    """One step = any number of `accumulate` calls, then exactly one `release`.
+
+    Guarantee: what `release` writes into the parameters is a function of Z + N(0, s²·I) over the reals, where Z is a
+    vector of whole numbers that changes by at most `UNITS` in L2 norm when one example is added to or removed from the
+    logical batch, and s is at least sigma·`UNITS`. See `fedloom.core.privacy.gaussian`; docs/privacy.md has the proof.
+
+    Precondition: the tape's gradients come from a loss that is a sum of per-example losses.
+
+    Clipping and noise know no C: a gradient is brought to steps of the grid before, and the noised sum to units of C
+    after, in float32, whatever the parameters' type; by the same factor, so that rounding adds a little noise and no
+    bias. The memory of a step is that of its largest microbatch and one vector of all trained parameters, however many
+    microbatches it has.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        tape: Tape,
+        entropy: Entropy,
+        *,
+        noise_multiplier: float,
+        clip_norm: float,
+        expected_batch: float,
+    ) -> None:
+        """`expected_batch` divides the noisy sum; it must be public (rate times the declared number of examples).
+
+        Raises:
+            ConfigError: The clip norm or the noise multiplier is one that the arithmetic here does not hold.
+        """
+        if not LEAST_CLIP_NORM <= clip_norm <= 1 / LEAST_CLIP_NORM:
+            raise ConfigError(f"clip norm {clip_norm!r}; {LEAST_CLIP_NORM:g} to {1 / LEAST_CLIP_NORM:g} is allowed")
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=clip_norm,
+            expected_batch_size=expected_batch,
+            loss_reduction="mean",
+        )
+        self.tape = tape
+        self.entropy = entropy
+        self.masks: dict[nn.Parameter, torch.Tensor] = {}
+        """Zero where a parameter is beyond the client's rank: neither gradient nor noise moves it there."""
+        self._deviation, self._longest = deviation(noise_multiplier) if noise_multiplier else 0, longest(tape.width)
+        self._total = torch.zeros(tape.width, dtype=torch.int64, device=tape.parameters[0].device)
+
+    @property
+    def clipped_sum(self) -> torch.Tensor:
+        """The step's sum so far, without noise, shape (P,), float32. For checks: it must not leave the machine."""
+        return self._total.float().mul_(self.max_grad_norm / self._longest)
+
+    def restart(self) -> None:
+        """Forget what the step under way has accumulated, so that its microbatches can be added anew."""
+        self._total.zero_()
+
+    def accumulate(self, real: int | None = None) -> None:
+        """Clip the tape's examples, add them to the step's sum and clear the tape. No examples add nothing.
+
+        Args:
+            real: How many of the examples count; those after them fill a microbatch up. None counts all.
+        """
+        self.tape.finish()
+        if real is not None:
+            self.tape.drop(torch.arange(self.tape.batch, device=self._total.device) >= real)
+        self.clip_and_accumulate()
+        self.tape.clear()
+
+    def clip_and_accumulate(self) -> None:
+        """Add each example's whole gradient, scaled to norm at most C and rounded to the grid, to the sum.
+
+        A non-finite one counts as zero: a run that failed on it would tell that such an example is there.
+        """
+        norms = self.tape.norms()
+        finite = torch.isfinite(norms)
+        if not bool(finite.all()):
+            self.tape.drop(~finite)
+            norms = torch.where(finite, norms, torch.zeros_like(norms))
+        self.tape.add_rounded_sum(self._longest / norms.clamp(min=self.max_grad_norm), self._total)
+
+    def add_noise(self) -> None:
+        """One draw of the Gaussian mechanism over all parameters; then back from steps of the grid to gradients."""
+        self._add_normal()
+        noised = self.clipped_sum
+        for parameter in self.tape.parameters:
+            grad = noised[self.tape.columns[parameter]].view_as(parameter)
+            grad = grad * self.masks[parameter] if parameter in self.masks else grad
+            parameter.grad = grad.to(parameter.dtype)
+
+    def _add_normal(self) -> None:
+        if self._deviation:
+            self._total += self._normal()
+
+    def _normal(self) -> torch.Tensor:
+        drawn = torch.from_numpy(self.entropy.normal(self._deviation, self.tape.width))
+        return drawn.to(self._total.device)
+
+    def scale_grad(self) -> None:
+        """Divide by the public expected batch size."""
+        for parameter in self.tape.parameters:
+            assert parameter.grad is not None  # add_noise has just set it
+            parameter.grad /= self.expected_batch_size
+
+    def release(self, pull: Sequence[torch.Tensor] = ()) -> None:
+        """Add the noise and take the optimiser's step, whether or not any example was sampled.
+
+        Args:
+            pull: Gradient terms that do not depend on the data (FedProx), one per parameter, or none.
+        """
+        self.add_noise()
+        self.scale_grad()
+        for parameter, term in zip(self.tape.parameters, pull, strict=False):
+            assert parameter.grad is not None  # add_noise has just set it
+            parameter.grad += term
+        self.original_optimizer.step()
+        self._total.zero_()
+
+    def step(self, closure: Any = None) -> None:
+        """Refused: a step that clips and noises in one call is easy to call once per microbatch."""
+        raise NotImplementedError("call accumulate() per microbatch and release() once per step")

@@ -1,0 +1,1 @@
+"""The lifetime privacy ledger of a data set."""

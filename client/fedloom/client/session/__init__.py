@@ -1,0 +1,1 @@
+"""A client's session: join, train, submit, until the run is over."""

@@ -1,0 +1,138 @@
+"""What of this machine training may use: the device, its memory, and what fits in it."""
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedloom.client.policy import ComputePolicy
+from fedloom.core.errors import ConfigError
+
+__all__ = ["choose_device", "free_bytes", "kept_bytes", "out_of_memory", "prepare_device"]
+
+_NO_MEMORY = ("out of memory", "can't allocate memory")
+"""What torch says in a RuntimeError: CUDA's and MPS's allocators, and the CPU's."""
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `compute.device`.
+
+    auto never takes MPS, on which the tests of per-example gradients have not been run; name it to use it.
+
+    Raises:
+        ConfigError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        raise ConfigError(
+            f"compute.device = {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
+            'take "auto" or "cpu", or install the driver and a torch built for it'
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError('compute.device = "mps": torch finds no Apple GPU here; take "auto" or "cpu"')
+    return device
+
+
+def prepare_device(compute: ComputePolicy) -> torch.device:
+    """Put the policy's threads and memory cap into force for this process.
+
+    Raises:
+        ConfigError: There is no such device here.
+    """
+    device = choose_device(compute.device)
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+    if device.type == "cuda" and compute.memory_mib is not None:
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (compute.memory_mib << 20) / whole), device)
+    return device
+
+
+def free_bytes(device: torch.device, cap_mib: int | None) -> int | None:
+    """Memory that training may still take, at most what is left of the cap; None if nobody knows.
+
+    On the CPU it is what the machine and this process's control group have left.
+    """
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device)
+        # What torch holds and does not use is given out again before anything is asked of the driver.
+        free = torch.cuda.mem_get_info(device)[0] + held - torch.cuda.memory_allocated(device)
+        used = torch.cuda.memory_allocated(device)
+    elif device.type == "cpu":
+        limits = [each for each in (_available(), _left_of_group()) if each is not None]
+        if not limits:
+            return None if cap_mib is None else max(0, (cap_mib << 20) - _resident())
+        free, used = min(limits), _resident()
+    else:
+        return None if cap_mib is None else cap_mib << 20
+    return free if cap_mib is None else max(0, min(free, (cap_mib << 20) - used))
+
+
+def kept_bytes(work: Callable[[], object]) -> int:
+    """Bytes that the forward passes of `work` keep for the backward pass, each storage once, parameters left out.
+
+    What `work` returns must hold its graph, so that no storage is given out twice meanwhile.
+    """
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks: Any = torch.autograd.graph.saved_tensors_hooks
+    with hooks(pack, lambda tensor: tensor):
+        held = work()
+    del held
+    return sum(seen.values())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python failed for want of memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )
+
+
+def _resident() -> int:
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # not Linux: bytes, and the peak
+    return pages * resource.getpagesize()
+
+
+def _available() -> int | None:
+    """MemAvailable of the machine."""
+    try:
+        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _left_of_group() -> int | None:
+    """What the control group of this process may still take, as a container or a systemd unit limits it."""
+    try:
+        path = next(line[3:] for line in _CGROUP.read_text(encoding="utf-8").splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return None
+    folder = _CGROUPS / path.strip("/")
+    left = []
+    for group in (folder, *folder.parents):
+        try:
+            most, now = ((group / f"memory.{each}").read_text(encoding="ascii").strip() for each in ("max", "current"))
+        except OSError:
+            continue
+        if most != "max":
+            left.append(max(0, int(most) - int(now)))
+    return min(left, default=None)

@@ -1,0 +1,400 @@
+"""Local training of one round: Poisson-sampled steps on the adapter, private or not."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedloom.client.data.rows import Indices, Rows
+from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches, uniform_microbatches
+from fedloom.client.eval.confusion import MOST_CLASSES, Confusion, count
+from fedloom.client.models.load import AdapterModel
+from fedloom.client.policy import Policy
+from fedloom.client.privacy.auditing.attacks import rehearse
+from fedloom.client.privacy.dp_sgd.grad_sample import Tape, recording
+from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
+from fedloom.client.privacy.dp_sgd.probe import probe
+from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded, System, poisson
+from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.session.api import CheckCancelled, Trained
+from fedloom.client.session.assignment_checks import check_broadcast, check_order
+from fedloom.client.session.personal_tensors import Personal
+from fedloom.client.training.local_eval import Table, answers, released, row_scores, split
+from fedloom.client.training.losses import per_example
+from fedloom.client.training.microbatch import Microbatch, fitting
+from fedloom.core.config.evaluation import largest_loss
+from fedloom.core.config.run import Spec, TrainSection
+from fedloom.core.errors import DataError, PolicyError, ProtocolError
+from fedloom.core.privacy.spends import evaluation_spend, training_spend
+from fedloom.core.schema import Array, Role, Schema, Tensors
+from fedloom.proto.messages import Assignment, upload_schema
+
+__all__ = ["EntropyFor", "Score", "Trainer", "batch_loss", "evaluate"]
+log = logging.getLogger(__name__)
+
+EntropyFor = Callable[[int], Entropy]
+"""Gives the randomness of one round (counted from 0)."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Result of an evaluation on held-out data that need no protection; of private data see `evaluation`."""
+
+    accuracy: float
+    """Share of right answers: of examples, or of labelled tokens where the task has a label at each token."""
+    loss: float
+    """Mean cross-entropy of the same, in nats; of a language model the logarithm of its perplexity."""
+    examples: int
+    confusion: Confusion = ()
+    """Examples, or labelled tokens, by true and predicted class; empty where there are more than `MOST_CLASSES`."""
+
+
+class Trainer:
+    """Trains one client's data on a model that may be shared with other trainers of the same process.
+
+    What leaves a private run is the noised change of the adapter and, where the run and the policy ask for them, noised
+    sums over held-out rows. The training loss, gradient norms, the share of clipped examples and the number of examples
+    are not released, with noise or without.
+    """
+
+    def __init__(
+        self,
+        model: AdapterModel,
+        rows: Rows,
+        spec: Spec,
+        policy: Policy,
+        ledger: Ledger | None,
+        *,
+        personal: Path | None = None,
+        entropy_for: EntropyFor | None = None,
+    ) -> None:
+        """Tokenize the data.
+
+        Args:
+            model: Holds the base model and the adapter.
+            rows: The private examples; those that the policy holds out are not trained on.
+            spec: The run, already checked against `policy`.
+            policy: The site's policy.
+            ledger: The data set's account; a private run needs it.
+            personal: Folder of what is trained and kept here. None keeps it in memory only.
+            entropy_for: Test seam. None draws from the operating system in a private run, and from the run's
+                seed, the round and the client's name otherwise.
+
+        Raises:
+            DataError: There is no example.
+            PolicyError: The run is private and there is no ledger or no declared size.
+            ModelError: The run is private and one example could move this model's clipped sum by more than the
+                noise covers, see `probe`; or an attack on the private step succeeds, see `rehearse`; or one example
+                does not fit into memory.
+        """
+        if len(rows) == 0:
+            raise DataError(f"client {policy.client.name!r} has no training example; check data.source in its policy")
+        if spec.privacy.enabled and (ledger is None or policy.data.declared_examples is None):
+            raise PolicyError("a private run needs a ledger and data.declared_examples in the policy")
+        self.model, self.spec, self.policy, self.ledger = model, spec, policy, ledger
+        rows, held_out = split(rows, policy.data.held_out)
+        if len(rows) == 0:
+            raise DataError(f"data.held_out = {policy.data.held_out:g} leaves no example to train on; lower it")
+        # What a private run's settings make of a row must not end the run: that would tell that there is such a row.
+        strict = not spec.privacy.enabled
+        self.encoded: Encoded = encode(rows, model.tokenizer, spec.model.max_length, strict=strict)
+        # Rows that this run does not evaluate on are not worth their tokens.
+        scored = held_out if spec.federated_evaluation.enabled else held_out.take(np.zeros(0, np.int64))
+        self.held_out: Encoded = encode(scored, model.tokenizer, spec.model.max_length, strict=strict)
+        self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
+        self._personal = Personal(personal, policy.client.name, model.schema)
+        if spec.privacy.enabled:
+            self.check_sensitivity()
+            assert spec.privacy.noise_multiplier is not None  # checked when the spec met the policy
+            rehearse(spec.privacy.noise_multiplier, spec.privacy.clip_norm)
+        self.microbatch = Microbatch(fitting(model, self._batch_loss, spec, policy.compute.memory_mib), model.device)
+
+    def check_sensitivity(self) -> None:
+        """Probe the model and the loss as a private run does at its start.
+
+        Raises:
+            ModelError: See `probe`.
+        """
+        probe(self.model, self._batch_loss, self.spec.model.task, self.spec.model.max_length)
+
+    @property
+    def schema(self) -> Schema:
+        """The adapter's schema as the base model here gives it."""
+        return self.model.schema
+
+    @property
+    def declared_examples(self) -> int:
+        """What the coordinator is told: the policy's figure, or without privacy the true count."""
+        declared = self.policy.data.declared_examples
+        return declared if declared is not None else (0 if self.spec.privacy.enabled else len(self.encoded))
+
+    def _seeded(self, round: int) -> Entropy:
+        name = int.from_bytes(hashlib.sha256(self.policy.client.name.encode()).digest()[:8], "big")
+        return Seeded(self.spec.run.seed, round, name)
+
+    def train(
+        self, run: str, assignment: Assignment, broadcast: Tensors, check_cancelled: CheckCancelled = lambda: None
+    ) -> Trained:
+        """Do one round's steps from `broadcast`.
+
+        In a private run the round is charged to the ledger, durably, before the first step.
+
+        Args:
+            run: The run's name.
+            assignment: What to train.
+            broadcast: Where to start.
+            check_cancelled: Called before every step; what it raises ends the training. Its charge stays, and
+                nothing of it reaches the next one.
+
+        Raises:
+            PolicyError: The assignment or the broadcast is beyond the run or the policy, see `orders`, or asks for
+                what was personal before. Nothing was charged.
+            ProtocolError: It trains nothing this adapter has, or something without a broadcast value.
+            BudgetError: The privacy budget does not cover the round; nothing was done.
+        """
+        train = check_order(self.policy, self.spec, self.schema, assignment)
+        check_broadcast(self.policy, self.schema, broadcast)
+        self._personal.check(run, assignment)
+        schema = self._upload(assignment, broadcast)
+        evaluating = self._evaluates(run, assignment.round)
+        charge = self._reserve(run, assignment.round, evaluating)
+        if assignment.personal:
+            # Another trainer of this process may have left its own personal values in the shared model.
+            self.model.reset(assignment.personal, assignment.rank)
+        self.model.load(broadcast, assignment.rank)
+        self.model.load(self.personal(run), assignment.rank)
+        scores = [self._row_scores()] if evaluating else []
+        parameters = self.model.trainable(assignment.train)
+        entropy = self._entropy_for(assignment.round)
+        optimizer = self._optimizer(parameters, train, assignment.round)
+        if self.spec.privacy.enabled:
+            self._private_steps(optimizer, parameters, entropy, train.proximal_mu, check_cancelled)
+        else:
+            self._plain_steps(optimizer, parameters, entropy, train.proximal_mu, check_cancelled)
+        if assignment.personal:
+            self._personal.keep(run, self.model.read(self.model.schema.select(assignment.personal)))
+        if evaluating and self.spec.federated_evaluation.personalised:
+            scores.append(self._row_scores())
+        score = self._released(scores, entropy) if evaluating else ()
+        after = self.model.read(schema)
+        return Trained({name: after[name] - broadcast[name] for name in after}, charge, score)
+
+    def score(self, run: str, rounds: int, result: Tensors) -> tuple[float, ...]:
+        """Figures on the model that a run ended with, as `evaluation.released`; none where they cannot be charged."""
+        charge = None
+        if not self.spec.federated_evaluation.enabled or not 0 < rounds <= self.spec.run.rounds:
+            return ()
+        try:
+            check_broadcast(self.policy, self.schema, result)
+            if self.ledger is not None and self.spec.privacy.enabled:
+                mine, spend = self.policy.privacy, evaluation_spend(self.spec)
+                charge = self.ledger.reserve_result(run, rounds, spend, budget=mine.epsilon, delta=mine.delta)
+        except PolicyError as error:
+            log.warning("the result is not scored here: %s", error)
+            return ()
+        self.model.show({**result, **self.personal(run)})
+        figures = self._released([self._row_scores()], self._entropy_for(rounds))
+        self.release(charge, hashlib.sha256(np.array(figures).tobytes()).hexdigest())
+        return figures
+
+    def personal(self, run: str) -> dict[str, Array]:
+        """What was trained and kept here in this run, float32, by the schema's names; empty if nothing was.
+
+        Raises:
+            LedgerError: It is damaged.
+        """
+        return self._personal.of(run)
+
+    def _evaluates(self, run: str, round: int) -> bool:
+        """Whether this round's update carries figures. If it is trained anew it does not: they were charged once."""
+        if not self.spec.federated_evaluation.due(round):
+            return False
+        return self.ledger is None or not self.ledger.evaluated(run, round)
+
+    def _released(self, tables: list[Table], entropy: Entropy) -> tuple[float, ...]:
+        noise = self.spec.federated_evaluation.noise_multiplier
+        return released(tables, noise if self.spec.privacy.enabled else None, entropy)
+
+    def _row_scores(self) -> Table:
+        """What the model as it is says about the held-out rows, of which chance may have left none."""
+        table = np.zeros((0, 2))
+
+        def score(size: int) -> None:
+            nonlocal table
+            table = row_scores(self.model, self.held_out, size, largest_loss(self.spec))
+
+        self.microbatch.attempt(len(self.held_out), score)
+        return table
+
+    def _upload(self, assignment: Assignment, broadcast: Tensors) -> Schema:
+        """The schema of the round's delta, once it is sure that the round can be trained."""
+        if not self.model.schema.select(assignment.train).tensors:
+            asked, has = (", ".join(sorted(roles)) for roles in (assignment.train, self.model.schema.roles))
+            raise ProtocolError(f"the coordinator asks to train {asked}; this adapter has {has}")
+        schema = upload_schema(self.model.schema, assignment)
+        missing = [spec.name for spec in schema.tensors if spec.name not in broadcast]
+        if missing:
+            raise ProtocolError(f"{len(missing)} tensors to train are not in the broadcast, such as {missing[0]!r}")
+        return schema
+
+    def release(self, charge: int | None, digest: str) -> None:
+        """Note in the ledger what is about to leave for a charge; durable on return.
+
+        Raises:
+            PolicyError: It was charged, but there is no ledger here to note it in.
+        """
+        if charge is None:
+            return
+        if self.ledger is None:
+            raise PolicyError(
+                f"charge {charge} was made in a ledger that this run does not use; nothing is sent for it"
+            )
+        self.ledger.release(charge, digest)
+
+    def drop(self, why: str | None) -> bool:
+        """Give up the work that was begun last, if it was charged and not released; see `Training.drop`."""
+        return self.ledger is not None and self.ledger.drop(why)
+
+    def _reserve(self, run: str, round: int, evaluating: bool) -> int | None:
+        if not self.spec.privacy.enabled:
+            return None
+        assert self.ledger is not None  # checked at construction
+        mine, evaluation = self.policy.privacy, evaluation_spend(self.spec) if evaluating else None
+        spend = training_spend(self.spec)
+        return self.ledger.reserve(run, round, spend, budget=mine.epsilon, delta=mine.delta, evaluation=evaluation)
+
+    def _optimizer(self, parameters: list[nn.Parameter], train: TrainSection, round: int) -> torch.optim.Optimizer:
+        rate = train.learning_rate
+        left = 1 - round / self.spec.run.rounds if train.schedule == "linear" else 1.0
+        head = self.model.parameters_of({Role.HEAD})
+        groups = [
+            {"params": [each for each in parameters if each not in head], "lr": left * rate},
+            {"params": [each for each in parameters if each in head], "lr": left * (train.head_learning_rate or rate)},
+        ]
+        if train.optimizer == "adam":
+            return torch.optim.Adam(groups, lr=rate)
+        return torch.optim.SGD(groups, lr=rate, momentum=train.momentum)
+
+    def _sample(self, entropy: Entropy) -> Indices:
+        """One Poisson sample: each example on its own with the public rate."""
+        return poisson(entropy, len(self.encoded), self.spec.train.sampling_rate)
+
+    def _loss(self, indices: Indices, length: int | None = None) -> torch.Tensor:
+        return self._batch_loss(collate(self.encoded, indices, self.model.tokenizer.pad_token_id, length))
+
+    def _batch_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return batch_loss(self.model, batch)
+
+    def _private_steps(
+        self,
+        base: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        entropy: Entropy,
+        prox: float,
+        check_cancelled: CheckCancelled,
+    ) -> None:
+        privacy, train = self.spec.privacy, self.spec.train
+        declared = self.policy.data.declared_examples
+        # Both were checked at construction and when the spec met the policy.
+        assert privacy.noise_multiplier is not None
+        assert declared is not None
+        start = [parameter.detach().clone() for parameter in parameters]
+        with recording(self.model.model, parameters) as tape:
+            optimizer = PrivateOptimizer(
+                base,
+                tape,
+                entropy,
+                noise_multiplier=privacy.noise_multiplier,
+                clip_norm=privacy.clip_norm,
+                expected_batch=train.sampling_rate * declared,
+            )
+            optimizer.masks = self.model.rank_masks(parameters)
+            for _ in range(train.steps):
+                check_cancelled()
+                self._accumulate(optimizer, tape, entropy)
+                optimizer.release(_pull(parameters, start, prox))
+
+    def _accumulate(self, optimizer: PrivateOptimizer, tape: Tape, entropy: Entropy) -> None:
+        # Drawn once: a step that is done again after running out of memory is a step on the same examples, whose noise
+        # is drawn when their sum is whole. A second sample would be a second look at the data that nobody has charged.
+        sample = self._sample(entropy)
+        self.microbatch.attempt(len(sample), partial(self._sum, optimizer, tape, sample))
+
+    def _sum(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices, size: int) -> None:
+        """The clipped sum of one step, from nothing: what an attempt that failed has added is gone."""
+        optimizer.restart()
+        for part in uniform_microbatches(sample, self.encoded, size, self.spec.model.max_length):
+            tape.begin(len(part.rows))
+            torch.autograd.backward(self._loss(part.rows, part.length))
+            optimizer.accumulate(part.real)
+
+    def _plain_steps(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        entropy: Entropy,
+        prox: float,
+        check_cancelled: CheckCancelled,
+    ) -> None:
+        start = [parameter.detach().clone() for parameter in parameters]
+        for _ in range(self.spec.train.steps):
+            check_cancelled()
+            sample = self._sample(entropy)
+            if len(sample) == 0:
+                continue
+            self.microbatch.attempt(len(sample), partial(self._mean, optimizer, sample))
+            for parameter, pull in zip(parameters, _pull(parameters, start, prox), strict=False):
+                parameter.grad = pull if parameter.grad is None else parameter.grad + pull
+            optimizer.step()
+
+    def _mean(self, optimizer: torch.optim.Optimizer, sample: Indices, size: int) -> None:
+        """The gradient of the sample's mean loss, from nothing."""
+        optimizer.zero_grad(set_to_none=True)
+        for part in microbatches(sample, self.encoded, size):
+            torch.autograd.backward(self._loss(part) / len(sample))
+
+
+def batch_loss(model: AdapterModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Sum of per-example losses; no term of one example depends on another."""
+    return per_example(model.logits(batch), batch["labels"].to(model.device)).sum()
+
+
+def _system(_: int) -> Entropy:
+    return System()
+
+
+def _pull(parameters: list[nn.Parameter], start: list[torch.Tensor], prox: float) -> list[torch.Tensor]:
+    """Gradient of FedProx's mu/2·|w - start|², no function of the data (Li et al., MLSys 2020); empty when mu is 0."""
+    if prox == 0.0:
+        return []
+    return [prox * (parameter.detach() - begin) for parameter, begin in zip(parameters, start, strict=True)]
+
+
+def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) -> Score:
+    """Accuracy and mean cross-entropy of the model as it is, on held-out data.
+
+    Args:
+        model: Base model and adapter.
+        encoded: Rows with labels.
+        batch: Rows in one forward pass; None takes `Encoded.evaluation_batch`.
+    """
+    right, total, loss, classes = 0, 0, 0.0, 0
+    pairs: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for scores, labels in answers(model, encoded, batch or encoded.evaluation_batch):
+            labelled = labels != IGNORED
+            predicted, classes = scores.argmax(-1), scores.shape[-1]
+            right += int((predicted == labels)[labelled].sum())
+            if classes <= MOST_CLASSES:
+                pairs.append(torch.stack([labels[labelled], predicted[labelled]]).cpu())
+            total += int(labelled.sum())
+            loss += float(per_example(scores, labels) @ labelled.sum(1).float())
+    both = torch.cat(pairs, 1).numpy() if pairs else None
+    confusion = () if both is None else count(both[0], both[1], classes)
+    return Score(right / max(1, total), loss / max(1, total), len(encoded), confusion)

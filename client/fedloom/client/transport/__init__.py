@@ -1,0 +1,1 @@
+"""How a client reaches its coordinator: gRPC, TLS, enrollment."""

@@ -1,0 +1,140 @@
+"""Files of tables, run files and policies alike: read, overridden and checked, with errors that name the key."""
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from fedloom.core.errors import ConfigError
+
+__all__ = ["FileName", "FilePath", "Section", "explain", "parse", "read_json", "read_toml"]
+
+M = TypeVar("M", bound=BaseModel)
+P = TypeVar("P", str, Path)
+
+
+class Section(BaseModel):
+    """One table of a file: frozen, numbers are finite, and strangers are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, with or without a byte-order mark.
+
+    Raises:
+        ConfigError: The file is missing or not TOML in UTF-8.
+    """
+    try:
+        # utf-8-sig and the line ends: as editors and shells of Windows leave them.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give the path of a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read as TOML: it is not in UTF-8; save it as UTF-8") from error
+    except (OSError, ValueError, RecursionError) as error:
+        said = str(error)
+        hint = f". {_BACKSLASHES}" if "\\" in said or "hex value" in said else ""
+        raise ConfigError(f"{path} cannot be read as TOML: {said}{hint}") from error
+
+
+_BACKSLASHES = (
+    "A backslash between double quotes begins an escape: write a path of Windows with / or between single quotes, "
+    "'C:\\data\\train.csv'"
+)
+
+
+def _plain(value: P) -> P:
+    """Refuse what an escape made of a path of Windows, such as a line break of the beginning of new.csv.
+
+    Raises:
+        ValueError: It has control characters.
+    """
+    if any(character < " " or character == "\x7f" for character in str(value)):
+        raise ValueError(f"a path has a control character. {_BACKSLASHES}")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: The file is missing or is not a JSON object.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} holds a JSON {type(document).__name__}; an object is needed")
+    return document
+
+
+FileName = Annotated[str, AfterValidator(_plain)]
+"""A file or folder, or the name of one that is fetched."""
+
+FilePath = Annotated[Path, AfterValidator(_plain)]
+"""A file or folder."""
+
+
+def parse(model: type[M], tables: dict[str, Any], overrides: tuple[str, ...] = (), *, source: str) -> M:
+    """Tables plus overrides as a checked `model`.
+
+    Raises:
+        ConfigError: A key is unknown, missing or has a wrong value.
+    """
+    for override in overrides:
+        _apply(tables, override)
+    try:
+        return model.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {explain(error, model)}") from error
+
+
+def _apply(tables: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value`; the value is read as TOML, and as a plain string when it is not."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r} must look like section.key=value, e.g. run.rounds=5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        value = text
+    table = tables
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
+    table[keys[-1]] = value
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem in one sentence, with a did-you-mean for an unknown key."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        allowed = _keys_at(model, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}"
+        return f"unknown key {where!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{where!r} is missing; add it"
+    received = first.get("input")
+    shown = "" if isinstance(received, dict) else f" (received {received!r})"
+    return f"{where or 'file'}: {first['msg']}{shown}"
+
+
+def _keys_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """Valid keys of the section that `path` leads to."""
+    for part in path:
+        annotation: Any = model.model_fields[part].annotation if part in model.model_fields else None
+        choices = [annotation, *getattr(annotation, "__args__", ())]
+        nested = [each for each in choices if isinstance(each, type) and issubclass(each, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)

@@ -1,0 +1,400 @@
+"""The run file: one TOML that simulate, server and every engine read; its `spec` part is what clients see."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+
+from fedloom.core.config.file_format import Form
+from fedloom.core.config.parsing import FileName, Section, explain, parse, read_toml
+from fedloom.core.config.start import StartSection
+from fedloom.core.errors import ConfigError
+from fedloom.core.limits import MAX_CLIENTS, MAX_RANK, MAX_ROUNDS, MAX_SPEC_BYTES
+from fedloom.core.secagg.fixed_point import FixedPoint
+
+__all__ = [
+    "LANGUAGE",
+    "AdapterSection",
+    "DataSection",
+    "EngineSection",
+    "EvaluationSection",
+    "FederatedEvaluationSection",
+    "ModelSection",
+    "PrivacySection",
+    "RoundsSection",
+    "RunConfig",
+    "RunSection",
+    "SecureAggregationSection",
+    "Spec",
+    "StrategySection",
+    "Task",
+    "TrainSection",
+    "UserLevelSection",
+    "WireSection",
+    "load_run",
+]
+
+Task = Literal["text-classification", "token-classification", "causal-lm", "instruct", "image-classification"]
+"""What a model is trained for."""
+
+LANGUAGE: frozenset[Task] = frozenset({"causal-lm", "instruct"})
+"""Tasks that predict the next token: they have no labels and no head of their own."""
+
+
+class RunSection(Section):
+    """[run]: identity and length."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name of the run; results go to runs/NAME."""
+    rounds: int = Field(ge=1, le=MAX_ROUNDS)
+    """Number of federated rounds."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of everything public: starting adapter, cohort, partition. Never of private noise."""
+
+
+class ModelSection(Section):
+    """[model]: the frozen base model every client holds."""
+
+    base: FileName
+    """Local folder in Hugging Face format, a name from `fedloom assets` such as minilm-l6, or ORG/NAME in this
+    machine's hub cache."""
+    digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
+    """Pin of the base model's files; a client whose folder differs refuses. None accepts what is found."""
+    task: Task = "text-classification"
+    """text-classification: one label for each text. token-classification: one for each word. causal-lm: the next
+    token of each text, or of each completion alone where the rows have prompts. instruct: the assistant's turns of a
+    conversation in the base model's chat template. image-classification: one label for each picture."""
+    labels: tuple[str, ...] = Field(default=(), max_length=10_000)
+    """Label names, at least 2, which the labels in the data are, or the positions of. causal-lm and instruct have
+    none."""
+    max_length: int = Field(default=64, ge=8, le=8192)
+    """Tokens kept of each text; its end is cut off."""
+    image_size: int | None = Field(default=None, ge=8, le=1024)
+    """Side in pixels to which pictures are brought. None is the base model's own; many can read no other."""
+    head: Literal["train", "frozen"] = "train"
+    """Whether the classification head is trained (inside the clipped set) or stays at its start value. causal-lm and
+    instruct add no head and need "frozen"."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelSection":
+        if self.image_size is not None and self.task != "image-classification":
+            raise ValueError(f"model.image_size is for image-classification, not {self.task}; remove it")
+        if self.task in LANGUAGE:
+            if self.labels:
+                raise ValueError(
+                    f"model.labels has {len(self.labels)} names but {self.task} predicts tokens; remove model.labels"
+                )
+            if self.head == "train":
+                raise ValueError(f'{self.task} adds no head that could be trained; set model.head = "frozen"')
+        elif len(self.labels) < 2:
+            raise ValueError(f"model.labels has {len(self.labels)} names; {self.task} needs at least 2: name them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_new(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A run without pictures is told and stored as by builds that know none: they refuse keys they do not know."""
+        found: dict[str, Any] = plain(self)
+        if self.image_size is None:
+            found.pop("image_size", None)
+        return found
+
+
+class AdapterSection(Section):
+    """[adapter]: which parameters are trained."""
+
+    kind: Literal["lora", "bias", "head"] = "lora"
+    """lora: low-rank pairs. bias: every bias vector of the encoder (BitFit). head: the head alone."""
+    rank: int = Field(default=8, ge=1, le=MAX_RANK)
+    """LoRA rank r."""
+    alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
+    """LoRA alpha; the scale is alpha / rank."""
+    targets: tuple[str, ...] | Literal["auto", "all-linear"] = ("query", "value")
+    """Names (suffixes) of the linear layers that get a pair. "all-linear": every linear layer but the head and the
+    output. "auto": those that PEFT has for the base model's kind, and all where it has none."""
+
+
+class TrainSection(Section):
+    """[train]: local training on each client in each round."""
+
+    steps: int = Field(ge=1, le=100_000)
+    """Optimiser steps per round: public, the same for every client."""
+    sampling_rate: float = Field(ge=1e-9, le=1)
+    """Poisson rate q: each step includes each example with this probability. Public."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Local optimiser; its state starts anew each round."""
+    learning_rate: float = Field(ge=1e-9, le=1e4)
+    """Local learning rate."""
+    head_learning_rate: float | None = Field(default=None, ge=1e-9, le=1e4)
+    """Learning rate of the head alone; None is learning_rate. A fresh head often needs a larger one."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """linear: both learning rates fall by equal steps from the first round's to the last's, which is 1/rounds of it."""
+    momentum: float = Field(default=0.0, ge=0, le=0.9999)
+    """SGD momentum."""
+    proximal_mu: float = Field(default=0.0, ge=0, le=1e4)
+    """FedProx: mu/2 times the squared distance to the broadcast adapter is added to the loss."""
+    microbatch: int = Field(default=64, ge=1, le=1024)
+    """Most examples in one forward pass; a client with less memory takes fewer. Only memory and speed depend on it."""
+
+
+class PrivacySection(Section):
+    """[privacy]: example-level differential privacy on every client."""
+
+    enabled: bool = True
+    """False trains without any privacy; the client's policy must allow it."""
+    epsilon: float = Field(default=6.0, ge=1e-3, le=1e4)
+    """Total epsilon of one client that takes part in every round."""
+    delta: float = Field(default=1e-5, ge=1e-15, lt=1)
+    """Delta of that guarantee."""
+    clip_norm: float = Field(default=1.0, ge=1e-6, le=1e6)
+    """L2 bound C on one example's gradient over all trained tensors together."""
+    noise_multiplier: float | None = Field(default=None, ge=0.01, le=1000)
+    """Noise standard deviation over C. None calibrates it from epsilon, rate and steps of the whole run."""
+
+
+class UserLevelSection(Section):
+    """[user_level]: differential privacy of whole clients, added by the coordinator, which they must trust."""
+
+    enabled: bool = False
+    """Bound every client's update and add noise to the sum of each round, beside what [privacy] does."""
+    epsilon: float = Field(default=8.0, ge=1e-3, le=1e4)
+    """Total epsilon of one client over the whole run; a run that would cost more is refused."""
+    delta: float = Field(default=1e-6, ge=1e-15, lt=1)
+    """Delta of that guarantee; below 1 / cohort, and better far below 1 over all who could take part."""
+    clip_norm: float = Field(default=1.0, ge=1e-6, le=1e6)
+    """L2 bound S on one client's update over all trained tensors together; its start with target_quantile."""
+    noise_multiplier: float | None = Field(default=None, ge=0.01, le=1000)
+    """Noise standard deviation over S. None calibrates it from epsilon and delta for the whole run."""
+    mechanism: Literal["gaussian", "tree"] = "gaussian"
+    """gaussian: fresh noise every round. tree: noise that cancels over rounds; needs a small max_participations."""
+    cohort: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Number m the sum of a round is divided by, however many updates come. None is rounds.clients_per_round."""
+    max_participations: int | None = Field(default=None, ge=1, le=1000)
+    """Rounds that may use one client's updates; after them it is no longer asked. None charges every round."""
+    target_quantile: float | None = Field(default=None, ge=0.001, le=0.999)
+    """Share of updates that S should leave as they are: S follows it. None keeps S."""
+    clip_rate: float = Field(default=0.2, ge=1e-6, le=10)
+    """With target_quantile, the learning rate of the logarithm of S."""
+
+
+class StrategySection(Section):
+    """[strategy]: how updates become the next adapter."""
+
+    name: str = "fedavg"
+    """Name of a registered strategy; see `fedloom strategies list`."""
+    weighting: Literal["auto", "uniform", "examples"] = "auto"
+    """uniform: all clients count the same. examples: by what each declares. auto: examples in a private run, where a
+    small site has the most noise; uniform in others, in secure sums, and where the strategy takes no weights."""
+    norm_bound: float | None = Field(default=None, ge=1e-6, le=1e30)
+    """Longest change of one client over all trained tensors together; a longer one is scaled down. None bounds none."""
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Keyword arguments of the strategy."""
+
+
+class RoundsSection(Section):
+    """[rounds]: when a round opens and closes."""
+
+    min_clients: int = Field(default=2, ge=1, le=MAX_CLIENTS)
+    """Clients that must have joined before a round opens, and updates a round needs to be committed."""
+    clients_per_round: int | None = Field(default=None, ge=1, le=MAX_CLIENTS)
+    """Updates wanted in a round, which closes as soon as it has them; so many clients are drawn by the run's seed.
+    None takes every joined client."""
+    dropout_rate: float = Field(default=0.0, ge=0, le=0.9)
+    """Share of the clients asked that will not answer. So many more are asked that clients_per_round answers come with
+    completion_probability: 24 for 10 at a rate of 0.3."""
+    completion_probability: float = Field(default=0.999, gt=0, lt=1)
+    """Probability with which enough of them answer, if they fail independently."""
+    deadline_s: float = Field(default=600.0, gt=0, le=1e8)
+    """Seconds after which a round closes with the updates it has, if they are at least min_clients. A client that still
+    trains for it stops."""
+    lease_s: float = Field(default=30.0, gt=0, le=1e8)
+    """Seconds without a sign of life after which a client counts as gone."""
+    expected: tuple[str, ...] = Field(default=(), max_length=MAX_CLIENTS)
+    """Names of clients without which the first round does not open; the coordinator says who of them is missing."""
+    give_up_s: float = Field(default=86_400.0, gt=0, le=1e8)
+    """Seconds that a run may wait in vain for the clients of its next round, once a round is committed. It then ends
+    with what is committed."""
+    max_update_norm: float | None = Field(default=None, ge=1e-9, le=1e30)
+    """L2 norm over all tensors beyond which one client's update is refused. None takes ten times what the run's
+    learning rate, steps, clip norm and noise can come to. Secure sums have secure_aggregation.max_change instead."""
+    spare_rounds: int = Field(default=0, ge=0, le=MAX_ROUNDS)
+    """Rounds beyond run.rounds that the noise is calibrated for: a client that is killed in a round pays for it twice,
+    and takes part to the end if one is spare. No effect beside a noise_multiplier."""
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    """buffered (FedBuff): clients work at their own pace, and every clients_per_round updates make a round, those made
+    for s rounds earlier counting 1/sqrt(1 + s). For linear strategies that keep their coordinates."""
+    max_staleness: int = Field(default=4, ge=0, le=50)
+    """buffered: rounds that may have passed since an update's start; an older one is refused."""
+    concurrency: int | None = Field(default=None, ge=1, le=MAX_CLIENTS)
+    """buffered: clients at work at a time. None asks every client that asks for work."""
+
+
+class WireSection(Section):
+    """[wire]: codecs."""
+
+    upload: str = "fp32"
+    """Codec of updates."""
+    broadcast: str = "fp32"
+    """Codec of the global adapter."""
+
+
+class SecureAggregationSection(Section):
+    """[secure_aggregation]: the coordinator sees only the sum of a round's updates."""
+
+    enabled: bool = False
+    """True masks every update among the cohort's clients; needs a linear strategy, uniform weights and peers that have
+    pinned each other's keys."""
+    threshold: float = Field(default=2 / 3, gt=0.5, le=1)
+    """Share of a cohort that must last to the end of a sum; so many clients together could unmask an update."""
+    max_change: float = Field(default=4.0, ge=1e-6, le=1e6)
+    """Largest absolute change of one value in one round. Values are rounded to steps of about max_change times
+    max_clients / 2³¹."""
+    max_clients: int = Field(default=256, ge=3, le=1000)
+    """Most clients in one sum."""
+    step_deadline_s: float = Field(default=60.0, gt=0, le=1e8)
+    """Seconds after which a step of the sum goes on without those who are missing."""
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """The integers that updates are rounded to."""
+        return FixedPoint(self.max_change, self.max_clients)
+
+
+class FederatedEvaluationSection(Section):
+    """[federated_evaluation]: clients score the adapter on rows they hold out, and release sums over them."""
+
+    enabled: bool = False
+    """True asks for it; a client whose policy has no data.held_out refuses the run."""
+    every: int = Field(default=1, ge=1, le=MAX_ROUNDS)
+    """Evaluate in the first round and every so many rounds after it, before training, and the result at the end."""
+    personalised: bool = False
+    """Evaluate after training too: the adapter as this client's own steps leave it."""
+    noise_multiplier: float = Field(default=10.0, ge=0.01, le=1000)
+    """Noise standard deviation over the most that one row adds to the released sums, which is 1. Private runs only."""
+    max_loss: float | None = Field(default=None, ge=1e-3, le=1e4)
+    """Loss in nats at which a row's is cut; noise grows with it. None: twice that of guessing a label, 10 for texts."""
+
+    def due(self, round: int) -> bool:
+        """Whether clients evaluate in this round, counted from 0."""
+        return self.enabled and round % self.every == 0
+
+    @property
+    def figures(self) -> int:
+        """Numbers a client releases: how many rows; right answers and loss of them, once or twice."""
+        return 5 if self.personalised else 3
+
+
+class DataSection(Form):
+    """[data]: the simulated federation's data; a real client's data is named in its own policy."""
+
+    source: FileName
+    """Name of a packaged data set (sentiment, newsgroups, fashion-mnist), or a folder; see data.md for its layouts."""
+    clients: int = Field(default=4, ge=1, le=MAX_CLIENTS)
+    """Number of simulated clients."""
+    partition: Literal["iid", "dirichlet", "group", "pathological", "size"] = "iid"
+    """iid: at random. dirichlet: label skew. group: by the group column, each group split by Dirichlet. pathological:
+    few labels for each client. size: at random, in unequal shares."""
+    dirichlet_alpha: float = Field(default=0.5, gt=0)
+    """Concentration of the Dirichlet label skew; small is more skewed."""
+    classes_per_client: int = Field(default=2, ge=1)
+    """pathological: labels of each client."""
+    size_exponent: float = Field(default=1.0, ge=0, le=10)
+    """size: client k gets rows in proportion to k to the power of minus this; 0 is equal."""
+    shares: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(), max_length=10_000)
+    """size: one number for each client, to which its rows are in proportion, in place of size_exponent."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """Use at most this many training examples in all."""
+
+
+class EvaluationSection(Section):
+    """[evaluation]: a held-out set that whoever runs the federation has."""
+
+    every: int = Field(default=1, ge=1)
+    """Evaluate after every so many rounds, and always after the last."""
+    max_examples: int = Field(default=1000, ge=1)
+    """Held-out examples used."""
+
+
+class EngineSection(Section):
+    """[engine]: how a simulation runs."""
+
+    kind: Literal["inprocess", "grpc"] = "inprocess"
+    """inprocess: one process, one base model. grpc: a coordinator and one process per client."""
+    threads: int = Field(default=0, ge=0)
+    """Torch threads in each process; 0 shares the machine's cores out."""
+
+
+class Spec(Section):
+    """The part of a run that clients receive and check against their own policy."""
+
+    run: RunSection
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    train: TrainSection
+    privacy: PrivacySection = PrivacySection()
+    wire: WireSection = WireSection()
+    secure_aggregation: SecureAggregationSection = SecureAggregationSection()
+    federated_evaluation: FederatedEvaluationSection = FederatedEvaluationSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Spec":
+        if self.adapter.kind == "head" and self.model.head == "frozen":
+            raise ValueError('adapter.kind = "head" with a frozen head trains nothing; set model.head = "train"')
+        if self.secure_aggregation.enabled and self.wire.upload != "fp32":
+            raise ValueError(
+                f'wire.upload = "{self.wire.upload}" with secure_aggregation.enabled = true, whose updates are sent as '
+                "32-bit integers; leave wire.upload out"
+            )
+        if self.secure_aggregation.enabled and self.federated_evaluation.enabled:
+            raise ValueError(
+                "federated_evaluation.enabled = true would show the coordinator each client's figures, which "
+                "secure_aggregation.enabled = true promises to hide; choose one of them"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As in [model]: builds that know no such section are told and have stored none."""
+        found: dict[str, Any] = plain(self)
+        if not self.federated_evaluation.enabled:
+            found.pop("federated_evaluation", None)
+        return found
+
+    @classmethod
+    def from_json(cls, text: str) -> "Spec":
+        """Read a spec sent by a coordinator: typed scalars only, strangers refused.
+
+        Raises:
+            ConfigError: It is too large or not a spec.
+        """
+        if len(text) > MAX_SPEC_BYTES:
+            raise ConfigError(f"run spec of {len(text)} characters; at most {MAX_SPEC_BYTES} are allowed")
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ConfigError(f"the coordinator's run spec is not valid: {explain(error, cls)}") from error
+
+
+class RunConfig(Spec):
+    """A whole run file."""
+
+    strategy: StrategySection = StrategySection()
+    user_level: UserLevelSection = UserLevelSection()
+    rounds: RoundsSection = RoundsSection()
+    start: StartSection | None = None
+    data: DataSection | None = None
+    evaluation: EvaluationSection = EvaluationSection()
+    engine: EngineSection = EngineSection()
+
+    @property
+    def spec(self) -> Spec:
+        """What clients get to see."""
+        return Spec(**{name: getattr(self, name) for name in Spec.model_fields})
+
+
+def load_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """A run file with `section.key=value` overrides applied.
+
+    Raises:
+        ConfigError: The file or an override is wrong; the message names the key and the nearest valid one.
+    """
+    return parse(RunConfig, read_toml(path), overrides, source=str(path))

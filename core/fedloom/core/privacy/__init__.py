@@ -1,0 +1,1 @@
+"""Privacy accounting and the noise mechanism, in numpy and integers."""

@@ -1,0 +1,1 @@
+"""What every long-lived process needs: durable files, failpoints, memory."""

@@ -1,0 +1,1 @@
+"""Certificates, the names in them, and addresses."""

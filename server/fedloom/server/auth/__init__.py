@@ -1,0 +1,1 @@
+"""Who may call what: certificates, the authority that issues them, revocation."""

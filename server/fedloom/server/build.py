@@ -1,0 +1,86 @@
+"""From a run file to what a coordinator is made of: the noise it asks for and the strategy it follows."""
+
+import os
+
+from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import ConfigError
+from fedloom.core.privacy.accounting import calibrate, epsilon
+from fedloom.core.privacy.spends import evaluation_spend, evaluations
+from fedloom.server.privacy.user_ledger import settled
+from fedloom.strategies.api import Strategy
+from fedloom.strategies.registry import load
+from fedloom.strategies.transforms.noise import KEY_BYTES
+from fedloom.strategies.transforms.norm_bound import NormBound
+from fedloom.strategies.transforms.user_level_dp import UserLevel
+
+__all__ = ["build_strategy", "calibrated"]
+
+
+def calibrated(config: RunConfig) -> RunConfig:
+    """The run file with its noise multipliers and the weights of its clients filled in.
+
+    Each is the smallest with which a client that takes part in every round it may stays within privacy.epsilon or
+    user_level.epsilon, by the accountant that judges it later; rounds.spare_rounds may be done again within it. No
+    credit is taken for rounds a client may sit out.
+
+    Raises:
+        ConfigError: A privacy target cannot be reached.
+    """
+    privacy, train = config.privacy, config.train
+    noise = privacy.noise_multiplier
+    if privacy.enabled and noise is None:
+        scored = [evaluation_spend(config)] * evaluations(config, config.run.rounds)
+        if (cost := epsilon(scored, privacy.delta)) >= privacy.epsilon:
+            raise ConfigError(
+                f"{len(scored)} evaluations alone cost epsilon {cost:.2f} of privacy.epsilon = {privacy.epsilon:g}; "
+                "raise federated_evaluation.every or its noise_multiplier"
+            )
+        steps = train.steps * (config.run.rounds + config.rounds.spare_rounds)
+        noise = calibrate(privacy.epsilon, privacy.delta, train.sampling_rate, steps, prior=scored)
+    private = privacy.model_copy(update={"noise_multiplier": noise if privacy.enabled else None})
+    user, weighting = settled(config), config.strategy.weighting
+    if weighting == "auto":
+        weighting = "examples" if _takes_weights(config) else "uniform"
+    strategy = config.strategy.model_copy(update={"weighting": weighting})
+    return config.model_copy(update={"privacy": private, "user_level": user, "strategy": strategy})
+
+
+def _takes_weights(config: RunConfig) -> bool:
+    """Whether clients may and should count by their examples: in a private run each one's noise is divided by them."""
+    if not config.privacy.enabled or config.secure_aggregation.enabled or config.user_level.enabled:
+        return False
+    try:
+        return not getattr(load(config.strategy.name, config.strategy.options), "unweighted", False)
+    except ConfigError:
+        return True  # whoever builds it says what is wrong; a site that only looks at the run need not have it
+
+
+def build_strategy(config: RunConfig) -> Strategy:
+    """The run's strategy, told whether the head is trained, and wrapped for a norm bound or user-level privacy.
+
+    The noise's secret is drawn here from the operating system. It matters for a new run only: one that goes on has its
+    own in its stored state.
+
+    Raises:
+        ConfigError: There is no such strategy, it does not take these options, or it cannot be wrapped.
+    """
+    if "train_head" in config.strategy.options:
+        raise ConfigError('strategy.options.train_head is not yours to set; use model.head = "train" or "frozen"')
+    strategy = load(config.strategy.name, {**config.strategy.options, "train_head": config.model.head == "train"})
+    if config.strategy.norm_bound is not None:
+        strategy = NormBound(strategy, config.strategy.norm_bound)
+    user = settled(config)
+    if not user.enabled:
+        return strategy
+    assert user.cohort is not None  # both are filled in by `settled`
+    assert user.noise_multiplier is not None
+    return UserLevel(
+        strategy,
+        os.urandom(KEY_BYTES),
+        user.cohort,
+        user.clip_norm,
+        user.noise_multiplier,
+        user.mechanism,
+        user.target_quantile,
+        user.clip_rate,
+    )

@@ -1,0 +1,1 @@
+"""Run status, metrics, traces, recorders and the dashboard."""

@@ -1,0 +1,1 @@
+"""Where the metrics of rounds go: files, TensorBoard, MLflow."""

@@ -1,0 +1,1 @@
+"""User-level differential privacy: the coordinator's ledger."""

@@ -1,0 +1,173 @@
+"""A strategy's plans as assignments and bytes: each distinct broadcast of a round is encoded and hashed once."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedloom.core.codecs import codec
+from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import CodecError, ConfigError, ProtocolError, SchemaError, StrategyError
+from fedloom.core.runtime.failpoints import failpoint
+from fedloom.core.schema import Role, Schema, Tensors
+from fedloom.core.secagg.steps import MASKED
+from fedloom.proto.checks import overridden
+from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
+from fedloom.server.strategy_errors import blamed
+from fedloom.strategies.api import Plan, State, Strategy
+from fedloom.strategies.result import base_rank, result, result_schema
+
+__all__ = ["FINAL_CODEC", "Broadcasts", "Order", "final"]
+
+FINAL_CODEC = "fp32"
+"""Codec of the final adapter: it is what the run is for, so nothing of it is rounded away."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one client is asked to do, with the schemas of both directions."""
+
+    assignment: Assignment
+    broadcast: Schema
+    upload: Schema
+
+
+class Broadcasts:
+    """The orders and broadcast payloads of one round. Everything here is a function of its arguments alone.
+
+    Args:
+        config: The run file.
+        schema: The run's schema.
+        strategy: Plans the round.
+        state: The strategy's state at the start of the round.
+    """
+
+    def __init__(self, config: RunConfig, schema: Schema, strategy: Strategy, state: State) -> None:
+        self._config = config
+        self._schema = schema
+        self._strategy = strategy
+        self._state = state
+        self._roles = {spec.name: spec.role for spec in schema.tensors}
+        self._orders: dict[str, Order] = {}
+        self._payloads: dict[str, bytes] = {}
+        self._starts: dict[str, Tensors] = {}
+        self._shared: dict[object, tuple[Plan, Order]] = {}
+
+    def order(self, client: str) -> Order:
+        """What `client` is asked to do; the same object for every client with the same plan.
+
+        Raises:
+            ConfigError: The strategy plans what this run file rules out.
+            SchemaError: The plan's broadcast does not fit the schema.
+            StrategyError: The strategy fails.
+            CodecError: The broadcast cannot be represented under [wire] broadcast.
+        """
+        if client not in self._orders:
+            doing = f"plan for client {client!r}"
+            with blamed(self._config.strategy.name, doing, CodecError, ConfigError, SchemaError):
+                plan = self._strategy.plan(self._state, self._state.round, client)
+                key = _identity(plan)
+                if key not in self._shared:
+                    # The plan is kept with the order: while its arrays live, their identities are not used again.
+                    self._shared[key] = plan, self._encoded(plan)
+            self._orders[client] = self._shared[key][1]
+        return self._orders[client]
+
+    @failpoint("broadcast.prepare")
+    def prepare(self, clients: Iterable[str]) -> CodecError | None:
+        """Encode ahead of time what these clients will ask for; other errors than the codec's are left until then.
+
+        Returns:
+            Why the broadcast cannot be encoded; None if it can.
+        """
+        try:
+            for client in clients:
+                self.order(client)
+        except CodecError as error:
+            return error
+        except (ConfigError, SchemaError, StrategyError):
+            pass
+        return None
+
+    def payload(self, order: Order) -> bytes:
+        """The broadcast's bytes."""
+        return self._payloads[order.assignment.broadcast_digest]
+
+    def start(self, order: Order) -> Tensors:
+        """What the client starts from: the broadcast as it reads it, after the codec's rounding."""
+        digest = order.assignment.broadcast_digest
+        if digest not in self._starts:
+            name = order.assignment.broadcast_codec
+            self._starts[digest] = codec(name).decode(order.broadcast, self._payloads[digest])
+        return self._starts[digest]
+
+    def _encoded(self, plan: Plan) -> Order:
+        self._check(plan)
+        wire, secure = self._config.wire, self._config.secure_aggregation.enabled
+        draft = Assignment(
+            round=self._state.round,
+            train=plan.train,
+            broadcast_roles=frozenset(self._role(name) for name in plan.broadcast),
+            broadcast_digest="",
+            broadcast_bytes=0,
+            broadcast_codec=wire.broadcast,
+            upload_codec=MASKED if secure else wire.upload,
+            personal=plan.personal,
+            rank=plan.rank,
+            base_rank=base_rank(self._schema, plan.broadcast),
+            local=dict(plan.local),
+        )
+        derived = broadcast_schema(self._schema, draft)
+        payload = codec(wire.broadcast).encode(derived, plan.broadcast)
+        digest = hashlib.sha256(payload).hexdigest()
+        self._payloads[digest] = payload
+        final = replace(draft, broadcast_digest=digest, broadcast_bytes=len(payload))
+        order = Order(final, derived, upload_schema(self._schema, final))
+        if secure and any(order != other for _, other in self._shared.values()):
+            raise ConfigError(
+                "the strategy asks different things of different clients, whose updates cannot be summed unseen; "
+                "set secure_aggregation.enabled = false or choose another strategy"
+            )
+        return order
+
+    def _check(self, plan: Plan) -> None:
+        added = {name: each for name, each in plan.broadcast.items() if name not in self._roles}
+        if added:
+            model = result(self._strategy, self._state)
+            for name, each in added.items():
+                if name not in model or not np.array_equal(model[name], each):
+                    raise StrategyError(
+                        f"strategy {self._config.strategy.name!r} sends clients the correction {name!r}, which is not "
+                        "in its result: what this run scores and exports would not be what they train. What is "
+                        "committed stays; give the strategy a method result(state), see docs/strategies.md, and start "
+                        "again with the same state directory"
+                    )
+        if not plan.train or not plan.train <= self._schema.roles or not plan.personal <= plan.train:
+            raise ConfigError(
+                f"the strategy plans to train {sorted(plan.train)} and keep {sorted(plan.personal)}, "
+                f"but the adapter has {sorted(self._schema.roles)}; choose another strategy or adapter kind"
+            )
+        if Role.HEAD in plan.train and self._config.model.head == "frozen":
+            raise ConfigError('the strategy trains the head, but model.head = "frozen"; set it to "train"')
+        try:
+            overridden(self._config.train, plan.local)
+        except ProtocolError as error:
+            raise ConfigError(f"no client would take the strategy's plan: {error}; look at its options") from error
+
+    def _role(self, name: str) -> Role:
+        """The role of a broadcast tensor; one the schema does not know can only be a correction factor."""
+        return self._roles.get(name) or (Role.BASE_A if name.endswith(".base_A") else Role.BASE_B)
+
+
+def final(schema: Schema, rounds: int, model: Tensors) -> tuple[Finished, bytes]:
+    """The end of a run: its announcement, and its result under the whole schema."""
+    payload = codec(FINAL_CODEC).encode(result_schema(schema, model), model)
+    digest = hashlib.sha256(payload).hexdigest()
+    return Finished(rounds, FINAL_CODEC, digest, len(payload), base_rank(schema, model)), payload
+
+
+def _identity(plan: Plan) -> object:
+    """Equal for plans that surely are the same: equal instructions over the very same arrays."""
+    arrays = frozenset((name, id(tensor)) for name, tensor in plan.broadcast.items())
+    return plan.train, plan.personal, plan.rank, frozenset(plan.local.items()), arrays

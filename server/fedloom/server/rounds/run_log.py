@@ -1,0 +1,400 @@
+"""The run as the disk knows it: the log folded into rounds, the strategy's state, and the step between two states.
+
+Not safe for several threads; the coordinator holds its lock around every call.
+"""
+
+import hashlib
+import logging
+import uuid
+from collections import Counter
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from fedloom.core.codecs import codec
+from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import ConfigError, SchemaError, StoreError, StrategyError
+from fedloom.core.runtime.failpoints import failpoint, reach
+from fedloom.core.schema import Schema, Tensors
+from fedloom.proto.messages import Assignment, Finished, RoundStatus, UpdateHeader
+from fedloom.server.privacy.user_ledger import check_opening, check_strategy, eligible, participations
+from fedloom.server.rounds.broadcast import Broadcasts, Order, final
+from fedloom.server.rounds.fedbuff import discounted
+from fedloom.server.rounds.scheduling import asking, decision
+from fedloom.server.rounds.state import (
+    AdapterCommitted,
+    ClientLost,
+    Event,
+    RoundClosed,
+    RoundOpened,
+    Rounds,
+    RunCreated,
+    apply,
+    told,
+)
+from fedloom.server.rounds.update_norm import largest_norm
+from fedloom.server.rounds.validation import check_address, check_score, expected_bytes, is_repeat
+from fedloom.server.storage.api import Storage
+from fedloom.server.strategy_errors import blamed
+from fedloom.strategies.api import State, Strategy, Update
+from fedloom.strategies.result import result, result_schema, voided
+from fedloom.strategies.state import state_from_bytes, state_to_bytes
+from fedloom.strategies.transforms.user_level_dp import check_memory
+
+__all__ = ["SUM", "SUM_CODEC", "History", "agreed"]
+
+SUM = "sum of all"
+"""Stands for the client in the one update of a secure sum; no client's name has spaces."""
+
+SUM_CODEC = "fp32"
+"""Codec in which the mean of a secure sum is stored."""
+
+_FRESH_BYTES = 32 << 20
+"""Decoded updates kept in memory until the fold; the others are read back one by one."""
+
+_log = logging.getLogger(__name__)
+
+
+class History:
+    """One run on one state directory: begun, or taken up where the log ends.
+
+    Args:
+        config: The run file.
+        schema: The run's schema.
+        strategy: Plans and folds.
+        store: The state directory, open.
+        starting: The adapter before the first round; not looked at when the run goes on.
+
+    Attributes:
+        rounds: Where the run stands.
+        state: The strategy's state after the last commit.
+        broadcasts: What clients of the current round are asked to do.
+        fault: What the strategy has failed with in the open round.
+        returning: Who took part last when the directory was opened, and will come back.
+
+    Raises:
+        ConfigError: The directory holds another run, or the strategy is not what [user_level] promises.
+        StoreError: The state cannot be read or written.
+    """
+
+    def __init__(
+        self, config: RunConfig, schema: Schema, strategy: Strategy, store: Storage, *, starting: Tensors
+    ) -> None:
+        check_strategy(config.user_level, strategy)
+        self._config, self._schema, self._strategy, self._store = config, schema, strategy, store
+        self._unwritten: list[Event] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
+        self._fresh: dict[str, Update] = {}
+        self._states: dict[int, str] = {}
+        self._older: dict[int, Broadcasts] = {}
+        self._arriving: Counter[str] = Counter()
+        self._broken: StoreError | StrategyError | None = None
+        self._failed: set[str] = set()
+        self.fault: StrategyError | None = None
+        self._ending: tuple[Finished, bytes] | None = None
+        self.state: State
+        self.rounds = Rounds()
+        events = store.events()
+        for event in events:
+            self._follow(event)
+        cohorts = [event.cohort for event in events if isinstance(event, RoundOpened)]
+        self.returning = (frozenset(cohorts[-1] if cohorts else ()) | self.rounds.cohort) - self.rounds.lost.keys()
+        self._taken = participations(events)
+        self.run = self._begin(starting) if self.rounds.created is None else self._continue(self.rounds.created)
+        if config.user_level.enabled:
+            check_memory(self.state)
+        self.broadcasts = Broadcasts(config, schema, strategy, self.state)
+        self._sweep()
+
+    @property
+    def final(self) -> tuple[Finished, bytes]:
+        """The end of the run and the final adapter's bytes, encoded at the first call."""
+        if self._ending is None:
+            self._ending = final(self._schema, self.state.round, self.result(self.state))
+        return self._ending
+
+    def result(self, state: State) -> Tensors:
+        """The model of a state of this run, see `fedloom.strategies.result`.
+
+        Raises:
+            StrategyError: The strategy gives none that fits the run's schema, or one that is not finite.
+        """
+        with blamed(self._config.strategy.name, f"result of round {state.round}"):
+            model = result(self._strategy, state)
+            result_schema(self._schema, model)
+        return model
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more rounds come."""
+        return self.rounds.over(self._config.run.rounds)
+
+    @property
+    def standing(self) -> RoundStatus:
+        """What a client that trains is told."""
+        return RoundStatus(self.rounds.round, self.rounds.phase == "open", self.rounds.oldest)
+
+    def check(self) -> None:
+        """Refuse to go on after a failure of the disk, where memory may be ahead of it, or of the strategy.
+
+        Raises:
+            StoreError: What the disk said.
+            StrategyError: What the strategy said.
+        """
+        if self._broken is not None:
+            raise self._broken
+
+    def record(self, event: Event) -> None:
+        """Take an event in; it counts for nobody outside before `write`.
+
+        Raises:
+            BudgetError: It opens a round that the user-level budget does not cover.
+        """
+        if isinstance(event, RoundOpened):
+            check_opening(self._config.user_level, self.rounds.round)
+        self._follow(event)
+        self._taken += participations([event])
+        self._unwritten.append(event)
+        _log.log(logging.WARNING if isinstance(event, ClientLost) else logging.INFO, "%s", told(event))
+
+    def due(self, live: Collection[str], elapsed_s: float, expect: int) -> RoundClosed | RoundOpened | None:
+        """The next decision that is due, among the clients that may still be asked; see `rounds.decision`."""
+        askable = eligible(self._config.user_level, self._taken, live)
+        return decision(self.rounds, askable, self._config, elapsed_s, expect)
+
+    def order(self, client: str) -> Order:
+        """What this client is asked to do in the open round.
+
+        Raises:
+            ConfigError: The strategy plans what the run file rules out.
+        """
+        return self._version(self.rounds.started(client)).order(client)
+
+    def draft(self, client: str, declared_examples: int) -> tuple[Order, Update, float]:
+        """What this client was asked to do, its update but for the change, and the bound on that change's norm."""
+        order = self.order(client)
+        weight = float(declared_examples) if self._config.strategy.weighting == "examples" else 1.0
+        limit = self._config.rounds.max_update_norm or largest_norm(self._config, order, declared_examples)
+        return order, Update(client, weight, self._version(self.rounds.started(client)).start(order), {}), limit
+
+    @contextmanager
+    def arriving(self, digest: str) -> Iterator[None]:
+        """Until the block ends, the blob of an update that is not recorded yet is not swept."""
+        self._arriving[digest] += 1
+        try:
+            yield
+        finally:
+            self._arriving -= Counter([digest])
+
+    def payload(self, client: str, digest: str) -> bytes | None:
+        """The bytes this client may have under this digest: its broadcast, or the final adapter; else None."""
+        if self.finished:
+            ending, payload = self.final
+            return payload if digest == ending.digest else None
+        if self.rounds.phase != "open" or client not in self.rounds.cohort:
+            return None
+        order = self.order(client)
+        if digest != order.assignment.broadcast_digest:
+            return None
+        return self._version(self.rounds.started(client)).payload(order)
+
+    def expected(self, header: UpdateHeader) -> int | None:
+        """The exact length in bytes of the payload that must follow; None when exactly this update is accepted already.
+
+        Raises:
+            ProtocolError: The update fits neither the log nor the open round.
+            UpdateRejected: This client's update was refused in this round before.
+        """
+        accepted = self.rounds.updates.get(header.client)
+        if header.round != self.rounds.round:
+            accepted = self._store.accepted(header.round, header.client)
+        if is_repeat(header, accepted):
+            return None
+        check_address(header, self.rounds)
+        check_score(header, self._config)
+        return expected_bytes(header, self.order(header.client))
+
+    def assign(self, client: str) -> Assignment | None:
+        """What a client that asks for work is to do; in a buffered round, the decision that it is asked is recorded.
+
+        Raises:
+            ConfigError: The strategy plans what the run file rules out.
+        """
+        if event := asking(self.rounds, client, self._config.rounds):
+            self.record(event)
+        asked = self.rounds.takes_from(client) and self.rounds.started(client) == self.rounds.round
+        return self.order(client).assignment if asked else None
+
+    def failing(self, client: str, error: StrategyError | ConfigError) -> None:
+        """Note that the strategy fails for a client of the open round.
+
+        Raises:
+            StrategyError: It has failed for as many as a round needs and worked for nobody: `check` repeats it.
+        """
+        self.fault = error if isinstance(error, StrategyError) else StrategyError(str(error))
+        self._failed.add(client)
+        if not self.rounds.updates and len(self._failed) >= self._config.rounds.min_clients:
+            self._broken = self.fault
+            raise self.fault
+
+    def keep(self, update: Update) -> None:
+        """Remember an accepted update's values until the round is folded, if there is room; the disk has them too."""
+        room = _FRESH_BYTES // (4 * self._schema.size)
+        if len(self._fresh) < room:
+            self._fresh[update.client] = update
+
+    @failpoint("history.write")
+    def write(self) -> None:
+        """Make what was recorded durable.
+
+        Raises:
+            StoreError: The disk refuses; `check` repeats it from now on.
+        """
+        events, self._unwritten = self._unwritten, []
+        if not events:
+            return
+        try:
+            self._store.append(*events)
+            if any(isinstance(event, AdapterCommitted) for event in events):
+                self._sweep()
+        except StoreError as error:
+            self._broken = error
+            raise
+
+    @failpoint("history.commit")
+    def commit(self) -> State:
+        """Fold the closed round's updates in their order; record the result and make it the state.
+
+        Raises:
+            StoreError: An update or the new state cannot be read or written, or the new state is not finite.
+            StrategyError: The strategy fails; the round stays closed with its updates, for a corrected one.
+        """
+        acc: Any = None
+        name, number = self._config.strategy.name, self.rounds.round + 1
+        try:
+            for client in (SUM,) if self.rounds.sum else self.rounds.folding:
+                update = self._fresh[client] if client in self._fresh else self._reread(client)
+                staleness = 0 if self.rounds.sum else self.rounds.round - self.rounds.updates[client].round
+                with blamed(name, f"fold of round {number}, at client {client!r}"):
+                    acc = self._strategy.fold(self.state, acc, discounted(update, staleness))
+            self._fresh.clear()
+            reach("history.folded")
+            with blamed(name, f"commit of round {number}"):
+                state = self._strategy.commit(self.state, acc)
+                self._schema.check(state.adapter)
+        except StrategyError as error:
+            self._broken = error
+            raise
+        spoilt = [name for name, tensor in state.adapter.items() if not np.isfinite(tensor).all()]
+        if spoilt or state.round != self.rounds.round + 1:
+            self._broken = StoreError(
+                f"round {self.rounds.round + 1} would give NaN or Inf in {spoilt[:3]} (state of round {state.round}); "
+                "nothing is committed, look at the strategy's options and at who took part"
+            )
+            raise self._broken
+        self.result(state)
+        reach("history.stepped")
+        state, broadcasts, digest = self._stored(state)
+        reach("history.stored")
+        if self.rounds.starts:
+            self._older[self.rounds.round] = self.broadcasts
+        self.record(AdapterCommitted(self.rounds.round, digest))
+        reach("history.committed")
+        self.state, self.broadcasts = state, broadcasts
+        return state
+
+    def _stored(self, state: State) -> tuple[State, Broadcasts, str]:
+        """The next state with its broadcasts and the digest of its blob; one whose adapter can be sent to clients.
+
+        An update that leads to any other by itself was refused (`submission.decoded`); several may do it together,
+        where a strategy rewrites its factors. The round is then void and the adapter stays, since a run whose adapter
+        no client can have is lost.
+
+        Raises:
+            StoreError: The disk refuses, or what the strategy remembers cannot be sent either.
+        """
+        for candidate in (state, voided(state, self.state)):
+            # Who took part will ask again at once: its broadcast is encoded while the disk takes the state.
+            writing = self._writer.submit(self._store.put_blob, state_to_bytes(candidate))
+            broadcasts = Broadcasts(self._config, self._schema, self._strategy, candidate)
+            last = candidate.round >= self._config.run.rounds
+            try:
+                unsendable = None if last else broadcasts.prepare(self.rounds.folding)
+            finally:
+                digest = writing.result()
+            if unsendable is None:
+                return candidate, broadcasts, digest
+            _log.error("round %d is void, the adapter stays as it was: %s", self.rounds.round + 1, unsendable)
+        self._broken = StoreError(
+            f"round {self.rounds.round + 1} would give a broadcast that wire.broadcast = "
+            f'"{self._config.wire.broadcast}" cannot carry; nothing is committed, begin a run with "fp32"'
+        )
+        raise self._broken
+
+    @failpoint("history.reread")
+    def _reread(self, client: str) -> Update:
+        """An accepted update, or the mean of them all, from its blob."""
+        accepted = self.rounds.updates[self.rounds.folding[0] if client == SUM else client]
+        version = self._version(accepted.round)
+        order = version.order(accepted.client)
+        payload = self._store.get_blob(accepted.digest)
+        delta = codec(SUM_CODEC if client == SUM else order.assignment.upload_codec).decode(order.upload, payload)
+        return Update(client, accepted.weight, version.start(order), delta)
+
+    def _version(self, number: int) -> Broadcasts:
+        """The broadcasts of the round that is open, or of an earlier one that clients are still at work for."""
+        if number == self.rounds.round:
+            return self.broadcasts
+        if number not in self._older:
+            state = state_from_bytes(self._store.get_blob(self._states[number]), self._schema)
+            self._older[number] = Broadcasts(self._config, self._schema, self._strategy, state)
+        return self._older[number]
+
+    def _follow(self, event: Event) -> None:
+        self.rounds = apply(self.rounds, event)
+        if isinstance(event, RunCreated | AdapterCommitted):
+            self._states[self.rounds.round] = event.state
+            self._failed, self.fault = set(), None
+
+    @failpoint("history.begin")
+    def _begin(self, starting: Tensors) -> str:
+        with blamed(self._config.strategy.name, "init", ConfigError, SchemaError):
+            self.state = self._strategy.init(self._schema, starting, self._config.run.seed)
+        self.result(self.state)
+        digest = self._store.put_blob(state_to_bytes(self.state))
+        reach("history.born")
+        created = RunCreated(uuid.uuid4().hex, agreed(self._config), self._schema.digest, digest)
+        self.record(created)
+        self.write()
+        return created.run
+
+    @failpoint("history.continue")
+    def _continue(self, created: RunCreated) -> str:
+        if (created.spec, created.schema) != (agreed(self._config), self._schema.digest):
+            raise ConfigError(
+                f"{self._store.where} holds run {created.run[:8]} of another run file or base model; give its own (of "
+                "0.1: strategy.weighting = 'uniform') or another directory; start.adapter is for more rounds"
+            )
+        self.state = state_from_bytes(self._store.get_blob(self.rounds.state), self._schema)
+        _log.info("run %s goes on at round %d, epoch %d", created.run[:8], self.rounds.round + 1, self._store.epoch)
+        return created.run
+
+    def _sweep(self) -> None:
+        """Drop the updates of committed rounds, and the states from which nobody is at work any more."""
+        used = {self.rounds.round, *self.rounds.starts.values()}
+        self._states = {number: digest for number, digest in self._states.items() if number in used}
+        self._older = {number: older for number, older in self._older.items() if number in used}
+        updates = (update.digest for update in self.rounds.updates.values())
+        self._store.sweep({*self._states.values(), *updates, *tuple(self._arriving)})
+
+
+def agreed(config: RunConfig) -> str:
+    """Digest of what a run may not change on the way: all that clients were told, and the strategy."""
+    # Absent rather than null, and uniform where weights are left open: runs from before either keep their digest.
+    weighting = "uniform" if config.strategy.weighting == "auto" else config.strategy.weighting
+    strategy = config.strategy.model_copy(update={"weighting": weighting}).model_dump_json(exclude_none=True)
+    text = config.spec.model_dump_json() + strategy + config.user_level.model_dump_json()
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The coordinator's gRPC server. It translates, and decides nothing."""

@@ -1,0 +1,1 @@
+"""State on disk: the event log, tensors by their digest, the audit log."""

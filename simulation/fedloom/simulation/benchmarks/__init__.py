@@ -1,0 +1,1 @@
+"""Measurements of the coordinator: rounds, many clients, secure sums."""

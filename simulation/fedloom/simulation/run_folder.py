@@ -1,0 +1,70 @@
+"""The run folder: its name, a plot, and what is written as JSON."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedloom.core.errors import ConfigError
+from fedloom.server.monitoring.recorders.api import RoundRecord
+
+__all__ = ["new_folder", "plot", "write_json"]
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make and return parent/NAME, or NAME-2, NAME-3 ... when it is taken: results are never overwritten.
+
+    Raises:
+        ConfigError: The folder cannot be made.
+    """
+
+    def candidates() -> Iterator[Path]:
+        yield parent / name
+        for number in range(2, 10_000):
+            yield parent / f"{name}-{number}"
+
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for folder in candidates():
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise ConfigError(f"run folder {parent / name} cannot be made: {error}; choose another with --out") from error
+    raise ConfigError(f"{parent} holds 10,000 runs called {name!r}; choose another run.name")
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a small document for people and programs."""
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def plot(folder: Path, title: str, records: list[RoundRecord]) -> Path:
+    """Draw accuracy and loss, and in a private run the largest epsilon, against the round; returns the PNG."""
+    # Imported here: it takes a second to load. Not by pyplot, whose backend is the whole process's: a figure of its own
+    # draws without a display wherever it is.
+    from matplotlib.figure import Figure
+
+    scored = [r for r in records if r.accuracy is not None]
+    private = [r for r in records if r.epsilon]
+    figure = Figure(figsize=(12 if private else 8, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3 if private else 2)
+    rounds = [r.round for r in scored]
+    axes[0].plot(rounds, [100 * (r.accuracy or 0.0) for r in scored], marker="o", markersize=3, color="#1f6f8b")
+    axes[0].set(title="Held-out accuracy", ylabel="%")
+    axes[1].plot(rounds, [r.loss for r in scored], marker="o", markersize=3, color="#b5542b")
+    axes[1].set(title="Held-out loss", ylabel="cross-entropy (nats)")
+    if private:
+        spent = [max((r.epsilon or {}).values()) for r in private]
+        axes[2].step([r.round for r in private], spent, where="post", color="#5b4b8a")
+        axes[2].set(title="Privacy spent (largest of the clients)", ylabel="epsilon", ylim=(0, None))
+    for axis in axes:
+        axis.set_xlabel("round")
+        axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title)
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=130)
+    return path

@@ -1,0 +1,1 @@
+"""Robust aggregation rules in place of the mean."""

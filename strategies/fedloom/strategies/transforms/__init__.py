@@ -1,0 +1,1 @@
+"""What strategies are composed of: averaging, bounds and noise."""

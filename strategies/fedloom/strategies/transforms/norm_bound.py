@@ -1,0 +1,101 @@
+"""A bound on every update's norm (Sun et al., 2019, arXiv 1911.07963) around any strategy."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedloom.core.errors import ConfigError
+from fedloom.core.schema import Schema, Tensors
+from fedloom.strategies.api import Plan, State, Strategy, Update
+from fedloom.strategies.result import result
+
+__all__ = ["NormBound", "norm"]
+
+
+@dataclass(frozen=True)
+class NormBound:
+    """Scale every update that is longer than M down to M before another strategy folds it.
+
+    The norm is over all trained tensors together, as one vector: d min(1, M / |d|). No client moves the sum further
+    than M times its weight, whatever it sends. A pair's factors are scaled as they are sent, relative to the broadcast
+    all clients share; where both move, the product's change is bounded too, though not scaled by the same factor.
+
+    Weights are the inner strategy's: with `weighting = "examples"` a client that declares many examples still counts
+    for many. The result depends on each update by itself, so neither secure aggregation nor user-level privacy, which
+    clips by its own norm, takes it.
+
+    Args:
+        inner: Any strategy.
+        bound: M, positive and finite.
+
+    Raises:
+        ConfigError: `bound` is not.
+    """
+
+    inner: Strategy
+    bound: float
+
+    def __post_init__(self) -> None:
+        """Refuse a bound that is none."""
+        if not 0 < self.bound < math.inf:
+            raise ConfigError(f"norm bound is {self.bound!r}; set a positive finite number")
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the inner strategy does."""
+        return getattr(self.inner, "rewrites", False) is True
+
+    @property
+    def keeps_updates(self) -> bool:
+        """Whether the inner strategy does."""
+        return getattr(self.inner, "keeps_updates", False) is True
+
+    @property
+    def unweighted(self) -> bool:
+        """Whether the inner strategy is."""
+        return getattr(self.inner, "unweighted", False) is True
+
+    @property
+    def least_updates(self) -> int:
+        """Fewest updates the inner strategy commits."""
+        return int(getattr(self.inner, "least_updates", 1))
+
+    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
+        """The inner strategy's state."""
+        return self.inner.init(schema, adapter, seed)
+
+    def result(self, state: State) -> Tensors:
+        """The inner strategy's result."""
+        return result(self.inner, state)
+
+    def plan(self, state: State, round: int, client: str) -> Plan:
+        """The inner strategy's plan."""
+        return self.inner.plan(state, round, client)
+
+    def fold(self, state: State, acc: Any, update: Update) -> Any:
+        """Let the inner strategy fold the update at no more than the bound.
+
+        Raises:
+            SchemaError: See the inner strategy.
+            UpdateRejected: Likewise; scaling leaves NaN and Inf for it to refuse.
+        """
+        return self.inner.fold(state, acc, self._bounded(update))
+
+    def commit(self, state: State, acc: Any) -> State:
+        """What the inner strategy commits."""
+        return self.inner.commit(state, acc)
+
+    def _bounded(self, update: Update) -> Update:
+        length = norm(update)
+        if not self.bound < length < math.inf:
+            return update
+        factor = self.bound / length
+        scaled = ((name, np.multiply(each, factor, dtype=np.float64)) for name, each in update.delta.items())
+        return replace(update, delta={name: each.astype(np.float32) for name, each in scaled})
+
+
+def norm(update: Update) -> float:
+    """L2 norm of the update's change, all its tensors as one vector; finite for every finite float32."""
+    return math.sqrt(sum(float(np.square(each, dtype=np.float64).sum()) for each in update.delta.values()))
