@@ -1,7 +1,7 @@
 """The run file: one TOML that simulate, server and every engine read; its `spec` part is what clients see."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
@@ -102,6 +102,7 @@ class ModelSection(Section):
 class AdapterSection(OpenSection):
     """[adapter]: which parameters are trained. Other keys are options of the kind."""
 
+    component: ClassVar[tuple[str, str]] = ("adapters", "kind")
     kind: str = "lora"
     """Name of an installed adapter kind; see `fedloom components list adapters`."""
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
@@ -116,6 +117,7 @@ class AdapterSection(OpenSection):
 class TrainSection(OpenSection):
     """[train]: local training on each client in each round. Other keys are options of the optimiser."""
 
+    component: ClassVar[tuple[str, str]] = ("optimizers", "optimizer")
     steps: int = Field(ge=1, le=100_000)
     """Optimiser steps per round: public, the same for every client."""
     sampling_rate: float = Field(ge=1e-9, le=1)
@@ -354,7 +356,7 @@ class Spec(Section):
     def _without_what_is_off(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As in [model]: builds that know no such section are told and have stored none."""
         found: dict[str, Any] = plain(self)
-        if not self.federated_evaluation.enabled:
+        if self.federated_evaluation == FederatedEvaluationSection():
             found.pop("federated_evaluation", None)
         return found
 
@@ -368,9 +370,21 @@ class Spec(Section):
         if len(text) > MAX_SPEC_BYTES:
             raise ConfigError(f"run spec of {len(text)} characters; at most {MAX_SPEC_BYTES} are allowed")
         try:
-            return cls.model_validate_json(text)
+            spec = cls.model_validate_json(text)
         except ValidationError as error:
             raise ConfigError(f"the coordinator's run spec is not valid: {explain(error, cls)}") from error
+        spec.check_components()
+        return spec
+
+    def check_components(self) -> None:
+        """Refuse components that are not installed here, and options that they do not have.
+
+        Raises:
+            ConfigError: Names the key.
+        """
+        for name in type(self).model_fields:
+            if isinstance(section := getattr(self, name), OpenSection):
+                section.check(name)
 
 
 class RunConfig(Spec):
@@ -396,4 +410,9 @@ def load_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises:
         ConfigError: The file or an override is wrong; the message names the key and the nearest valid one.
     """
-    return parse(RunConfig, read_toml(path), overrides, source=str(path))
+    config = parse(RunConfig, read_toml(path), overrides, source=str(path))
+    try:
+        config.check_components()
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return config
