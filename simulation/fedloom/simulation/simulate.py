@@ -29,7 +29,7 @@ from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.monitoring.participation import Attendance
 from fedloom.server.monitoring.progress import Progress
-from fedloom.server.monitoring.recorders.api import Recorder, ReportTo, RoundRecord, open_recorders, write_config
+from fedloom.server.monitoring.recorders.api import RecordWriter, RoundRecord, open_recorders, write_config
 from fedloom.server.monitoring.recorders.background import is_scored, round_record
 from fedloom.server.privacy.user_ledger import statement as user_statement
 from fedloom.server.rounds.state import AdapterCommitted, Event
@@ -81,7 +81,7 @@ class Result:
 class _Tape:
     """Commits waiting to be evaluated, what has been recorded, and where."""
 
-    recorders: list[Recorder]
+    recorders: list[RecordWriter]
     commits: "queue.SimpleQueue[tuple[int, State]]" = field(default_factory=queue.SimpleQueue)
     records: list[RoundRecord] = field(default_factory=list)
     events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
@@ -109,7 +109,7 @@ _AGREEMENT = 0.995
 
 
 def simulate(
-    config: RunConfig, out: Path, watcher: Watcher | None = None, *, report_to: tuple[ReportTo, ...] = ()
+    config: RunConfig, out: Path, watcher: Watcher | None = None, *, report_to: tuple[str, ...] = ()
 ) -> Result:
     """Run a federation on this machine.
 
@@ -117,7 +117,7 @@ def simulate(
         config: A run file with a [data] section.
         out: Parent of the run folder.
         watcher: Callbacks for a display.
-        report_to: Programs that get every record too.
+        report_to: Names of recorders that get every record too.
 
     Raises:
         FedloomError: Anything that stops the run; nothing is left that looks like a finished run.
@@ -126,7 +126,7 @@ def simulate(
         return _simulate(config, out, watcher or Watcher(), report_to)
 
 
-def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[ReportTo, ...]) -> Result:
+def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[str, ...]) -> Result:
     config = completed(config)
     strategy = build_strategy(config)
     check_config(config, strategy)  # as the coordinator will, but before anything is loaded or written

@@ -20,8 +20,8 @@ from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.outbox import OutboxEntry, keep, kept
 from fedloom.client.training.local_eval import released, row_scores, split
 from fedloom.client.training.trainer import Trainer, evaluate
-from fedloom.core.config.evaluation import largest_loss
-from fedloom.core.config.run import FederatedEvaluationSection, Spec
+from fedloom.core.config.evaluation import FederatedEvaluationSection, largest_loss
+from fedloom.core.config.run import Spec
 from fedloom.core.errors import BudgetError, DataError, PolicyError
 from fedloom.core.privacy.accounting import Spend, epsilon
 from fedloom.core.privacy.gaussian import Integers

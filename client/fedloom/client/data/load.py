@@ -10,7 +10,7 @@ import numpy as np
 from fedloom.client.data.files import Note
 from fedloom.client.data.images import fingerprint
 from fedloom.client.data.labels import Labelling, labelling
-from fedloom.client.data.packaged import Split
+from fedloom.client.data.packaged.api import Split
 from fedloom.client.data.records import Layout, Record
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.data.sources import source_rows

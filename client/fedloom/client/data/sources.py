@@ -10,9 +10,10 @@ from typing import Any
 from fedloom.client.data.arrow import parquet_rows, saved_rows
 from fedloom.client.data.files import Note, Row, csv_rows, jsonl_rows, readable
 from fedloom.client.data.images import HIDDEN, SUFFIXES, folder_rows
-from fedloom.client.data.packaged import PACKAGED, Split
+from fedloom.client.data.packaged.api import DataSource, Split
 from fedloom.client.data.records import Layout, Record
 from fedloom.core.errors import DataError
+from fedloom.core.registry import build, entries
 
 __all__ = ["source_rows"]
 
@@ -34,8 +35,9 @@ def source_rows(
     Raises:
         DataError: There is no such source, or it cannot be read; the message says what to do.
     """
-    if source in PACKAGED:
-        packaged = PACKAGED[source]
+    packaged_names = entries("data")
+    if source in packaged_names:
+        packaged: DataSource = build("data", source, {})
         if packaged.task != layout.task:
             raise DataError(
                 f"data source {source!r} is for {packaged.task}, not {layout.task}; name a file or a folder"
@@ -47,8 +49,8 @@ def source_rows(
         yield from _folder(path, split, layout)
         return
     if not os.path.isfile(source):
-        near = difflib.get_close_matches(source, PACKAGED, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"name a file, a folder or one of {', '.join(PACKAGED)}"
+        near = difflib.get_close_matches(source, packaged_names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"name a file, a folder or one of {', '.join(packaged_names)}"
         raise DataError(f"data source {source!r} does not exist; {hint}")
     if path.suffix.lower() not in _READERS:
         raise DataError(f"data file {source} ends in {path.suffix!r}; {_one_of(list(_READERS))} is needed")

@@ -1,11 +1,12 @@
 """The run file: one TOML that simulate, server and every engine read; its `spec` part is what clients see."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
-from fedloom.core.config.file_format import Form
+from fedloom.core.config.data import DataSection
+from fedloom.core.config.evaluation import EvaluationSection, FederatedEvaluationSection
 from fedloom.core.config.parsing import FileName, OpenSection, Section, explain, parse, read_toml
 from fedloom.core.config.start import StartSection
 from fedloom.core.errors import ConfigError
@@ -15,10 +16,7 @@ from fedloom.core.secagg.fixed_point import FixedPoint
 __all__ = [
     "LANGUAGE",
     "AdapterSection",
-    "DataSection",
     "EngineSection",
-    "EvaluationSection",
-    "FederatedEvaluationSection",
     "ModelSection",
     "PrivacySection",
     "RoundsSection",
@@ -183,7 +181,7 @@ class StrategySection(Section):
     """[strategy]: how updates become the next adapter."""
 
     name: str = "fedavg"
-    """Name of a registered strategy; see `fedloom strategies list`."""
+    """Name of a registered strategy; see `fedloom components list strategies`."""
     weighting: Literal["auto", "uniform", "examples"] = "auto"
     """uniform: all clients count the same. examples: by what each declares. auto: examples in a private run, where a
     small site has the most noise; uniform in others, in secure sums, and where the strategy takes no weights."""
@@ -260,61 +258,6 @@ class SecureAggregationSection(Section):
     def fixed_point(self) -> FixedPoint:
         """The integers that updates are rounded to."""
         return FixedPoint(self.max_change, self.max_clients)
-
-
-class FederatedEvaluationSection(Section):
-    """[federated_evaluation]: clients score the adapter on rows they hold out, and release sums over them."""
-
-    enabled: bool = False
-    """True asks for it; a client whose policy has no data.held_out refuses the run."""
-    every: int = Field(default=1, ge=1, le=MAX_ROUNDS)
-    """Evaluate in the first round and every so many rounds after it, before training, and the result at the end."""
-    personalised: bool = False
-    """Evaluate after training too: the adapter as this client's own steps leave it."""
-    noise_multiplier: float = Field(default=10.0, ge=0.01, le=1000)
-    """Noise standard deviation over the most that one row adds to the released sums, which is 1. Private runs only."""
-    max_loss: float | None = Field(default=None, ge=1e-3, le=1e4)
-    """Loss in nats at which a row's is cut; noise grows with it. None: twice that of guessing a label, 10 for texts."""
-
-    def due(self, round: int) -> bool:
-        """Whether clients evaluate in this round, counted from 0."""
-        return self.enabled and round % self.every == 0
-
-    @property
-    def figures(self) -> int:
-        """Numbers a client releases: how many rows; right answers and loss of them, once or twice."""
-        return 5 if self.personalised else 3
-
-
-class DataSection(Form):
-    """[data]: the simulated federation's data; a real client's data is named in its own policy."""
-
-    source: FileName
-    """Name of a packaged data set (sentiment, newsgroups, fashion-mnist), or a folder; see data.md for its layouts."""
-    clients: int = Field(default=4, ge=1, le=MAX_CLIENTS)
-    """Number of simulated clients."""
-    partition: Literal["iid", "dirichlet", "group", "pathological", "size"] = "iid"
-    """iid: at random. dirichlet: label skew. group: by the group column, each group split by Dirichlet. pathological:
-    few labels for each client. size: at random, in unequal shares."""
-    dirichlet_alpha: float = Field(default=0.5, gt=0)
-    """Concentration of the Dirichlet label skew; small is more skewed."""
-    classes_per_client: int = Field(default=2, ge=1)
-    """pathological: labels of each client."""
-    size_exponent: float = Field(default=1.0, ge=0, le=10)
-    """size: client k gets rows in proportion to k to the power of minus this; 0 is equal."""
-    shares: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(), max_length=10_000)
-    """size: one number for each client, to which its rows are in proportion, in place of size_exponent."""
-    max_examples: int | None = Field(default=None, ge=1)
-    """Use at most this many training examples in all."""
-
-
-class EvaluationSection(Section):
-    """[evaluation]: a held-out set that whoever runs the federation has."""
-
-    every: int = Field(default=1, ge=1)
-    """Evaluate after every so many rounds, and always after the last."""
-    max_examples: int = Field(default=1000, ge=1)
-    """Held-out examples used."""
 
 
 class EngineSection(Section):
