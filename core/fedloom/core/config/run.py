@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
+from fedloom.core import registry
 from fedloom.core.config.data import DataSection
 from fedloom.core.config.evaluation import EvaluationSection, FederatedEvaluationSection
 from fedloom.core.config.parsing import FileName, OpenSection, Section, explain, parse, read_toml
@@ -14,7 +15,6 @@ from fedloom.core.limits import MAX_CLIENTS, MAX_RANK, MAX_ROUNDS, MAX_SPEC_BYTE
 from fedloom.core.secagg.fixed_point import FixedPoint
 
 __all__ = [
-    "LANGUAGE",
     "AdapterSection",
     "EngineSection",
     "ModelSection",
@@ -25,18 +25,24 @@ __all__ = [
     "SecureAggregationSection",
     "Spec",
     "StrategySection",
-    "Task",
     "TrainSection",
     "UserLevelSection",
     "WireSection",
     "load_run",
+    "task_traits",
 ]
 
-Task = Literal["text-classification", "token-classification", "causal-lm", "instruct", "image-classification"]
-"""What a model is trained for."""
 
-LANGUAGE: frozenset[Task] = frozenset({"causal-lm", "instruct"})
-"""Tasks that predict the next token: they have no labels and no head of their own."""
+def task_traits(task: str) -> Any:
+    """What holds for the installed task of this name, see `fedloom.client.tasks.api.Traits`.
+
+    Raises:
+        ValueError: There is none, or it cannot be loaded.
+    """
+    try:
+        return registry.load("tasks", task).traits  # type: ignore[attr-defined]  # what is registered is a class
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 class RunSection(Section):
@@ -50,18 +56,17 @@ class RunSection(Section):
     """Seed of everything public: starting adapter, cohort, partition. Never of private noise."""
 
 
-class ModelSection(Section):
-    """[model]: the frozen base model every client holds."""
+class ModelSection(OpenSection):
+    """[model]: the frozen base model every client holds, and its task. Other keys are options of the task."""
 
+    component: ClassVar[tuple[str, str]] = ("tasks", "task")
     base: FileName
     """Local folder in Hugging Face format, a name from `fedloom assets` such as minilm-l6, or ORG/NAME in this
     machine's hub cache."""
     digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
     """Pin of the base model's files; a client whose folder differs refuses. None accepts what is found."""
-    task: Task = "text-classification"
-    """text-classification: one label for each text. token-classification: one for each word. causal-lm: the next
-    token of each text, or of each completion alone where the rows have prompts. instruct: the assistant's turns of a
-    conversation in the base model's chat template. image-classification: one label for each picture."""
+    task: str = "text-classification"
+    """Name of an installed task: what the model is trained for; see `fedloom components list tasks`."""
     labels: tuple[str, ...] = Field(default=(), max_length=10_000)
     """Label names, at least 2, which the labels in the data are, or the positions of. causal-lm and instruct have
     none."""
@@ -75,16 +80,14 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSection":
-        if self.image_size is not None and self.task != "image-classification":
-            raise ValueError(f"model.image_size is for image-classification, not {self.task}; remove it")
-        if self.task in LANGUAGE:
-            if self.labels:
-                raise ValueError(
-                    f"model.labels has {len(self.labels)} names but {self.task} predicts tokens; remove model.labels"
-                )
-            if self.head == "train":
-                raise ValueError(f'{self.task} adds no head that could be trained; set model.head = "frozen"')
-        elif len(self.labels) < 2:
+        traits = task_traits(self.task)
+        if self.image_size is not None and not traits.images:
+            raise ValueError(f"model.image_size is for images, not {self.task}; remove it")
+        if traits.generates and self.head == "train":
+            raise ValueError(f'{self.task} adds no head that could be trained; set model.head = "frozen"')
+        if self.labels and not traits.labels:
+            raise ValueError(f"model.labels has {len(self.labels)} names but {self.task} has none; remove model.labels")
+        if traits.labels and len(self.labels) < 2:
             raise ValueError(f"model.labels has {len(self.labels)} names; {self.task} needs at least 2: name them")
         return self
 
