@@ -7,12 +7,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from fedloom.client.component_policy import ComponentsPolicy, component_problems
 from fedloom.client.session.training_hours import check_hours
 from fedloom.core.config.file_format import Form
 from fedloom.core.config.parsing import FileName, FilePath, Section, explain, parse, read_toml
 from fedloom.core.config.run import LANGUAGE, Spec, Task
 from fedloom.core.errors import PolicyError
 from fedloom.core.limits import MAX_ROUNDS
+from fedloom.core.registry import entries
 
 __all__ = [
     "SLOWEST_BYTES_PER_S",
@@ -198,6 +200,16 @@ class Policy(Section):
     limits: LimitsPolicy = LimitsPolicy()
     compute: ComputePolicy = ComputePolicy()
     secure_aggregation: SecureAggregationPolicy = SecureAggregationPolicy()
+    components: ComponentsPolicy = ComponentsPolicy()
+
+    @model_validator(mode="after")
+    def _source_allowed(self) -> Self:
+        # A package could otherwise put its data source before a folder of the same name.
+        if self.data.source in entries("data"):
+            problems = component_problems(self.components, {"data": [self.data.source]})
+            if problems:
+                raise ValueError(f"data.source is {problems[0]}, or write ./{self.data.source} for a file or folder")
+        return self
 
 
 def load_policy(path: Path, overrides: tuple[str, ...] = ()) -> Policy:
@@ -234,6 +246,7 @@ def check_spec(policy: Policy, spec: Spec) -> None:
         problems.append(f"learning rate {rate:g} (at most {policy.limits.max_learning_rate:g})")
     if spec.adapter.kind not in policy.limits.adapter_kinds:
         problems.append(f"adapter kind {spec.adapter.kind} (allowed: {', '.join(policy.limits.adapter_kinds)})")
+    problems += component_problems(policy.components, spec.components)
     if problems:
         raise PolicyError(f"this site's policy refuses run {spec.run.name!r}: " + "; ".join(problems))
 

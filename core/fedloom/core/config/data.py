@@ -46,7 +46,11 @@ class DataSection(Form, extra="allow"):
         for key in self.options.keys() - own:
             allowed = sorted({*DataSection.model_fields, *own})
             near = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed with partition {self.partition!r}: {', '.join(allowed)}"
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"allowed with partition {self.partition!r}: {', '.join(allowed)}"
+            )
             raise ValueError(f"unknown key 'data.{key}'; {hint}")
         try:
             check_options("partitioners", self.partition, self.options)

@@ -336,6 +336,11 @@ class Spec(Section):
             found.pop("federated_evaluation", None)
         return found
 
+    @property
+    def components(self) -> dict[str, tuple[str, ...]]:
+        """Names, by group, of the components that a client works with."""
+        return {"codecs": (self.wire.upload, self.wire.broadcast)}
+
     @classmethod
     def from_json(cls, text: str) -> "Spec":
         """Read a spec sent by a coordinator: typed scalars only, strangers refused.
