@@ -140,7 +140,7 @@ def test_a_broken_plugin_is_shown_and_does_not_stop_the_others(install: Install)
         ("NUMBER", {}, "is not callable; register its class"),
         ("refuse", {}, "refuses its options {}: not today"),
         ("Empty", {}, "needs option 'need'; allowed: need: int"),
-        ("Empty", {"need": 1}, "is no strategy: it lacks init, plan, fold, commit"),
+        ("Empty", {"need": 1}, "is no strategy: it lacks init, plan, fold, commit, result, traits; subclass"),
     ],
 )
 def test_what_is_registered_must_be_a_strategy(

@@ -15,7 +15,7 @@ __all__ = ["GROUP", "Entry", "available", "factory", "load"]
 GROUP = "fedloom.strategies"
 """The entry-point group a distribution registers its strategies in."""
 
-_METHODS = ("init", "plan", "fold", "commit")
+_OWN, _INHERITED = ("init", "plan", "fold", "commit"), ("result", "traits")
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,19 @@ def load(name: str, options: Mapping[str, Any]) -> Strategy:
         strategy = make(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"strategy {name!r} refuses its options {dict(options)}: {error}") from error
-    missing = [method for method in _METHODS if not callable(getattr(strategy, method, None))]
+    missing = [each for each in (*_OWN, *_INHERITED) if not _has(strategy, each)]
     if missing:
-        raise ConfigError(f"{_points()[name].value} is no strategy: it lacks {', '.join(missing)}; implement them")
+        raise ConfigError(
+            f"{_points()[name].value} is no strategy: it lacks {', '.join(missing)}; subclass "
+            f"fedloom.strategies.api.Strategy and define {', '.join(_OWN)}"
+        )
     return cast(Strategy, strategy)
+
+
+def _has(strategy: object, method: str) -> bool:
+    """Whether it has a method of its own; two of them may be inherited from the interface."""
+    found = inspect.getattr_static(strategy, method, None)
+    return found is not None and (method in _INHERITED or found is not vars(Strategy)[method])
 
 
 def factory(name: str) -> Callable[..., object]:

@@ -18,7 +18,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fedloom.core.schema import Array, Role, Schema, Tensors, TensorSpec
-from fedloom.server.rounds.fedbuff import discounted
 from fedloom.strategies.api import State, Strategy, Update
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedpeft import FedPEFT
@@ -30,6 +29,7 @@ from fedloom.strategies.robust.krum import KRUM, MULTI_KRUM
 from fedloom.strategies.robust.rule import Robust
 from fedloom.strategies.start import starting_adapter
 from fedloom.strategies.transforms.average import uploaded
+from fedloom.strategies.transforms.buffered import Buffered
 from fedloom.strategies.transforms.norm_bound import NormBound
 from fedloom.strategies.transforms.user_level_dp import UserLevel
 
@@ -53,7 +53,7 @@ class Case:
     fresh: bool = False
     """Whether the run begins from a drawn adapter, whose B is zero, rather than from one that was trained."""
     stale: bool = False
-    """Whether updates are discounted as those of a buffered round are."""
+    """Whether client k's update was made k rounds ago."""
 
     @property
     def factored(self) -> bool:
@@ -101,10 +101,10 @@ def cases() -> list[Case]:
         Case("fedavg/mixed", FedAvg, MIXED, 5),
         Case("fedavg/frozen head", lambda: FedAvg(train_head=False), PAIRS, 3),
         Case("fedavg/heads", FedAvg, HEADS),
-        Case("fedavg/stale", FedAvg, PAIRS, stale=True),
+        Case("fedavg/stale", lambda: Buffered(FedAvg()), PAIRS, stale=True),
         Case("ffa/pairs", FFA, PAIRS),
         Case("ffa/unequal", lambda: FFA(train_head=False), UNEQUAL, 5),
-        Case("ffa/stale", FFA, PAIRS, stale=True),
+        Case("ffa/stale", lambda: Buffered(FFA()), PAIRS, stale=True),
         Case("ffa orthonormal/pairs", lambda: FFA(orthonormal=True), PAIRS),
         Case("ffa orthonormal/fresh", lambda: FFA(orthonormal=True), UNEQUAL, fresh=True),
         Case("fedsvd/pairs", FedSVD, PAIRS),
@@ -160,8 +160,8 @@ def trajectory(case: Case) -> Iterator[State]:
             draw = np.random.Generator(np.random.Philox(key=[17, 10 * round + index]))
             delta = {s.name: _drawn(draw, s.shape) for s in uploaded(case.schema, plan).tensors}
             weight = WEIGHTS[index] if case.weighted else 1.0
-            update = Update(f"client-{index}", weight, plan.broadcast, delta)
-            acc = strategy.fold(state, acc, discounted(update, index) if case.stale else update)
+            update = Update(f"client-{index}", weight, plan.broadcast, delta, staleness=index if case.stale else 0)
+            acc = strategy.fold(state, acc, update)
         state = strategy.commit(state, acc)
         yield state
 
