@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,9 @@ def cases() -> list[Case]:
         ("bulyan", BULYAN),
     ):
         found += [
-            Case(f"{name}/ffa", lambda rule=rule: Robust(FFA(), rule), PAIRS, 7),
-            Case(f"{name}/fedsvd", lambda rule=rule: Robust(FedSVD(), rule), UNEQUAL, 7),
-            Case(f"{name} bounded/ffa", lambda rule=rule: NormBound(Robust(FFA(), rule), 1.5), PAIRS, 7),
+            Case(f"{name}/ffa", partial(Robust, FFA(), rule), PAIRS, 7),
+            Case(f"{name}/fedsvd", partial(Robust, FedSVD(), rule), UNEQUAL, 7),
+            Case(f"{name} bounded/ffa", partial(NormBound, Robust(FFA(), rule), 1.5), PAIRS, 7),
         ]
     found += [
         Case("krum/fedavg", lambda: Robust(FedAvg(), KRUM), PAIRS, 5),

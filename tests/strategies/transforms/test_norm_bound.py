@@ -109,6 +109,16 @@ class TestNearBound(StrategyConformance):
                 np.testing.assert_allclose(after.adapter[name], expected, atol=1e-6)
             state = after
 
+    def test_coordinates_stay_unless_declared(self) -> None:
+        strategy, state = self.begin()
+        update = self.respond(state.schema, strategy.plan(state, 0, "ada"), "ada", 0)
+
+        after = run_round(strategy, state, [update])
+
+        step = np.concatenate([(after.adapter[n] - t).ravel() for n, t in state.adapter.items()])
+        along = np.concatenate([update.delta[n].ravel() for n in state.adapter])
+        np.testing.assert_allclose(step, along * (0.5 / norm(update)), atol=1e-6)
+
     def test_equal_updates_become_the_model(self) -> None:
         strategy, state = self.begin()
         update = self.respond(state.schema, strategy.plan(state, 0, "ada"), "ada", 0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedloom.core.errors import ConfigError, ProtocolError
-from fedloom.core.schema import LORA, Schema, Tensors
+from fedloom.core.schema import Schema, Tensors
 from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
 from fedloom.strategies.registry import load
 from fedloom.strategies.transforms.average import check, uploaded
@@ -56,8 +56,8 @@ class Robust(Transform):
         """Refuse what the rule means nothing for."""
         if not self.inner.traits.linear:
             raise ConfigError(
-                f"strategy {type(self.inner).__name__} does not declare the trait linear; {self.rule.name} hands it one "
-                "update in place of the mean, so choose ffa, fedsvd, fedavg or fedpeft as the inner strategy"
+                f"strategy {type(self.inner).__name__} does not declare the trait linear; {self.rule.name} hands it "
+                "one update in place of the mean, so choose ffa, fedsvd, fedavg or fedpeft as the inner strategy"
             )
         if self.num_byzantine < 1:
             raise ConfigError(
@@ -89,7 +89,8 @@ class Robust(Transform):
             ConfigError: It moves both factors of pairs, and the rule looks at coordinates.
         """
         plan = self.inner.plan(state, round, _ANYONE)
-        if self.rule.by_coordinate and plan.train - plan.personal >= LORA:
+        uploaded = state.schema.select(plan.train, but=plan.personal)
+        if self.rule.by_coordinate and uploaded.pairs:
             raise ConfigError(
                 f"{self.rule.name} looks at coordinates one by one, but {type(self.inner).__name__} trains both "
                 "factors of a pair, whose coordinates mean nothing: (B G^-1, G A) is the same model. Choose an inner "

@@ -5,6 +5,7 @@ For strategies whose next adapter is linear in the updates, w <- w + sum_k p_k d
 however many clients there are.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -74,7 +75,7 @@ class Average(Strategy):
 
     def plan(self, state: State, round: int, client: str) -> Plan:
         """The selected tensors, the same for all clients and rounds."""
-        return Plan(train=self.select(state.schema).roles, broadcast=state.adapter)
+        return Plan(train=state.schema.words(self.select(state.schema).names()), broadcast=state.adapter)
 
     def fold(self, state: State, acc: Sum | None, update: Update) -> Sum:
         """Add one weighted update, see the function `fold`."""
@@ -85,9 +86,31 @@ class Average(Strategy):
         return replace(state, adapter=apply_mean_delta(state.adapter, acc), round=state.round + 1)
 
 
-def select(*roles: Role, head: bool = True) -> Select:
-    """The tensors with one of `roles`, and the head if `head` and there is one; see `trained` for what is refused."""
-    return lambda schema: trained(schema, roles, head=head)
+def select(*roles: str, head: bool = True, matching: str = "") -> Select:
+    r"""The tensors with one of `roles`, and the head if `head` and there is one.
+
+    Args:
+        roles: Roles of tensors, each of which the adapter must have.
+        head: Whether the head is among them.
+        matching: A regular expression. Of the tensors with one of `roles`, only those are taken in whose name it is
+            found: r"layer\.[0-3]\." for the first four layers.
+
+    Returns:
+        What gives the tensors of a schema. It raises `SchemaError` where a role is missing, see `trained`, or no name
+        matches.
+    """
+
+    def chosen(schema: Schema) -> Schema:
+        whole = trained(schema, roles, head=head)
+        names = schema.select(roles).names()
+        left_out = {name for name in names if not re.search(matching, name)}
+        if names and left_out == names:
+            raise SchemaError(
+                f"no tensor matches {matching!r}; the adapter has {', '.join(sorted(names)[:3])} and so on"
+            )
+        return whole.select(whole.names(), but=left_out)
+
+    return chosen
 
 
 def begin(schema: Schema, adapter: Tensors, seed: int) -> State:
@@ -105,7 +128,7 @@ def begin(schema: Schema, adapter: Tensors, seed: int) -> State:
     return State(schema, adapter, seed)
 
 
-def trained(schema: Schema, roles: Iterable[Role], *, head: bool) -> Schema:
+def trained(schema: Schema, roles: Iterable[str], *, head: bool) -> Schema:
     """The tensors that are trained: those with one of `roles`, and the head if `head` and there is one.
 
     Raises:
@@ -126,7 +149,7 @@ def trained(schema: Schema, roles: Iterable[Role], *, head: bool) -> Schema:
 def uploaded(schema: Schema, plan: Plan) -> Schema:
     """The tensors that a client which follows `plan` sends back; `schema` is that of the global adapter."""
     at_rank = schema if plan.rank is None else schema.with_rank(plan.rank)
-    return at_rank.select(plan.train - plan.personal)
+    return at_rank.select(plan.train, but=plan.personal)
 
 
 def check(schema: Schema, update: Update) -> None:

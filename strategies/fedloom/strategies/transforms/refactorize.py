@@ -56,10 +56,11 @@ class Refactorize(Transform):
             ConfigError: Clients keep a factor to themselves, which would stay in the old coordinates.
         """
         plan = self.inner.plan(state, round, client)
-        if plan.personal & LORA:
+        kept = state.schema.select(plan.personal).names() & state.schema.names(*LORA)
+        if kept:
             raise ConfigError(
-                f"{type(self.inner).__name__} lets clients keep {', '.join(sorted(plan.personal & LORA))}, and a "
-                "refactorization rewrites both factors of a pair together; leave one of the two out"
+                f"{type(self.inner).__name__} lets clients keep {', '.join(sorted(kept)[:3])}, and a refactorization "
+                "rewrites both factors of a pair together; leave one of the two out"
             )
         return plan
 
