@@ -12,59 +12,71 @@ from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
 __all__ = ["Composed", "Transform"]
 
 
-class Transform(Strategy):
-    """The inner strategy, but for the methods that a subclass replaces. Subclasses are frozen dataclasses."""
+class _Around(Strategy):
+    """All of another strategy, but for the methods that a subclass replaces."""
 
-    inner: Strategy
+    def _inside(self) -> Strategy:
+        raise NotImplementedError
 
     @property
     def traits(self) -> Traits:
-        """The inner strategy's."""
-        return self.inner.traits
+        """That strategy's."""
+        return self._inside().traits
 
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
-        """The inner strategy's state.
+        """That strategy's state.
 
         Raises:
-            SchemaError: See the inner strategy.
+            SchemaError: See that strategy.
         """
-        return self.inner.init(schema, adapter, seed)
+        return self._inside().init(schema, adapter, seed)
 
     def plan(self, state: State, round: int, client: str) -> Plan:
-        """The inner strategy's plan."""
-        return self.inner.plan(state, round, client)
+        """That strategy's plan."""
+        return self._inside().plan(state, round, client)
 
     def fold(self, state: State, acc: Any, update: Update) -> Any:
-        """What the inner strategy folds.
+        """What that strategy folds.
 
         Raises:
-            SchemaError: See the inner strategy.
+            SchemaError: See that strategy.
             UpdateRejected: Likewise.
         """
-        return self.inner.fold(state, acc, update)
+        return self._inside().fold(state, acc, update)
 
     def commit(self, state: State, acc: Any) -> State:
-        """What the inner strategy commits.
+        """What that strategy commits.
 
         Raises:
-            ProtocolError: See the inner strategy.
+            ProtocolError: See that strategy.
         """
-        return self.inner.commit(state, acc)
+        return self._inside().commit(state, acc)
 
     def result(self, state: State) -> Tensors:
-        """The inner strategy's result."""
-        return self.inner.result(state)
+        """That strategy's result."""
+        return self._inside().result(state)
 
 
-class Composed(Transform):
+class Transform(_Around):
+    """All of `inner`, but for the methods that a subclass replaces. Subclasses are frozen dataclasses."""
+
+    inner: Strategy
+
+    def _inside(self) -> Strategy:
+        return self.inner
+
+
+class Composed(_Around):
     """A strategy put together from transforms: make a frozen dataclass of it, with options as fields, and `build`.
 
     `build` is called once, when an instance is made, so that bad options are refused there.
     """
 
+    _built: Strategy
+
     def __post_init__(self) -> None:
         """Put it together."""
-        object.__setattr__(self, "inner", self.build())
+        object.__setattr__(self, "_built", self.build())
 
     def build(self) -> Strategy:
         """The strategy that these options stand for.
@@ -73,3 +85,6 @@ class Composed(Transform):
             ConfigError: An option is out of range, or the transforms do not go together.
         """
         raise NotImplementedError(f"define {type(self).__name__}.build() and return a strategy")
+
+    def _inside(self) -> Strategy:
+        return self._built
