@@ -109,8 +109,8 @@ class Traits:
 class Strategy(Protocol):
     """How a round is planned and how updates become the next adapter.
 
-    Subclass it, or `fedloom.strategies.transforms.transform.Composed` to put a strategy together from transforms. `acc` is
-    whatever `fold` builds up; it lives only within a round and never leaves memory. Keep it O(adapter), not
+    Subclass it, or `Composed` of `fedloom.strategies.transforms.transform` to put a strategy together from transforms.
+    `acc` is whatever `fold` builds up; it lives only within a round and never leaves memory. Keep it O(adapter), not
     O(clients), unless the method must compare updates (Krum, median).
     """
 

@@ -144,7 +144,7 @@ class Undeclared(ServerOptimizer):
     [
         (
             lambda: ServerOptimizer(FedAvg(), cast(Optimizer, "adamw"), 0.1),
-            "is 'adamw'; choose one of momentum, adagrad, adam, yogi",
+            "optimizer is 'adamw'; choose one of",
         ),
         (lambda: ServerOptimizer(FedAvg(), "adam", 0.0), "learning rate 0.0 and tau 0.001; both must be positive"),
         (lambda: ServerOptimizer(FedAvg(), "adam", np.nan), "both must be positive"),

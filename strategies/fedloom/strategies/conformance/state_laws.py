@@ -66,10 +66,9 @@ class StateLaws(Battery):
         for _ in range(ROUNDS):
             state = run_round(strategy, state, self.updates(strategy, state))
             found = strategy.result(state)
-            model = effective(state.schema, found)
 
             result_schema(state.schema, found)
-            assert_close(broadcast_model(strategy, state), model)
+            assert_close(broadcast_model(strategy, state), effective(state.schema, found))
             stored = load(save(dict(found)))
             again = self.strategy().result(state_from_bytes(state_to_bytes(state), state.schema))
             assert_same(again, found)
