@@ -11,6 +11,7 @@ A strategy never sees a socket, a file, a clock or a tensor library. The coordin
 The same inputs give the same outputs, bit for bit: the coordinator replays them after a crash.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -119,6 +120,7 @@ class Strategy(Protocol):
         """What it declares; a class attribute will do."""
         return Traits()
 
+    @abstractmethod
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
         """The state before the first round.
 
@@ -126,9 +128,11 @@ class Strategy(Protocol):
             SchemaError: The schema lacks what this strategy needs.
         """
 
+    @abstractmethod
     def plan(self, state: State, round: int, client: str) -> Plan:
         """What `client` does in `round` (counted from 0)."""
 
+    @abstractmethod
     def fold(self, state: State, acc: Any, update: Update) -> Any:
         """The accumulator after one more update; `acc` is None for the first.
 
@@ -136,6 +140,7 @@ class Strategy(Protocol):
         again.
         """
 
+    @abstractmethod
     def commit(self, state: State, acc: Any) -> State:
         """The state after the round: a new adapter and `round` one higher."""
 

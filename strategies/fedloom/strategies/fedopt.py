@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from fedloom.core.registry import build
 from fedloom.strategies.api import Strategy
-from fedloom.strategies.registry import load
 from fedloom.strategies.transforms.server_optimizer import Optimizer, ServerOptimizer
 from fedloom.strategies.transforms.transform import Composed
 
@@ -40,5 +40,5 @@ class FedOpt(Composed):
 
     def build(self) -> Strategy:
         """The optimizer around the average."""
-        averaged = load(self.inner, {"train_head": self.train_head})
+        averaged = build("strategies", self.inner, {"train_head": self.train_head})
         return ServerOptimizer(averaged, self.optimizer, self.learning_rate, self.beta1, self.beta2, self.tau)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedloom.core.errors import ConfigError, ProtocolError
+from fedloom.core.registry import build
 from fedloom.core.schema import Schema, Tensors
 from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
-from fedloom.strategies.registry import load
 from fedloom.strategies.transforms.average import check, uploaded
 from fedloom.strategies.transforms.transform import Transform
 
@@ -134,4 +134,4 @@ def named(rule: Rule, num_byzantine: int, inner: str, train_head: bool) -> Robus
     Raises:
         ConfigError: There is no such strategy, or see `Robust`.
     """
-    return Robust(load(inner, {"train_head": train_head}), rule, num_byzantine)
+    return Robust(build("strategies", inner, {"train_head": train_head}), rule, num_byzantine)
