@@ -30,7 +30,7 @@ from rich.console import Console
 from fedloom.client.data.partition import partition
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.core.codecs import codec
 from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.errors import UpdateRejected

@@ -30,7 +30,8 @@ from transformers import (
 
 from fedloom.client.assets.fetch import fetch
 from fedloom.client.data.rows import Rows
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
 from fedloom.core.config.run import AdapterSection, ModelSection, Spec, Task
 

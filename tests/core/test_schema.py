@@ -24,9 +24,11 @@ SCHEMA = Schema(
 DIGEST = "c1f57fd17329c150429cfc3e744ee7e824568b0df0cf95029396c6eb1ce8a642"
 ROW = ["a", "m", "lora_A", [2, 3]]
 
+ROLES = sorted(SCHEMA.roles | {Role.BASE_A, Role.BASE_B, "scale"})
+
 names = st.text(min_size=1, max_size=40)
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
-specs = st.builds(TensorSpec, names, names, st.sampled_from(Role), shapes)
+specs = st.builds(TensorSpec, names, names, st.sampled_from(ROLES), shapes)
 schemas = st.builds(
     Schema,
     st.lists(specs, max_size=6, unique_by=lambda spec: spec.name).map(tuple),

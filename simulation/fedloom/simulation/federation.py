@@ -12,7 +12,9 @@ from fedloom.client.data.partition import partition
 from fedloom.client.data.rows import Rows, documents, picture
 from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.eval.held_out import held_out
-from fedloom.client.models.load import AdapterModel, base_digest, load_model, resolve_base
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.base_folder import base_digest, resolve_base
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy, SecureAggregationPolicy
 from fedloom.client.secagg.identity_key import load_identity, public_text
 from fedloom.core.config.run import DataSection, RunConfig, Spec

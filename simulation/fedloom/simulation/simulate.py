@@ -15,8 +15,8 @@ import torch
 
 from fedloom.client.data.rows import digest
 from fedloom.client.eval.confusion import classes_document
+from fedloom.client.models.base_folder import resolve_base
 from fedloom.client.models.export import facts, load_exported, predict, save_adapter
-from fedloom.client.models.load import resolve_base
 from fedloom.client.models.start import start_of
 from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.privacy.ledger.ledger import Ledger

@@ -14,7 +14,9 @@ from fedloom.client.data.chat import learned_spans
 from fedloom.client.data.records import Turns
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import IGNORED, collate, encode
-from fedloom.client.models.load import AdapterModel, base_digest, load_base, load_model
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.base_folder import base_digest
+from fedloom.client.models.load import load_base, load_model
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.auditing.audit import _through_the_model
 from fedloom.client.privacy.dp_sgd.grad_sample import recording

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import IGNORED
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.dp_sgd import probe as module
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape

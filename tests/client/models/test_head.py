@@ -17,8 +17,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import load_exported, save_adapter
-from fedloom.client.models.load import AdapterModel, load_base, load_model
+from fedloom.client.models.load import load_base, load_model
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 from fedloom.core.schema import Role, Schema, Start

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import save_merged
-from fedloom.client.models.load import MODELS, AdapterModel
+from fedloom.client.models.load import MODELS
 from fedloom.core.config.run import AdapterSection, ModelSection, Task
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.schema import Role
@@ -96,7 +97,7 @@ def test_quantised_and_endless_weights_are_refused(build_model: Any, tmp_path: P
         save_merged(adapted, tmp_path / "model", {})
 
     diverged = build_model(AdapterSection(rank=2))
-    name = next(each.name for each in diverged.schema.tensors if each.role is Role.LORA_B)
+    name = next(each.name for each in diverged.schema.tensors if each.role == Role.LORA_B)
     diverged.load({name: np.full(diverged.slots[name].spec.shape, np.nan, np.float32)})
     with pytest.raises(ModelError, match="cannot be merged"):
         save_merged(diverged, tmp_path / "model", {})

@@ -14,7 +14,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from fedloom.client.data.rows import Rows
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import ComputePolicy, Policy, load_policy
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger

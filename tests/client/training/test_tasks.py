@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import IGNORED, collate, encode
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import load_exported, predict, save_adapter
-from fedloom.client.models.load import AdapterModel, load_base, load_model
+from fedloom.client.models.load import load_base, load_model
 from fedloom.client.training.trainer import evaluate
 from fedloom.core.config.run import AdapterSection, ModelSection, Task
 from fedloom.core.errors import ModelError

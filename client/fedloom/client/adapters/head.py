@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedloom.client.adapters.api import Slot, schema_name
+from fedloom.client.adapters.slot import Slot, schema_name
 from fedloom.core.config.run import LANGUAGE, Task
 from fedloom.core.errors import ModelError
 from fedloom.core.schema import Role, Start, TensorSpec

@@ -12,8 +12,10 @@ import numpy as np
 from fedloom.client.data.load import Split, load_rows
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, encode
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.base_folder import base_digest, resolve_base
 from fedloom.client.models.export import load_exported
-from fedloom.client.models.load import AdapterModel, base_digest, load_model, resolve_base
+from fedloom.client.models.load import load_model
 from fedloom.client.training.trainer import Score, evaluate
 from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig

@@ -14,7 +14,8 @@ import torch
 from peft import PeftModel
 
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
-from fedloom.client.models.load import MODELS, AdapterModel, load_base
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.load import MODELS, load_base
 from fedloom.client.models.wide_adapter import widen
 from fedloom.client.training.losses import positions
 from fedloom.core.config.run import RunConfig, Spec, Task

@@ -15,7 +15,7 @@ import torch
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.rng import Entropy
 from fedloom.client.training.losses import per_example, positions
 from fedloom.core.privacy.gaussian import UNITS, deviation

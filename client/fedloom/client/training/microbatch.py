@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fedloom.client.data.tokens import collate
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.probe import BatchLoss, made_up
 from fedloom.client.training.device import free_bytes, kept_bytes, out_of_memory
 from fedloom.core.config.run import Spec

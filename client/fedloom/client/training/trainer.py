@@ -14,7 +14,8 @@ from torch import nn
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches, uniform_microbatches
 from fedloom.client.eval.confusion import MOST_CLASSES, Confusion, count
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.optimizers.api import noise_std, optimizer_of
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.auditing.attacks import rehearse
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, recording
@@ -234,9 +235,6 @@ class Trainer:
 
     def _upload(self, assignment: Assignment, broadcast: Tensors) -> Schema:
         """The schema of the round's delta, once it is sure that the round can be trained."""
-        if not self.model.schema.select(assignment.train).tensors:
-            asked, has = (", ".join(sorted(roles)) for roles in (assignment.train, self.model.schema.roles))
-            raise ProtocolError(f"the coordinator asks to train {asked}; this adapter has {has}")
         schema = upload_schema(self.model.schema, assignment)
         missing = [spec.name for spec in schema.tensors if spec.name not in broadcast]
         if missing:
@@ -277,9 +275,7 @@ class Trainer:
             {"params": [each for each in parameters if each not in head], "lr": left * rate},
             {"params": [each for each in parameters if each in head], "lr": left * (train.head_learning_rate or rate)},
         ]
-        if train.optimizer == "adam":
-            return torch.optim.Adam(groups, lr=rate)
-        return torch.optim.SGD(groups, lr=rate, momentum=train.momentum)
+        return optimizer_of(train).make(groups, noise_std(self.spec, self.policy.data.declared_examples))
 
     def _sample(self, entropy: Entropy) -> Indices:
         """One Poisson sample: each example on its own with the public rate."""

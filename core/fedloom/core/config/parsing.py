@@ -2,15 +2,17 @@
 
 import difflib
 import json
+import math
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
+from fedloom.core import registry
 from fedloom.core.errors import ConfigError
 
-__all__ = ["FileName", "FilePath", "Section", "explain", "parse", "read_json", "read_toml"]
+__all__ = ["FileName", "FilePath", "OpenSection", "Section", "explain", "parse", "read_json", "read_toml"]
 
 M = TypeVar("M", bound=BaseModel)
 P = TypeVar("P", str, Path)
@@ -20,6 +22,31 @@ class Section(BaseModel):
     """One table of a file: frozen, numbers are finite, and strangers are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class OpenSection(Section):
+    """One table that names a component: keys beyond its own are that component's options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _plain(self) -> Self:
+        for key, value in (self.model_extra or {}).items():
+            values = value if isinstance(value, list | tuple) else [value]
+            if not all(isinstance(each, bool | int | float | str) for each in values):
+                raise ValueError(f"{key} must be a number, a text, true or false, or a list of those")
+            if any(isinstance(each, float) and not math.isfinite(each) for each in values):
+                raise ValueError(f"{key} must be finite")
+        return self
+
+    def options(self, group: str, name: str) -> dict[str, Any]:
+        """What this table has of the options of a component: all keys beyond its own, and of its own those it takes.
+
+        Raises:
+            ConfigError: There is no such component here.
+        """
+        own = type(self).model_fields.keys() & registry.options_model(group, name).model_fields.keys()
+        return {key: getattr(self, key) for key in own} | dict(self.model_extra or {})
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from fedloom.core.config.file_format import Form
-from fedloom.core.config.parsing import FileName, Section, explain, parse, read_toml
+from fedloom.core.config.parsing import FileName, OpenSection, Section, explain, parse, read_toml
 from fedloom.core.config.start import StartSection
 from fedloom.core.errors import ConfigError
 from fedloom.core.limits import MAX_CLIENTS, MAX_RANK, MAX_ROUNDS, MAX_SPEC_BYTES
@@ -99,11 +99,11 @@ class ModelSection(Section):
         return found
 
 
-class AdapterSection(Section):
-    """[adapter]: which parameters are trained."""
+class AdapterSection(OpenSection):
+    """[adapter]: which parameters are trained. Other keys are options of the kind."""
 
-    kind: Literal["lora", "bias", "head"] = "lora"
-    """lora: low-rank pairs. bias: every bias vector of the encoder (BitFit). head: the head alone."""
+    kind: str = "lora"
+    """Name of an installed adapter kind; see `fedloom components list adapters`."""
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
     """LoRA rank r."""
     alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
@@ -113,15 +113,16 @@ class AdapterSection(Section):
     output. "auto": those that PEFT has for the base model's kind, and all where it has none."""
 
 
-class TrainSection(Section):
-    """[train]: local training on each client in each round."""
+class TrainSection(OpenSection):
+    """[train]: local training on each client in each round. Other keys are options of the optimiser."""
 
     steps: int = Field(ge=1, le=100_000)
     """Optimiser steps per round: public, the same for every client."""
     sampling_rate: float = Field(ge=1e-9, le=1)
     """Poisson rate q: each step includes each example with this probability. Public."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """Local optimiser; its state starts anew each round."""
+    optimizer: str = "sgd"
+    """Name of an installed local optimiser, see `fedloom components list optimizers`; its state starts anew each
+    round."""
     learning_rate: float = Field(ge=1e-9, le=1e4)
     """Local learning rate."""
     head_learning_rate: float | None = Field(default=None, ge=1e-9, le=1e4)
@@ -337,8 +338,6 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Spec":
-        if self.adapter.kind == "head" and self.model.head == "frozen":
-            raise ValueError('adapter.kind = "head" with a frozen head trains nothing; set model.head = "train"')
         if self.secure_aggregation.enabled and self.wire.upload != "fp32":
             raise ValueError(
                 f'wire.upload = "{self.wire.upload}" with secure_aggregation.enabled = true, whose updates are sent as '

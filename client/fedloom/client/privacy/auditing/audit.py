@@ -21,7 +21,7 @@ from torch import nn
 
 from fedloom.client.data.images import noise_picture
 from fedloom.client.data.rows import Rows
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.auditing.attacks import Attack, Make, Verdict
 from fedloom.client.privacy.auditing.lower_bounds import Family, gaussian_epsilon, least_separation, rates

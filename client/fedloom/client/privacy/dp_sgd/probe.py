@@ -20,7 +20,7 @@ from torch import nn
 
 from fedloom.client.data.rows import Indices
 from fedloom.client.data.tokens import IGNORED, Encoded, collate, uniform_microbatches
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Seeded
