@@ -260,7 +260,7 @@ def _field(make: Callable[..., Any], parameter: inspect.Parameter, about: str | 
     factories = {each.name: each.default_factory for each in fields(make)} if is_dataclass(make) else {}
     factory = factories.get(parameter.name, MISSING)
     if factory is not MISSING:
-        return cast(FieldInfo, Field(default_factory=cast(Callable[[], Any], factory), description=about))
+        return cast(FieldInfo, Field(default_factory=factory, description=about))
     return cast(FieldInfo, Field(... if parameter.default is parameter.empty else parameter.default, description=about))
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
-from fedloom.core.codecs import codec
+from fedloom.core.codecs import installed
 from fedloom.core.config.parsing import explain
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.errors import ProtocolError
@@ -144,7 +144,7 @@ def checked_assignment(fields: AssignmentFields) -> Assignment:
         base_rank=fields.base_rank,
         local=local,
         broadcast_roles=_words(fields.broadcast_roles),
-        broadcast_codec=codec(fields.broadcast_codec[:MAX_NAME_LENGTH]).name,
+        broadcast_codec=installed(fields.broadcast_codec[:MAX_NAME_LENGTH]),
         broadcast_digest=checked_digest(fields.broadcast_digest, "broadcast"),
         broadcast_bytes=checked_size(fields.broadcast_bytes),
         upload_codec=_upload_codec(fields.upload_codec),
@@ -225,7 +225,7 @@ def _score(figures: Sequence[float]) -> tuple[float, ...]:
 
 def _upload_codec(name: str) -> str:
     """The name of a codec, or of a masked update, which no codec can read."""
-    return name if name == MASKED else codec(name[:MAX_NAME_LENGTH]).name
+    return name if name == MASKED else installed(name[:MAX_NAME_LENGTH])
 
 
 def _words(words: Iterable[str]) -> frozenset[str]:

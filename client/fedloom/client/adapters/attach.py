@@ -7,7 +7,6 @@ from peft import PeftModel
 from fedloom.client.adapters import head
 from fedloom.client.adapters.api import Adapter, Host
 from fedloom.client.adapters.slot import Slot
-from fedloom.core import registry
 from fedloom.core.config.run import AdapterSection
 from fedloom.core.errors import ModelError
 
@@ -20,7 +19,7 @@ def adapter_of(section: AdapterSection) -> Adapter:
     Raises:
         ConfigError: There is no such kind here, or it refuses its options.
     """
-    made: Adapter = registry.build("adapters", section.kind, section.options("adapters", section.kind))
+    made: Adapter = section.built()
     return made
 
 

@@ -6,7 +6,6 @@ that are clipped and noised already, so its state is post-processing and costs n
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fedloom.core import registry
 from fedloom.core.config.run import Spec, TrainSection
 
 if TYPE_CHECKING:
@@ -53,5 +52,5 @@ def optimizer_of(train: TrainSection) -> Optimizer:
     Raises:
         ConfigError: There is no such optimiser here, or it refuses its options.
     """
-    made: Optimizer = registry.build("optimizers", train.optimizer, train.options("optimizers", train.optimizer))
+    made: Optimizer = train.built()
     return made

@@ -11,7 +11,7 @@ from fedloom.client.policy import Policy
 from fedloom.core.codecs import codec
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.errors import PolicyError, ProtocolError
-from fedloom.core.schema import Array, Role, Schema, Tensors
+from fedloom.core.schema import Array, Schema, Tensors
 from fedloom.proto.checks import overridden
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema
 
@@ -31,7 +31,7 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
         [train] with what the assignment overrides for this round.
 
     Raises:
-        ProtocolError: It trains, keeps or broadcasts what this adapter has not, or keeps what it does not train.
+        ProtocolError: It trains or keeps what this adapter has not, or keeps what it does not train.
         PolicyError: The round is none of the run, a rank does not fit the adapter, the broadcast would not fit into
             compute.memory_mib, or an override is out of range. Nothing was fetched or charged.
     """
@@ -113,8 +113,7 @@ def _longest(matrix: Array, axis: int) -> float:
 
 def _check_selections(schema: Schema, assignment: Assignment) -> None:
     trained, kept = schema.select(assignment.train), schema.select(assignment.personal)
-    sent = assignment.broadcast_roles - {Role.BASE_A, Role.BASE_B}
-    unknown = schema.unknown(assignment.train | assignment.personal | sent)
+    unknown = schema.unknown(assignment.train | assignment.personal)
     if unknown or not trained.tensors or not kept.names() <= trained.names():
         asked = ", ".join(sorted(assignment.train | assignment.personal))[:200]
         raise ProtocolError(

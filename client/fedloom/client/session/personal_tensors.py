@@ -59,8 +59,9 @@ class Personal:
         """
         asked = self.of(run).keys() & self._schema.select(assignment.train, but=assignment.personal).names()
         if asked:
+            what = ", ".join(sorted(self._schema.words(asked)))
             raise PolicyError(
-                f"the coordinator asks for an update of {', '.join(sorted(asked))} in round {assignment.round + 1}; "
+                f"the coordinator asks for an update of {what} in round {assignment.round + 1}; "
                 "that was personal in a round of this run before, and what is personal never leaves this site. Ask "
                 "the coordinator's operator for a strategy that keeps its personal tensors for the whole run"
             )

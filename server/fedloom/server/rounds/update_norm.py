@@ -4,7 +4,6 @@ import math
 from functools import lru_cache
 from typing import Any
 
-from fedloom.core import registry
 from fedloom.core.config.run import RunConfig, TrainSection
 from fedloom.proto.checks import overridden
 from fedloom.server.rounds.broadcast import Order
@@ -47,5 +46,4 @@ def largest_norm(config: RunConfig, order: Order, declared_examples: int) -> flo
 @lru_cache(maxsize=64)
 def _optimizer(train: str) -> Any:
     """The optimiser of [train], given as JSON: looked up once, and not for every update."""
-    section = TrainSection.model_validate_json(train)
-    return registry.build("optimizers", section.optimizer, section.options("optimizers", section.optimizer))
+    return TrainSection.model_validate_json(train).built()

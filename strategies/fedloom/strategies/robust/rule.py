@@ -7,9 +7,9 @@ from typing import ClassVar
 import numpy as np
 
 from fedloom.core.errors import ConfigError, ProtocolError
+from fedloom.core.registry import build
 from fedloom.core.schema import Schema, Tensors
 from fedloom.strategies.api import Plan, State, Strategy, Update
-from fedloom.strategies.registry import load
 from fedloom.strategies.result import result
 from fedloom.strategies.transforms.average import check, uploaded
 
@@ -145,4 +145,4 @@ def named(rule: Rule, num_byzantine: int, inner: str, train_head: bool) -> Robus
     Raises:
         ConfigError: There is no such strategy, or see `Robust`.
     """
-    return Robust(load(inner, {"train_head": train_head}), rule, num_byzantine)
+    return Robust(build("strategies", inner, {"train_head": train_head}), rule, num_byzantine)
