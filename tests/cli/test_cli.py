@@ -314,6 +314,15 @@ def test_the_round_benchmark_ends_with_its_figures() -> None:
     assert document["tls"] is False
 
 
+def test_the_rounds_benchmark_ends_with_its_figures() -> None:
+    document = figures("rounds", "--clients", "64", "--rounds", "2")
+
+    parts = document["playing_s_per_round"] + document["folding_s_per_round"]
+    assert document["state_machine_s_per_round"] == parts > 0
+    assert document["growth_per_doubling"] > 0
+    assert (document["clients"], document["rounds"]) == (64, 2)
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(900)  # it measures, and a busy machine must not fail it
 def test_the_step_benchmark_ends_with_its_figures() -> None:
