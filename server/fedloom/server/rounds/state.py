@@ -211,13 +211,18 @@ class Rounds:
         return frozenset(client for client, reason in self.lost.items() if reason == "rejected")
 
     @property
+    def next(self) -> int:
+        """The round that is open or comes next: while one is being committed, the one after it."""
+        return self.round + (self.phase == "closed")
+
+    @property
     def oldest(self) -> int:
         """The oldest round whose updates are taken: whoever trains for an earlier one trains for nothing.
 
         Between two rounds nobody trains whose update would still be taken, since a buffered round opens at once while
         anybody is at work.
         """
-        return max(0, self.round - (self.max_staleness or 0))
+        return max(0, self.next - (self.max_staleness or 0))
 
     def takes_from(self, client: str) -> bool:
         """Whether the open round still takes an update from this client; one that was lost may come back."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedloom.core.codecs import codec
 from fedloom.core.config.run import Spec
-from fedloom.core.errors import CodecError, ProtocolError, SchemaError, UpdateRejected
+from fedloom.core.errors import CodecError, Overloaded, ProtocolError, SchemaError, UpdateRejected
 from fedloom.core.runtime.failpoints import failpoint
 from fedloom.core.schema import Tensors
 from fedloom.core.secagg.fixed_point import masked_bytes
@@ -28,6 +28,9 @@ __all__ = [
     "expected_bytes",
     "is_repeat",
 ]
+
+_COMMITTING_S = 0.5
+"""When to come back to a coordinator that commits."""
 
 
 def is_repeat(header: UpdateHeader, accepted: UpdateAccepted | None) -> bool:
@@ -49,17 +52,20 @@ def check_address(header: UpdateHeader, rounds: Rounds) -> None:
 
     Raises:
         ProtocolError: It is late, early, or nobody asked for it.
+        Overloaded: It will count in the next buffered round, once the one that is being committed is over.
         UpdateRejected: This client's update was refused in this round before.
     """
     client, is_open = header.client, rounds.phase == "open"
     known = rounds.starts.get(client) == header.round  # only in buffered rounds: made for this or an earlier one
+    if known and rounds.phase == "closed" and header.round >= rounds.oldest:
+        raise Overloaded(f"round {rounds.round + 1} is being committed; send the update again soon", _COMMITTING_S)
     if not is_open or not (header.round == rounds.round or known):
         whose = f"update of client {client!r} is for round {header.round + 1}"
-        if header.round < rounds.round:
+        if header.round < rounds.next:
             limit = "" if rounds.max_staleness is None else f" or more than {rounds.max_staleness} rounds ago"
             raise ProtocolError(f"{whose}, which was closed without it{limit}; drop it and ask for work")
         raise ProtocolError(
-            f"{whose}, but round {rounds.round + 1} is {'open' if is_open else 'next and not open'}; "
+            f"{whose}, but round {rounds.next + 1} is {'open' if is_open else 'next and not open'}; "
             "drop it and ask for work"
         )
     if client not in rounds.cohort or (rounds.starts and not known):
