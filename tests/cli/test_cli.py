@@ -309,6 +309,8 @@ def test_the_round_benchmark_ends_with_its_figures() -> None:
 
     assert 0 < document["median_ms"] <= document["p95_ms"]
     assert document["mean_ms"] > 0
+    assert document["ratio_to_raw_grpc"] > 0
+    assert document["raw_grpc_ms"] > 0
     assert (document["rounds"], document["clients"], document["parameters"]) == (5, 2, 786_432)
     assert document["durable"] is False
     assert document["tls"] is False

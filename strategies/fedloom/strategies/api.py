@@ -89,6 +89,9 @@ class Strategy(Protocol):
     - `unweighted`: every update counts once, whatever its weight; a run that weighs clients by examples is refused.
     - `least_updates`: a number, 1 where it is absent. `commit` raises `ProtocolError` for fewer updates, and a run
       whose `rounds.min_clients` is below it is refused.
+    - `check`: a method (state, update) that raises `UpdateRejected` or `SchemaError` for an update that `fold` or
+      `commit` could not take. An update whose tensors have the right names and shapes, finite values and a usable
+      weight is taken where it is absent. It is called once for each update, by several threads at a time.
     - `result`: a method that gives the model of a state, what a client has that loads it: the adapter, and for a
       strategy that corrects frozen weights MODULE.base_A and MODULE.base_B of every pair. Where it is absent, it is the
       adapter and what `memory` holds under these names. It is what a run scores, sends at its end and exports; a plan

@@ -16,8 +16,9 @@ from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.messages import UpdateHeader
 from fedloom.server.rounds.broadcast import Order
 from fedloom.server.rounds.state import Rounds, UpdateAccepted
-from fedloom.server.strategy_errors import try_fold
+from fedloom.server.strategy_errors import check_update
 from fedloom.strategies.api import State, Strategy, Update
+from fedloom.strategies.transforms.average import check
 
 __all__ = [
     "check_address",
@@ -145,7 +146,7 @@ def decoded(
 
     Args:
         name: The strategy's, as the run file names it.
-        strategy: Folds the update once for trial, so that what it would refuse is refused before it counts.
+        strategy: Refuses what it cannot fold, if it declares `check`.
         state: Its state in the round that the update would count in.
         order: What the client was asked to do.
         payload: The encoded change, of the right length.
@@ -153,18 +154,19 @@ def decoded(
         max_norm: Bound on the L2 norm over all tensors.
 
     Raises:
-        UpdateRejected: The values are not finite, do not decode, are beyond the bound, lead where the codec of
-            broadcasts cannot follow, or the strategy refuses them.
+        UpdateRejected: The weight is not usable, or the values are not finite, do not decode, are beyond a bound, lead
+            where the codec of broadcasts cannot follow, or the strategy refuses them.
         StrategyError: The strategy fails on them.
     """
     try:
         delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
         update = replace(update, delta=delta)
         _check_size(update, max_norm)
+        check(order.upload, update)
         _check_sendable(codec(order.assignment.broadcast_codec).largest, state.adapter, update)
     except (CodecError, SchemaError) as error:
         raise UpdateRejected(str(error)) from error
-    try_fold(name, strategy, state, update)
+    check_update(name, strategy, state, update)
     return update
 
 
