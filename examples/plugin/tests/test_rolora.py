@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from fedloom.strategies.registry import available, load
 from fedloom_rolora import RoLoRA
 
 from fedloom.core.errors import SchemaError
 from fedloom.core.schema import Role
 from fedloom.strategies.conformance import StrategyConformance, effective, respond, run_round
-from fedloom.strategies.registry import available, load
 from fedloom.strategies.start import starting_adapter
 
 

@@ -6,9 +6,9 @@ from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.accounting import calibrate, epsilon
 from fedloom.core.privacy.spends import evaluation_spend, evaluations
+from fedloom.core.registry import build
 from fedloom.server.privacy.user_ledger import settled
 from fedloom.strategies.api import Strategy
-from fedloom.strategies.registry import load
 from fedloom.strategies.transforms.noise import KEY_BYTES
 from fedloom.strategies.transforms.norm_bound import NormBound
 from fedloom.strategies.transforms.user_level_dp import UserLevel
@@ -50,7 +50,7 @@ def _takes_weights(config: RunConfig) -> bool:
     if not config.privacy.enabled or config.secure_aggregation.enabled or config.user_level.enabled:
         return False
     try:
-        return not getattr(load(config.strategy.name, config.strategy.options), "unweighted", False)
+        return not getattr(build("strategies", config.strategy.name, config.strategy.options), "unweighted", False)
     except ConfigError:
         return True  # whoever builds it says what is wrong; a site that only looks at the run need not have it
 
@@ -66,7 +66,8 @@ def build_strategy(config: RunConfig) -> Strategy:
     """
     if "train_head" in config.strategy.options:
         raise ConfigError('strategy.options.train_head is not yours to set; use model.head = "train" or "frozen"')
-    strategy = load(config.strategy.name, {**config.strategy.options, "train_head": config.model.head == "train"})
+    options = {**config.strategy.options, "train_head": config.model.head == "train"}
+    strategy: Strategy = build("strategies", config.strategy.name, options)
     if config.strategy.norm_bound is not None:
         strategy = NormBound(strategy, config.strategy.norm_bound)
     user = settled(config)

@@ -31,6 +31,7 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
         [train] with what the assignment overrides for this round.
 
     Raises:
+        ProtocolError: It trains or keeps what this adapter has not, or keeps what it does not train.
         PolicyError: The round is none of the run, a rank does not fit the adapter, the broadcast would not fit into
             compute.memory_mib, or an override is out of range. Nothing was fetched or charged.
     """
@@ -40,6 +41,7 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
             f"the coordinator asks for round {assignment.round + 1} of a run of {spec.run.rounds}; rounds 1 to {last} "
             "are allowed here (run.rounds, and limits.max_rounds of the policy)"
         )
+    _check_selections(schema, assignment)
     _check_ranks(policy, schema, assignment)
     _check_memory(policy, schema, assignment)
     try:
@@ -107,6 +109,17 @@ def _beyond(what: str, most: float) -> PolicyError:
 
 def _longest(matrix: Array, axis: int) -> float:
     return float(np.linalg.norm(matrix, axis=axis).max())
+
+
+def _check_selections(schema: Schema, assignment: Assignment) -> None:
+    trained, kept = schema.select(assignment.train), schema.select(assignment.personal)
+    unknown = schema.unknown(assignment.train | assignment.personal)
+    if unknown or not trained.tensors or not kept.names() <= trained.names():
+        asked = ", ".join(sorted(assignment.train | assignment.personal))[:200]
+        raise ProtocolError(
+            f"the coordinator asks to train {asked}; this adapter has {', '.join(sorted(schema.roles))}, and only what "
+            "is trained can be kept"
+        )
 
 
 def _check_ranks(policy: Policy, schema: Schema, assignment: Assignment) -> None:
