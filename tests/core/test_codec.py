@@ -124,5 +124,5 @@ def test_ours_are_the_ones_written_down() -> None:
 
 
 def test_unknown_codec_lists_the_known_ones() -> None:
-    with pytest.raises(CodecError, match="unknown codec 'pickle'; this build has .*fp16, fp32"):
+    with pytest.raises(CodecError, match=r"unknown codec 'pickle'; this build has .*fp16, fp32"):
         codec("pickle")

@@ -66,6 +66,10 @@ def test_a_file_reads_with_its_defaults(file: Path) -> None:
         ("run.ruonds=3", r"unknown key 'run\.ruonds'; did you mean 'rounds'\?"),
         ("privcay.enabled=false", r"unknown key 'privcay'; did you mean 'privacy'\?"),
         ("data.partitoin='iid'", r"unknown key 'data\.partitoin'; did you mean 'partition'\?"),
+        ("data.zzz=3", r"unknown key 'data\.zzz'; allowed with partition '\w+': .*clients, .*partition, source"),
+        ("data.partition='idi'", r"unknown partitioner 'idi'; did you mean 'iid'\? available: dirichlet, "),
+        ("data.dirichlet_alpha=0", r"option 'dirichlet_alpha' of partitioner '\w+' is 0 .*greater than 0"),
+        ("data.classes_per_client=3", r"unknown key 'data\.classes_per_client'; allowed with"),
         ("train.zzz=3", r"unknown key 'train\.zzz'; allowed: head_learning_rate, learning_rate, .*steps"),
         ("run.rounds='many'", r"run\.rounds: .*valid integer.*received 'many'"),
         ("run.rounds=0", r"run\.rounds: .*greater than or equal to 1 \(received 0\)"),
@@ -265,3 +269,15 @@ def test_a_language_model_needs_no_labels() -> None:
 def test_a_codec_beside_a_secure_sum_is_refused(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"leave wire\.upload out"):
         load_run(file, ("secure_aggregation.enabled=true", 'wire.upload="fp16"'))
+
+
+def test_a_run_file_of_0_1_names_the_options_of_every_partitioner(file: Path) -> None:
+    written = ("data.partition='iid'", "data.dirichlet_alpha=0.5", "data.classes_per_client=2", "data.shares=[]")
+
+    loaded = load_run(file, (*written, "data.size_exponent=1.0")).data
+
+    assert loaded is not None
+    assert loaded.options == {}
+    chosen = load_run(file, ("data.partition='size'", "data.size_exponent=2.0", "data.dirichlet_alpha=0.5")).data
+    assert chosen is not None
+    assert chosen.options == {"size_exponent": 2.0}

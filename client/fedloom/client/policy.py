@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from fedloom.client.session.training_hours import check_hours
 from fedloom.core.config.file_format import Form
 from fedloom.core.config.parsing import FileName, FilePath, Section, explain, parse, read_toml
-from fedloom.core.config.run import LANGUAGE, Spec, Task
+from fedloom.core.config.run import Spec, task_traits
 from fedloom.core.errors import PolicyError
 from fedloom.core.limits import MAX_ROUNDS
 
@@ -61,7 +61,7 @@ class DataPolicy(Form):
     source: FileName
     """A file (.csv, .tsv, .jsonl or .parquet), a folder with such a file called train, a folder that Hugging Face's
     save_to_disk wrote, or pictures in a folder for each class. The columns of each task are in data.md."""
-    task: Task | None = None
+    task: str | None = None
     """What the rows are for, as model.task of a run: other runs are refused. Left out beside labels it is
     text-classification. A private run needs this and labels: what makes a row malformed is never a coordinator's to
     say."""
@@ -77,16 +77,16 @@ class DataPolicy(Form):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.task in LANGUAGE and self.labels:
-            raise ValueError(f"data.labels has {len(self.labels)} names but {self.task} predicts tokens; remove them")
+        if self.task is not None and self.labels and not task_traits(self.task).labels:
+            raise ValueError(f"data.labels has {len(self.labels)} names but {self.task} has none; remove them")
         if len(self.labels) == 1:
             raise ValueError("data.labels has one name; name at least 2, in the order of the run's model.labels")
         return self
 
     @property
-    def own_task(self) -> Task | None:
+    def own_task(self) -> str | None:
         """The task that the rows are read for whatever a run asks; None where this policy does not say all of it."""
-        if self.labels or self.task in LANGUAGE:
+        if self.labels or (self.task is not None and not task_traits(self.task).labels):
             return self.task or "text-classification"
         return None
 

@@ -16,12 +16,13 @@ import torch
 from fedloom.client.adapters.attach import check_private
 from fedloom.client.data.rows import digest
 from fedloom.client.eval.confusion import classes_document
+from fedloom.client.eval.score import Score, evaluate
 from fedloom.client.models.base_folder import resolve_base
 from fedloom.client.models.export import facts, load_exported, predict, result_name, save_result
 from fedloom.client.models.start import start_of
 from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.training.trainer import Score, batch_loss, evaluate
+from fedloom.client.training.trainer import batch_loss
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import FedloomError, ModelError
 from fedloom.core.privacy.accounting import Statement
@@ -30,7 +31,7 @@ from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.monitoring.participation import Attendance
 from fedloom.server.monitoring.progress import Progress
-from fedloom.server.monitoring.recorders.api import Recorder, ReportTo, RoundRecord, open_recorders, write_config
+from fedloom.server.monitoring.recorders.api import RecordWriter, RoundRecord, open_recorders, write_config
 from fedloom.server.monitoring.recorders.background import is_scored, round_record
 from fedloom.server.privacy.user_ledger import statement as user_statement
 from fedloom.server.rounds.state import AdapterCommitted, Event
@@ -88,7 +89,7 @@ class Result:
 class _Tape:
     """Commits waiting to be evaluated, what has been recorded, and where."""
 
-    recorders: list[Recorder]
+    recorders: list[RecordWriter]
     commits: "queue.SimpleQueue[tuple[int, State]]" = field(default_factory=queue.SimpleQueue)
     records: list[RoundRecord] = field(default_factory=list)
     events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
@@ -116,7 +117,7 @@ _AGREEMENT = 0.995
 
 
 def simulate(
-    config: RunConfig, out: Path, watcher: Watcher | None = None, *, report_to: tuple[ReportTo, ...] = ()
+    config: RunConfig, out: Path, watcher: Watcher | None = None, *, report_to: tuple[str, ...] = ()
 ) -> Result:
     """Run a federation on this machine.
 
@@ -124,7 +125,7 @@ def simulate(
         config: A run file with a [data] section.
         out: Parent of the run folder.
         watcher: Callbacks for a display.
-        report_to: Programs that get every record too.
+        report_to: Names of recorders that get every record too.
 
     Raises:
         FedloomError: Anything that stops the run; nothing is left that looks like a finished run.
@@ -133,7 +134,7 @@ def simulate(
         return _simulate(config, out, watcher or Watcher(), report_to)
 
 
-def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[ReportTo, ...]) -> Result:
+def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[str, ...]) -> Result:
     config = completed(config)
     strategy = build_strategy(config)
     check_config(config, strategy)  # as the coordinator will, but before anything is loaded or written
@@ -145,8 +146,8 @@ def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[R
         starting = start_of(config, federation.model)
         if config.privacy.enabled:
             # Every client would refuse such a model too, but once the run has begun.
-            model, section = federation.model, config.model
-            probe(model, partial(batch_loss, model), section.task, section.max_length)
+            model = federation.model
+            probe(model, partial(batch_loss, model), config.model.max_length)
     except BaseException:
         shutil.rmtree(folder)  # nothing has run, so there is nothing to keep
         raise
@@ -216,7 +217,7 @@ def _drain(federation: Federation, coordinator: Coordinator, tape: _Tape, watche
         traffic = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
         record = round_record(config, rounds, seen, federation.clients, traffic, time.monotonic() - began)
         if score is not None:
-            record = replace(record, accuracy=score.accuracy, loss=score.loss)
+            record = replace(record, accuracy=score.accuracy, loss=score.loss, metrics=dict(score.metrics) or None)
         _record(tape, watcher, record)
 
 
@@ -246,10 +247,10 @@ def _finish(
     model.show(trained)
     save_result(model, exported, {**known, "held_out_accuracy": final.accuracy})
     pad = model.tokenizer.pad_token_id
-    ours = predict(model.model, federation.held_out, pad, str(model.device))
+    ours = predict(model.model, model.task, federation.held_out, pad, str(model.device))
     base, section = resolve_base(config.model.base), config.model
     reloaded = load_exported(base, exported, len(section.labels), section.task, section.image_size)
-    agreement = float(np.mean(ours == predict(reloaded, federation.held_out, pad)))
+    agreement = float(np.mean(np.isclose(ours, predict(reloaded, model.task, federation.held_out, pad), rtol=1e-3)))
     plot(folder, f"{folder.name}: {config.strategy.name}, {len(federation.clients)} clients", tape.records)
     user_epsilon = user["epsilon"] if user else None
     result = Result(folder, tape.records, start, final, spent, user_epsilon, agreement, tape.told)
@@ -260,6 +261,7 @@ def _finish(
             "accuracy": final.accuracy,
             "accuracy_by_client": {name: score.accuracy for name, score in own.items()},
             "loss": final.loss,
+            "metrics": dict(final.metrics),
             "held_out_examples": final.examples,
             **classes_document(final.confusion, config.model.labels),
             "federated": tape.told,

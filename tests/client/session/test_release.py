@@ -19,7 +19,8 @@ from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.participant import Participant
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.codecs import codec
-from fedloom.core.config.run import FederatedEvaluationSection, Spec
+from fedloom.core.config.evaluation import FederatedEvaluationSection
+from fedloom.core.config.run import Spec
 from fedloom.core.errors import ModelError
 from fedloom.core.privacy.gaussian import Integers
 from fedloom.core.schema import Role

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
+from fedloom.client.eval.score import evaluate
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy, check_spec
 from fedloom.client.privacy.dp_sgd.rng import System
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.outbox import OutboxEntry, keep, kept
 from fedloom.client.training.local_eval import released, row_scores, split
-from fedloom.client.training.trainer import Trainer, evaluate
-from fedloom.core.config.evaluation import largest_loss
-from fedloom.core.config.run import FederatedEvaluationSection, Spec
+from fedloom.client.training.trainer import Trainer
+from fedloom.core.config.evaluation import FederatedEvaluationSection, largest_loss
+from fedloom.core.config.run import Spec
 from fedloom.core.errors import BudgetError, DataError, PolicyError
 from fedloom.core.privacy.accounting import Spend, epsilon
 from fedloom.core.privacy.gaussian import Integers

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
+from fedloom.client.eval.score import evaluate
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.api import Trained
-from fedloom.client.training.trainer import Trainer, evaluate
+from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import AdapterSection, Spec
 from fedloom.core.privacy.gaussian import deviation, longest
 from fedloom.core.schema import LORA, Array, Role

@@ -12,6 +12,7 @@ from fedloom.client.adapters.api import Adapter
 from fedloom.client.adapters.head import Head
 from fedloom.client.adapters.lora import LoRA
 from fedloom.client.adapters.slot import Slot
+from fedloom.client.tasks.api import Task
 from fedloom.core.errors import ModelError
 from fedloom.core.schema import Array, Schema, Tensors
 
@@ -34,11 +35,12 @@ class AdapterModel:
         slots: list[Slot],
         scale: float,
         device: torch.device,
+        task: Task,
         head: Head = _NO_HEAD,
         adapter: Adapter = _PAIRS,
     ) -> None:
         """Use `load_model`; the parts must belong together."""
-        self.head, self.adapter = head, adapter
+        self.task, self.head, self.adapter = task, head, adapter
         self.model = model.to(device).eval()
         self.tokenizer = tokenizer
         """What turns rows into the model's numbers; of a model of pictures their `ImageProcessor`."""

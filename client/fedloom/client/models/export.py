@@ -15,12 +15,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
+from fedloom.client.data.tokens import Encoded, collate, microbatches
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.load import MODELS, load_base, load_model
+from fedloom.client.models.load import load_base, load_model
 from fedloom.client.models.wide_adapter import widen
-from fedloom.client.training.losses import positions
-from fedloom.core.config.run import RunConfig, Spec, Task
+from fedloom.client.tasks.api import Task, task_named
+from fedloom.client.training.losses import labelled, positions
+from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.privacy.accounting import Statement
 from fedloom.core.privacy.spends import run_statement
@@ -40,6 +41,9 @@ __all__ = [
     "save_merged",
     "save_result",
 ]
+
+_SHORT = 8
+"""Tokens that any model can read: what it was trained to read was checked before."""
 
 _CARD = """# {name}
 
@@ -152,14 +156,13 @@ def save_merged(model: AdapterModel, folder: Path, facts: dict[str, Any], *, kee
         merged = whole.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"the adapter cannot be merged: {error}; the run has diverged, lower its rates") from error
-    if facts.get("task") == "causal-lm":
+    if model.task.traits.generates:
         merged.config.use_cache = True  # training had no use for it, generating has
 
     def write(draft: Path) -> None:
         merged.save_pretrained(str(draft), safe_serialization=True)
         model.tokenizer.save_pretrained(str(draft))
-        kind = MODELS[facts.get("task", "text-classification")].__name__
-        more = "" if peft else _TENSORS_CARD
+        kind, more = model.task.traits.model, "" if peft else _TENSORS_CARD
         (draft / "README.md").write_text(_MERGED_CARD.format(name=facts.get("run", "model"), kind=kind, more=more))
         if not peft:
             (draft / TENSORS).write_bytes(tensor_file(trained, result_schema(model.schema, trained), facts))
@@ -194,7 +197,7 @@ def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
         widen(folder, model.schema, model.corrections)
     _settle(folder / "adapter_config.json", facts.get("base"))
     labels = facts.get("labels", ())
-    kind = MODELS[facts.get("task", "text-classification")].__name__
+    kind = model.task.traits.model
     arguments = f", num_labels={len(labels)}" if labels else ""
     if model.head.resized:
         arguments += ", ignore_mismatched_sizes=True"  # the base model's own head is for other labels
@@ -299,7 +302,7 @@ def is_merged(folder: Path) -> bool:
 
 
 def load_exported(
-    base: Path, adapter: Path, labels: int, task: Task = "text-classification", image_size: int | None = None
+    base: Path, adapter: Path, labels: int, task: str = "text-classification", image_size: int | None = None
 ) -> PreTrainedModel | PeftModel:
     """What a user gets who follows the card: the plain base model with the saved adapter, or the merged model.
 
@@ -307,26 +310,27 @@ def load_exported(
         ModelError: The base model, or the merged one, cannot be loaded.
     """
     names = tuple(f"LABEL_{index}" for index in range(labels))
+    kind = task_named(task, names, _SHORT, image_size)
     if is_merged(adapter):
-        return load_base(adapter, task, names, image_size).model.eval()
-    plain = load_base(base, task, names, image_size).model
+        return load_base(adapter, kind).model.eval()
+    plain = load_base(base, kind).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers deprecates an attribute that peft reads
         return PeftModel.from_pretrained(plain, str(adapter)).eval()
 
 
-def predict(model: Any, encoded: Encoded, pad_id: int, device: str = "cpu") -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Predicted classes, int64, by a model with the Hugging Face call convention.
+def predict(model: Any, task: Task, encoded: Encoded, pad_id: int, device: str = "cpu") -> np.ndarray[Any, Any]:
+    """What a model with the Hugging Face call convention answers, see `Task.answer`.
 
     Returns:
         Shape (n,), one for each row; or one for each labelled token of each row in turn.
     """
-    found: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = {}
+    found: dict[int, np.ndarray[Any, Any]] = {}
     with torch.inference_mode():
         for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, encoded.evaluation_batch):
             batch = collate(encoded, part, pad_id)
             inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             scores, labels = positions(model(**inputs).logits.cpu(), batch["labels"])
-            for row, classes, labelled in zip(part, scores.argmax(-1), labels != IGNORED, strict=True):
-                found[int(row)] = classes[labelled].numpy()
+            for row, answers, places in zip(part, task.answer(scores), labelled(labels), strict=True):
+                found[int(row)] = answers[places].numpy()
     return np.concatenate([found[row] for row in range(len(encoded))])

@@ -6,52 +6,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
+from transformers import AutoConfig, PreTrainedModel
 
 from fedloom.client.adapters.api import Host
 from fedloom.client.adapters.attach import adapter_of, attach
 from fedloom.client.adapters.head import Head, check_labels, find_head
-from fedloom.client.data.images import picture_settings
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_checks import check_base
 from fedloom.client.models.base_folder import base_digest, resolve_base
 from fedloom.client.models.loading_context import quiet, repeatable
 from fedloom.client.models.quantization import keep_float32, loading, recompute_layers
 from fedloom.client.policy import ComputePolicy
+from fedloom.client.tasks.api import Task
 from fedloom.client.training.device import prepare_device
-from fedloom.core.config.run import AdapterSection, ModelSection, Task
+from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 from fedloom.core.schema import Role
 
-__all__ = ["MODELS", "ON_CPU", "TASK_TYPES", "Base", "load_base", "load_model", "load_tokenizer"]
-
-MODELS: dict[Task, Any] = {
-    "text-classification": AutoModelForSequenceClassification,
-    "token-classification": AutoModelForTokenClassification,
-    "causal-lm": AutoModelForCausalLM,
-    "instruct": AutoModelForCausalLM,
-    "image-classification": AutoModelForImageClassification,
-}
-"""The class that loads a base model for each task."""
-
-TASK_TYPES: dict[Task, str | None] = {
-    "text-classification": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-    "causal-lm": "CAUSAL_LM",
-    "instruct": "CAUSAL_LM",
-    "image-classification": None,
-}
-"""PEFT's name of each task; for the first two it saves the classification head with the adapter. It has none for
-pictures, and its names for texts would hand the model arguments that it does not take."""
+__all__ = ["ON_CPU", "Base", "load_base", "load_model"]
 
 ON_CPU = ComputePolicy(device="cpu")
 """Where simulations and exports work, whatever device there is: their results are compared."""
@@ -90,9 +63,8 @@ def load_model(model: ModelSection, adapter: AdapterSection, compute: ComputePol
     device = prepare_device(compute)
     kind = adapter_of(adapter)
     options = loading(compute, kind.traits, device)
-    base, tokenizer, head, names = load_base(
-        folder, model.task, model.labels, model.image_size, options, model.max_length
-    )
+    task: Task = model.built()
+    base, tokenizer, head, names = load_base(folder, task, options)
     check_labels(head, names, model.labels, folder)
     if model.head == "frozen" and head.new:
         raise ModelError(
@@ -100,7 +72,7 @@ def load_model(model: ModelSection, adapter: AdapterSection, compute: ComputePol
             f'({", ".join(head.modules)}); set model.head = "train"'
         )
     with repeatable():
-        peft_model, slots = attach(Host(base, head, TASK_TYPES[model.task]), adapter.kind, kind)
+        peft_model, slots = attach(Host(base, head, task.traits.peft), adapter.kind, kind)
     heads = [slot for slot in slots if slot.spec.role == Role.HEAD]
     if model.head == "frozen" and len(heads) == len(slots):
         raise ModelError(
@@ -111,17 +83,10 @@ def load_model(model: ModelSection, adapter: AdapterSection, compute: ComputePol
     keep_float32(peft_model, slots)
     if compute.gradient_checkpointing:
         recompute_layers(peft_model)
-    return AdapterModel(peft_model, tokenizer, slots, adapter.alpha / adapter.rank, device, head, kind)
+    return AdapterModel(peft_model, tokenizer, slots, adapter.alpha / adapter.rank, device, task, head, kind)
 
 
-def load_base(
-    folder: Path,
-    task: Task,
-    labels: tuple[str, ...] = (),
-    image_size: int | None = None,
-    options: Mapping[str, Any] = _FLOAT32,
-    max_length: int = 8,
-) -> Base:
+def load_base(folder: Path, task: Task, options: Mapping[str, Any] = _FLOAT32) -> Base:
     """The plain base model of a local folder, and its tokenizer, or its `ImageProcessor`.
 
     It is in float32 unless `options` of from_pretrained say otherwise. What the checkpoint lacks is the same in every
@@ -129,54 +94,29 @@ def load_base(
 
     Raises:
         ModelError: The folder has no model for the task, its weights are not those of the model that it describes, or
-            its tokenizer, its pictures or texts of `max_length` tokens do not fit the model.
+            its tokenizer, its images or texts of `task.max_length` tokens do not fit the model.
     """
-    reader = picture_settings(folder, image_size) if task == "image-classification" else load_tokenizer(folder)
+    reader, what = task.reader(folder), type(task).__name__
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
             config = AutoConfig.from_pretrained(folder, **_HERE)
             names = dict(config.id2label)
             config.use_cache = False  # keys and values of earlier calls serve generation only
-            if labels:
-                config.id2label = dict(enumerate(labels))
-                config.label2id = {name: index for index, name in enumerate(labels)}
-            kind, given = MODELS[task], {"config": config, **_REPORTED, **_HERE, **options}
+            task.configure(config)
+            kind, given = getattr(transformers, task.traits.model), {"config": config, **_REPORTED, **_HERE, **options}
             with repeatable():
                 base, report = kind.from_pretrained(folder, use_safetensors=True, **given)
     except Exception as error:  # whatever another's code makes of another's files
         if any(folder.glob("*.py")):
             raise ModelError(
-                f"base model {folder} brings code of its own, which is never run, and cannot be loaded for {task} "
+                f"base model {folder} brings code of its own, which is never run, and cannot be loaded for {what} "
                 "without it; take a model of a kind that transformers knows"
             ) from error
-        raise ModelError(f"base model {folder} cannot be loaded for {task}: {error}") from error
-    if task == "text-classification":
+        raise ModelError(f"base model {folder} cannot be loaded for {what}: {error}") from error
+    if not (task.traits.per_token or task.traits.images):
         # A decoder scores a text at its last token, which it finds by the id of the padding. Set now: some encoders
         # count positions by the id that they were built with.
         base.config.pad_token_id = reader.pad_token_id
-    check_base(base, reader, task, folder, max_length)
+    check_base(base, reader, task, folder)
     return Base(base, reader, find_head(base, report, task, folder), names)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder, with a padding token.
-
-    Raises:
-        ModelError: There is none that can be used.
-    """
-    try:
-        with warnings.catch_warnings(), quiet():
-            warnings.simplefilter("ignore")
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, use_fast=True, **_HERE)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
-    if tokenizer.pad_token_id is None:
-        # Padding is masked and never learned, so any token will do; most language models name none.
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None or not tokenizer.is_fast:
-        raise ModelError(
-            f"the tokenizer in {folder} needs a tokenizer.json and a padding or an end token; name one in "
-            "tokenizer_config.json"
-        )
-    return tokenizer

@@ -90,7 +90,7 @@ def example_bytes(model: AdapterModel, loss: BatchLoss, spec: Spec) -> int:
     Raises:
         ModelError: Not even one example fits.
     """
-    examples = made_up(model, spec.model.task, spec.model.max_length)
+    examples = made_up(model, spec.model.max_length)
     # ImageProcessor have one size; of texts the longest counts.
     longest = max(range(len(examples.input_ids)), key=lambda each: len(examples.input_ids[each]), default=0)
     batch = collate(examples, np.array([longest]), model.tokenizer.pad_token_id)

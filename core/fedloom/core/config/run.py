@@ -1,11 +1,13 @@
 """The run file: one TOML that simulate, server and every engine read; its `spec` part is what clients see."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
-from fedloom.core.config.file_format import Form
+from fedloom.core import registry
+from fedloom.core.config.data import DataSection
+from fedloom.core.config.evaluation import EvaluationSection, FederatedEvaluationSection
 from fedloom.core.config.parsing import FileName, OpenSection, Section, explain, parse, read_toml
 from fedloom.core.config.start import StartSection
 from fedloom.core.errors import ConfigError
@@ -13,12 +15,8 @@ from fedloom.core.limits import MAX_CLIENTS, MAX_RANK, MAX_ROUNDS, MAX_SPEC_BYTE
 from fedloom.core.secagg.fixed_point import FixedPoint
 
 __all__ = [
-    "LANGUAGE",
     "AdapterSection",
-    "DataSection",
     "EngineSection",
-    "EvaluationSection",
-    "FederatedEvaluationSection",
     "ModelSection",
     "PrivacySection",
     "RoundsSection",
@@ -27,18 +25,24 @@ __all__ = [
     "SecureAggregationSection",
     "Spec",
     "StrategySection",
-    "Task",
     "TrainSection",
     "UserLevelSection",
     "WireSection",
     "load_run",
+    "task_traits",
 ]
 
-Task = Literal["text-classification", "token-classification", "causal-lm", "instruct", "image-classification"]
-"""What a model is trained for."""
 
-LANGUAGE: frozenset[Task] = frozenset({"causal-lm", "instruct"})
-"""Tasks that predict the next token: they have no labels and no head of their own."""
+def task_traits(task: str) -> Any:
+    """What holds for the installed task of this name, see `fedloom.client.tasks.api.Traits`.
+
+    Raises:
+        ValueError: There is none, or it cannot be loaded.
+    """
+    try:
+        return registry.load("tasks", task).traits  # type: ignore[attr-defined]  # what is registered is a class
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 class RunSection(Section):
@@ -52,18 +56,17 @@ class RunSection(Section):
     """Seed of everything public: starting adapter, cohort, partition. Never of private noise."""
 
 
-class ModelSection(Section):
-    """[model]: the frozen base model every client holds."""
+class ModelSection(OpenSection):
+    """[model]: the frozen base model every client holds, and its task. Other keys are options of the task."""
 
+    component: ClassVar[tuple[str, str]] = ("tasks", "task")
     base: FileName
     """Local folder in Hugging Face format, a name from `fedloom assets` such as minilm-l6, or ORG/NAME in this
     machine's hub cache."""
     digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
     """Pin of the base model's files; a client whose folder differs refuses. None accepts what is found."""
-    task: Task = "text-classification"
-    """text-classification: one label for each text. token-classification: one for each word. causal-lm: the next
-    token of each text, or of each completion alone where the rows have prompts. instruct: the assistant's turns of a
-    conversation in the base model's chat template. image-classification: one label for each picture."""
+    task: str = "text-classification"
+    """Name of an installed task: what the model is trained for; see `fedloom components list tasks`."""
     labels: tuple[str, ...] = Field(default=(), max_length=10_000)
     """Label names, at least 2, which the labels in the data are, or the positions of. causal-lm and instruct have
     none."""
@@ -77,16 +80,14 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSection":
-        if self.image_size is not None and self.task != "image-classification":
-            raise ValueError(f"model.image_size is for image-classification, not {self.task}; remove it")
-        if self.task in LANGUAGE:
-            if self.labels:
-                raise ValueError(
-                    f"model.labels has {len(self.labels)} names but {self.task} predicts tokens; remove model.labels"
-                )
-            if self.head == "train":
-                raise ValueError(f'{self.task} adds no head that could be trained; set model.head = "frozen"')
-        elif len(self.labels) < 2:
+        traits = task_traits(self.task)
+        if self.image_size is not None and not traits.images:
+            raise ValueError(f"model.image_size is for images, not {self.task}; remove it")
+        if traits.generates and self.head == "train":
+            raise ValueError(f'{self.task} adds no head that could be trained; set model.head = "frozen"')
+        if self.labels and not traits.labels:
+            raise ValueError(f"model.labels has {len(self.labels)} names but {self.task} has none; remove model.labels")
+        if traits.labels and len(self.labels) < 2:
             raise ValueError(f"model.labels has {len(self.labels)} names; {self.task} needs at least 2: name them")
         return self
 
@@ -183,7 +184,7 @@ class StrategySection(Section):
     """[strategy]: how updates become the next adapter."""
 
     name: str = "fedavg"
-    """Name of a registered strategy; see `fedloom strategies list`."""
+    """Name of a registered strategy; see `fedloom components list strategies`."""
     weighting: Literal["auto", "uniform", "examples"] = "auto"
     """uniform: all clients count the same. examples: by what each declares. auto: examples in a private run, where a
     small site has the most noise; uniform in others, in secure sums, and where the strategy takes no weights."""
@@ -260,61 +261,6 @@ class SecureAggregationSection(Section):
     def fixed_point(self) -> FixedPoint:
         """The integers that updates are rounded to."""
         return FixedPoint(self.max_change, self.max_clients)
-
-
-class FederatedEvaluationSection(Section):
-    """[federated_evaluation]: clients score the adapter on rows they hold out, and release sums over them."""
-
-    enabled: bool = False
-    """True asks for it; a client whose policy has no data.held_out refuses the run."""
-    every: int = Field(default=1, ge=1, le=MAX_ROUNDS)
-    """Evaluate in the first round and every so many rounds after it, before training, and the result at the end."""
-    personalised: bool = False
-    """Evaluate after training too: the adapter as this client's own steps leave it."""
-    noise_multiplier: float = Field(default=10.0, ge=0.01, le=1000)
-    """Noise standard deviation over the most that one row adds to the released sums, which is 1. Private runs only."""
-    max_loss: float | None = Field(default=None, ge=1e-3, le=1e4)
-    """Loss in nats at which a row's is cut; noise grows with it. None: twice that of guessing a label, 10 for texts."""
-
-    def due(self, round: int) -> bool:
-        """Whether clients evaluate in this round, counted from 0."""
-        return self.enabled and round % self.every == 0
-
-    @property
-    def figures(self) -> int:
-        """Numbers a client releases: how many rows; right answers and loss of them, once or twice."""
-        return 5 if self.personalised else 3
-
-
-class DataSection(Form):
-    """[data]: the simulated federation's data; a real client's data is named in its own policy."""
-
-    source: FileName
-    """Name of a packaged data set (sentiment, newsgroups, fashion-mnist), or a folder; see data.md for its layouts."""
-    clients: int = Field(default=4, ge=1, le=MAX_CLIENTS)
-    """Number of simulated clients."""
-    partition: Literal["iid", "dirichlet", "group", "pathological", "size"] = "iid"
-    """iid: at random. dirichlet: label skew. group: by the group column, each group split by Dirichlet. pathological:
-    few labels for each client. size: at random, in unequal shares."""
-    dirichlet_alpha: float = Field(default=0.5, gt=0)
-    """Concentration of the Dirichlet label skew; small is more skewed."""
-    classes_per_client: int = Field(default=2, ge=1)
-    """pathological: labels of each client."""
-    size_exponent: float = Field(default=1.0, ge=0, le=10)
-    """size: client k gets rows in proportion to k to the power of minus this; 0 is equal."""
-    shares: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(), max_length=10_000)
-    """size: one number for each client, to which its rows are in proportion, in place of size_exponent."""
-    max_examples: int | None = Field(default=None, ge=1)
-    """Use at most this many training examples in all."""
-
-
-class EvaluationSection(Section):
-    """[evaluation]: a held-out set that whoever runs the federation has."""
-
-    every: int = Field(default=1, ge=1)
-    """Evaluate after every so many rounds, and always after the last."""
-    max_examples: int = Field(default=1000, ge=1)
-    """Held-out examples used."""
 
 
 class EngineSection(Section):
