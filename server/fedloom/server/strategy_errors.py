@@ -41,18 +41,15 @@ def blamed(name: str, doing: str, *refusals: type[FedloomError]) -> Iterator[Non
 
 
 def check_update(name: str, strategy: Strategy, state: State, update: Update) -> None:
-    """Let a strategy that declares `check` refuse an update before it counts.
+    """Let a strategy refuse an update before it counts.
 
     Raises:
         UpdateRejected: The strategy refuses it.
         StrategyError: The strategy fails on it; the tensor it looked at last is named.
     """
-    check = getattr(strategy, "check", None)
-    if check is None:
-        return
     watched = _Watched(update.delta)
     try:
-        check(state, replace(update, delta=watched))
+        strategy.check(state, replace(update, delta=watched))
     except (SchemaError, UpdateRejected) as error:
         raise UpdateRejected(str(error)) from error
     except (StoreError, MemoryError):

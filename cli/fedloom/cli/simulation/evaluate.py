@@ -77,7 +77,6 @@ def evaluate(
         from fedloom.server.build import build_strategy
         from fedloom.server.storage.verify import newest_state
         from fedloom.simulation.federation import completed
-        from fedloom.strategies.result import result
         from fedloom.strategies.state import state_from_bytes
 
         config = completed(config)
@@ -85,7 +84,7 @@ def evaluate(
         held_out = HeldOut.load(config, source, split)
         reached = state_from_bytes(content, held_out.model.schema)
         start, rounds = held_out.score_start(), reached.round
-        now = held_out.score(result(build_strategy(config), reached))
+        now = held_out.score(build_strategy(config).result(reached))
     language = task_traits(config.model.task).generates
     labels = config.model.labels
     scores = {"start": _document(start, language), "now": _document(now, language)}

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,12 +15,11 @@ from fedloom.core.errors import StoreError
 from fedloom.core.runtime.failpoints import failpoint, reach
 from fedloom.core.schema import Schema
 from fedloom.server.rounds.broadcast import Broadcasts
-from fedloom.server.rounds.fedbuff import discounted
 from fedloom.server.rounds.state import Rounds
 from fedloom.server.storage.api import Storage
 from fedloom.server.strategy_errors import blamed
 from fedloom.strategies.api import State, Strategy, Update
-from fedloom.strategies.result import result, result_schema, voided
+from fedloom.strategies.result import result_schema, voided
 from fedloom.strategies.state import state_to_bytes
 
 __all__ = ["SUM", "SUM_CODEC", "Aggregation", "NextState"]
@@ -85,7 +84,7 @@ class Aggregation:
         for client, update in self._updates(rounds, version):
             staleness = 0 if rounds.sum else rounds.round - rounds.updates[client].round
             with blamed(name, f"fold of round {number}, at client {client!r}"):
-                acc = self._strategy.fold(state, acc, discounted(update, staleness))
+                acc = self._strategy.fold(state, acc, replace(update, staleness=staleness))
         self._fresh.clear()
         reach("history.folded")
         with blamed(name, f"commit of round {number}"):
@@ -98,7 +97,7 @@ class Aggregation:
                 "committed, look at the strategy's options and at who took part"
             )
         with blamed(name, f"result of round {after.round}"):
-            result_schema(self._schema, result(self._strategy, after))
+            result_schema(self._schema, self._strategy.result(after))
         reach("history.stepped")
         stored = self._stored(rounds, state, after)
         reach("history.stored")

@@ -35,7 +35,7 @@ from fedloom.server.rounds.validation import check_address, check_score, expecte
 from fedloom.server.storage.api import Storage
 from fedloom.server.strategy_errors import blamed
 from fedloom.strategies.api import State, Strategy, Update
-from fedloom.strategies.result import result, result_schema
+from fedloom.strategies.result import result_schema
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
 from fedloom.strategies.transforms.user_level_dp import check_memory
 
@@ -103,13 +103,13 @@ class History:
         return self._ending
 
     def result(self, state: State) -> Tensors:
-        """The model of a state of this run, see `fedloom.strategies.result`.
+        """The model of a state of this run, see `Strategy.result`.
 
         Raises:
             StrategyError: The strategy gives none that fits the run's schema, or one that is not finite.
         """
         with blamed(self._config.strategy.name, f"result of round {state.round}"):
-            model = result(self._strategy, state)
+            model = self._strategy.result(state)
             result_schema(self._schema, model)
         return model
 
