@@ -68,6 +68,14 @@ class Schedule(Strategy):
         """The plan of the strategy whose turn it is."""
         return self._now(state).plan(state, round, client)
 
+    def check(self, state: State, update: Update) -> None:
+        """What the strategy whose turn it is refuses.
+
+        Raises:
+            UpdateRejected: See that strategy.
+        """
+        self._now(state).check(state, update)
+
     def fold(self, state: State, acc: Any, update: Update) -> Any:
         """What the strategy whose turn it is folds.
 
