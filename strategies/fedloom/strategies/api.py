@@ -68,7 +68,7 @@ class Update:
     start: Tensors
     """What the client started from: its plan's broadcast, float32."""
     delta: Tensors
-    """Trained value minus start, float32, for the tensors of the trained roles that are not personal."""
+    """Trained value minus start, float32, for the trained tensors that are not personal."""
     staleness: int = 0
     """Commits since that start; above 0 only with `rounds.mode = "buffered"`."""
 
