@@ -31,7 +31,7 @@ from fedloom.client.data.partitioners.api import partition
 from fedloom.client.data.partitioners.group import Group
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.core.codecs import codec
 from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.errors import UpdateRejected

@@ -32,10 +32,11 @@ from transformers import (
 
 from fedloom.client.assets.fetch import fetch
 from fedloom.client.data.rows import Rows
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
 from fedloom.core import registry
-from fedloom.core.config.run import AdapterSection, ModelSection, Spec, Task
+from fedloom.core.config.run import AdapterSection, ModelSection, Spec
 
 # Tests assert behaviour, never times: a busy machine must not fail one.
 settings.register_profile("fedloom", deadline=None)
@@ -133,7 +134,7 @@ def vision_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def build_task(small_bases: dict[str, Path]):  # type: ignore[no-untyped-def]  # a factory of AdapterModel
     """Makes a model of an architecture for a task, with a random LoRA adapter."""
 
-    def build(architecture: str, task: Task, **section: object) -> AdapterModel:
+    def build(architecture: str, task: str, **section: object) -> AdapterModel:
         values: dict[str, object] = {"base": str(small_bases[architecture]), "task": task, "max_length": 24}
         values |= {"head": "frozen"} if task == "causal-lm" else {"labels": ("O", "PER", "LOC")}
         adapter = AdapterSection(rank=2, alpha=4, targets=TARGETS[architecture])

@@ -80,7 +80,7 @@ def test_a_file_reads_with_its_defaults(file: Path) -> None:
         ("run=4", r"run: .*"),
         ("run.name='../up'", r"run\.name: .*received '\.\./up'"),
         ("train.sampling_rate=1.5", r"train\.sampling_rate: .*less than or equal to 1"),
-        ("train.optimizer='lion'", r"train\.optimizer: .*'sgd' or 'adam'.*received 'lion'"),
+        ("train.optimizer='lion'", r"train\.optimizer = 'lion': no such optimizer; allowed: adam, sgd"),
         ("train.learning_rate=inf", r"train\.learning_rate: .*finite.*received inf"),
         ("privacy.clip_norm=nan", r"privacy\.clip_norm: .*received nan"),
         ("privacy.clip_norm=inf", r"privacy\.clip_norm: .*finite.*received inf"),
@@ -130,8 +130,8 @@ def test_overrides_are_toml_values_and_plain_text_otherwise(file: Path) -> None:
 
 def test_a_head_adapter_needs_a_trained_head(file: Path) -> None:
     assert load_run(file, ("adapter.kind=head",)).adapter.kind == "head"
-    with pytest.raises(ConfigError, match=r'set model\.head = "train"'):
-        load_run(file, ("adapter.kind=head", "model.head=frozen"))
+    with pytest.raises(ConfigError, match=r"no such adapter; did you mean 'head'"):
+        load_run(file, ("adapter.kind=heads",))
 
 
 def test_sections_are_frozen(file: Path) -> None:

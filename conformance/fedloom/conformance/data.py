@@ -13,7 +13,8 @@ from itertools import islice
 from typing import get_args
 
 from fedloom.client.data.packaged.api import DataSource, Split
-from fedloom.client.data.records import LAYOUTS, Record
+from fedloom.client.data.records import Record
+from fedloom.core.registry import entries
 
 __all__ = ["DataConformance"]
 
@@ -34,7 +35,7 @@ class DataConformance:
 
     def test_its_task_is_known(self) -> None:
         """One that rows can be read for."""
-        assert self.source().task in LAYOUTS
+        assert self.source().task in entries("tasks")
 
     def test_each_split_has_rows_that_hold_something(self) -> None:
         """A text, a picture or words, and a place for error messages."""

@@ -12,7 +12,9 @@ from fedloom.client.data.partitioners.api import Partitioner, partition
 from fedloom.client.data.rows import Rows, documents, picture
 from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.eval.held_out import held_out
-from fedloom.client.models.load import AdapterModel, base_digest, load_model, resolve_base
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.base_folder import base_digest, resolve_base
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy, SecureAggregationPolicy
 from fedloom.client.secagg.identity_key import load_identity, public_text
 from fedloom.core.config.data import DataSection
@@ -198,7 +200,6 @@ def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
                 "allow_non_private": not spec.privacy.enabled,
             },
             "limits": {
-                "adapter_kinds": [spec.adapter.kind],
                 "max_steps_per_round": spec.train.steps,
                 "max_rounds": spec.run.rounds,
                 "max_learning_rate": 1e4,  # a strategy may set another one than the run file

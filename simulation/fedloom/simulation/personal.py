@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from fedloom.client.eval.score import Score, evaluate
 from fedloom.client.models.export import save_adapter
 from fedloom.client.privacy.ledger.account import personal_folder
 from fedloom.client.session.personal_tensors import kept_personal
-from fedloom.client.training.trainer import Score, evaluate
 from fedloom.core.schema import Tensors
 from fedloom.simulation.federation import Federation
 

@@ -15,12 +15,13 @@ import torch
 
 from fedloom.client.data.rows import digest
 from fedloom.client.eval.confusion import classes_document
+from fedloom.client.eval.score import Score, evaluate
+from fedloom.client.models.base_folder import resolve_base
 from fedloom.client.models.export import facts, load_exported, predict, save_adapter
-from fedloom.client.models.load import resolve_base
 from fedloom.client.models.start import start_of
 from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.training.trainer import Score, batch_loss, evaluate
+from fedloom.client.training.trainer import batch_loss
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import FedloomError, ModelError
 from fedloom.core.privacy.accounting import Statement
@@ -137,8 +138,8 @@ def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[s
         starting = start_of(config, federation.model)
         if config.privacy.enabled:
             # Every client would refuse such a model too, but once the run has begun.
-            model, section = federation.model, config.model
-            probe(model, partial(batch_loss, model), section.task, section.max_length)
+            model = federation.model
+            probe(model, partial(batch_loss, model), config.model.max_length)
     except BaseException:
         shutil.rmtree(folder)  # nothing has run, so there is nothing to keep
         raise

@@ -3,7 +3,7 @@
 A strategy never sees a socket, a file, a clock or a tensor library. The coordinator calls
 
 1. `init` once, with the run's schema and starting adapter;
-2. `plan` for every client of every round: what to broadcast and which roles to train;
+2. `plan` for every client of every round: what to broadcast and what to train;
 3. `fold` for every accepted update, one at a time and in canonical client order;
 4. `commit` once per round: the next state, whose `adapter` is the next global adapter.
 
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedloom.core.schema import Array, Role, Schema, Tensors
+from fedloom.core.schema import Array, Schema, Tensors
 
 __all__ = ["Plan", "State", "Strategy", "Update"]
 
@@ -41,15 +41,16 @@ class State:
 class Plan:
     """What one client is asked to do in one round."""
 
-    train: frozenset[Role]
-    """Roles the client trains. It uploads the change of exactly these, less the personal ones."""
+    train: frozenset[str]
+    """What the client trains, as roles or names of tensors (see `Schema.select`): `state.schema.roles`, {"lora_B"},
+    or `state.schema.names("lora_B")` less some. It uploads the change of exactly these, less the personal ones."""
     broadcast: Tensors
     """Values the client loads before it trains: schema tensors (at `rank`), and correction factors of the
     roles base_A and base_B if the strategy folds residuals into the frozen weight."""
     rank: int | None = None
     """Rank this client works at; None is the schema's. The rows beyond it stay zero on the client."""
-    personal: frozenset[Role] = frozenset()
-    """Roles the client trains and keeps: neither uploaded nor overwritten by a broadcast."""
+    personal: frozenset[str] = frozenset()
+    """What the client trains and keeps, by role or name: neither uploaded nor overwritten by a broadcast."""
     local: Mapping[str, float] = field(default_factory=dict)
     """Local hyper-parameters that differ from the run file, by their name in [train]: learning_rate,
     momentum, proximal_mu. Privacy parameters are not among them."""

@@ -58,7 +58,7 @@ def respond(schema: Schema, plan: Plan, client: str, stream: int) -> Update:
         stream: Index of the random stream; the same index gives the same changes.
     """
     at_rank = schema.with_rank(plan.rank) if plan.rank else schema
-    uploaded = at_rank.select(plan.train - plan.personal)
+    uploaded = at_rank.select(plan.train, but=plan.personal)
     draw = np.random.Generator(np.random.Philox(key=[11, stream]))
     delta = {spec.name: draw.normal(0, 0.3, spec.shape).astype(np.float32) for spec in uploaded.tensors}
     return Update(client, float(1 + len(client) % 3), plan.broadcast, delta)
@@ -367,11 +367,12 @@ def _assert_asks_the_same(one: Plan, two: Plan) -> None:
 
 def _assert_plan_fits(schema: Schema, plan: Plan) -> None:
     assert plan.train, "the plan trains nothing"
-    assert plan.train <= schema.roles, f"the plan trains {plan.train - schema.roles}, which the schema lacks"
-    assert plan.personal <= plan.train, "personal roles must be trained roles"
+    unknown = schema.unknown(plan.train | plan.personal)
+    assert not unknown, f"the plan trains {unknown}, which the schema lacks"
+    assert schema.select(plan.personal).names() <= schema.select(plan.train).names(), "personal must be trained"
     assert plan.local.keys() <= LOCAL, f"local hyper-parameters are {sorted(LOCAL)}"
     assert plan.rank is None or 1 <= plan.rank <= schema.rank, f"rank {plan.rank} is not within 1..{schema.rank}"
-    uploaded = {spec.name for spec in schema.select(plan.train - plan.personal).tensors}
+    uploaded = {spec.name for spec in schema.select(plan.train, but=plan.personal).tensors}
     assert uploaded <= plan.broadcast.keys(), "a tensor that is uploaded must be broadcast: its change starts there"
     at_rank = schema.with_rank(plan.rank) if plan.rank else schema
     corrections = [tensor.shape[0] for name, tensor in plan.broadcast.items() if name.endswith(".base_A")]

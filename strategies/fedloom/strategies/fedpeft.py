@@ -11,7 +11,7 @@ from fedloom.strategies.transforms.average import Sum, begin, fold, trained
 
 __all__ = ["FedPEFT"]
 
-_ROLES: dict[str, frozenset[Role]] = {"lora": LORA, "bias": frozenset({Role.BIAS}), "head": frozenset({Role.HEAD})}
+_ROLES: dict[str, frozenset[str]] = {"lora": LORA, "bias": frozenset({Role.BIAS}), "head": frozenset({Role.HEAD})}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from transformers import AutoModelForSequenceClassification
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import load_exported, predict, save_adapter, save_final, save_merged
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.load import load_model
 from fedloom.core.config.run import AdapterSection, ModelSection, Spec
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.accounting import Spend, epsilon

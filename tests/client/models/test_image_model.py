@@ -19,14 +19,16 @@ from transformers import AutoModelForImageClassification
 from fedloom.client.data.images import ImageProcessor, noise_picture, picture_settings
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
+from fedloom.client.eval.score import evaluate
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import load_exported, predict, save_adapter
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.auditing.audit import _through_the_model
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.rng import System
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.training.trainer import Trainer, evaluate
+from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import AdapterSection, ModelSection, Spec
 from fedloom.core.errors import DataError, ModelError
 from fedloom.core.schema import Role

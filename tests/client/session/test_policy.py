@@ -40,11 +40,11 @@ def policy(**sections: dict[str, Any]) -> Policy:
             "max_clip_norm": 0.5,
         },
         "limits": {
-            "adapter_kinds": ["lora"],
             "max_steps_per_round": 20,
             "max_rounds": 30,
             "max_learning_rate": 1.0,
         },
+        "components": {"adapters": ["lora"]},
     }
     return Policy.model_validate({name: tables.get(name, {}) | sections.get(name, {}) for name in tables | sections})
 
@@ -87,7 +87,10 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         {"model": {"labels": ["b", "a"]}},
         "model.labels ['b', 'a'] (data.labels = ['a', 'b']; name and order must be the same)",
     ),
-    "kind": ({"adapter": {"kind": "bias"}}, "adapter kind bias (allowed: lora)"),
+    "kind": (
+        {"adapter": {"kind": "bias"}},
+        'adapter \'bias\' of the package fedloom (components.adapters = ["lora"]; add "bias" to allow it)',
+    ),
 }
 
 
@@ -178,7 +181,8 @@ def test_the_shipped_policy_is_strict(file: Path) -> None:
         ("privacy.min_clip_norm=1e-7", r"privacy\.min_clip_norm: .*greater than or equal to 0\.000001"),
         ("limits.max_learning_rate=1e5", r"limits\.max_learning_rate: .*less than or equal to 10000"),
         ("limits.max_weight=1e7", r"limits\.max_weight: .*less than or equal to 1000000"),
-        ("limits.adapter_kinds=['prompt']", r"limits\.adapter_kinds\.0: .*received 'prompt'"),
+        ("limits.adapter_kinds=['lora']", r"limits.adapter_kinds is components\.adapters now; move it"),
+        ("components.adapters='lora'", r"components\.adapters: .*received 'lora'"),
         ("client.name='../x'", r"client\.name"),
     ],
 )

@@ -23,7 +23,7 @@ from fedloom.cli.main import app
 from fedloom.client.data.rows import Rows
 from fedloom.client.doctor import Finding, machine
 from fedloom.client.doctor.machine import clock, file_system
-from fedloom.client.models.load import base_digest
+from fedloom.client.models.base_folder import base_digest
 from fedloom.client.policy import Policy, load_policy
 from fedloom.client.privacy.ledger.account import existing_account, ledger_folder, open_account
 from fedloom.client.training.trainer import Trainer

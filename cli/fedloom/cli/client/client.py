@@ -96,7 +96,7 @@ def client(
     def save(adapter: Path, tensors: "Tensors", rounds: int) -> None:
         trainer, own = made[-1], made[-1].personal(runs[-1])
         save_final(trainer.model, trainer.spec, {**tensors, **own}, adapter, rounds)
-        with_own = f" with this site's own {', '.join(sorted(trainer.schema.roles_of(own)))}" if own else ""
+        with_own = f" with this site's own {', '.join(sorted(trainer.schema.select(own).roles))}" if own else ""
         tell(f"the run's adapter{with_own} is in {adapter}")
 
     participant = Participant(connection, site, ready, outbox=outbox, pace=grid)

@@ -308,7 +308,8 @@ def _with_base(config: RunConfig, run: Path) -> tuple[RunConfig, Schema]:
 
 def derive(config: RunConfig) -> dict[str, Any]:
     """What `prepare` writes, from the base model."""
-    from fedloom.client.models.load import base_digest, load_model, resolve_base
+    from fedloom.client.models.base_folder import base_digest, resolve_base
+    from fedloom.client.models.load import load_model
 
     digest = base_digest(resolve_base(config.model.base))
     schema = load_model(config.model, config.adapter).schema

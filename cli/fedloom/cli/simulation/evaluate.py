@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.cli.console import Json, out, print_json, show_classes
-from fedloom.core.config.run import LANGUAGE, load_run
+from fedloom.core.config.run import load_run, task_traits
 from fedloom.core.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
-    from fedloom.client.training.trainer import Score
+    from fedloom.client.eval.score import Score
 
 __all__ = ["evaluate"]
 
@@ -86,7 +86,7 @@ def evaluate(
         reached = state_from_bytes(content, held_out.model.schema)
         start, rounds = held_out.score_start(), reached.round
         now = held_out.score(result(build_strategy(config), reached))
-    language = config.model.task in LANGUAGE
+    language = task_traits(config.model.task).generates
     labels = config.model.labels
     scores = {"start": _document(start, language), "now": _document(now, language)}
     if json_only:

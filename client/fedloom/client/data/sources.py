@@ -10,8 +10,10 @@ from typing import Any
 from fedloom.client.data.arrow import parquet_rows, saved_rows
 from fedloom.client.data.files import Note, Row, csv_rows, jsonl_rows, readable
 from fedloom.client.data.images import HIDDEN, SUFFIXES, folder_rows
+from fedloom.client.data.layout import Layout
 from fedloom.client.data.packaged.api import DataSource, Split
-from fedloom.client.data.records import Layout, Record
+from fedloom.client.data.records import Record
+from fedloom.client.tasks.api import task_named
 from fedloom.core.errors import DataError
 from fedloom.core.registry import build, entries
 
@@ -82,7 +84,7 @@ def _folder(folder: Path, split: Split, layout: Layout) -> Iterator[Row]:
         yield from _others(split, [path for path in present if path not in (*files, *shards)], layout)
         for path in files or shards:
             yield from _table(path, layout)
-    elif layout.task == "image-classification":
+    elif task_named(layout.task).traits.images:
         yield from _pictures(folder, split, layout)
     else:
         names = [f"{split}{suffix}" for suffix in _READERS]
@@ -110,7 +112,7 @@ def _others(split: Split, paths: list[Path], layout: Layout) -> Iterator[Row]:
     for path in paths:
         if _is_table(path) and _beside(path, split) == _BESIDE:
             yield str(path), Note(f"a table that is not called {split}", f"add its rows to {split}, or move it away")
-        elif layout.task != "image-classification" or not (path.is_dir() or path.suffix.lower() in SUFFIXES):
+        elif not task_named(layout.task).traits.images or not (path.is_dir() or path.suffix.lower() in SUFFIXES):
             yield str(path), _beside(path, split)
 
 
@@ -144,7 +146,7 @@ def _pictures(folder: Path, split: Split, layout: Layout) -> Iterator[Row]:
 
 def _table(path: Path, layout: Layout) -> Iterator[Row]:
     for where, row in _READERS[path.suffix.lower()](path, layout):
-        if isinstance(row, DataError | Note) or layout.task != "image-classification":
+        if isinstance(row, DataError | Note) or not task_named(layout.task).traits.images:
             yield where, row
         else:
             yield where, _with_picture(row, layout.name("image"), path.parent, where)

@@ -10,7 +10,8 @@ from fedloom.client.data.rows import Rows
 from fedloom.client.data.site_data import own_rows
 from fedloom.client.doctor import machine, network, site
 from fedloom.client.doctor.finding import Finding, failed, ok, warning
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy, check_spec
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.ledger.account import existing_account

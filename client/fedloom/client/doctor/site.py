@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from fedloom.client.assets.fetch import ASSETS, cache_dir
 from fedloom.client.doctor.finding import Finding, failed, ok, warning
-from fedloom.client.models.load import base_digest, resolve_base
+from fedloom.client.models.base_folder import base_digest, resolve_base
 from fedloom.client.policy import ComputePolicy, Policy
 from fedloom.client.privacy.ledger.account import existing_account, ledger_folder, outbox_folder
 from fedloom.client.privacy.ledger.read_only import Glance

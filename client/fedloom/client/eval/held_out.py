@@ -12,9 +12,11 @@ import numpy as np
 from fedloom.client.data.load import Split, load_rows
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, encode
+from fedloom.client.eval.score import Score, evaluate
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.base_folder import base_digest, resolve_base
 from fedloom.client.models.export import load_exported
-from fedloom.client.models.load import AdapterModel, base_digest, load_model, resolve_base
-from fedloom.client.training.trainer import Score, evaluate
+from fedloom.client.models.load import load_model
 from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError, ModelError
@@ -92,7 +94,9 @@ class HeldOut:
             plain = load_exported(base, folder, len(section.labels), section.task, section.image_size)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"the adapter in {folder} cannot be loaded: {error}; export it again") from error
-        return evaluate(AdapterModel(plain, self.model.tokenizer, [], 1.0, self.model.device), self.rows)
+        return evaluate(
+            AdapterModel(plain, self.model.tokenizer, [], 1.0, self.model.device, self.model.task), self.rows
+        )
 
 
 def _facts(folder: Path) -> dict[str, object]:

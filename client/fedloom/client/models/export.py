@@ -13,16 +13,22 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
-from fedloom.client.models.load import MODELS, AdapterModel, load_base
+from fedloom.client.data.rows import IGNORED
+from fedloom.client.data.tokens import Encoded, collate, microbatches
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.load import load_base
 from fedloom.client.models.wide_adapter import widen
+from fedloom.client.tasks.api import task_named
 from fedloom.client.training.losses import positions
-from fedloom.core.config.run import RunConfig, Spec, Task
+from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.privacy.accounting import Statement
 from fedloom.core.privacy.spends import run_statement
 from fedloom.core.runtime.durable import replacing_folder
 from fedloom.core.schema import Tensors
+
+_SHORT = 8
+"""Tokens that any model can read: what it was trained to read was checked before."""
 
 __all__ = ["facts", "load_exported", "predict", "save_adapter", "save_final", "save_merged"]
 
@@ -95,13 +101,13 @@ def save_merged(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> Non
         merged = model.model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"the adapter cannot be merged: {error}; the run has diverged, lower its rates") from error
-    if facts.get("task") == "causal-lm":
+    if model.task.traits.generates:
         merged.config.use_cache = True  # training had no use for it, generating has
 
     def write(draft: Path) -> None:
         merged.save_pretrained(str(draft), safe_serialization=True)
         model.tokenizer.save_pretrained(str(draft))
-        kind = MODELS[facts.get("task", "text-classification")].__name__
+        kind = model.task.traits.model
         (draft / "README.md").write_text(_MERGED_CARD.format(name=facts.get("run", "model"), kind=kind))
         (draft / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -134,7 +140,7 @@ def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
         widen(folder, model.schema, model.corrections)
     _settle(folder / "adapter_config.json", facts.get("base"))
     labels = facts.get("labels", ())
-    kind = MODELS[facts.get("task", "text-classification")].__name__
+    kind = model.task.traits.model
     arguments = f", num_labels={len(labels)}" if labels else ""
     if model.head.resized:
         arguments += ", ignore_mismatched_sizes=True"  # the base model's own head is for other labels
@@ -231,10 +237,11 @@ def facts(spec: Spec, privacy: Statement | None, user: dict[str, Any] | None = N
 
 
 def load_exported(
-    base: Path, adapter: Path, labels: int, task: Task = "text-classification", image_size: int | None = None
+    base: Path, adapter: Path, labels: int, task: str = "text-classification", image_size: int | None = None
 ) -> PeftModel:
     """What a user gets who follows the card: the plain base model with the saved adapter."""
-    plain = load_base(base, task, tuple(f"LABEL_{index}" for index in range(labels)), image_size).model
+    names = tuple(f"LABEL_{index}" for index in range(labels))
+    plain = load_base(base, task_named(task, names, _SHORT, image_size)).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers deprecates an attribute that peft reads
         return PeftModel.from_pretrained(plain, str(adapter)).eval()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig
 from fedloom.core.config.start import beginning, check_digest, check_origin, read_tensors, tensors_file

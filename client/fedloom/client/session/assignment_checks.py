@@ -34,6 +34,7 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
 
     Raises:
         CodecError: A codec is not installed here.
+        ProtocolError: It trains or keeps what this adapter has not, or keeps what it does not train.
         PolicyError: The round is none of the run, a codec is not allowed here, a rank does not fit the adapter, the
             broadcast would not fit into compute.memory_mib, or an override is out of range. Nothing was fetched or
             charged.
@@ -44,6 +45,7 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
             f"the coordinator asks for round {assignment.round + 1} of a run of {spec.run.rounds}; rounds 1 to {last} "
             "are allowed here (run.rounds, and limits.max_rounds of the policy)"
         )
+    _check_selections(schema, assignment)
     _check_codecs(policy, assignment)
     _check_ranks(policy, schema, assignment)
     _check_memory(policy, schema, assignment)
@@ -120,6 +122,17 @@ def _check_codecs(policy: Policy, assignment: Assignment) -> None:
     names = [installed(name) for name in (assignment.broadcast_codec, assignment.upload_codec) if name != MASKED]
     if problems := component_problems(policy.components, {"codecs": names}):
         raise PolicyError(f"the coordinator asks for {problems[0]}")
+
+
+def _check_selections(schema: Schema, assignment: Assignment) -> None:
+    trained, kept = schema.select(assignment.train), schema.select(assignment.personal)
+    unknown = schema.unknown(assignment.train | assignment.personal)
+    if unknown or not trained.tensors or not kept.names() <= trained.names():
+        asked = ", ".join(sorted(assignment.train | assignment.personal))[:200]
+        raise ProtocolError(
+            f"the coordinator asks to train {asked}; this adapter has {', '.join(sorted(schema.roles))}, and only what "
+            "is trained can be kept"
+        )
 
 
 def _check_ranks(policy: Policy, schema: Schema, assignment: Assignment) -> None:

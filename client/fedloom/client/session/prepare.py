@@ -5,7 +5,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from fedloom.client.data.site_data import Own, own_rows
-from fedloom.client.models.load import allowed_base, load_model
+from fedloom.client.models.base_folder import allowed_base
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.ledger.account import open_account, personal_folder
 from fedloom.client.privacy.ledger.budget import check_affordable, outlook

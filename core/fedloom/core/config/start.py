@@ -116,7 +116,7 @@ def beginning(found: Tensors, schema: Schema, fresh: Tensors, broadcast: str) ->
         ConfigError: A tensor is missing, has another shape or is not finite, or there is one that the run does not
             train.
     """
-    heads = {spec.name for spec in schema.tensors if spec.role is Role.HEAD}
+    heads = {spec.name for spec in schema.tensors if spec.role == Role.HEAD}
     whole = dict(found) if heads & found.keys() else {**{name: fresh[name] for name in heads}, **found}
     wanted = {spec.name for spec in schema.tensors}
     for names, what in ((wanted - whole.keys(), "lacks"), (whole.keys() - wanted, "has, and this run does not train,")):

@@ -48,7 +48,7 @@ class Broadcasts:
         self._schema = schema
         self._strategy = strategy
         self._state = state
-        self._roles = {spec.name: spec.role for spec in schema.tensors}
+        self._names = schema.names()
         self._orders: dict[str, Order] = {}
         self._payloads: dict[str, bytes] = {}
         self._starts: dict[str, Tensors] = {}
@@ -108,7 +108,7 @@ class Broadcasts:
         draft = Assignment(
             round=self._state.round,
             train=plan.train,
-            broadcast_roles=frozenset(self._role(name) for name in plan.broadcast),
+            broadcast_roles=self._schema.words(plan.broadcast) | _correction_roles(plan.broadcast.keys() - self._names),
             broadcast_digest="",
             broadcast_bytes=0,
             broadcast_codec=wire.broadcast,
@@ -132,7 +132,7 @@ class Broadcasts:
         return order
 
     def _check(self, plan: Plan) -> None:
-        added = {name: each for name, each in plan.broadcast.items() if name not in self._roles}
+        added = {name: each for name, each in plan.broadcast.items() if name not in self._names}
         if added:
             model = result(self._strategy, self._state)
             for name, each in added.items():
@@ -143,21 +143,19 @@ class Broadcasts:
                         "committed stays; give the strategy a method result(state), see docs/strategies.md, and start "
                         "again with the same state directory"
                     )
-        if not plan.train or not plan.train <= self._schema.roles or not plan.personal <= plan.train:
+        trained = self._schema.select(plan.train)
+        unknown = self._schema.unknown(plan.train | plan.personal)
+        if unknown or not trained.tensors or not self._schema.select(plan.personal).names() <= trained.names():
             raise ConfigError(
                 f"the strategy plans to train {sorted(plan.train)} and keep {sorted(plan.personal)}, "
                 f"but the adapter has {sorted(self._schema.roles)}; choose another strategy or adapter kind"
             )
-        if Role.HEAD in plan.train and self._config.model.head == "frozen":
+        if Role.HEAD in trained.roles and self._config.model.head == "frozen":
             raise ConfigError('the strategy trains the head, but model.head = "frozen"; set it to "train"')
         try:
             overridden(self._config.train, plan.local)
         except ProtocolError as error:
             raise ConfigError(f"no client would take the strategy's plan: {error}; look at its options") from error
-
-    def _role(self, name: str) -> Role:
-        """The role of a broadcast tensor; one the schema does not know can only be a correction factor."""
-        return self._roles.get(name) or (Role.BASE_A if name.endswith(".base_A") else Role.BASE_B)
 
 
 def final(schema: Schema, rounds: int, model: Tensors) -> tuple[Finished, bytes]:
@@ -165,6 +163,11 @@ def final(schema: Schema, rounds: int, model: Tensors) -> tuple[Finished, bytes]
     payload = codec(FINAL_CODEC).encode(result_schema(schema, model), model)
     digest = hashlib.sha256(payload).hexdigest()
     return Finished(rounds, FINAL_CODEC, digest, len(payload), base_rank(schema, model)), payload
+
+
+def _correction_roles(names: Iterable[str]) -> frozenset[str]:
+    """The roles of what the schema does not know: it can only be a correction's factors."""
+    return frozenset(Role.BASE_A if name.endswith(".base_A") else Role.BASE_B for name in names)
 
 
 def _identity(plan: Plan) -> object:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedloom.core.errors import ConfigError, ProtocolError
 from fedloom.core.registry import build
-from fedloom.core.schema import LORA, Schema, Tensors
+from fedloom.core.schema import Schema, Tensors
 from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.result import result
 from fedloom.strategies.transforms.average import check, uploaded
@@ -100,7 +100,8 @@ class Robust:
             ConfigError: It moves both factors of pairs, and the rule looks at coordinates.
         """
         plan = self.inner.plan(state, round, _ANYONE)
-        if self.rule.by_coordinate and plan.train - plan.personal >= LORA:
+        uploaded = state.schema.select(plan.train, but=plan.personal)
+        if self.rule.by_coordinate and uploaded.pairs:
             raise ConfigError(
                 f"{self.rule.name} looks at coordinates one by one, but {type(self.inner).__name__} trains both "
                 "factors of a pair, whose coordinates mean nothing: (B G^-1, G A) is the same model. Choose an inner "

@@ -49,7 +49,7 @@ def begin(schema: Schema, adapter: Tensors, seed: int) -> State:
     return State(schema, adapter, seed)
 
 
-def trained(schema: Schema, roles: Iterable[Role], *, head: bool) -> Schema:
+def trained(schema: Schema, roles: Iterable[str], *, head: bool) -> Schema:
     """The tensors that are trained: those with one of `roles`, and the head if `head` and there is one.
 
     Raises:
@@ -70,7 +70,7 @@ def trained(schema: Schema, roles: Iterable[Role], *, head: bool) -> Schema:
 def uploaded(schema: Schema, plan: Plan) -> Schema:
     """The tensors that a client which follows `plan` sends back; `schema` is that of the global adapter."""
     at_rank = schema if plan.rank is None else schema.with_rank(plan.rank)
-    return at_rank.select(plan.train - plan.personal)
+    return at_rank.select(plan.train, but=plan.personal)
 
 
 def check(schema: Schema, update: Update) -> None:

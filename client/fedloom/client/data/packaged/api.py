@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from fedloom.client.data.records import Record
-from fedloom.core.config.run import Task
 from fedloom.core.errors import DataError
 
 __all__ = ["DataSource", "Split", "fields", "lines"]
@@ -17,7 +16,7 @@ class DataSource(Protocol):
     """A data set of the entry-point group `fedloom.data`."""
 
     @property
-    def task(self) -> Task:
+    def task(self) -> str:
         """What its rows are for."""
 
     def records(self, split: Split) -> Iterator[Record]:

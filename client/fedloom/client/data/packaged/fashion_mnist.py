@@ -11,7 +11,6 @@ import numpy as np
 
 from fedloom.client.data.packaged.api import Split
 from fedloom.client.data.records import Record
-from fedloom.core.config.run import Task
 from fedloom.core.errors import DataError
 
 __all__ = ["FashionMNIST"]
@@ -24,7 +23,7 @@ _CLOTHES_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 class FashionMNIST:
     """Pictures of clothes, 28 by 28 grey pixels, ten classes (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747)."""
 
-    task: ClassVar[Task] = "image-classification"
+    task: ClassVar[str] = "image-classification"
 
     def records(self, split: Split) -> Iterator[Record]:
         """Rows of one pair of files.

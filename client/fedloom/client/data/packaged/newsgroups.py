@@ -7,7 +7,6 @@ from typing import ClassVar
 from fedloom.client.assets.fetch import fetch
 from fedloom.client.data.packaged.api import Split, fields, lines
 from fedloom.client.data.records import Record
-from fedloom.core.config.run import Task
 
 __all__ = ["Newsgroups"]
 
@@ -16,7 +15,7 @@ __all__ = ["Newsgroups"]
 class Newsgroups:
     """Posts of 20 Newsgroups in the split by date that the data set is published with: lower case, letters only."""
 
-    task: ClassVar[Task] = "text-classification"
+    task: ClassVar[str] = "text-classification"
 
     def records(self, split: Split) -> Iterator[Record]:
         """Rows of one file.

@@ -10,7 +10,6 @@ from typing import ClassVar, NamedTuple
 from fedloom.client.assets.fetch import fetch
 from fedloom.client.data.packaged.api import Split, fields, lines
 from fedloom.client.data.records import Record
-from fedloom.core.config.run import Task
 from fedloom.core.errors import DataError
 
 __all__ = ["Sentiment"]
@@ -41,7 +40,7 @@ class Sentiment:
     Source: Hutto & Gilbert, VADER, ICWSM 2014 (20 raters a sentence, scale -4 to 4).
     """
 
-    task: ClassVar[Task] = "text-classification"
+    task: ClassVar[str] = "text-classification"
 
     def records(self, split: Split) -> Iterator[Record]:
         """Rows whose article, review or text is on that side of the split.
