@@ -22,17 +22,13 @@ from fedloom.core.schema import Schema
 from fedloom.server.monitoring.recorders.api import RoundRecord
 from fedloom.server.rounds.state import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
 from fedloom.server.storage.local import Store
+from tests.support.preloaded import fedloom
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.toml"
 COMMAND = [sys.executable, "-m", "fedloom.cli.main"]
 OPEN = ("--set", "privacy.enabled=false")
 LOOPBACK = "--insecure-loopback"
 """Spares tests that are not about privacy the calibration of the noise, which takes seconds."""
-
-
-def fedloom(*arguments: str | Path, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    words = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=800, cwd=cwd)
 
 
 def refused(*arguments: str | Path) -> str:

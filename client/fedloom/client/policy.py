@@ -156,6 +156,8 @@ class ComputePolicy(Section):
 class LimitsPolicy(Section):
     """[limits]: caps on work."""
 
+    adapter_kinds: tuple[str, ...] | None = None
+    """Adapter kinds accepted, of those that [components] allows. None accepts them all."""
     max_steps_per_round: int = Field(default=1000, ge=1)
     """Most optimiser steps in one round."""
     max_rounds: int = Field(default=10_000, ge=1, le=MAX_ROUNDS)
@@ -166,13 +168,6 @@ class LimitsPolicy(Section):
     """Largest absolute value accepted in an adapter from the coordinator, and in what its low-rank pairs and
     corrections add to a frozen weight. Trained values are rarely beyond 10. A round with a larger one is refused
     before it is charged."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _moved(cls, values: object) -> object:
-        if isinstance(values, dict) and "adapter_kinds" in values:
-            raise ValueError("limits.adapter_kinds is components.adapters now; move it to the section [components]")
-        return values
 
 
 class SecureAggregationPolicy(Section):
@@ -237,6 +232,7 @@ def check_spec(policy: Policy, spec: Spec) -> None:
 
     Raises:
         PolicyError: Lists every rule that the run breaks, with what was asked and what is allowed.
+        ConfigError: A component that is allowed refuses its options.
     """
     problems = _range_problems(spec) + _data_problems(policy, spec)
     problems += _privacy_problems(policy, spec) + _sum_problems(policy, spec)
@@ -249,9 +245,13 @@ def check_spec(policy: Policy, spec: Spec) -> None:
     rate = max(spec.train.learning_rate, spec.train.head_learning_rate or 0.0)
     if rate > policy.limits.max_learning_rate:
         problems.append(f"learning rate {rate:g} (at most {policy.limits.max_learning_rate:g})")
+    kinds = policy.limits.adapter_kinds
+    if kinds is not None and spec.adapter.kind not in kinds:
+        problems.append(f"adapter kind {spec.adapter.kind} (allowed: {', '.join(kinds)})")
     problems += component_problems(policy.components, spec.components)
     if problems:
         raise PolicyError(f"this site's policy refuses run {spec.run.name!r}: " + "; ".join(problems))
+    spec.check_components()
 
 
 def _range_problems(spec: Spec) -> list[str]:

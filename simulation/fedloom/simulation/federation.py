@@ -200,6 +200,7 @@ def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
                 "allow_non_private": not spec.privacy.enabled,
             },
             "limits": {
+                "adapter_kinds": [spec.adapter.kind],
                 "max_steps_per_round": spec.train.steps,
                 "max_rounds": spec.run.rounds,
                 "max_learning_rate": 1e4,  # a strategy may set another one than the run file

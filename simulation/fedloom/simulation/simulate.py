@@ -209,7 +209,7 @@ def _drain(federation: Federation, coordinator: Coordinator, tape: _Tape, watche
         traffic = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
         record = round_record(config, rounds, seen, federation.clients, traffic, time.monotonic() - began)
         if score is not None:
-            record = replace(record, accuracy=score.accuracy, loss=score.loss)
+            record = replace(record, accuracy=score.accuracy, loss=score.loss, metrics=dict(score.metrics) or None)
         _record(tape, watcher, record)
 
 
@@ -238,10 +238,10 @@ def _finish(
     model.show(trained)
     save_adapter(model, folder / "adapter", {**known, "held_out_accuracy": final.accuracy})
     pad = model.tokenizer.pad_token_id
-    ours = predict(model.model, federation.held_out, pad, str(model.device))
+    ours = predict(model.model, model.task, federation.held_out, pad, str(model.device))
     base, section = resolve_base(config.model.base), config.model
     reloaded = load_exported(base, folder / "adapter", len(section.labels), section.task, section.image_size)
-    agreement = float(np.mean(ours == predict(reloaded, federation.held_out, pad)))
+    agreement = float(np.mean(np.isclose(ours, predict(reloaded, model.task, federation.held_out, pad), rtol=1e-3)))
     plot(folder, f"{folder.name}: {config.strategy.name}, {len(federation.clients)} clients", tape.records)
     user_epsilon = user["epsilon"] if user else None
     result = Result(folder, tape.records, start, final, spent, user_epsilon, agreement, tape.told)
@@ -252,6 +252,7 @@ def _finish(
             "accuracy": final.accuracy,
             "accuracy_by_client": {name: score.accuracy for name, score in own.items()},
             "loss": final.loss,
+            "metrics": dict(final.metrics),
             "held_out_examples": final.examples,
             **classes_document(final.confusion, config.model.labels),
             "federated": tape.told,

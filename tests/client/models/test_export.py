@@ -44,7 +44,7 @@ def test_a_plain_peft_model_gives_the_same_scores(
         ours = model.logits(batch)
         theirs = loaded(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(predict(loaded, encoded, pad), ours.argmax(1).numpy())
+    np.testing.assert_array_equal(predict(loaded, model.task, encoded, pad), ours.argmax(1).numpy())
     assert ours.std(0).min() > 1e-2
 
 

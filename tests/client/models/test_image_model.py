@@ -149,7 +149,7 @@ def test_evaluation_and_the_export_agree_with_plain_hugging_face(
     assert score.accuracy == pytest.approx(float((ours.argmax(1) == batch["labels"]).float().mean()))
     assert score.loss == pytest.approx(float(F.cross_entropy(ours, batch["labels"])), rel=1e-4)
     reloaded = load_exported(Path(section.base), tmp_path / "adapter", 3, "image-classification")
-    np.testing.assert_array_equal(predict(reloaded, encoded, 0), ours.argmax(1).numpy())
+    np.testing.assert_array_equal(predict(reloaded, model.task, encoded, 0), ours.argmax(1).numpy())
 
 
 def test_a_batch_of_pictures(model: AdapterModel) -> None:

@@ -82,7 +82,7 @@ def test_evaluation_equals_a_loop_over_rows(architecture: str, task: str, build_
         assert score.accuracy == pytest.approx(np.mean(right))
         assert score.loss == pytest.approx(np.mean(losses), rel=1e-4)
         assert score.examples == 5
-    assert len(predict(model.model, encoded, pad)) == len(right)
+    assert len(predict(model.model, model.task, encoded, pad)) == len(right)
 
 
 PLAIN = {
@@ -116,7 +116,9 @@ def test_the_export_gives_the_same_scores_in_plain_hugging_face(
     card = (tmp_path / "README.md").read_text()
     assert f'{PLAIN[task].__name__}.from_pretrained("BASE"{", num_labels=3" if labels else ""})' in card
     reloaded = load_exported(small_bases[architecture], tmp_path, len(labels), task)
-    np.testing.assert_array_equal(predict(reloaded, encoded, pad), predict(model.model, encoded, pad))
+    np.testing.assert_array_equal(
+        predict(reloaded, model.task, encoded, pad), predict(model.model, model.task, encoded, pad)
+    )
 
 
 def test_a_model_that_sees_what_it_must_predict_is_no_language_model(build_task: Build) -> None:

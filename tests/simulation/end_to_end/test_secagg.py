@@ -26,7 +26,7 @@ from fedloom.server.rounds.run_log import SUM, History
 from fedloom.server.rpc.local import LocalConnection
 from fedloom.server.rpc.server import serving
 from fedloom.server.storage.local import Store
-from fedloom.strategies.api import Plan, State, Update
+from fedloom.strategies.api import Plan, State, Traits, Update
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
@@ -343,7 +343,7 @@ def test_what_is_sent_is_not_the_update(store: Store, tmp_path: Path) -> None:
 class Alone(FedAvg):
     """Says that it needs every update by itself."""
 
-    linear = False
+    traits = Traits(same_tensors=True)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) ->
             loss += float(each @ places.sum(1).float())
             classes = scores.shape[-1]
             if task.traits.labels and classes <= MOST_CLASSES:
-                pairs.append(torch.stack([labels[places], scores.argmax(-1)[places]]).cpu())
+                pairs.append(torch.stack([labels[places], task.answer(scores)[places]]).cpu())
             sums.update(task.metrics(scores[places], labels[places]))
     both = torch.cat(pairs, 1).numpy() if pairs else None
     confusion = () if both is None else count(both[0], both[1], classes)

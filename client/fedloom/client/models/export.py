@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from fedloom.client.data.rows import IGNORED
 from fedloom.client.data.tokens import Encoded, collate, microbatches
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_base
 from fedloom.client.models.wide_adapter import widen
-from fedloom.client.tasks.api import task_named
-from fedloom.client.training.losses import positions
+from fedloom.client.tasks.api import Task, task_named
+from fedloom.client.training.losses import labelled, positions
 from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.privacy.accounting import Statement
@@ -247,18 +246,18 @@ def load_exported(
         return PeftModel.from_pretrained(plain, str(adapter)).eval()
 
 
-def predict(model: Any, encoded: Encoded, pad_id: int, device: str = "cpu") -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Predicted classes, int64, by a model with the Hugging Face call convention.
+def predict(model: Any, task: Task, encoded: Encoded, pad_id: int, device: str = "cpu") -> np.ndarray[Any, Any]:
+    """What a model with the Hugging Face call convention answers, see `Task.answer`.
 
     Returns:
         Shape (n,), one for each row; or one for each labelled token of each row in turn.
     """
-    found: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = {}
+    found: dict[int, np.ndarray[Any, Any]] = {}
     with torch.inference_mode():
         for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, encoded.evaluation_batch):
             batch = collate(encoded, part, pad_id)
             inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             scores, labels = positions(model(**inputs).logits.cpu(), batch["labels"])
-            for row, classes, labelled in zip(part, scores.argmax(-1), labels != IGNORED, strict=True):
-                found[int(row)] = classes[labelled].numpy()
+            for row, answers, places in zip(part, task.answer(scores), labelled(labels), strict=True):
+                found[int(row)] = answers[places].numpy()
     return np.concatenate([found[row] for row in range(len(encoded))])

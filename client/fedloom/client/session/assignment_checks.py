@@ -33,8 +33,8 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
         [train] with what the assignment overrides for this round.
 
     Raises:
-        CodecError: A codec is not installed here.
         ProtocolError: It trains or keeps what this adapter has not, or keeps what it does not train.
+        CodecError: A codec is not installed here.
         PolicyError: The round is none of the run, a codec is not allowed here, a rank does not fit the adapter, the
             broadcast would not fit into compute.memory_mib, or an override is out of range. Nothing was fetched or
             charged.
@@ -117,13 +117,6 @@ def _longest(matrix: Array, axis: int) -> float:
     return float(np.linalg.norm(matrix, axis=axis).max())
 
 
-def _check_codecs(policy: Policy, assignment: Assignment) -> None:
-    """Codecs that this site allows, also where they are not those that the run named."""
-    names = [installed(name) for name in (assignment.broadcast_codec, assignment.upload_codec) if name != MASKED]
-    if problems := component_problems(policy.components, {"codecs": names}):
-        raise PolicyError(f"the coordinator asks for {problems[0]}")
-
-
 def _check_selections(schema: Schema, assignment: Assignment) -> None:
     trained, kept = schema.select(assignment.train), schema.select(assignment.personal)
     unknown = schema.unknown(assignment.train | assignment.personal)
@@ -133,6 +126,13 @@ def _check_selections(schema: Schema, assignment: Assignment) -> None:
             f"the coordinator asks to train {asked}; this adapter has {', '.join(sorted(schema.roles))}, and only what "
             "is trained can be kept"
         )
+
+
+def _check_codecs(policy: Policy, assignment: Assignment) -> None:
+    """Codecs that this site allows, also where they are not those that the run named."""
+    names = [installed(name) for name in (assignment.broadcast_codec, assignment.upload_codec) if name != MASKED]
+    if problems := component_problems(policy.components, {"codecs": names}):
+        raise PolicyError(f"the coordinator asks for {problems[0]}")
 
 
 def _check_ranks(policy: Policy, schema: Schema, assignment: Assignment) -> None:

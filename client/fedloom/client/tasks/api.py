@@ -142,6 +142,10 @@ class Task(Section):
 
         return per_example(scores, labels)
 
+    def answer(self, scores: "torch.Tensor") -> "torch.Tensor":
+        """What scores of shape (..., outputs) say, shape (...): the class with the largest."""
+        return scores.argmax(-1)
+
     def right(self, scores: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
         """Which answers count as right.
 
@@ -152,7 +156,7 @@ class Task(Section):
         Returns:
             bool, shape (batch, places).
         """
-        return scores.argmax(-1) == labels
+        return self.answer(scores) == labels
 
     def metrics(self, scores: "torch.Tensor", labels: "torch.Tensor") -> dict[str, float]:
         """Further sums over the labelled places of some rows, which add up over all of them.

@@ -16,7 +16,7 @@ from fedloom.proto.checks import overridden
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
 from fedloom.server.strategy_errors import blamed
 from fedloom.strategies.api import Plan, State, Strategy
-from fedloom.strategies.result import base_rank, result, result_schema
+from fedloom.strategies.result import base_rank, result_schema
 
 __all__ = ["FINAL_CODEC", "Broadcasts", "Order", "final"]
 
@@ -134,7 +134,7 @@ class Broadcasts:
     def _check(self, plan: Plan) -> None:
         added = {name: each for name, each in plan.broadcast.items() if name not in self._names}
         if added:
-            model = result(self._strategy, self._state)
+            model = self._strategy.result(self._state)
             for name, each in added.items():
                 if name not in model or not np.array_equal(model[name], each):
                     raise StrategyError(

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from fedloom.core.schema import Schema, Tensors
 from fedloom.proto.messages import Assignment, Finished, RoundStatus, UpdateHeader
 from fedloom.server.privacy.user_ledger import check_opening, check_strategy, eligible, participations
 from fedloom.server.rounds.broadcast import Broadcasts, Order, final
-from fedloom.server.rounds.fedbuff import discounted
 from fedloom.server.rounds.scheduling import asking, decision
 from fedloom.server.rounds.state import (
     AdapterCommitted,
@@ -40,7 +40,7 @@ from fedloom.server.rounds.validation import check_address, check_score, expecte
 from fedloom.server.storage.api import Storage
 from fedloom.server.strategy_errors import blamed
 from fedloom.strategies.api import State, Strategy, Update
-from fedloom.strategies.result import result, result_schema, voided
+from fedloom.strategies.result import result_schema, voided
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
 from fedloom.strategies.transforms.user_level_dp import check_memory
 
@@ -117,13 +117,13 @@ class History:
         return self._ending
 
     def result(self, state: State) -> Tensors:
-        """The model of a state of this run, see `fedloom.strategies.result`.
+        """The model of a state of this run, see `Strategy.result`.
 
         Raises:
             StrategyError: The strategy gives none that fits the run's schema, or one that is not finite.
         """
         with blamed(self._config.strategy.name, f"result of round {state.round}"):
-            model = result(self._strategy, state)
+            model = self._strategy.result(state)
             result_schema(self._schema, model)
         return model
 
@@ -279,7 +279,7 @@ class History:
                 update = self._fresh[client] if client in self._fresh else self._reread(client)
                 staleness = 0 if self.rounds.sum else self.rounds.round - self.rounds.updates[client].round
                 with blamed(name, f"fold of round {number}, at client {client!r}"):
-                    acc = self._strategy.fold(self.state, acc, discounted(update, staleness))
+                    acc = self._strategy.fold(self.state, acc, replace(update, staleness=staleness))
             self._fresh.clear()
             reach("history.folded")
             with blamed(name, f"commit of round {number}"):

@@ -49,6 +49,8 @@ class RoundRecord:
     """Epsilon of a whole client so far, by the coordinator's noise; None without user-level privacy."""
     federated: dict[str, float | None] | None = None
     """What the clients' own evaluations say of the adapter that this round started from, see `federated_score`."""
+    metrics: dict[str, float] | None = None
+    """Further held-out metrics of the run's task, by name."""
 
 
 class RecordWriter(Protocol):
@@ -115,6 +117,7 @@ def figures(record: RoundRecord) -> dict[str, float]:
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
         "seconds": record.seconds,
+        **(record.metrics or {}),
         **{f"federated_{name}": value for name, value in (record.federated or {}).items()},
     }
     return {name: float(value) for name, value in found.items() if value is not None}
