@@ -34,6 +34,7 @@ REPORTS = (
     "bench clients",
     "bench dp-step",
     "bench round",
+    "bench rounds",
     "bench secagg",
     "certs list",
     "components check",
