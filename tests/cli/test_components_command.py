@@ -7,8 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from fedloom.cli.main import app
 from fedloom.core.errors import ConfigError
@@ -83,7 +82,7 @@ def test_check_has_a_line_for_each_fault(install: Callable[..., None]) -> None:
     assert "codec 'silent' has no docstring" in faults[2]
 
 
-@pytest.mark.parametrize("group", ["strategies", "codecs", "data", "partitioners", "recorders"])
+@pytest.mark.parametrize("group", ["strategies", "optimizers", "codecs", "data", "partitioners", "recorders"])
 def test_a_new_package_is_whole_and_fails_its_battery(group: str, tmp_path: Path) -> None:
     said = fedloom("new", group, "my-own", "--out", str(tmp_path)).stdout
 
