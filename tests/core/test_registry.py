@@ -2,6 +2,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +79,8 @@ NUMBER = 3
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Put a distribution with one entry point on the path, as an installer would."""
-    (tmp_path / "slow_federation.py").write_text(MODULE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "slow_federation", raising=False)
-
-    def write(distribution: str, name: str, target: str, group: str = "strategies", extra: str = "") -> None:
-        folder = tmp_path / f"{distribution}-1.5.dist-info"
-        folder.mkdir(exist_ok=True)
-        provides = f"Provides-Extra: {extra}\n" if extra else ""
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5\n{provides}")
-        with (folder / "entry_points.txt").open("a") as file:
-            file.write(f"[fedloom.{group}]\n{name} = {target}\n")
-
-    return write
+def install(install: Install) -> Install:
+    return partial(install, code=MODULE)
 
 
 def strategy(name: str, options: dict[str, Any]) -> Any:
@@ -251,7 +239,7 @@ def test_an_extra_of_the_components_name_is_what_to_install(install: Install) ->
         ("refuse", {}, "refuses its options {}: not today"),
         ("loose", {}, r"strategy 'odd' takes \*options; name every option"),
         ("Empty", {}, "needs option 'need'; allowed: need: int"),
-        ("Empty", {"need": 1}, "is no strategy: it lacks init, plan, fold, commit"),
+        ("Empty", {"need": 1}, "is no strategy: it lacks init, plan, fold, commit, result, traits"),
     ],
 )
 def test_what_is_registered_must_be_a_component(

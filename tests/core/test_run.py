@@ -68,7 +68,10 @@ def test_a_file_reads_with_its_defaults(file: Path) -> None:
         ("data.partitoin='iid'", r"unknown key 'data\.partitoin'; did you mean 'partition'\?"),
         ("data.zzz=3", r"unknown key 'data\.zzz'; allowed with partition '\w+': .*clients, .*partition, source"),
         ("data.partition='idi'", r"unknown partitioner 'idi'; did you mean 'iid'\? available: dirichlet, "),
-        ("data.dirichlet_alpha=0", r"option 'dirichlet_alpha' of partitioner '\w+' is 0 .*greater than 0"),
+        (
+            "data={source='x', partition='dirichlet', dirichlet_alpha=0}",
+            r"option 'dirichlet_alpha' of partitioner '\w+' is 0 .*greater than 0",
+        ),
         ("data.classes_per_client=3", r"unknown key 'data\.classes_per_client'; allowed with"),
         ("train.zzz=3", r"unknown key 'train\.zzz'; allowed: head_learning_rate, learning_rate, .*steps"),
         ("run.rounds='many'", r"run\.rounds: .*valid integer.*received 'many'"),

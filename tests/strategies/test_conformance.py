@@ -17,12 +17,14 @@ class TestRegistered(StrategyConformance):
         self.name: str = request.param
 
     def strategy(self) -> Strategy:
-        return build("strategies", self.name, {"train_head": True})
+        made: Strategy = build("strategies", self.name, {"train_head": True})
+        return made
 
 
 class TestFrozenHead(TestRegistered):
     def strategy(self) -> Strategy:
-        return build("strategies", self.name, {"train_head": False})
+        made: Strategy = build("strategies", self.name, {"train_head": False})
+        return made
 
 
 class TestOrthonormalFFA(StrategyConformance):

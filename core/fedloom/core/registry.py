@@ -9,8 +9,10 @@ Listing imports nothing. A name in a file or from a peer is only ever looked up 
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Annotated, Any, Literal, NamedTuple, cast, get_args, get_origin
 
@@ -21,7 +23,19 @@ from pydantic_core import ErrorDetails, PydanticCustomError, PydanticSerializati
 from fedloom.core.docstrings import arguments
 from fedloom.core.errors import ConfigError
 
-__all__ = ["GROUPS", "OURS", "Entry", "build", "check_options", "entries", "faults", "load", "noun", "options_model"]
+__all__ = [
+    "GROUPS",
+    "OURS",
+    "Entry",
+    "build",
+    "check_options",
+    "entries",
+    "faults",
+    "load",
+    "noun",
+    "options_model",
+    "refresh",
+]
 
 OURS = "fedloom"
 """The distribution of what comes with fedloom."""
@@ -34,7 +48,7 @@ class _Group(NamedTuple):
 
 
 _GROUPS = {
-    "strategies": _Group("strategy", ("init", "plan", "fold", "commit")),
+    "strategies": _Group("strategy", ("init", "plan", "fold", "commit", "result"), ("traits",)),
     "adapters": _Group("adapter"),
     "tasks": _Group("task"),
     "optimizers": _Group("optimizer"),
@@ -75,6 +89,11 @@ class _Options(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=()
     )
+
+
+def refresh() -> None:
+    """Look again at what is installed, in a process in which a package has just been."""
+    _found.cache_clear()
 
 
 def noun(group: str) -> str:
@@ -208,6 +227,12 @@ def _group(group: str) -> _Group:
 
 
 def _points(group: str) -> dict[str, EntryPoint]:
+    return _found(group, tuple(sys.path))
+
+
+@cache
+def _found(group: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    # Looking through all packages on the path takes tens of milliseconds, and a codec's name comes with every message.
     kind = _group(group)
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=f"fedloom.{group}"):

@@ -9,6 +9,7 @@ from fedloom.core.privacy.spends import evaluation_spend, evaluations
 from fedloom.core.registry import build
 from fedloom.server.privacy.user_ledger import settled
 from fedloom.strategies.api import Strategy
+from fedloom.strategies.transforms.buffered import Buffered
 from fedloom.strategies.transforms.noise import KEY_BYTES
 from fedloom.strategies.transforms.norm_bound import NormBound
 from fedloom.strategies.transforms.user_level_dp import UserLevel
@@ -50,13 +51,13 @@ def _takes_weights(config: RunConfig) -> bool:
     if not config.privacy.enabled or config.secure_aggregation.enabled or config.user_level.enabled:
         return False
     try:
-        return not getattr(build("strategies", config.strategy.name, config.strategy.options), "unweighted", False)
+        return not build("strategies", config.strategy.name, config.strategy.options).traits.unweighted
     except ConfigError:
         return True  # whoever builds it says what is wrong; a site that only looks at the run need not have it
 
 
 def build_strategy(config: RunConfig) -> Strategy:
-    """The run's strategy, told whether the head is trained, and wrapped for a norm bound or user-level privacy.
+    """The run's strategy, told whether the head is trained, and wrapped for what the run file asks beside it.
 
     The noise's secret is drawn here from the operating system. It matters for a new run only: one that goes on has its
     own in its stored state.
@@ -72,7 +73,7 @@ def build_strategy(config: RunConfig) -> Strategy:
         strategy = NormBound(strategy, config.strategy.norm_bound)
     user = settled(config)
     if not user.enabled:
-        return strategy
+        return Buffered(strategy) if config.rounds.mode == "buffered" else strategy
     assert user.cohort is not None  # both are filled in by `settled`
     assert user.noise_multiplier is not None
     return UserLevel(

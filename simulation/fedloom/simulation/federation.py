@@ -21,6 +21,7 @@ from fedloom.core.config.data import DataSection
 from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.config.start import pinned
 from fedloom.core.errors import ConfigError, FedloomError
+from fedloom.core.registry import OURS
 from fedloom.core.registry import build as build_component
 from fedloom.server.build import calibrated
 from fedloom.server.coordinator import Coordinator
@@ -204,5 +205,6 @@ def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
                 "max_rounds": spec.run.rounds,
                 "max_learning_rate": 1e4,  # a strategy may set another one than the run file
             },
+            "components": {group: [OURS, *names] for group, names in spec.components.items()},
         }
     )

@@ -20,7 +20,9 @@ __all__ = ["evaluate"]
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The run file.")],
-    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter's folder that a run left.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a PEFT adapter or a merged model that a run left.")
+    ] = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -77,7 +79,6 @@ def evaluate(
         from fedloom.server.build import build_strategy
         from fedloom.server.storage.verify import newest_state
         from fedloom.simulation.federation import completed
-        from fedloom.strategies.result import result
         from fedloom.strategies.state import state_from_bytes
 
         config = completed(config)
@@ -85,7 +86,7 @@ def evaluate(
         held_out = HeldOut.load(config, source, split)
         reached = state_from_bytes(content, held_out.model.schema)
         start, rounds = held_out.score_start(), reached.round
-        now = held_out.score(result(build_strategy(config), reached))
+        now = held_out.score(build_strategy(config).result(reached))
     language = task_traits(config.model.task).generates
     labels = config.model.labels
     scores = {"start": _document(start, language), "now": _document(now, language)}

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedloom.client.component_policy import component_problems
 from fedloom.client.policy import Policy
-from fedloom.core.codecs import codec
+from fedloom.core.codecs import codec, installed
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.errors import PolicyError, ProtocolError
 from fedloom.core.schema import Array, Schema, Tensors
+from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.checks import overridden
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema
 
@@ -32,8 +34,10 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
 
     Raises:
         ProtocolError: It trains or keeps what this adapter has not, or keeps what it does not train.
-        PolicyError: The round is none of the run, a rank does not fit the adapter, the broadcast would not fit into
-            compute.memory_mib, or an override is out of range. Nothing was fetched or charged.
+        CodecError: A codec is not installed here.
+        PolicyError: The round is none of the run, a codec is not allowed here, a rank does not fit the adapter, the
+            broadcast would not fit into compute.memory_mib, or an override is out of range. Nothing was fetched or
+            charged.
     """
     last = min(spec.run.rounds, policy.limits.max_rounds)
     if not 0 <= assignment.round < last:
@@ -42,6 +46,7 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
             "are allowed here (run.rounds, and limits.max_rounds of the policy)"
         )
     _check_selections(schema, assignment)
+    _check_codecs(policy, assignment)
     _check_ranks(policy, schema, assignment)
     _check_memory(policy, schema, assignment)
     try:
@@ -66,6 +71,7 @@ def final_schema(policy: Policy, schema: Schema, finished: Finished) -> Schema:
     roles = (schema.with_base(1) if rank else schema).roles
     asked = Assignment(finished.rounds, frozenset(), roles, finished.digest, finished.bytes, finished.codec)
     asked = replace(asked, base_rank=rank)
+    _check_codecs(policy, asked)
     _check_ranks(policy, schema, asked)
     _check_memory(policy, schema, asked)
     return broadcast_schema(schema, asked)
@@ -120,6 +126,13 @@ def _check_selections(schema: Schema, assignment: Assignment) -> None:
             f"the coordinator asks to train {asked}; this adapter has {', '.join(sorted(schema.roles))}, and only what "
             "is trained can be kept"
         )
+
+
+def _check_codecs(policy: Policy, assignment: Assignment) -> None:
+    """Codecs that this site allows, also where they are not those that the run named."""
+    names = [installed(name) for name in (assignment.broadcast_codec, assignment.upload_codec) if name != MASKED]
+    if problems := component_problems(policy.components, {"codecs": names}):
+        raise PolicyError(f"the coordinator asks for {problems[0]}")
 
 
 def _check_ranks(policy: Policy, schema: Schema, assignment: Assignment) -> None:

@@ -36,13 +36,6 @@ def installed(name: str) -> str:
     Raises:
         CodecError: There is none.
     """
-    if name not in _names():
-        raise CodecError(f"unknown codec {name!r}; this build has {', '.join(_names())}")
+    if name not in (found := entries("codecs")):
+        raise CodecError(f"unknown codec {name!r}; this build has {', '.join(found)}")
     return name
-
-
-@cache
-def _names() -> tuple[str, ...]:
-    # Once for a process: looking through the installed packages takes tens of milliseconds, and a name comes with
-    # every message.
-    return tuple(entries("codecs"))

@@ -80,6 +80,25 @@ class ModelSection(OpenSection):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSection":
+        # Another package's task is not imported because a peer names it; `check` has the rest.
+        found = registry.entries("tasks").get(self.task)
+        if found is not None and found.ours:
+            self._check_task()
+        return self
+
+    def check(self, table: str) -> None:
+        """As for every open section, and the rules of the task.
+
+        Raises:
+            ConfigError: Names the key.
+        """
+        super().check(table)
+        try:
+            self._check_task()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _check_task(self) -> None:
         traits = task_traits(self.task)
         if self.image_size is not None and not traits.images:
             raise ValueError(f"model.image_size is for images, not {self.task}; remove it")
@@ -89,7 +108,6 @@ class ModelSection(OpenSection):
             raise ValueError(f"model.labels has {len(self.labels)} names but {self.task} has none; remove model.labels")
         if traits.labels and len(self.labels) < 2:
             raise ValueError(f"model.labels has {len(self.labels)} names; {self.task} needs at least 2: name them")
-        return self
 
     @model_serializer(mode="wrap")
     def _without_what_is_new(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -306,6 +324,16 @@ class Spec(Section):
             found.pop("federated_evaluation", None)
         return found
 
+    @property
+    def components(self) -> dict[str, tuple[str, ...]]:
+        """Names, by group, of the components that a client works with."""
+        return {
+            "tasks": (self.model.task,),
+            "adapters": (self.adapter.kind,),
+            "optimizers": (self.train.optimizer,),
+            "codecs": (self.wire.upload, self.wire.broadcast),
+        }
+
     @classmethod
     def from_json(cls, text: str) -> "Spec":
         """Read a spec sent by a coordinator: typed scalars only, strangers refused.
@@ -316,14 +344,14 @@ class Spec(Section):
         if len(text) > MAX_SPEC_BYTES:
             raise ConfigError(f"run spec of {len(text)} characters; at most {MAX_SPEC_BYTES} are allowed")
         try:
-            spec = cls.model_validate_json(text)
+            return cls.model_validate_json(text)
         except ValidationError as error:
             raise ConfigError(f"the coordinator's run spec is not valid: {explain(error, cls)}") from error
-        spec.check_components()
-        return spec
 
     def check_components(self) -> None:
         """Refuse components that are not installed here, and options that they do not have.
+
+        This may import what another package brings. A client asks for it once its policy has allowed the names.
 
         Raises:
             ConfigError: Names the key.

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from fedloom.strategies.registry import available, load
 from fedloom_rolora import RoLoRA
 
 from fedloom.core.errors import SchemaError
+from fedloom.core.registry import build, entries
 from fedloom.core.schema import Role
 from fedloom.strategies.conformance import StrategyConformance, effective, respond, run_round
 from fedloom.strategies.start import starting_adapter
@@ -51,5 +51,5 @@ class TestRoLoRA(StrategyConformance):
 
 
 def test_it_is_found_by_name() -> None:
-    assert load("rolora", {"train_head": False}) == RoLoRA(train_head=False)
-    assert "fedloom-rolora" in {entry.distribution for entry in available() if entry.name == "rolora"}
+    assert build("strategies", "rolora", {"train_head": False}) == RoLoRA(train_head=False)
+    assert "fedloom-rolora" in {entry.distribution for entry in entries("strategies") if entry.name == "rolora"}
