@@ -305,9 +305,20 @@ def test_the_round_benchmark_ends_with_its_figures() -> None:
 
     assert 0 < document["median_ms"] <= document["p95_ms"]
     assert document["mean_ms"] > 0
+    assert document["ratio_to_raw_grpc"] > 0
+    assert document["raw_grpc_ms"] > 0
     assert (document["rounds"], document["clients"], document["parameters"]) == (5, 2, 786_432)
     assert document["durable"] is False
     assert document["tls"] is False
+
+
+def test_the_rounds_benchmark_ends_with_its_figures() -> None:
+    document = figures("rounds", "--clients", "64", "--rounds", "2")
+
+    parts = document["playing_s_per_round"] + document["folding_s_per_round"]
+    assert document["state_machine_s_per_round"] == parts > 0
+    assert document["growth_per_doubling"] > 0
+    assert (document["clients"], document["rounds"]) == (64, 2)
 
 
 @pytest.mark.e2e

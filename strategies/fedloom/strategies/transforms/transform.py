@@ -35,6 +35,14 @@ class _Around(Strategy):
         """That strategy's plan."""
         return self._inside().plan(state, round, client)
 
+    def check(self, state: State, update: Update) -> None:
+        """What that strategy refuses.
+
+        Raises:
+            UpdateRejected: See that strategy.
+        """
+        self._inside().check(state, update)
+
     def fold(self, state: State, acc: Any, update: Update) -> Any:
         """What that strategy folds.
 

@@ -142,6 +142,18 @@ class UserLevel(Transform):
         """The inner strategy's plan, the same for all clients."""
         return self.inner.plan(_inner(state), round, _ANYONE)
 
+    def check(self, state: State, update: Update) -> None:
+        """Refuse a weight for which the clip norm bounds nothing.
+
+        Raises:
+            UpdateRejected: The weight is not 1.
+        """
+        if update.weight != 1.0:
+            raise UpdateRejected(
+                f"client {update.client!r} has weight {update.weight:g}; user-level privacy bounds clients of weight 1 "
+                'only, set strategy.weighting = "uniform"'
+            )
+
     def fold(self, state: State, acc: Clipped | None, update: Update) -> Clipped:
         """The sum after one more update, clipped; the one given is used up.
 
@@ -150,11 +162,7 @@ class UserLevel(Transform):
             UpdateRejected: The change is not usable (`mean.check`), or the weight is not 1.
         """
         check(uploaded(state.schema, self.plan(state, state.round, _ANYONE)), update)
-        if update.weight != 1.0:
-            raise UpdateRejected(
-                f"client {update.client!r} has weight {update.weight:g}; user-level privacy bounds clients of weight 1 "
-                'only, set strategy.weighting = "uniform"'
-            )
+        self.check(state, update)
         clip = float(state.memory[_CLIP])
         length = norm(update)
         scale = longest(sum(each.size for each in update.delta.values())) / max(length, clip)
