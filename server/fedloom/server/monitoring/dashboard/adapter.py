@@ -1,4 +1,4 @@
-"""The result as a download: a PEFT folder or merged model, or, where torch has not been yet, the tensors as they are."""
+"""The result as a download: a PEFT folder or merged model, or, where torch is not, the tensors as they are."""
 
 import json
 import zipfile
