@@ -33,6 +33,14 @@ class OpenSection(Section):
     model_config = ConfigDict(extra="allow")
 
     @model_validator(mode="after")
+    def _installed(self) -> Self:
+        group, key = self.component
+        name, installed = getattr(self, key), registry.entries(group)  # a list of names: nothing is imported
+        if name not in installed:
+            raise ValueError(f"{key} = {name!r}: no such {registry.noun(group)}; {_nearest(name, installed)}")
+        return self
+
+    @model_validator(mode="after")
     def _plain(self) -> Self:
         for key, value in (self.model_extra or {}).items():
             values = value if isinstance(value, list | tuple) else [value]
@@ -54,20 +62,17 @@ class OpenSection(Section):
         return registry.build(group, name, {each: getattr(self, each) for each in shared} | (self.model_extra or {}))
 
     def check(self, table: str) -> None:
-        """Refuse a component that is not installed here, and keys that neither this table nor its component has.
+        """Refuse keys that neither this table nor its component has.
 
         Nothing is imported for a table with keys of its own alone.
 
         Raises:
             ConfigError: Names the key by its `table`.
         """
-        group, key = self.component
-        name, installed = getattr(self, key), registry.entries(group)
-        if name not in installed:
-            raise ConfigError(f"{table}.{key} = {name!r}: no such {registry.noun(group)}; {_nearest(name, installed)}")
         if not self.model_extra:
             return
-        allowed = [*type(self).model_fields, *registry.options_model(group, name).model_fields]
+        group, key = self.component
+        allowed = [*type(self).model_fields, *registry.options_model(group, getattr(self, key)).model_fields]
         for extra in self.model_extra:
             if extra not in allowed:
                 raise ConfigError(f"unknown key '{table}.{extra}'; {_nearest(extra, allowed)}")

@@ -81,8 +81,7 @@ class ModelSection(OpenSection):
     @model_validator(mode="after")
     def _check(self) -> "ModelSection":
         # Another package's task is not imported because a peer names it; `check` has the rest.
-        found = registry.entries("tasks").get(self.task)
-        if found is not None and found.ours:
+        if registry.entries("tasks")[self.task].ours:
             self._check_task()
         return self
 
@@ -349,7 +348,7 @@ class Spec(Section):
             raise ConfigError(f"the coordinator's run spec is not valid: {explain(error, cls)}") from error
 
     def check_components(self) -> None:
-        """Refuse components that are not installed here, and options that they do not have.
+        """Refuse options that components do not have.
 
         This may import what another package brings. A client asks for it once its policy has allowed the names.
 
