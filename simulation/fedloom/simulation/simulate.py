@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedloom.client.adapters.attach import check_private
 from fedloom.client.data.rows import digest
 from fedloom.client.eval.confusion import classes_document
 from fedloom.client.eval.score import Score, evaluate
 from fedloom.client.models.base_folder import resolve_base
-from fedloom.client.models.export import facts, load_exported, predict, save_adapter
+from fedloom.client.models.export import facts, load_exported, predict, result_name, save_result
 from fedloom.client.models.start import start_of
 from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.privacy.ledger.ledger import Ledger
@@ -68,9 +69,15 @@ class Result:
     user_epsilon: float | None
     """Epsilon of a whole client, by the coordinator's noise; None without user-level privacy."""
     agreement: float
-    """Share of held-out rows on which the adapter reloaded through PEFT predicts what the run's model predicts."""
+    """Share of held-out rows on which the exported result, reloaded, predicts what the run's model predicts."""
     told: dict[str, float | None] | None = None
     """What the clients' evaluations say of the adapter; None without federated evaluation, or where noise hides it."""
+
+    @property
+    def exported(self) -> Path:
+        """Where the result lies: `adapter`, or `merged` where PEFT does not know the kind of the adapter."""
+        plain = self.folder / "adapter"
+        return plain if plain.is_dir() else self.folder / "merged"
 
     @property
     def epsilon(self) -> dict[str, float]:
@@ -131,6 +138,7 @@ def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[s
     config = completed(config)
     strategy = build_strategy(config)
     check_config(config, strategy)  # as the coordinator will, but before anything is loaded or written
+    check_private(config)
     folder = new_folder(out, config.run.name)
     write_config(folder, config)
     try:
@@ -234,13 +242,14 @@ def _finish(
     spent = ledger_statements(federation) if config.privacy.enabled else {}
     user = user_statement(config.user_level, rounds)
     known = facts(config, _worst(spent) if spent else None, user)
-    save_clients(federation, run, trained, own, folder / "adapters", known)
+    exported = folder / result_name(model)
+    save_clients(federation, run, trained, own, folder, known)
     model.show(trained)
-    save_adapter(model, folder / "adapter", {**known, "held_out_accuracy": final.accuracy})
+    save_result(model, exported, {**known, "held_out_accuracy": final.accuracy})
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, model.task, federation.held_out, pad, str(model.device))
     base, section = resolve_base(config.model.base), config.model
-    reloaded = load_exported(base, folder / "adapter", len(section.labels), section.task, section.image_size)
+    reloaded = load_exported(base, exported, len(section.labels), section.task, section.image_size)
     agreement = float(np.mean(np.isclose(ours, predict(reloaded, model.task, federation.held_out, pad), rtol=1e-3)))
     plot(folder, f"{folder.name}: {config.strategy.name}, {len(federation.clients)} clients", tape.records)
     user_epsilon = user["epsilon"] if user else None
@@ -267,7 +276,7 @@ def _finish(
     )
     if agreement < _AGREEMENT:
         raise ModelError(
-            f"the adapter in {folder / 'adapter'} gives {agreement:.1%} of the held-out predictions of the model that "
+            f"the {exported.name} in {exported} gives {agreement:.1%} of the held-out predictions of the model that "
             f"was trained, at least {_AGREEMENT:.1%} must be the same; do not use it: loaded by transformers and PEFT, "
             "this base model is another one than in the run"
         )

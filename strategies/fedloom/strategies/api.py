@@ -132,18 +132,6 @@ class Strategy(Protocol):
     def plan(self, state: State, round: int, client: str) -> Plan:
         """What `client` does in `round` (counted from 0)."""
 
-    def check(self, state: State, update: Update) -> None:
-        """Refuse an update that `fold` or `commit` could not take; called once for each, by several threads at a time.
-
-        As inherited it refuses nothing more than the coordinator does: an update whose tensors have other names or
-        shapes than the plan says, whose values are not finite or beyond 1e30, or whose weight is not usable.
-
-        Raises:
-            SchemaError: A tensor does not fit.
-            UpdateRejected: A value does not.
-        """
-        return None
-
     @abstractmethod
     def fold(self, state: State, acc: Any, update: Update) -> Any:
         """The accumulator after one more update; `acc` is None for the first.
@@ -155,6 +143,18 @@ class Strategy(Protocol):
     @abstractmethod
     def commit(self, state: State, acc: Any) -> State:
         """The state after the round: a new adapter and `round` one higher."""
+
+    def check(self, state: State, update: Update) -> None:
+        """Refuse an update that `fold` or `commit` could not take.
+
+        Its tensors have the right names and shapes, their values are finite, and its weight is usable: as inherited
+        nothing more is asked. Called once for each update, by several threads at a time.
+
+        Raises:
+            UpdateRejected: It is refused; the round goes on without it.
+            SchemaError: Likewise.
+        """
+        return None
 
     def result(self, state: State) -> Tensors:
         """The model of a state, what a client has that loads it; it is scored, sent at the end of a run and exported.

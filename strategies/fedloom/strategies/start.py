@@ -1,12 +1,11 @@
 """The adapter a run starts from, drawn or read without any tensor library."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 
 from fedloom.core.config.run import RunConfig
-from fedloom.core.config.start import beginning, check_digest, check_origin, read_tensors
+from fedloom.core.config.start import beginning, check_digest, check_origin, needs_base, read_tensors, tensors_file
 from fedloom.core.errors import ConfigError
 from fedloom.core.schema import Array, Role, Schema, Start, TensorSpec
 
@@ -47,8 +46,8 @@ def stored_start(config: RunConfig, schema: Schema) -> dict[str, Array]:
     fresh = starting_adapter(schema, config.run.seed)
     if config.start is None:
         return fresh
-    path = Path(config.start.adapter)
-    if path.is_dir():
+    path = tensors_file(config.start)
+    if needs_base(config.start):
         raise ConfigError(
             f"start.adapter = {config.start.adapter!r} is a folder, whose tensors can be read where the base model and "
             "torch are: run `fedloom prepare` there and set start.adapter to the file that it writes"

@@ -20,7 +20,9 @@ __all__ = ["evaluate"]
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The run file.")],
-    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter's folder that a run left.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a PEFT adapter or a merged model that a run left.")
+    ] = None,
     state: Annotated[
         Path | None,
         typer.Option(

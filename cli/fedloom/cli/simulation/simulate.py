@@ -145,9 +145,14 @@ def _summary(config: RunConfig, result: "Result") -> None:
     show_classes(result.final.confusion, config.model.labels)
     if result.privacy:
         out.print(f"\n{terms(max(result.privacy.values(), key=lambda each: each.epsilon))}")
-    out.print(f"\nadapter  {result.folder / 'adapter'}")
-    out.print(f"         reloaded with PeftModel.from_pretrained: {result.agreement:.1%} of predictions the same")
-    if (each := result.folder / "adapters").is_dir():
-        out.print(f"         {each} has one for each client, with what it kept to itself; the accuracy is their mean")
+    merged = result.exported.name == "merged"
+    reader = "the model's own from_pretrained" if merged else "PeftModel.from_pretrained"
+    out.print(f"\n{'model  ' if merged else 'adapter'}  {result.exported}")
+    out.print(f"         reloaded with {reader}: {result.agreement:.1%} of predictions the same")
+    for each in (result.folder / name for name in ("adapters", "merged-by-client")):
+        if each.is_dir():
+            out.print(
+                f"         {each} has one for each client, with what it kept to itself; the accuracy is their mean"
+            )
     out.print(f"metrics  {result.folder / 'metrics.jsonl'}")
     out.print(f"plot     {result.folder / 'curves.png'}")

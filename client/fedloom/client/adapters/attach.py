@@ -7,10 +7,10 @@ from peft import PeftModel
 from fedloom.client.adapters import head
 from fedloom.client.adapters.api import Adapter, Host
 from fedloom.client.adapters.slot import Slot
-from fedloom.core.config.run import AdapterSection
+from fedloom.core.config.run import AdapterSection, Spec
 from fedloom.core.errors import ModelError
 
-__all__ = ["adapter_of", "attach"]
+__all__ = ["adapter_of", "attach", "check_private"]
 
 
 def adapter_of(section: AdapterSection) -> Adapter:
@@ -21,6 +21,21 @@ def adapter_of(section: AdapterSection) -> Adapter:
     """
     made: Adapter = section.built()
     return made
+
+
+def check_private(spec: Spec) -> None:
+    """Refuse a private run whose adapter kind is not for one. No model is loaded for that.
+
+    Raises:
+        ConfigError: See `adapter_of`.
+        ModelError: Its kind gives no gradient of one example alone.
+    """
+    if spec.privacy.enabled and not adapter_of(spec.adapter).traits.private:
+        raise ModelError(
+            f"adapter.kind = {spec.adapter.kind!r} is not for private runs: its gradients cannot be clipped for one "
+            "example at a time; choose another kind, see `fedloom components list adapters`, or set "
+            "privacy.enabled = false"
+        )
 
 
 def attach(host: Host, kind: str, adapter: Adapter) -> tuple[PeftModel, list[Slot]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+from fedloom.client.adapters.attach import check_private
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.site_data import own_rows
 from fedloom.client.doctor import machine, network, site
@@ -116,13 +117,15 @@ def _run(policy: Policy, spec: Spec, loadable: bool) -> Iterator[Finding]:
         return
     base = policy.model.folder or spec.model.base
     try:
+        check_private(spec)
         model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.compute)
-        yield from _private(model)
         # Without a ledger nothing can be charged. What a private run would check at its start is checked here too.
         bare = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"enabled": False})})
         trainer = Trainer(model, rows, bare, policy, None)
-        trainer.check_sensitivity()
-        yield ok("sensitivity", "one example moves the clipped sum by no more than the noise covers")
+        if model.adapter.traits.private:
+            yield from _private(model)
+            trainer.check_sensitivity()
+            yield ok("sensitivity", "one example moves the clipped sum by no more than the noise covers")
         size = trainer.microbatch.size
         yield ok("batch", f"{size} examples at a time ({spec.train.microbatch} asked for)")
     except FedloomError as error:

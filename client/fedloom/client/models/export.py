@@ -1,5 +1,6 @@
 """The result as an ordinary Hugging Face PEFT adapter, or as a whole model."""
 
+import copy
 import errno
 import json
 import tempfile
@@ -12,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from fedloom.client.data.tokens import Encoded, collate, microbatches
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.load import load_base
+from fedloom.client.models.load import load_base, load_model
 from fedloom.client.models.wide_adapter import widen
 from fedloom.client.tasks.api import Task, task_named
 from fedloom.client.training.losses import labelled, positions
@@ -25,11 +27,23 @@ from fedloom.core.privacy.accounting import Statement
 from fedloom.core.privacy.spends import run_statement
 from fedloom.core.runtime.durable import replacing_folder
 from fedloom.core.schema import Tensors
+from fedloom.core.tensor_file import TENSORS, tensor_file
+from fedloom.strategies.result import result_schema
+
+__all__ = [
+    "facts",
+    "is_merged",
+    "load_exported",
+    "predict",
+    "result_name",
+    "save_adapter",
+    "save_final",
+    "save_merged",
+    "save_result",
+]
 
 _SHORT = 8
 """Tokens that any model can read: what it was trained to read was checked before."""
-
-__all__ = ["facts", "load_exported", "predict", "save_adapter", "save_final", "save_merged"]
 
 _CARD = """# {name}
 
@@ -59,7 +73,32 @@ tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 ```
 
 `fedloom.json` has the base model's digest, the label names and, for a private run, the guarantee.
+{more}"""
+
+_TENSORS_CARD = """
+PEFT does not know this kind of adapter, so there is no PEFT folder of it. `adapter.safetensors` has what was trained,
+by the names of the run's schema; another run with the same `[adapter]` goes on from this folder with `[start]`.
 """
+
+
+def result_name(model: AdapterModel) -> str:
+    """What the folder of a run's result is called: "adapter", or "merged" of a kind that PEFT does not know."""
+    return "adapter" if model.adapter.traits.peft else "merged"
+
+
+def save_result(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write what a run gives: a PEFT adapter, or a merged model where PEFT does not know the kind.
+
+    The model stays as it is.
+
+    Raises:
+        ModelError: As by `save_merged`.
+        ConfigError: As by `save_adapter`.
+    """
+    if model.adapter.traits.peft:
+        save_adapter(model, folder, facts)
+    else:
+        save_merged(model, folder, facts, keep=True)
 
 
 def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
@@ -70,34 +109,51 @@ def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
     What the model adds to the frozen weights is in it, see `widen`.
 
     Raises:
+        ModelError: PEFT does not know the kind of the adapter.
         ConfigError: The folder holds other files, is the one this process runs in, or cannot be written.
     """
+    if not model.adapter.traits.peft:
+        raise ModelError(
+            f"PEFT does not know the adapter kind {type(model.adapter).__name__}; export with format merged or "
+            "safetensors"
+        )
     _replace(folder, lambda draft: _write(model, draft, facts))
 
 
-def save_merged(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+def save_merged(model: AdapterModel, folder: Path, facts: dict[str, Any], *, keep: bool = False) -> None:
     """Write the base model with the adapter folded into its weights, its tokenizer, a card, and `facts`.
 
-    W0 + scale·B·A takes the place of W0, in float32. The model is used up: it holds the merged weights afterwards.
-    The folder is written as by `save_adapter`.
+    W0 + scale·B·A takes the place of W0, in float32, and a kind that PEFT does not know folds its tensors in itself.
+    Of such a kind the trained tensors are written too, as adapter.safetensors. The folder is written as by
+    `save_adapter`.
+
+    Args:
+        model: Used up, unless it is to be kept: it then holds the merged weights.
+        folder: Where to.
+        facts: As of `save_adapter`.
+        keep: Merge a copy, which takes the memory of the model again.
 
     Raises:
         ModelError: A weight is quantised or shared with the embeddings, or would not be finite.
         ConfigError: As by `save_adapter`.
     """
-    base = model.model.get_base_model()
+    base, peft = model.model.get_base_model(), model.adapter.traits.peft
+    remedy = f"export with format {'peft' if peft else 'safetensors'}"
     quantised = [name for name, each in base.named_parameters() if not each.is_floating_point()]
     if quantised:
-        raise ModelError(f"{quantised[0]} is quantised, and a merged weight would be rounded; export with format peft")
+        raise ModelError(f"{quantised[0]} is quantised, and a merged weight would be rounded; {remedy}")
     shared = base.get_input_embeddings().weight
     for pair in model.schema.pairs:
         if base.get_submodule(pair.module).base_layer.weight is shared:
             raise ModelError(
-                f"{pair.module} shares its weight with the embeddings, which merging would change too; export with "
-                "format peft"
+                f"{pair.module} shares its weight with the embeddings, which merging would change too; {remedy}"
             )
+    trained = {} if peft else {**model.read(model.schema), **model.corrections}
+    whole = copy.deepcopy(model.model) if keep else model.model
     try:
-        merged = model.model.merge_and_unload(safe_merge=True)
+        if not peft:
+            model.adapter.merge(whole)
+        merged = whole.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"the adapter cannot be merged: {error}; the run has diverged, lower its rates") from error
     if model.task.traits.generates:
@@ -106,8 +162,10 @@ def save_merged(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> Non
     def write(draft: Path) -> None:
         merged.save_pretrained(str(draft), safe_serialization=True)
         model.tokenizer.save_pretrained(str(draft))
-        kind = model.task.traits.model
-        (draft / "README.md").write_text(_MERGED_CARD.format(name=facts.get("run", "model"), kind=kind))
+        kind, more = model.task.traits.model, "" if peft else _TENSORS_CARD
+        (draft / "README.md").write_text(_MERGED_CARD.format(name=facts.get("run", "model"), kind=kind, more=more))
+        if not peft:
+            (draft / TENSORS).write_bytes(tensor_file(trained, result_schema(model.schema, trained), facts))
         (draft / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     _replace(folder, write)
@@ -167,7 +225,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path, rounds: int) -> None:
-    """Write the adapter that a run ended with, as a client has it; what was at `folder` before is replaced whole.
+    """Write the result that a run ended with, as a client has it; what was at `folder` before is replaced whole.
 
     Clients that share the folder may all do so at once: it holds one of their adapters, which are the same unless they
     keep tensors to themselves. Its guarantee is that of a client that took part in every round: a client knows of no
@@ -185,12 +243,15 @@ def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path, 
         ConfigError: The folder cannot be written.
     """
     privacy = run_statement(spec, rounds) if spec.privacy.enabled else None
+    if not model.adapter.traits.peft and any(each.dtype != torch.float32 for each in model.model.parameters()):
+        own = spec.model.model_copy(update={"base": model.model.get_base_model().name_or_path})
+        model = load_model(own, spec.adapter)  # weights of few bits would be rounded by what is folded into them
     model.show(tensors)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             made = Path(scratch) / "made"
-            save_adapter(model, made, facts(spec, privacy))
+            save_result(model, made, facts(spec, privacy))
             while True:
                 try:
                     made.rename(folder)
@@ -235,12 +296,24 @@ def facts(spec: Spec, privacy: Statement | None, user: dict[str, Any] | None = N
     return known
 
 
+def is_merged(folder: Path) -> bool:
+    """Whether an export is a whole model rather than a PEFT adapter."""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
 def load_exported(
     base: Path, adapter: Path, labels: int, task: str = "text-classification", image_size: int | None = None
-) -> PeftModel:
-    """What a user gets who follows the card: the plain base model with the saved adapter."""
+) -> PreTrainedModel | PeftModel:
+    """What a user gets who follows the card: the plain base model with the saved adapter, or the merged model.
+
+    Raises:
+        ModelError: The base model, or the merged one, cannot be loaded.
+    """
     names = tuple(f"LABEL_{index}" for index in range(labels))
-    plain = load_base(base, task_named(task, names, _SHORT, image_size)).model
+    kind = task_named(task, names, _SHORT, image_size)
+    if is_merged(adapter):
+        return load_base(adapter, kind).model.eval()
+    plain = load_base(base, kind).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers deprecates an attribute that peft reads
         return PeftModel.from_pretrained(plain, str(adapter)).eval()

@@ -36,11 +36,10 @@ class _Around(Strategy):
         return self._inside().plan(state, round, client)
 
     def check(self, state: State, update: Update) -> None:
-        """Refuse what that strategy refuses.
+        """What that strategy refuses.
 
         Raises:
-            SchemaError: See that strategy.
-            UpdateRejected: Likewise.
+            UpdateRejected: See that strategy.
         """
         self._inside().check(state, update)
 

@@ -86,6 +86,7 @@ def probe(model: AdapterModel, loss: BatchLoss, max_length: int) -> None:
     - the clipped sum moves by at most C when an example is added and by 2 C when one is replaced, for a C that
       clips them all;
     - no other parameter is trained, and training changes no buffer;
+    - the adapter's kind does not say itself that it is not for private runs;
     - a text of `max_length` tokens goes through, since one that does not would end a run when it is sampled.
 
     The model is left as it was, and one that has passed is not probed again. Takes fourteen passes over one to five
@@ -96,6 +97,8 @@ def probe(model: AdapterModel, loss: BatchLoss, max_length: int) -> None:
     """
     if model.probed:
         return
+    if not model.adapter.traits.private:
+        raise ModelError(f"{type(model.adapter).__name__} is not for private runs; choose another adapter.kind")
     longest = min(_LONGEST, max_length)
     examples = made_up(model, longest)
     with _random_adapter(model) as parameters:
