@@ -69,10 +69,11 @@ class Schedule(Strategy):
         return self._now(state).plan(state, round, client)
 
     def check(self, state: State, update: Update) -> None:
-        """What the strategy whose turn it is refuses.
+        """Refuse what the strategy whose turn it is refuses.
 
         Raises:
-            UpdateRejected: See that strategy.
+            SchemaError: See that strategy.
+            UpdateRejected: Likewise.
         """
         self._now(state).check(state, update)
 
