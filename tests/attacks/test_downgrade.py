@@ -18,8 +18,8 @@ from fedloom.client.policy import Policy
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.secagg.identity_key import load_identity, public_text
 from fedloom.client.secagg.participant import Attempt, membership
-from fedloom.client.session import participant as module
 from fedloom.client.session.api import CheckCancelled, Trained
+from fedloom.client.session.heartbeat import Timing
 from fedloom.client.session.outbox import keep, kept
 from fedloom.client.session.participant import Participant
 from fedloom.core.codecs import codec
@@ -161,7 +161,8 @@ class Site:
 
     def start(self, coordinator: Coordinator, policy: Policy | None = None, **trainer: Any) -> Participant:
         made = Trainer(self.ledger, coordinator.spec.privacy.enabled, **trainer)
-        return Participant(coordinator, policy or self.policy(), lambda _: made, outbox=self.outbox)
+        timing = Timing(backoff_s=(0.0, 0.0))
+        return Participant(coordinator, policy or self.policy(), lambda _: made, outbox=self.outbox, timing=timing)
 
     @property
     def outbox(self) -> Path:
@@ -196,7 +197,6 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setattr(module, "_BACKOFF_S", (0.0, 0.0))
     with Ledger(tmp_path / "ledger", "ab") as ledger:
         yield Site(tmp_path, ledger)
 

@@ -22,8 +22,8 @@ from fedloom.client.data.rows import Rows
 from fedloom.client.data.site_data import own_data, own_rows
 from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
-from fedloom.client.session import participant as module
 from fedloom.client.session.api import CheckCancelled, Trained
+from fedloom.client.session.heartbeat import Timing
 from fedloom.client.session.participant import Participant
 from fedloom.client.session.prepare import prepare
 from fedloom.client.session.send_times import Pace
@@ -113,7 +113,7 @@ def _life(policy: Policy, line: GrpcConnection, scripted: Scripted) -> None:
         return Slow(made[-1], scripted)
 
     try:
-        Participant(line, policy, ready, pace=pace).run()
+        Participant(line, policy, ready, pace=pace, timing=Timing(heartbeat_s=0.01)).run()
     finally:
         if made and made[0].ledger is not None:
             made[0].ledger.close()
@@ -129,11 +129,6 @@ def _coordinator(known: Spec, asked: Spec, rounds: int) -> Scripted:
     orders: list[Answer] = [Assignment(number, roles, roles, digest, len(payload)) for number in range(rounds)]
     ended = Finished(rounds=rounds, codec="fp32", digest="0" * 64, bytes=0)
     return Scripted(Joined("tiny-1", 1, asked, schema), payload, [*orders, ended], Clock())
-
-
-@pytest.fixture(autouse=True)
-def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_HEARTBEAT_S", 0.01)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from fedloom.client.policy import Policy
 from fedloom.client.privacy.ledger import ledger as ledger_module
 from fedloom.client.privacy.ledger.account import anchors_folder, ledger_folder, outbox_folder
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.session import participant as participant_module
 from fedloom.client.session.api import CheckCancelled, Trained
+from fedloom.client.session.heartbeat import Timing
 from fedloom.client.session.participant import Participant
 from fedloom.client.transport import tls as channel_module
 from fedloom.client.transport.grpc import GrpcConnection
@@ -106,7 +106,7 @@ def run_client(trial: Trial, folder: Path, address: str, name: str) -> int:
     # Nobody looks after a client that was killed time and again.
     ledger_module.MOST_FAILURES = 10**9
     # A heartbeat in every training, and a short pause after every failure: trials last seconds.
-    participant_module._HEARTBEAT_S, participant_module._BACKOFF_S = trial.pause_s / 2, (0.05, 0.5)
+    timing = Timing(heartbeat_s=trial.pause_s / 2, backoff_s=(0.05, 0.5))
     folder.mkdir(exist_ok=True)
     policy = policy_of(name, folder)
     connection = Recording(address)
@@ -115,7 +115,8 @@ def run_client(trial: Trial, folder: Path, address: str, name: str) -> int:
     def prepare(_: Joined) -> Steady:
         return Steady(name, folder, account_of(policy), trial.pause_s)
 
-    Participant(connection, policy, prepare, outbox=outbox_folder(policy)).run(patience_s=120)
+    participant = Participant(connection, policy, prepare, outbox=outbox_folder(policy), timing=timing)
+    participant.run(patience_s=120)
     connection.close()
     return 0
 

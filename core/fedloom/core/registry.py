@@ -48,7 +48,7 @@ class _Group(NamedTuple):
 
 
 _GROUPS = {
-    "strategies": _Group("strategy", ("init", "plan", "fold", "commit", "result"), ("traits",)),
+    "strategies": _Group("strategy", ("init", "plan", "check", "fold", "commit", "result"), ("traits",)),
     "adapters": _Group("adapter", ("attach", "slots", "merge"), ("traits",)),
     "tasks": _Group("task", ("read", "encode", "loss", "right"), ("traits",)),
     "optimizers": _Group("optimizer", ("make", "longest_move")),

@@ -11,6 +11,7 @@ import pytest
 from fedloom.client.policy import Policy
 from fedloom.client.session import participant as participant_module
 from fedloom.client.session.api import CheckCancelled, Trained
+from fedloom.client.session.heartbeat import Timing
 from fedloom.client.session.participant import Participant
 from fedloom.client.transport import rate_limit as bandwidth_module
 from fedloom.client.transport.grpc import GrpcConnection
@@ -90,7 +91,8 @@ def site(address: str, trainer: Steady, hours: str | None = None, rate: int | No
     def prepare(_: Joined) -> Steady:
         return trainer
 
-    return Participant(GrpcConnection(address, upload=rate, download=rate), policy, prepare)
+    connection = GrpcConnection(address, upload=rate, download=rate)
+    return Participant(connection, policy, prepare, timing=Timing(rest_s=0.01))
 
 
 def close(participant: Participant) -> None:
@@ -104,7 +106,6 @@ def test_a_site_works_within_its_hours_only(
     caplog.set_level(logging.INFO)
     hours, trainer = Hours(), Steady()
     monkeypatch.setattr(participant_module, "until_open_s", hours.until_open_s)
-    monkeypatch.setattr(participant_module, "_REST_S", 0.01)
     work = GrpcConnection.work
 
     def asked(connection: GrpcConnection) -> Answer:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fedloom.client.policy import Policy
-from fedloom.client.session import participant as participant_module
 from fedloom.client.session.api import CheckCancelled, Trained
+from fedloom.client.session.heartbeat import Timing
 from fedloom.client.session.participant import Participant
 from fedloom.client.transport import grpc as connection_module
 from fedloom.client.transport import tls as channel_module
@@ -57,11 +57,6 @@ class Steady:
         return False
 
 
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(participant_module, "_BACKOFF_S", (0.02, 0.2))
-
-
 def coordinator(store: Store, clients: int = 1, rounds: int = 1) -> Coordinator:
     run = RunConfig.model_validate(
         {
@@ -83,7 +78,7 @@ def site(address: str, name: str = "ann") -> Participant:
     def prepare(_: Joined) -> Steady:
         return Steady()
 
-    return Participant(GrpcConnection(address), policy, prepare)
+    return Participant(GrpcConnection(address), policy, prepare, timing=Timing(backoff_s=(0.02, 0.2)))
 
 
 def life(participant: Participant, ends: list[Finished]) -> threading.Thread:

@@ -11,6 +11,7 @@ from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.privacy.ledger.recover import recover
 from fedloom.client.session import participant as module
 from fedloom.client.session.api import CheckCancelled, RoundCancelled, Trained
+from fedloom.client.session.heartbeat import Timing
 from fedloom.client.session.participant import Participant
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import CodecError, LedgerError, ModelError, PolicyError
@@ -35,11 +36,6 @@ class Failing(Noisy):
         return done
 
 
-@pytest.fixture(autouse=True)
-def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BACKOFF_S", (0.0, 0.0))
-
-
 @pytest.fixture
 def life(spec: Spec, policy: Policy, tmp_path: Path) -> Callable[..., Line]:
     """Lives of one client, each a process of its own: what it is asked, and what goes wrong."""
@@ -49,7 +45,8 @@ def life(spec: Spec, policy: Policy, tmp_path: Path) -> Callable[..., Line]:
         line = Line(long, [*map(order, rounds), FINISHED])
         with Ledger(tmp_path / "ledger", ACCOUNT, anchors=tmp_path / "anchors") as ledger:
             Lives.line = line
-            Participant(line, policy, lambda _: Failing(ledger, list(failures)), outbox=tmp_path / "outbox").run()
+            trainer, timing = Failing(ledger, list(failures)), Timing(backoff_s=(0.0, 0.0))
+            Participant(line, policy, lambda _: trainer, outbox=tmp_path / "outbox", timing=timing).run()
         return line
 
     return live

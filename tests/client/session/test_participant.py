@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fedloom.client.data.rows import Rows
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.session import participant as module
+from fedloom.client.session.heartbeat import Timing
 from fedloom.client.session.participant import Participant
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.codecs import codec
@@ -124,9 +125,7 @@ def trainer(tiny_model: AdapterModel, rows: Rows, spec: Spec, policy: Policy, le
     return Trainer(tiny_model, rows, spec, policy, ledger)
 
 
-@pytest.fixture(autouse=True)
-def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BACKOFF_S", (0.0, 0.0))
+tireless = partial(Participant, timing=Timing(backoff_s=(0.0, 0.0)))
 
 
 def giving(trainer: Trainer) -> Callable[[Joined], Trainer]:
@@ -136,7 +135,7 @@ def giving(trainer: Trainer) -> Callable[[Joined], Trainer]:
 def test_a_client_joins_trains_and_submits_until_the_end(
     script: Script, policy: Policy, trainer: Trainer, ledger: Ledger
 ) -> None:
-    participant = Participant(script, policy, giving(trainer))
+    participant = tireless(script, policy, giving(trainer))
     assert participant.run() == FINISHED
 
     assert [c for c in script.calls if c != "heartbeat"] == [
@@ -168,7 +167,7 @@ def test_the_final_adapter_is_handed_over_before_the_client_leaves(
         assert codec("fp32").encode(script.joined.schema, tensors) == script.payload
         return 1.0, 2.0, 3.0
 
-    participant = Participant(script, policy, giving(trainer))
+    participant = tireless(script, policy, giving(trainer))
     participant.ended = ended
     participant.run()
 
@@ -179,7 +178,7 @@ def test_the_final_adapter_is_handed_over_before_the_client_leaves(
 def test_a_final_adapter_of_another_size_is_not_fetched(script: Script, policy: Policy, trainer: Trainer) -> None:
     script.answers = [FINISHED]
 
-    participant = Participant(script, policy, giving(trainer))
+    participant = tireless(script, policy, giving(trainer))
     participant.ended = lambda *_: pytest.fail("there is none")
     with pytest.raises(ProtocolError, match="a final adapter of 0 bytes; fp32 under the schema needs"):
         participant.run()
@@ -197,7 +196,7 @@ def test_the_digest_is_in_the_ledger_before_the_first_byte_leaves(
         return Script.submit(script, header, payload)
 
     monkeypatch.setattr(script, "submit", submit)
-    Participant(script, policy, giving(trainer)).run()
+    tireless(script, policy, giving(trainer)).run()
 
     assert noted == [header.digest for header, _ in script.sent]
 
@@ -206,7 +205,7 @@ def test_the_digest_is_in_the_ledger_before_the_first_byte_leaves(
 def test_a_refused_run_is_left_without_a_word_of_why(script: Script, policy: Policy, leave_fails: bool) -> None:
     strict = policy.model_copy(update={"privacy": policy.privacy.model_copy(update={"min_noise_multiplier": 2.0})})
     script.leave_fails = leave_fails
-    participant = Participant(script, strict, lambda _: pytest.fail("the data was read"))
+    participant = tireless(script, strict, lambda _: pytest.fail("the data was read"))
 
     with pytest.raises(PolicyError, match=r"noise multiplier 1 \(at least 2\)"):
         participant.run()
@@ -221,7 +220,7 @@ def test_a_site_that_cannot_prepare_says_one_word(script: Script, policy: Policy
         raise kind("srv/ward-3/ledger")
 
     with pytest.raises(kind, match="ward-3"):
-        Participant(script, policy, prepare).run()
+        tireless(script, policy, prepare).run()
 
     assert script.reasons == ["refused"]
 
@@ -232,14 +231,14 @@ def test_what_may_be_the_datas_doing_ends_in_silence(script: Script, policy: Pol
         raise kind("ward-3/patients.csv: row 7 has no label")
 
     with pytest.raises(kind, match="patients"):
-        Participant(script, policy, prepare).run()
+        tireless(script, policy, prepare).run()
 
     assert script.calls == ["join"]
 
 
 def test_a_run_with_another_schema_is_refused_every_time(script: Script, policy: Policy, trainer: Trainer) -> None:
     script.joined = replace(script.joined, schema=script.joined.schema.with_rank(2))
-    participant = Participant(script, policy, giving(trainer))
+    participant = tireless(script, policy, giving(trainer))
 
     for _ in range(2):
         with pytest.raises(SchemaError, match="use the base model and adapter section that the run names"):
@@ -254,7 +253,7 @@ def test_an_update_lost_on_the_way_is_sent_again_as_it_was(
 ) -> None:
     script.failures = [Unavailable("lost")] * lost
 
-    participant = Participant(script, policy, giving(trainer))
+    participant = tireless(script, policy, giving(trainer))
     participant.run()
 
     first = script.sent[: lost + 1]
@@ -272,7 +271,7 @@ def test_an_update_the_coordinator_does_not_want_is_dropped(
 ) -> None:
     script.failures = [ProtocolError("round 1 is closed")] * 2  # before and after joining again
 
-    participant = Participant(script, policy, giving(trainer))
+    participant = tireless(script, policy, giving(trainer))
 
     assert participant.run() == FINISHED
     assert [header.round for header, _ in script.sent] == [0, 0, 1]
@@ -286,7 +285,7 @@ def test_a_client_whose_round_closes_before_it_has_the_broadcast_takes_part_in_t
 ) -> None:
     script.closed = 2  # once, and once more after it has joined again
 
-    Participant(script, policy, lambda _: trainer).run()
+    tireless(script, policy, lambda _: trainer).run()
 
     assert [header.round for header, _ in script.sent] == [1]
     assert [charge.round for charge in ledger.charges()] == [1]
@@ -295,7 +294,7 @@ def test_a_client_whose_round_closes_before_it_has_the_broadcast_takes_part_in_t
 def test_a_refused_update_is_not_sent_again(script: Script, policy: Policy, trainer: Trainer, ledger: Ledger) -> None:
     script.failures = [UpdateRejected("NaN")]
 
-    participant = Participant(script, policy, giving(trainer))
+    participant = tireless(script, policy, giving(trainer))
 
     assert participant.run() == FINISHED
     assert [header.round for header, _ in script.sent] == [0, 1]
@@ -307,7 +306,7 @@ def test_a_spent_budget_ends_the_clients_part(
 ) -> None:
     one_round = epsilon([Spend(0.3, 1.0, 3)], policy.privacy.delta)
     poor = policy.model_copy(update={"privacy": policy.privacy.model_copy(update={"epsilon": one_round})})
-    participant = Participant(script, poor, giving(Trainer(tiny_model, rows, spec, poor, ledger)))
+    participant = tireless(script, poor, giving(Trainer(tiny_model, rows, spec, poor, ledger)))
 
     with pytest.raises(BudgetError, match=r"round 2 of run 'tiny-1' would bring epsilon to"):
         participant.run()
@@ -321,7 +320,7 @@ def test_a_spent_budget_ends_the_clients_part(
 def test_a_coordinator_that_comes_back_with_another_run_is_refused(
     script: Script, policy: Policy, trainer: Trainer, spec: Spec, changed: str
 ) -> None:
-    participant = Participant(script, policy, giving(trainer))
+    participant = tireless(script, policy, giving(trainer))
     participant.join()
     longer = spec.model_copy(update={"train": spec.train.model_copy(update={"steps": 4})})
     script.joined = replace(script.joined, **({"spec": longer} if changed == "spec" else {"run": "tiny-2"}))
@@ -335,7 +334,7 @@ def test_a_coordinator_that_comes_back_with_another_run_is_refused(
 def test_a_restarted_coordinator_with_the_same_run_is_joined_again(
     script: Script, policy: Policy, trainer: Trainer
 ) -> None:
-    participant = Participant(script, policy, giving(trainer))
+    participant = tireless(script, policy, giving(trainer))
     participant.join()
     script.joined = replace(script.joined, epoch=2)
 
@@ -349,7 +348,7 @@ def test_an_order_that_does_not_fit_is_refused_before_any_charge(
 ) -> None:
     whole = order(script.joined.schema, script.payload, 0)
     script.answers = [replace(whole, **wrong)]
-    participant = Participant(script, policy, giving(trainer))
+    participant = tireless(script, policy, giving(trainer))
 
     with pytest.raises((ProtocolError, CodecError), match=r"broadcast of \d+ bytes|unknown codec 'zip'"):
         participant.run()
@@ -362,7 +361,7 @@ def test_patience_has_an_end(script: Script, policy: Policy, trainer: Trainer) -
     script.failures = [Unavailable("lost")]
 
     with pytest.raises(Unavailable, match="lost"):
-        Participant(script, policy, giving(trainer)).run(patience_s=-1.0)
+        tireless(script, policy, giving(trainer)).run(patience_s=-1.0)
 
 
 def test_a_line_that_is_cut_in_every_poll_does_not_use_up_patience(
@@ -370,7 +369,6 @@ def test_a_line_that_is_cut_in_every_poll_does_not_use_up_patience(
 ) -> None:
     """A proxy that closes idle connections: whoever can be joined again is there."""
     now, cuts = [0.0], 20
-    monkeypatch.setattr(module, "_BACKOFF_S", (0.0, 0.0))
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def work() -> Answer:
@@ -383,7 +381,7 @@ def test_a_line_that_is_cut_in_every_poll_does_not_use_up_patience(
 
     monkeypatch.setattr(script, "work", work)
 
-    assert Participant(script, policy, giving(trainer)).run(patience_s=30.0) == FINISHED
+    assert tireless(script, policy, giving(trainer)).run(patience_s=30.0) == FINISHED
     assert now[0] == 200.0
 
 
@@ -393,7 +391,7 @@ def test_an_update_uses_the_codec_and_rank_of_its_order(script: Script, policy: 
     script.payload = payload
     script.answers = [replace(order(small, payload, 0), rank=2, upload_codec="fp16"), FINISHED]
 
-    Participant(script, policy, giving(trainer)).run()
+    tireless(script, policy, giving(trainer)).run()
 
     header, body = script.sent[0]
     upload = upload_schema(script.joined.schema, Assignment(0, ALL, ALL, "", 0, rank=2))

@@ -13,6 +13,7 @@ from fedloom.client.policy import Policy
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session import participant as module
 from fedloom.client.session.api import CheckCancelled, Trained
+from fedloom.client.session.heartbeat import Timing
 from fedloom.client.session.participant import Participant
 from fedloom.core.codecs import codec
 from fedloom.core.config.run import Spec
@@ -104,11 +105,6 @@ def line(spec: Spec) -> Line:
     return Line(spec, [order(0), order(1), FINISHED])
 
 
-@pytest.fixture(autouse=True)
-def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BACKOFF_S", (0.0, 0.0))
-
-
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Ledger(tmp_path / "ledger", "ab") as opened:
@@ -116,7 +112,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 def started(line: Line, policy: Policy, trainer: Noisy, tmp_path: Path) -> Participant:
-    return Participant(line, policy, lambda _: trainer, outbox=tmp_path / "outbox")
+    timing = Timing(backoff_s=(0.0, 0.0))
+    return Participant(line, policy, lambda _: trainer, outbox=tmp_path / "outbox", timing=timing)
 
 
 def waiting(tmp_path: Path) -> list[Path]:

@@ -14,8 +14,8 @@ from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.session import participant as participant_module
 from fedloom.client.session.api import CheckCancelled, RoundCancelled, Trained
+from fedloom.client.session.heartbeat import Timing
 from fedloom.client.session.participant import Participant
 from fedloom.client.training.trainer import Trainer
 from fedloom.client.transport.grpc import GrpcConnection
@@ -40,12 +40,7 @@ FINISHED = Finished(9, "fp32", "0" * 64, 0)
 SPEND = Spend(0.1, 1.0, 1)
 STEPS = 3000
 """Of a training that nobody ends: half a minute, much longer than any heartbeat takes."""
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(participant_module, "_HEARTBEAT_S", 0.01)
-    monkeypatch.setattr(participant_module, "_BACKOFF_S", (0.02, 0.2))
+QUICK = Timing(heartbeat_s=0.01, backoff_s=(0.02, 0.2))
 
 
 class Slow:
@@ -137,7 +132,9 @@ class Site:
         self.ledger = Ledger(self.folder / self.name / "ledger", "ab")
         self.trainer, self.line = Slow(self.ledger, self.slow), Noting(self.address)
         self.outbox = self.folder / self.name / "outbox"
-        self.participant = Participant(self.line, policy_of(self.name), lambda _: self.trainer, outbox=self.outbox)
+        self.participant = Participant(
+            self.line, policy_of(self.name), lambda _: self.trainer, outbox=self.outbox, timing=QUICK
+        )
         self.thread = threading.Thread(target=self._live, daemon=True)
         self.thread.start()
 
@@ -264,7 +261,8 @@ def told(
     with Ledger(folder / "ledger", "ab") as ledger:
         trainer = Slow(ledger, frozenset({3}), swallows=swallows)
         trainer.enough = lambda: len(line.heard) > 5
-        assert Participant(line, policy, lambda _: trainer, outbox=folder / "outbox").run() == FINISHED
+        participant = Participant(line, policy, lambda _: trainer, outbox=folder / "outbox", timing=QUICK)
+        assert participant.run() == FINISHED
         assert all((charge.digest is None) == (line.sent == []) for charge in ledger.charges())
         return line, trainer, [charge.round for charge in ledger.charges()]
 

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedloom.client.session.api import RoundContext
@@ -12,9 +13,28 @@ from fedloom.core.errors import FedloomError, IdentityError
 if TYPE_CHECKING:
     from fedloom.client.transport.grpc import Connection
 
-__all__ = ["heartbeats"]
+__all__ = ["USUAL", "Timing", "heartbeats"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a participant waits, in seconds.
+
+    Attributes:
+        heartbeat_s: Between two signs of life while work holds it.
+        backoff_s: Bound of the random wait before the first new attempt to reach the coordinator, which doubles with
+            every attempt, and the largest that it comes to.
+        rest_s: Longest sleep outside the site's hours: the clock may be set meanwhile.
+    """
+
+    heartbeat_s: float = 5.0
+    backoff_s: tuple[float, float] = (0.25, 5.0)
+    rest_s: float = 60.0
+
+
+USUAL = Timing()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from fedloom.client.privacy.ledger.hash_chain import FAILED, OVER
 from fedloom.client.secagg.participant import Delivery, check_assignment, membership
 from fedloom.client.session.api import RoundCancelled, RoundContext, Training, check_same_run, check_schema
 from fedloom.client.session.assignment_checks import check_order, final_schema
-from fedloom.client.session.heartbeat import heartbeats
+from fedloom.client.session.heartbeat import USUAL, Timing, heartbeats
 from fedloom.client.session.outbox import OutboxEntry, drop, keep, kept
 from fedloom.client.session.payloads import packed, reader
 from fedloom.client.session.send_times import AT_ONCE, Pace
@@ -48,10 +48,6 @@ log = logging.getLogger(__name__)
 
 Reply = TypeVar("Reply")
 
-_HEARTBEAT_S = 5.0
-_BACKOFF_S = (0.25, 5.0)
-_REST_S = 60.0
-"""Longest sleep outside the hours: the clock may be set meanwhile."""
 _TOLD = (PolicyError, ModelError, SchemaError, ProtocolError, ConfigError, LedgerError)
 """What a client says that it refuses for: functions of the run, the policy, the base model and what was spent. On other
 errors, which may be the data's doing, it falls silent like a machine that died."""
@@ -68,6 +64,7 @@ class Participant:
         prepare: Makes the trainer once the run is known and allowed; the base model is loaded here, once.
         outbox: Folder of finished updates, which a client that is started again sends again. None keeps them in memory.
         pace: When the messages of a private run leave that follow work on the data.
+        timing: How long it waits between heartbeats and attempts.
     """
 
     def __init__(
@@ -78,8 +75,9 @@ class Participant:
         *,
         outbox: Path | None = None,
         pace: Pace = AT_ONCE,
+        timing: Timing = USUAL,
     ) -> None:
-        self.connection, self.policy, self.outbox, self.pace = connection, policy, outbox, pace
+        self.connection, self.policy, self.outbox, self.pace, self.timing = connection, policy, outbox, pace, timing
         self.rounds_trained = self._refusals = 0
         self.delivered: Callable[[int], None] = lambda number: None
         """Called with the number of a round, from 1, once the coordinator has this client's update for it."""
@@ -151,7 +149,7 @@ class Participant:
                 self._pending = self._answered(answer.round) or self._work(answer)
             except RoundCancelled as word:
                 log.info("round %d: it was closed without this client; %s", answer.round + 1, word)
-                time.sleep(random.uniform(0, _BACKOFF_S[0]))
+                time.sleep(random.uniform(0, self.timing.backoff_s[0]))
                 return None
             self._deliver()
         return None
@@ -168,7 +166,7 @@ class Participant:
             PolicyError: The policy refuses the run, or the privacy budget is spent.
         """
         last_contact, attempt, joined = time.monotonic(), 0, False
-        with heartbeats(self.connection, self._busy, lambda: self._task, _HEARTBEAT_S):
+        with heartbeats(self.connection, self._busy, lambda: self._task, self.timing.heartbeat_s):
             while True:
                 try:
                     if self._pending is None and (closed_s := self._closed_s()):
@@ -194,7 +192,8 @@ class Participant:
                     if time.monotonic() - last_contact > patience_s:
                         raise
                     attempt, joined = attempt + 1, False
-                    pause = random.uniform(0, min(_BACKOFF_S[1], _BACKOFF_S[0] * 2**attempt))  # full jitter
+                    first, most = self.timing.backoff_s
+                    pause = random.uniform(0, min(most, first * 2**attempt))  # full jitter
                     log.warning("%s; trying again in %.1f s", error, pause)
                     time.sleep(pause)
 
@@ -219,7 +218,7 @@ class Participant:
         if joined:
             log.info("outside compute.hours = %s; leaving for %.0f s", self.policy.compute.hours, closed_s)
             self._leave("outside its hours")
-        time.sleep(min(closed_s, _REST_S))
+        time.sleep(min(closed_s, self.timing.rest_s))
 
     def _left_over(self, trainer: Training, run: str) -> OutboxEntry | None:
         """What an earlier process of this client finished and may not have sent to the end."""
