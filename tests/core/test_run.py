@@ -251,7 +251,7 @@ def test_random_text_is_not_a_spec(text: str) -> None:
         ({"task": "causal-lm"}, r'causal-lm adds no head that could be trained; set model\.head = "frozen"'),
         (
             {"task": "causal-lm", "head": "frozen", "labels": ["a"]},
-            r"has 1 names but causal-lm predicts tokens; remove",
+            r"has 1 names but causal-lm has none; remove",
         ),
         ({"task": "token-classification"}, r"has 0 names; token-classification needs at least 2"),
         ({}, r"has 0 names; text-classification needs at least 2"),

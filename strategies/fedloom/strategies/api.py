@@ -156,18 +156,6 @@ class Strategy(Protocol):
     def commit(self, state: State, acc: Any) -> State:
         """The state after the round: a new adapter and `round` one higher."""
 
-    def check(self, state: State, update: Update) -> None:
-        """Refuse an update that `fold` or `commit` could not take.
-
-        Its tensors have the right names and shapes, their values are finite, and its weight is usable: as inherited
-        nothing more is asked. Called once for each update, by several threads at a time.
-
-        Raises:
-            UpdateRejected: It is refused; the round goes on without it.
-            SchemaError: Likewise.
-        """
-        return None
-
     def result(self, state: State) -> Tensors:
         """The model of a state, what a client has that loads it; it is scored, sent at the end of a run and exported.
 

@@ -187,14 +187,14 @@ def test_the_audit_takes_a_run_on_conversations(model: AdapterModel, spec: Spec)
 
 
 def test_rows_of_conversations_need_their_turns() -> None:
-    with pytest.raises(DataError, match="1 conversations for 2 texts"):
+    with pytest.raises(DataError, match="1 turns for 2 texts"):
         Rows(("a", "b"), np.zeros(2, np.int64), ("", ""), (), "instruct", turns=(TALK,))
 
 
 def test_the_tasks_sections_are_checked() -> None:
     for section, message in (
         ({"task": "instruct"}, "instruct adds no head"),
-        ({"task": "instruct", "head": "frozen", "labels": ("a", "b")}, "instruct predicts tokens"),
+        ({"task": "instruct", "head": "frozen", "labels": ("a", "b")}, "instruct has none"),
         ({"labels": ("a", "b"), "image_size": 56}, "image_size is for image-classification"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -225,7 +225,7 @@ def test_a_size_that_the_model_cannot_read_is_refused(vision_bases: dict[str, Pa
 
 
 def test_rows_of_pictures_need_one_each() -> None:
-    with pytest.raises(DataError, match="1 pictures for 2 rows"):
+    with pytest.raises(DataError, match="1 images for 2 texts"):
         Rows(("a", "b"), np.array([0, 1]), ("", ""), LABELS, "image-classification", images=(noise_picture(0),))
 
 

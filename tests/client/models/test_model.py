@@ -309,7 +309,7 @@ def test_a_model_that_needs_its_own_code_is_refused(copy: Path, model_section: M
 def test_damaged_weights_are_refused(copy: Path, model_section: ModelSection, content: bytes) -> None:
     (copy / "model.safetensors").write_bytes(content)
 
-    with pytest.raises(ModelError, match="cannot be loaded for text-classification"):
+    with pytest.raises(ModelError, match="cannot be loaded for TextClassification"):
         load_model(model_section.model_copy(update={"base": str(copy)}), KINDS["lora"])
 
 

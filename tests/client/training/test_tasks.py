@@ -152,5 +152,5 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(small_bases: dic
 def test_an_adapter_without_a_tensor_is_refused(small_bases: dict[str, Path]) -> None:
     section = ModelSection(base=str(small_bases["llama"]), task="causal-lm", head="frozen")
 
-    with pytest.raises(ModelError, match=r"has nothing that adapter\.kind = 'bias' trains; use 'lora'"):
+    with pytest.raises(ModelError, match=r"has nothing that adapter\.kind = 'bias' trains; choose another kind"):
         load_model(section, AdapterSection(kind="bias", targets=("q_proj",)))

@@ -81,7 +81,7 @@ class Rows:
             if found != wanted:
                 raise DataError(f"{found} {column} for {count} texts of {self.task}; {wanted} are needed")
         if self.prompts and not all(map(str.startswith, self.texts, self.prompts)):
-            raise DataError("a text does not begin with its prompt; every text must")
+            raise DataError("every text must begin with its prompt; one does not")
         if self.tags:
             self._check_tags()
         elif "tags" not in held and self.label_names:

@@ -35,8 +35,8 @@ def bench_rounds(*, clients: int, rounds: int) -> dict[str, Any]:
         rounds: Rounds to measure for each number of clients, after one to warm up.
 
     Returns:
-        state_machine_s_per_round: the median round, played and read back, in CPU seconds: one thread does all of it, and
-        what else the machine does matters less than to a clock. playing_s_per_round and folding_s_per_round are its two
+        state_machine_s_per_round: the median round, played and read back, in CPU seconds: one thread does all of it,
+        and what else the machine does matters less than to a clock. playing_s_per_round and folding_s_per_round are its two
         parts, the second without the parsing of the log. growth_per_doubling: how many times as long a round takes for
         twice as many clients.
     """
