@@ -47,7 +47,7 @@ def test_grpc_has_no_lines_of_its_own_unless_asked(
 ) -> None:
     monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
 
-    assert CliRunner().invoke(app, [*words, "strategies", "list"]).exit_code == 0
+    assert CliRunner().invoke(app, [*words, "components", "list"]).exit_code == 0
 
     assert os.environ["GRPC_VERBOSITY"] == level
     script = "import sys, fedloom.cli.main; sys.exit('grpc' in sys.modules)"
@@ -86,26 +86,8 @@ def test_help_names_every_command() -> None:
     done = fedloom("--help")
 
     assert done.returncode == 0
-    for name in ("simulate", "server", "prepare", "client", "audit", "assets", "strategies", "ledger", "bench"):
+    for name in ("simulate", "server", "prepare", "client", "audit", "assets", "components", "ledger", "bench"):
         assert re.search(rf"^\W*{name}\s", done.stdout, re.M)
-
-
-def test_strategies_are_listed_and_shown() -> None:
-    listed = fedloom("strategies", "list")
-    shown = fedloom("strategies", "show", "fedsvd")
-
-    assert (listed.returncode, shown.returncode) == (0, 0)
-    names = {line.split()[0] for line in listed.stdout.splitlines() if f" {version('fedloom')} " in line}
-    assert names >= {"fedavg", "ffa", "fedsvd", "fedpeft"}
-    assert shown.stdout.startswith("Train B (and the head), average exactly")
-    assert re.search(r"^period\s+int\s+1\s*$", shown.stdout, re.M)
-    assert "[strategy] options" in shown.stdout
-    choices = fedloom("strategies", "show", "fedpeft").stdout
-    assert re.search(r"^kind\s+'lora' or 'bias' or 'head'\s+'lora'\s*$", choices, re.M)
-
-
-def test_an_unknown_strategy_gets_the_nearest_name() -> None:
-    assert "unknown strategy 'fedsdv'; did you mean 'fedsvd'?" in refused("strategies", "show", "fedsdv")
 
 
 @pytest.mark.parametrize("command", ["simulate", "server", "prepare"])

@@ -21,6 +21,7 @@ from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError, StoreError
 from fedloom.core.privacy.accounting import Spend
+from fedloom.core.registry import GROUPS, entries
 from fedloom.server.monitoring.recorders.api import JsonLines, RoundRecord, write_config
 from fedloom.server.rounds.state import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, UpdateAccepted
 from fedloom.server.storage.audit_log import AuditRecord
@@ -36,6 +37,9 @@ REPORTS = (
     "bench rounds",
     "bench secagg",
     "certs list",
+    "components check",
+    "components list",
+    "components show",
     "evaluate",
     "export",
     "ledger show",
@@ -48,8 +52,6 @@ REPORTS = (
     "runs list",
     "runs show",
     "runs verify",
-    "strategies list",
-    "strategies show",
 )
 
 
@@ -81,13 +83,17 @@ def _root() -> Any:
     return typer.main.get_command(app)
 
 
-def test_strategies_for_programs() -> None:
-    names = {each["name"] for each in reported("strategies", "list")}
-    shown = reported("strategies", "show", "fedsvd")
+def test_components_for_programs() -> None:
+    names = {each["name"] for each in reported("components", "list", "strategies")}
+    groups = {each["group"] for each in reported("components", "list")}
+    shown = reported("components", "show", "strategies", "fedsvd")
 
     assert {"fedavg", "fedsvd", "krum"} <= names
-    assert {"name": "period", "type": "int", "required": False, "default": 1} in shown["options"]
+    assert groups == set(GROUPS)
+    period = shown["options"]["properties"]["period"]
+    assert (period["type"], period["default"]) == ("integer", 1)
     assert shown["description"].startswith("Train B (and the head), average exactly")
+    assert reported("components", "check", "codecs") == {"checked": len(entries("codecs")), "faults": []}
 
 
 def test_assets_for_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +273,7 @@ def test_the_pace_of_the_rounds_tells_how_long_the_rest_takes(round_s: float, wo
 
 
 @pytest.mark.parametrize(
-    ("shell", "typed", "expected"), [("bash", "fedloom strat", "strategies"), ("bash", "fedloom runs co", "compare")]
+    ("shell", "typed", "expected"), [("bash", "fedloom comp", "components"), ("bash", "fedloom runs co", "compare")]
 )
 def test_a_shell_completes_commands(shell: str, typed: str, expected: str) -> None:
     environment = os.environ | {

@@ -239,7 +239,7 @@ def test_an_extra_of_the_components_name_is_what_to_install(install: Install) ->
         ("refuse", {}, "refuses its options {}: not today"),
         ("loose", {}, r"strategy 'odd' takes \*options; name every option"),
         ("Empty", {}, "needs option 'need'; allowed: need: int"),
-        ("Empty", {"need": 1}, "is no strategy: it lacks init, plan, fold, commit, result, traits"),
+        ("Empty", {"need": 1}, "is no strategy: it lacks init, plan, check, fold, commit, result, traits"),
     ],
 )
 def test_what_is_registered_must_be_a_component(

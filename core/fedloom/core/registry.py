@@ -48,10 +48,10 @@ class _Group(NamedTuple):
 
 
 _GROUPS = {
-    "strategies": _Group("strategy", ("init", "plan", "fold", "commit", "result"), ("traits",)),
-    "adapters": _Group("adapter"),
-    "tasks": _Group("task"),
-    "optimizers": _Group("optimizer"),
+    "strategies": _Group("strategy", ("init", "plan", "check", "fold", "commit", "result"), ("traits",)),
+    "adapters": _Group("adapter", ("attach", "slots", "merge"), ("traits",)),
+    "tasks": _Group("task", ("read", "encode", "loss", "right"), ("traits",)),
+    "optimizers": _Group("optimizer", ("make", "longest_move")),
     "codecs": _Group("codec", ("encoded_size", "encode", "decode"), ("name", "largest", "traits")),
     "data": _Group("data source", ("records",), ("task",)),
     "partitioners": _Group("partitioner", ("split",)),

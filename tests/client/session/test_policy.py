@@ -178,7 +178,8 @@ def test_the_shipped_policy_is_strict(file: Path) -> None:
         ("privacy.min_clip_norm=1e-7", r"privacy\.min_clip_norm: .*greater than or equal to 0\.000001"),
         ("limits.max_learning_rate=1e5", r"limits\.max_learning_rate: .*less than or equal to 10000"),
         ("limits.max_weight=1e7", r"limits\.max_weight: .*less than or equal to 1000000"),
-        ("limits.adapter_kinds=['prompt']", r"limits\.adapter_kinds\.0: .*received 'prompt'"),
+        ("limits.adapter_kinds='prompt'", r"limits\.adapter_kinds: .*received 'prompt'"),
+        ("components.adapters='prompt'", r"components\.adapters: .*received 'prompt'"),
         ("client.name='../x'", r"client\.name"),
     ],
 )

@@ -6,8 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.conformance.recorders import RecorderConformance
 from fedloom.core.config.run import RunConfig
-from fedloom.server.monitoring.recorders.api import JsonLines, RoundRecord, figures, open_recorders, read_metrics
+from fedloom.core.errors import ConfigError
+from fedloom.core.registry import build
+from fedloom.server.monitoring.recorders.api import (
+    JsonLines,
+    Recorder,
+    RoundRecord,
+    figures,
+    open_recorders,
+    read_metrics,
+)
 from fedloom.server.monitoring.recorders.background import Recording, spent_after
 from fedloom.server.rounds.state import AdapterCommitted, ClientLost, Event, RoundClosed, RoundOpened, UpdateAccepted
 
@@ -28,6 +38,12 @@ LOG: list[Event] = [
     RoundClosed(1, ("a", "c"), "complete"),
     AdapterCommitted(1, "s2"),
 ]
+
+
+class TestTensorBoard(RecorderConformance):
+    def recorder(self) -> Recorder:
+        found: Recorder = build("recorders", "tensorboard", {})
+        return found
 
 
 class Kept:
@@ -131,3 +147,8 @@ def test_mlflow_reads_what_is_written(
     assert run.data.params["strategy.name"] == "fedavg"
     points = client.get_metric_history(run.info.run_id, "accuracy")
     assert [(each.step, each.value) for each in points] == [(0, 0.5), (2, 0.75)]
+
+
+def test_a_recorder_that_is_not_installed_is_refused(tmp_path: Path, configure: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"unknown recorder 'mlfow'; did you mean 'mlflow'\?"):
+        open_recorders(tmp_path, configure(), ("mlfow",))

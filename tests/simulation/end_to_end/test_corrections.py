@@ -83,7 +83,7 @@ class TestFLoRA(StrategyConformance):
 @pytest.fixture
 def flora(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the run file's strategy be FLoRA, as if its package were installed."""
-    monkeypatch.setattr(launch, "load", lambda name, options: FLoRA())
+    monkeypatch.setattr(launch, "build", lambda group, name, options: FLoRA())
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_metrics_export_and_state_are_one_model_on_every_engine(
 def test_a_correction_that_its_result_does_not_hold_ends_the_run(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "load", lambda name, options: FLoRA(hidden=True))
+    monkeypatch.setattr(launch, "build", lambda group, name, options: FLoRA(hidden=True))
 
     with pytest.raises(
         StrategyError, match=r"'flora' sends clients the correction .* not in its result.*result\(state\)"

@@ -35,7 +35,7 @@ from fedloom.strategies.transforms.norm_bound import NormBound
 from fedloom.strategies.transforms.user_level_dp import UserLevel
 
 HERE = Path(__file__).parent
-PLUGIN = HERE.parents[2] / "examples" / "plugin" / "src" / "fedloom_rolora" / "__init__.py"
+PLUGIN = HERE.parents[2] / "examples/plugins/rolora/src/fedloom_rolora/__init__.py"
 DIGESTS, FACTORS = HERE / "digests.json", HERE / "factors.safetensors"
 ROUNDS = 5
 WEIGHTS = (3.0, 250.5, 1.0, 17.0, 0.25, 40.0, 8.0)

@@ -1,11 +1,13 @@
 """Strategies by turns: other roles and other layers in other rounds."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
-from fedloom.core.errors import ConfigError, SchemaError
+from fedloom.core.errors import ConfigError, SchemaError, UpdateRejected
 from fedloom.core.schema import Role, Schema
-from fedloom.strategies.api import State, Strategy, Traits
+from fedloom.strategies.api import State, Strategy, Traits, Update
 from fedloom.strategies.conformance import StrategyConformance, run_round
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedsvd import FedSVD
@@ -93,3 +95,21 @@ def test_user_level_noise_is_added_to_what_the_round_trains() -> None:
 
         moved = {n for n, t in state.adapter.items() if not np.array_equal(t, before.adapter[n])}
         assert moved == {expected, "classifier.weight", "classifier.bias"}
+
+
+def test_whose_turn_it_is_also_says_what_is_refused() -> None:
+    """A scheduled strategy's own check is asked in its rounds, and in no others."""
+
+    class Choosy(FFA):
+        def check(self, state: State, update: Update) -> None:
+            raise UpdateRejected("not today")
+
+    strategy = Schedule((FFA(), Choosy()), turn=lambda commits: commits % 2)
+    battery = TestByLayer()
+    schema = battery.schema()
+    state = strategy.init(schema, starting_adapter(schema, 0), 0)
+    for refused in (False, True, False):
+        updates = battery.updates(strategy, state)
+        with pytest.raises(UpdateRejected) if refused else nullcontext():
+            strategy.check(state, updates[0])
+        state = run_round(strategy, state, updates)

@@ -30,6 +30,12 @@ _SHAPES = {
     "strategies": _Shape(
         "fedloom.strategies.api:Strategy", "fedloom.strategies.conformance:StrategyConformance", "strategy"
     ),
+    "adapters": _Shape(
+        "fedloom.client.adapters.api:Adapter", "fedloom.conformance.adapters:AdapterConformance", "adapter"
+    ),
+    "optimizers": _Shape(
+        "fedloom.client.optimizers.api:Optimizer", "fedloom.conformance.optimizers:OptimizerConformance", "optimizer"
+    ),
     "codecs": _Shape("fedloom.core.codecs.api:Codec", "fedloom.conformance.codecs:CodecConformance", "codec"),
     "data": _Shape("fedloom.client.data.packaged.api:DataSource", "fedloom.conformance.data:DataConformance", "source"),
     "partitioners": _Shape(
@@ -70,7 +76,7 @@ __all__ = ["{kind}"]
 
 
 @dataclass
-class {kind}:
+class {kind}{base}:
     """Say in one line what it does; `fedloom components list` shows this line.
 
     Annotated fields here, such as `rate: float = 0.5`, are its options; describe each below "Args:".
@@ -119,39 +125,54 @@ def write_package(group: str, name: str, folder: Path) -> Path:
         raise ConfigError(f"{home} exists; move it away, or choose another --out")
     shape, kind, module = _SHAPES[group], "".join(map(str.capitalize, name.split("-"))), f"fedloom_{name}"
     module = module.replace("-", "_")
-    imports, methods = _bodies(shape.protocol)
+    imports, base, methods = _bodies(shape.protocol)
     battery_module, _, battery = shape.battery.partition(":")
     words = {"name": name, "group": group, "noun": what, "module": module, "kind": kind, "subject": shape.subject}
     words |= {"battery": f"from {battery_module} import {battery}", "battery_kind": battery}
     home.mkdir(parents=True)
     (home / "pyproject.toml").write_text(_PYPROJECT.format(**words), encoding="utf-8")
-    (home / f"{module}.py").write_text(_MODULE.format(**words, imports=imports, methods=methods), encoding="utf-8")
+    (home / f"{module}.py").write_text(
+        _MODULE.format(**words, imports=imports, base=base, methods=methods), encoding="utf-8"
+    )
     (home / f"test_{name.replace('-', '_')}.py").write_text(_TEST.format(**words), encoding="utf-8")
     return home
 
 
-def _bodies(protocol: str) -> tuple[str, str]:
-    """The imports and the methods of a class that fits a protocol."""
+def _bodies(protocol: str) -> tuple[str, str, str]:
+    """The imports, the base class and the methods of a class that fits a protocol."""
     module_name, _, kind = protocol.partition(":")
     module = importlib.import_module(module_name)
     source = ast.parse(inspect.getsource(module))
     methods = list(_methods(getattr(module, kind), module))
-    used = {node.id for each in methods for node in ast.walk(each) if isinstance(node, ast.Name)}
-    lines = {"from dataclasses import dataclass"}
-    for node in source.body:
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            if names := sorted(each.name for each in node.names if each.name in used):
-                lines.add(f"from {node.module} import {', '.join(names)}")
-        elif isinstance(node, ast.Import):
-            lines |= {f"import {ast.unparse(each)}" for each in node.names if (each.asname or each.name) in used}
+    # A protocol that implements some of its methods is to be inherited from; what is abstract is left to write.
+    abstract = [each for each in methods if "abstractmethod" in map(ast.unparse, each.decorator_list)]
+    base = kind if abstract else ""
+    for each in methods:
+        each.decorator_list = [one for one in each.decorator_list if ast.unparse(one) != "abstractmethod"]
+    text = " ".join(ast.unparse(part) for each in abstract or methods for part in (each.args, each.returns) if part)
+    used = {base, *re.findall(r"\w+", text)}
+    lines = {"from dataclasses import dataclass", *_imports(source.body, used)}
     defined = {node.name for node in source.body if isinstance(node, ast.ClassDef)}
     defined |= {ast.unparse(node.targets[0]) for node in source.body if isinstance(node, ast.Assign)}
     if defined & used:
         lines.add(f"from {module_name} import {', '.join(sorted(defined & used))}")
+    guarded = [line for node in source.body if isinstance(node, ast.If) for line in _imports(node.body, used)]
+    if guarded:
+        lines.add("from typing import " + ", ".join(["TYPE_CHECKING", *(["Any"] if "Any" in used else [])]))
+        lines.discard("from typing import Any")
     ours = sorted(line for line in lines if "fedloom" in line)
-    others = sorted(lines - set(ours))
-    text = "\n".join(others) + "\n\n" + "\n".join(ours) if ours else "\n".join(others)
-    return text, "\n\n".join(_indented(each) for each in methods)
+    blocks = [sorted(lines - set(ours)), ours, ["if TYPE_CHECKING:", *(f"    {line}" for line in guarded)]]
+    imports = "\n\n".join("\n".join(block) for block in blocks if block and block != ["if TYPE_CHECKING:"])
+    return imports, base and f"({base})", "\n\n".join(_indented(each) for each in abstract or methods)
+
+
+def _imports(body: list[ast.stmt], used: set[str]) -> Iterator[str]:
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            if names := sorted(each.name for each in node.names if each.name in used):
+                yield f"from {node.module} import {', '.join(names)}"
+        elif isinstance(node, ast.Import):
+            yield from (f"import {ast.unparse(each)}" for each in node.names if (each.asname or each.name) in used)
 
 
 def _methods(kind: type[Any], module: Any) -> Iterator[ast.FunctionDef]:

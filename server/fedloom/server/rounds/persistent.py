@@ -1,6 +1,6 @@
 """A mapping whose changes cost what they change, not what it holds, and of which every version stays as it was."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 __all__ = ["PersistentMap"]
@@ -81,6 +81,10 @@ class PersistentMap(Mapping[str, V]):
     def drop(self, key: str) -> "PersistentMap[V]":
         """The mapping without the key, which it need not hold."""
         return self if self.get(key, _GONE) is _GONE else self._next(key, _GONE, self._size - 1)
+
+    def only(self, keys: Container[str]) -> "PersistentMap[V]":
+        """The mapping with none but these keys; it shares nothing with this one."""
+        return PersistentMap((key, value) for key, value in self.items() if key in keys)
 
     def _next(self, key: str, value: V, size: int) -> "PersistentMap[V]":
         copied = self._end != len(self._changed) or self._end > 2 * self._size + _SLACK

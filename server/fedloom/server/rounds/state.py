@@ -1,25 +1,24 @@
-"""The round as a pure state machine: events in, state out. What happens next is decided in `decisions`.
+"""The round as a pure state machine: events in, state out. What happens next is decided in `scheduling`.
 
 ::
 
     RunCreated -> RoundOpened -> UpdateAccepted | ClientLost ... -> RoundClosed -> AdapterCommitted -> RoundOpened ...
 
 Under secure aggregation one SumAccepted, of several clients, takes the place of every UpdateAccepted of a round.
-
 RunEnded ends a run before its last round.
 
-Whoever decides writes the event down before acting on it, so a replay of the log never decides again.
-A round that can no longer reach its minimum is opened once more under the same number: updates already
-accepted stay, and the cohort is filled up with clients that are live now.
+Whoever decides writes the event down before acting on it, so a replay of the log never decides again. A round that can
+no longer reach its minimum is opened once more under the same number: updates already accepted stay, and the cohort is
+filled up with clients that are live now.
 
 A buffered round (see `buffered`) has no cohort of its own: it opens with those who are still at work for an earlier
 one, and a ClientAsked for each that asks for work. An update then counts in the round that is open when it comes.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from fedloom.core.errors import StoreError
 from fedloom.server.rounds.persistent import PersistentMap
@@ -45,7 +44,6 @@ __all__ = [
 ]
 
 LostReason = Literal["left", "lease", "rejected"]
-V = TypeVar("V")
 Phase = Literal["new", "idle", "open", "closed", "over"]
 
 
@@ -287,7 +285,7 @@ def apply(rounds: Rounds, event: Event) -> Rounds:
             fits = rounds.phase == "open" and event.round == rounds.round and not rounds.updates
             _expect(fits and len(clients) > 0 and rounds.cohort >= set(clients), rounds, event)
             updates = PersistentMap((client, UpdateAccepted(rounds.round, client, digest, 1.0)) for client in clients)
-            lost, unanswered = _only(rounds.lost, rounds.lost.keys() - set(clients)), len(rounds.pending - set(clients))
+            lost, unanswered = rounds.lost.only(rounds.lost.keys() - set(clients)), len(rounds.pending - set(clients))
             return _after(rounds, updates=updates, lost=lost, unanswered=unanswered, sum=digest)
         case ClientLost(client=client):
             _expect(rounds.phase == "open" and event.round == rounds.round, rounds, event)
@@ -312,10 +310,6 @@ def _after(rounds: Rounds, **changes: Any) -> Rounds:
     return after
 
 
-def _only(held: PersistentMap[V], clients: Collection[str]) -> PersistentMap[V]:
-    return PersistentMap((client, value) for client, value in held.items() if client in clients)
-
-
 def _opened(rounds: Rounds, event: RoundOpened) -> Rounds:
     again, buffered = rounds.phase == "open", event.max_staleness is not None
     _expect(rounds.phase == "idle" or (again and rounds.updates.keys() <= set(event.cohort)), rounds, event)
@@ -323,7 +317,7 @@ def _opened(rounds: Rounds, event: RoundOpened) -> Rounds:
     _expect(event.attempt == (rounds.attempt + 1 if again else 0), rounds, event)
     _expect(not buffered or (not again and rounds.starts.keys() >= set(event.cohort)), rounds, event)
     cohort = frozenset(event.cohort)
-    lost = _only(rounds.lost, cohort if buffered else rounds.rejected)
+    lost = rounds.lost.only(cohort if buffered else rounds.rejected)
     return _after(
         rounds,
         phase="open",
@@ -332,7 +326,7 @@ def _opened(rounds: Rounds, event: RoundOpened) -> Rounds:
         deadline_s=event.deadline_s,
         wanted=event.wanted,
         max_staleness=event.max_staleness,
-        starts=_only(rounds.starts, cohort if buffered else ()),
+        starts=rounds.starts.only(cohort if buffered else ()),
         lost=lost,
         unanswered=len(cohort - rounds.updates.keys() - lost.keys()),
     )
@@ -354,8 +348,8 @@ def _next(rounds: Rounds, event: AdapterCommitted) -> Rounds:
         created=rounds.created,
         round=rounds.round + 1,
         state=event.state,
-        starts=_only(rounds.starts, left),
-        lost=_only(rounds.lost, left),
+        starts=rounds.starts.only(left),
+        lost=rounds.lost.only(left),
     )
 
 

@@ -146,7 +146,7 @@ def decoded(
 
     Args:
         name: The strategy's, as the run file names it.
-        strategy: Refuses what it cannot fold.
+        strategy: Refuses what it cannot fold, see `Strategy.check`.
         state: Its state in the round that the update would count in.
         order: What the client was asked to do.
         payload: The encoded change, of the right length.

@@ -103,7 +103,7 @@ class Robust(Transform):
 
         Raises:
             SchemaError: A tensor is missing, unexpected or of another shape.
-            UpdateRejected: The change or the weight is not usable, see `mean.check`.
+            UpdateRejected: The change or the weight is not usable, see `average.check`.
         """
         check(uploaded(state.schema, self.plan(state, state.round, _ANYONE)), update)
         kept = [] if acc is None else acc

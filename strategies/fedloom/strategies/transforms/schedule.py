@@ -68,6 +68,15 @@ class Schedule(Strategy):
         """The plan of the strategy whose turn it is."""
         return self._now(state).plan(state, round, client)
 
+    def check(self, state: State, update: Update) -> None:
+        """Refuse what the strategy whose turn it is refuses.
+
+        Raises:
+            SchemaError: See that strategy.
+            UpdateRejected: Likewise.
+        """
+        self._now(state).check(state, update)
+
     def fold(self, state: State, acc: Any, update: Update) -> Any:
         """What the strategy whose turn it is folds.
 

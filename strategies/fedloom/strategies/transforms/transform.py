@@ -36,10 +36,11 @@ class _Around(Strategy):
         return self._inside().plan(state, round, client)
 
     def check(self, state: State, update: Update) -> None:
-        """What that strategy refuses.
+        """Refuse what that strategy refuses.
 
         Raises:
-            UpdateRejected: See that strategy.
+            SchemaError: See that strategy.
+            UpdateRejected: Likewise.
         """
         self._inside().check(state, update)
 

@@ -159,7 +159,7 @@ class UserLevel(Transform):
 
         Raises:
             SchemaError: A tensor is missing, unexpected or of another shape.
-            UpdateRejected: The change is not usable (`mean.check`), or the weight is not 1.
+            UpdateRejected: The change is not usable (`average.check`), or the weight is not 1.
         """
         check(uploaded(state.schema, self.plan(state, state.round, _ANYONE)), update)
         self.check(state, update)
