@@ -119,6 +119,18 @@ def test_other_runs_of_the_folder_are_shown_as_they_lie(tmp_path: Path) -> None:
     assert set(zipfile.ZipFile(io.BytesIO(body)).namelist()) == names
 
 
+def test_a_merged_model_is_offered_where_a_run_left_one(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "sentiment"
+    finished_run(tmp_path / "runs", "sentiment", [0.5], [0.7])
+    (run / "adapter").rename(run / "merged")
+    with stage(tmp_path / "runs") as live:
+        other = seen(live, "sentiment")
+        status, body = fetch(live, "/api/runs/sentiment/adapter")
+
+    assert (other["adapter"], status) == ("merged", 200)
+    assert "fedloom.json" in zipfile.ZipFile(io.BytesIO(body)).namelist()
+
+
 def test_the_adapter_so_far_is_what_the_coordinator_holds(tmp_path: Path) -> None:
     with stage(tmp_path / "runs", expect=2) as live:
         assert fetch(live, f"/api/runs/{live.board.own}/adapter")[0] == 404

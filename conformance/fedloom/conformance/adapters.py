@@ -38,7 +38,7 @@ from fedloom.strategies.start import starting_adapter
 
 __all__ = ["AdapterConformance"]
 
-_CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
+_CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 _LENGTHS = (5, 16, 9, 2)
 
 

@@ -159,7 +159,7 @@ def _direction(kind: str, step: int, size: int) -> torch.Tensor:
     """A gradient's direction, not zero."""
     match kind:
         case "turning":
-            return torch.ones(size) * (-1) ** step
+            return torch.ones(size) * float((-1) ** step)
         case "drawn":
             return torch.from_numpy(np.random.default_rng([17, step]).normal(0, 1, size).astype(np.float32))
         case "one value":

@@ -304,7 +304,7 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Spec":
-        if self.secure_aggregation.enabled and self.wire.upload != "fp32":
+        if self.secure_aggregation.enabled and self.wire.upload != WireSection().upload:
             raise ValueError(
                 f'wire.upload = "{self.wire.upload}" with secure_aggregation.enabled = true, whose updates are sent as '
                 "32-bit integers; leave wire.upload out"

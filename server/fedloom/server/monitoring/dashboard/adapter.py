@@ -1,4 +1,4 @@
-"""The adapter as a download: the PEFT folder, or, where torch has not been yet, the tensors as they are."""
+"""The result as a download: a PEFT folder or merged model, or, where torch is not, the tensors as they are."""
 
 import json
 import zipfile
@@ -12,7 +12,10 @@ from safetensors.numpy import save
 
 from fedloom.server.coordinator import Coordinator
 
-__all__ = ["peft_zip", "state_zip"]
+__all__ = ["RESULTS", "folder_zip", "state_zip"]
+
+RESULTS = {"peft": "adapter", "merged": "merged"}
+"""Folders of a run's result, by what they hold; merged where PEFT does not know the kind of the adapter."""
 
 _IN_MEMORY_BYTES = 8 << 20
 _README = """The adapter of run {name} after {done} of {rounds} rounds, as its coordinator holds it.
@@ -22,8 +25,8 @@ no torch; `fedloom export RUN.toml --state STATE` writes a PEFT folder where it 
 """
 
 
-def peft_zip(folder: Path) -> IO[bytes]:
-    """The plain files of a PEFT folder, packed.
+def folder_zip(folder: Path) -> IO[bytes]:
+    """The plain files of a run's result, packed.
 
     Raises:
         OSError: One cannot be read.

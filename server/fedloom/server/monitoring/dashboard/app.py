@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from fedloom.core.errors import FedloomError, ProtocolError
 from fedloom.server.monitoring.dashboard.access import ALLOWED, Access, Role, Tokens, cookie, may
-from fedloom.server.monitoring.dashboard.adapter import peft_zip, state_zip
+from fedloom.server.monitoring.dashboard.adapter import RESULTS, folder_zip, state_zip
 from fedloom.server.monitoring.dashboard.certificates import certificates, invited, revoked
 from fedloom.server.monitoring.dashboard.runs import Board
 from fedloom.server.storage.audit_log import Audit
@@ -107,10 +107,11 @@ def _adapter(site: _Site, request: Request) -> Response:
     if shown is None or folder is None or shown["adapter"] is None:
         return _missing("adapter")
     try:
-        packed = peft_zip(folder / "adapter") if shown["adapter"] == "peft" else state_zip(site.board.coordinator)
+        kept = RESULTS.get(shown["adapter"])
+        packed = folder_zip(folder / kept) if kept else state_zip(site.board.coordinator)
     except OSError:
         return _missing("adapter")
-    headers = {"content-disposition": f'attachment; filename="{_file_name(name)}-adapter.zip"'}
+    headers = {"content-disposition": f'attachment; filename="{_file_name(name)}-{kept or "adapter"}.zip"'}
     return StreamingResponse(_chunks(packed), media_type="application/zip", headers=headers)
 
 

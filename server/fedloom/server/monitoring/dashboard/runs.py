@@ -11,6 +11,7 @@ from typing import Any
 from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.errors import ConfigError, FedloomError, StoreError, StrategyError
 from fedloom.server.coordinator import Coordinator
+from fedloom.server.monitoring.dashboard.adapter import RESULTS
 from fedloom.server.monitoring.dashboard.csv_table import rounds_csv
 from fedloom.server.monitoring.dashboard.view import Spent, document, past_rounds, traffic
 from fedloom.server.monitoring.recorders.api import METRICS_FILE, RoundRecord, read_metrics
@@ -142,8 +143,9 @@ class Board:
         shown = document(journal, config, _records(run_folder), progress, spent)
         if not ours and shown["phase"] == "stopped" and _held(folder):
             shown["phase"] = "elsewhere"
-        peft = (run_folder / "adapter" / "fedloom.json").is_file()
-        adapter = "peft" if peft and (not ours or shown["phase"] == "over") else None
+        adapter = None
+        if not ours or shown["phase"] == "over":
+            adapter = next((each for each in RESULTS if (run_folder / RESULTS[each] / "fedloom.json").is_file()), None)
         if adapter is None and ours and journal.rounds.round:
             adapter = "state"
         stoppable = ours and self.observation.stop is not None

@@ -190,9 +190,11 @@ function head(run) {
   $("eta").textContent = eta(run);
   const adapter = $("adapter");
   adapter.hidden = run.adapter === null;
-  adapter.textContent = run.adapter === "peft" ? "Download adapter" : "Download adapter so far";
-  adapter.className = run.adapter === "peft" ? "button primary" : "button";
-  adapter.title = run.adapter === "peft" ? "A PEFT folder, zipped" : "Tensors and run file, zipped";
+  const final = { peft: ["Download adapter", "A PEFT folder, zipped"], merged: ["Download model", "A merged model, zipped"] };
+  const [text, title] = final[run.adapter] ?? ["Download adapter so far", "Tensors and run file, zipped"];
+  adapter.textContent = text;
+  adapter.className = run.adapter in final ? "button primary" : "button";
+  adapter.title = title;
   adapter.setAttribute("href", `/api/runs/${encodeURIComponent(run.name)}/adapter`);
   $("stop").hidden = !(role === "operator" && run.stoppable);
   $("finish").hidden = !(role === "operator" && run.stoppable && run.phase !== "over" && run.round);
@@ -201,7 +203,10 @@ function head(run) {
 function standing(run) {
   const open = run.open;
   if (run.phase === "over" && run.round < (run.rounds ?? 0)) return "It was ended with what is committed.";
-  if (run.phase === "over") return run.adapter === "peft" ? "The adapter is ready." : "Every round is committed.";
+  if (run.phase === "over") {
+    if (run.adapter === "merged") return "The model is ready.";
+    return run.adapter === "peft" ? "The adapter is ready." : "Every round is committed.";
+  }
   if (run.phase === "stopped") return "No coordinator works on it.";
   if (!open) return "";
   const refusing = open.refusing.length && !open.waiting ? ` ${open.refusing.join(", ")} refused to take part.` : "";
