@@ -27,7 +27,19 @@ MUTATIONS: list[dict[str, Any]] = [
 ]
 FULL = bool(os.environ.get("FEDLOOM_PROVE"))
 CHOSEN = [each for each in MUTATIONS if FULL or each.get("quick", False)]
-COPIED = ("core", "proto", "strategies", "server", "client", "simulation", "flower", "cli", "tests", "examples")
+COPIED = (
+    "core",
+    "proto",
+    "strategies",
+    "server",
+    "client",
+    "simulation",
+    "flower",
+    "cli",
+    "conformance",
+    "tests",
+    "examples",
+)
 
 Runner = Callable[[Path, list[str]], dict[str, Any]]
 
