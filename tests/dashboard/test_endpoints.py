@@ -121,7 +121,7 @@ def test_other_runs_of_the_folder_are_shown_as_they_lie(tmp_path: Path) -> None:
 
 def test_a_merged_model_is_offered_where_a_run_left_one(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "sentiment"
-    finished_run(tmp_path / "runs", "sentiment", [0.5], [0.7])
+    finished_run(tmp_path / "runs", "sentiment", [0.471, 0.556], [0.695, 0.67])
     (run / "adapter").rename(run / "merged")
     with stage(tmp_path / "runs") as live:
         other = seen(live, "sentiment")

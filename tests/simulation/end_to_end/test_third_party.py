@@ -69,6 +69,8 @@ def config_of(data: Path, base: Path, **sections: Any) -> RunConfig:
     )
 
 
+@pytest.mark.e2e
+@pytest.mark.timeout(1200)  # whole runs; a busy machine must not fail one
 @pytest.mark.parametrize("engine", ["inprocess", "grpc"])
 def test_a_private_run_leaves_a_merged_model_that_predicts_the_same(
     data: Path, tiny_base: Path, tmp_path: Path, engine: str
