@@ -24,7 +24,7 @@ from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.schema import Role, Schema, TensorSpec
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("core", "proto", "strategies", "server", "client", "simulation", "flower", "cli")
+PARTS = ("core", "proto", "strategies", "server", "client", "simulation", "flower", "api", "cli")
 MAX_LINES = 400
 
 

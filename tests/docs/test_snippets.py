@@ -19,7 +19,7 @@ import pytest
 from fedloom.client.assets.fetch import cache_dir, fetch
 from tests.docs.blocks import DOCS, Block, blocks
 
-PAGES = ("quickstart.md", "data.md", "tutorial-simulation.md", "tutorial-sites.md", "tutorial-strategy.md")
+PAGES = ("quickstart.md", "data.md", "api.md", "tutorial-simulation.md", "tutorial-sites.md", "tutorial-strategy.md")
 NOT_RUN = {
     ("quickstart.md", "downloads; .ci/run does the same from a fresh clone"),
     ("quickstart.md", "the tests have an environment of their own"),

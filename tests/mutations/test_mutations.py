@@ -24,7 +24,7 @@ MUTATIONS: list[dict[str, Any]] = [
 ]
 FULL = bool(os.environ.get("FEDLOOM_PROVE"))
 CHOSEN = [each for each in MUTATIONS if FULL or each.get("quick", False)]
-COPIED = ("core", "proto", "strategies", "server", "client", "simulation", "flower", "cli", "tests", "examples")
+COPIED = ("core", "proto", "strategies", "server", "client", "simulation", "flower", "api", "cli", "tests", "examples")
 
 Runner = Callable[[Path, list[str]], dict[str, Any]]
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PARTS = ("core", "proto", "strategies", "server", "client", "simulation", "cli")
+PARTS = ("core", "proto", "strategies", "server", "client", "simulation", "api", "cli")
 PRELOADED = (
     "dp_accounting.pld",
     "hypothesis",

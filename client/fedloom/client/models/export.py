@@ -24,7 +24,7 @@ from fedloom.core.privacy.spends import run_statement
 from fedloom.core.runtime.durable import replacing_folder
 from fedloom.core.schema import Tensors
 
-__all__ = ["facts", "load_exported", "predict", "save_adapter", "save_final", "save_merged"]
+__all__ = ["facts", "load_exported", "predict", "privacy_facts", "save_adapter", "save_final", "save_merged"]
 
 _CARD = """# {name}
 
@@ -222,12 +222,17 @@ def facts(spec: Spec, privacy: Statement | None, user: dict[str, Any] | None = N
     if isinstance(spec, RunConfig) and spec.start is not None:
         known["start"] = {"adapter": Path(spec.start.adapter).name, "digest": spec.start.digest}
     if privacy is not None:
-        known["privacy"] = {
-            **privacy.document(),
-            "mechanism": "DP-SGD on every client: Poisson sampling, per-example clipping, Gaussian noise",
-            "clip_norm": spec.privacy.clip_norm,
-        }
+        known["privacy"] = privacy_facts(spec, privacy.document())
     return known
+
+
+def privacy_facts(spec: Spec, stated: dict[str, Any]) -> dict[str, Any]:
+    """A statement's document with the mechanism in words."""
+    return {
+        **stated,
+        "mechanism": "DP-SGD on every client: Poisson sampling, per-example clipping, Gaussian noise",
+        "clip_norm": spec.privacy.clip_norm,
+    }
 
 
 def load_exported(

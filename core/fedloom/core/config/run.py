@@ -122,8 +122,8 @@ class TrainSection(Section):
     """Poisson rate q: each step includes each example with this probability. Public."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Local optimiser; its state starts anew each round."""
-    learning_rate: float = Field(ge=1e-9, le=1e4)
-    """Local learning rate."""
+    learning_rate: float = Field(default=1.0, ge=1e-9, le=1e4)
+    """Local learning rate. With SGD the mean gradient of a step has norm at most clip_norm; Adam needs far less."""
     head_learning_rate: float | None = Field(default=None, ge=1e-9, le=1e4)
     """Learning rate of the head alone; None is learning_rate. A fresh head often needs a larger one."""
     schedule: Literal["constant", "linear"] = "constant"
@@ -355,7 +355,7 @@ class Spec(Section):
     def _without_what_is_off(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As in [model]: builds that know no such section are told and have stored none."""
         found: dict[str, Any] = plain(self)
-        if not self.federated_evaluation.enabled:
+        if self.federated_evaluation == FederatedEvaluationSection():
             found.pop("federated_evaluation", None)
         return found
 
