@@ -27,10 +27,11 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from fedloom.client.data.partition import partition
+from fedloom.client.data.partitioners.api import partition
+from fedloom.client.data.partitioners.group import Group
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.core.codecs import codec
 from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.errors import UpdateRejected
@@ -168,7 +169,7 @@ def read() -> tuple[Rows, Site, Site]:
 
 def shared_out(rows: Rows, everything: Site, seed: int) -> dict[str, Site]:
     """Each client's part: sentences of one kind of source, with labels a little skewed."""
-    parts = partition(rows, CLIENTS, "group", SKEW, seed)
+    parts = partition(rows, CLIENTS, Group(dirichlet_alpha=SKEW), seed)
     at = everything
     return {
         f"client-{index:02d}": Site(at.features[part], at.frozen[part], at.labels[part])

@@ -77,7 +77,7 @@ def train(arm: Arm) -> Outcome:
     """Run one arm in this process, on one thread."""
     import torch
 
-    from fedloom.client.training.trainer import evaluate
+    from fedloom.client.eval.score import evaluate
     from fedloom.core.config.run import load_run
     from fedloom.server.build import build_strategy
     from fedloom.server.coordinator import Coordinator

@@ -28,7 +28,7 @@ def _table(source: Path) -> str:
     for each in tomllib.loads(source.read_text(encoding="utf-8"))["mutation"]:
         tests = "<br>".join(f"`{test.removeprefix('tests/')}`" for test in each["tests"])
         name = f"**{each['name']}**" if each.get("quick", False) else each["name"]
-        lines.append(f"| {name}: {each['bug']} | `{Path(each['file']).name}` | {tests} |")
+        lines.append(f"| {name}: {each['bug']} | `{each['symbol'].partition(':')[2]}` | {tests} |")
     return "\n".join(lines) + "\n"
 
 

@@ -2,10 +2,8 @@
 
 import inspect
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,10 @@ from pydantic import BaseModel
 from fedloom.cli.main import app
 from fedloom.client.policy import Policy
 from fedloom.core import errors
-from fedloom.core.codecs import CODECS
 from fedloom.core.config.run import RunConfig
-from fedloom.core.schema import Role, Schema, TensorSpec
+from fedloom.core.docstrings import prose
+from fedloom.core.registry import GROUPS, entries, load, options_model
 from fedloom.proto.wire import STATUS
-from fedloom.strategies.registry import GROUP
 
 __all__ = ["main", "reference"]
 
@@ -57,13 +54,9 @@ def reference() -> str:
         "An error of ours ends a command with one line on standard error and exit status 2. Between a client and a "
         "coordinator it travels as the gRPC status beside it.",
         *_errors(),
-        "## Codecs",
-        "Named in `[wire]`. The length of a payload follows from the schema alone.",
-        *_codecs(),
-        "## Strategies",
-        "Those that come with fedloom; `fedloom strategies list` also shows what else is installed. What each is good "
-        "for is in [strategies.md](strategies.md).",
-        *_strategies(),
+        "## Components",
+        "Those that come with fedloom, by group; `fedloom components list` also shows what else is installed.",
+        *(text for group in GROUPS for text in _components(group)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -180,49 +173,21 @@ def _errors() -> Iterator[str]:
     yield _table(("error", "is a", "gRPC status", "meaning"), rows)
 
 
-def _codecs() -> Iterator[str]:
-    schema = Schema((TensorSpec("a", "a", Role.BIAS, (1000,)),), 1.0)
-    rows = []
-    for name, codec in sorted(CODECS.items()):
-        about = (inspect.getdoc(type(codec)) or "").partition("\n")[0]
-        rows.append((f"`{name}`", f"{codec.encoded_size(schema) / schema.size:g}", about))
-    yield _table(("codec", "bytes per value", "format"), rows)
-
-
-def _strategies() -> Iterator[str]:
+def _components(group: str) -> Iterator[str]:
     # Only ours: what else is installed on the machine that writes this file is no part of fedloom.
-    ours = {each.name: each for each in entry_points(group=GROUP) if each.dist and each.dist.name == "fedloom"}
-    for name, point in sorted(ours.items()):
-        factory = point.load()
-        text = inspect.getdoc(factory) or ""
+    ours = [name for name, entry in entries(group).items() if entry.ours]
+    if ours:
+        yield f"## {group.capitalize()}"
+    for name in ours:
         yield f"### `{name}`"
-        yield f"{(inspect.getdoc(sys.modules[factory.__module__]) or '').partition(chr(10))[0]}"
-        yield re.split(r"\n\s*(?:Args|Raises):\n", text)[0].strip()
-        about = _described(text)
-        options = [each for each in inspect.signature(factory).parameters.values() if each.name != "train_head"]
-        rows = [(f"`{each.name}`", _annotation(each), f"`{_toml(each)}`", about.get(each.name, "")) for each in options]
-        if rows:
-            yield _table(("option", "type", "default", "meaning"), rows)
-        else:
-            yield "It has no options."
+        yield prose(inspect.getdoc(load(group, name)) or "")
+        document = options_model(group, name).model_json_schema()
+        rows = [_option(key, spec, document) for key, spec in document.get("properties", {}).items()]
+        yield _table(("option", "type", "default", "allowed", "meaning"), rows) if rows else "It has no options."
 
 
-def _annotation(option: inspect.Parameter) -> str:
-    choices = getattr(option.annotation, "__args__", ())
-    if choices:
-        return ", ".join(f"`{json.dumps(choice)}`" for choice in choices)
-    return str(getattr(option.annotation, "__name__", option.annotation))
-
-
-def _toml(option: inspect.Parameter) -> str:
-    return "required" if option.default is option.empty else json.dumps(option.default)
-
-
-def _described(text: str) -> dict[str, str]:
-    """What the "Args:" part of a Google-style docstring says of each argument."""
-    _, _, part = text.partition("\nArgs:\n")
-    part = re.split(r"\n\S", part)[0]
-    return {name: " ".join(about.split()) for name, about in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", part, re.M)}
+def _option(name: str, spec: dict[str, Any], document: dict[str, Any]) -> tuple[str, ...]:
+    return _key(name, {"description": "", **spec}, name in document.get("required", ()))
 
 
 if __name__ == "__main__":

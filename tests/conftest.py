@@ -1,6 +1,8 @@
 """A tiny random BERT with the real tokenizer, so that tests train a real transformer in milliseconds."""
 
+import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,11 @@ from transformers import (
 
 from fedloom.client.assets.fetch import fetch
 from fedloom.client.data.rows import Rows
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
-from fedloom.core.config.run import AdapterSection, ModelSection, Spec, Task
+from fedloom.core import registry
+from fedloom.core.config.run import AdapterSection, ModelSection, Spec
 
 # Tests assert behaviour, never times: a busy machine must not fail one.
 settings.register_profile("fedloom", deadline=None)
@@ -130,7 +134,7 @@ def vision_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def build_task(small_bases: dict[str, Path]):  # type: ignore[no-untyped-def]  # a factory of AdapterModel
     """Makes a model of an architecture for a task, with a random LoRA adapter."""
 
-    def build(architecture: str, task: Task, **section: object) -> AdapterModel:
+    def build(architecture: str, task: str, **section: object) -> AdapterModel:
         values: dict[str, object] = {"base": str(small_bases[architecture]), "task": task, "max_length": 24}
         values |= {"head": "frozen"} if task == "causal-lm" else {"labels": ("O", "PER", "LOC")}
         adapter = AdapterSection(rank=2, alpha=4, targets=TARGETS[architecture])
@@ -202,3 +206,34 @@ def policy(tmp_path: Path) -> Policy:
             "privacy": {"epsilon": 50.0, "allow_non_private": True},
         }
     )
+
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Puts a distribution with one component on the path, as an installer would: `install(dist, name, target, group)`.
+
+    `code` is written to the module `slow_federation`, where targets are.
+    """
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.delitem(sys.modules, "slow_federation", raising=False)
+
+    def write(
+        distribution: str, name: str, target: str, group: str = "strategies", *, extra: str = "", code: str = ""
+    ) -> None:
+        (site / "slow_federation.py").write_text(code)
+        folder = site / f"{distribution}-1.5.dist-info"
+        folder.mkdir(exist_ok=True)
+        provides = f"Provides-Extra: {extra}\n" if extra else ""
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5\n{provides}")
+        with (folder / "entry_points.txt").open("a") as file:
+            file.write(f"[fedloom.{group}]\n{name} = {target}\n")
+        registry.refresh()
+
+    yield write
+    sys.modules.pop("slow_federation", None)
+    registry.refresh()

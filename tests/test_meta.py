@@ -19,12 +19,12 @@ from pydantic import BaseModel
 from fedloom.cli.main import app
 from fedloom.client.policy import Policy
 from fedloom.core import errors
-from fedloom.core.codecs import CODECS
 from fedloom.core.config.run import RunConfig, load_run
+from fedloom.core.registry import GROUPS
 from fedloom.core.schema import Role, Schema, TensorSpec
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("core", "proto", "strategies", "server", "client", "simulation", "flower", "api", "cli")
+PARTS = ("core", "proto", "strategies", "server", "client", "simulation", "flower", "api", "cli", "conformance")
 MAX_LINES = 400
 
 
@@ -134,16 +134,21 @@ def test_every_key_is_in_the_reference_with_its_meaning(title: str, model: type[
     assert all(len(meaning.strip()) > 5 for meaning in rows.values())
 
 
-def test_every_command_error_codec_and_strategy_is_in_the_reference() -> None:
+def _registered(group: str) -> dict[str, str]:
+    """Components of ours by name, with what makes them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found: dict[str, str] = project["entry-points"].get(f"fedloom.{group}", {})
+    return found
+
+
+def test_every_command_error_and_component_is_in_the_reference() -> None:
     commands = _chapter("Commands")
 
     for path in _commands(typer.main.get_command(app), "fedloom"):
         assert f"### `{path}`\n" in commands
     for chapter, mark, names in (
         ("Errors", "| `{}` |", errors.__all__),
-        ("Codecs", "| `{}` |", CODECS),
-        ("Strategies", "### `{}`\n", project["entry-points"]["fedloom.strategies"]),
+        *((group.capitalize(), "### `{}`\n", _registered(group)) for group in GROUPS if _registered(group)),
     ):
         text = _chapter(chapter)
         for name in names:

@@ -171,7 +171,7 @@ def test_load_and_to_toml_round_trip(tmp_path_factory: pytest.TempPathFactory, d
 
 MISTAKES: list[tuple[dict[str, Any], Any]] = [
     ({"train.steps": 0}, lambda: fl.Train(steps=0, sampling_rate=0.25)),
-    ({"train.learning_rat": 1}, lambda: fl.Train(steps=5, sampling_rate=0.25, learning_rat=1)),  # type: ignore[call-arg]
+    ({"train.learning_rat": 1}, lambda: small().replace({"train.learning_rat": 1})),
     ({"privacy.epsilon": -1}, lambda: fl.DP(epsilon=-1)),
     ({"adapter.rank": 0}, lambda: small().replace({"adapter": fl.LoRA(rank=0)})),
     ({"model.labels": ["O"]}, lambda: small().replace({"task": fl.TokenClassification(labels=["O"])})),
@@ -200,8 +200,8 @@ def test_an_object_fails_with_the_words_of_the_file(changes: dict[str, Any], mak
 
 
 def test_a_name_that_is_nearly_right_is_told() -> None:
-    with pytest.raises(ConfigError, match="unknown key 'learning_rat'; did you mean 'learning_rate'"):
-        fl.Train(steps=1, sampling_rate=0.1, learning_rat=1)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"unknown key 'train.learning_rat'; did you mean 'learning_rate'"):
+        small().replace({"train": fl.Train(steps=1, sampling_rate=0.1, learning_rat=1)})
     with pytest.raises(ConfigError, match=r"unknown key 'train.stepz'; did you mean 'steps'"):
         small().replace({"train.stepz": 1})
 
@@ -211,8 +211,8 @@ def test_a_name_that_is_nearly_right_is_told() -> None:
     [
         ({"task": "text-classification"}, r"task is 'text-classification'; give an object such as fl\.TextClass"),
         ({"adapter": fl.LoRA}, r"adapter is the class LoRA; give an object such as fl\.LoRA\(rank=8\)"),
-        ({"strategy": FedAvg}, "strategy is the class FedAvg; give an object with init, plan, fold and commit"),
-        ({"strategy": 3}, "strategy is a int, which lacks init, plan, fold, commit; give an object"),
+        ({"strategy": FedAvg}, "strategy is the class FedAvg; give an object of a subclass"),
+        ({"strategy": 3}, "strategy is a int, which lacks init, plan, fold, commit, traits; give an object"),
     ],
 )
 def test_what_is_no_component_is_refused(argument: dict[str, Any], message: str) -> None:

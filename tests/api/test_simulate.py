@@ -19,7 +19,7 @@ from fedloom.core.errors import ConfigError, DataError
 from fedloom.core.privacy.accounting import Spend, epsilon
 from fedloom.server.build import build_strategy, calibrated
 from fedloom.simulation.in_memory import rows_of
-from fedloom.strategies.api import State
+from fedloom.strategies.api import State, Traits
 from fedloom.strategies.fedavg import FedAvg
 from tests.api.conftest import same, tensors
 
@@ -162,7 +162,7 @@ class Stubborn(FedAvg):
 class Unweighted(FedAvg):
     """Counts every client once."""
 
-    unweighted: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(unweighted=True)
 
 
 def test_a_local_strategy_works_without_being_packaged(tiny_run: Make, go: Go) -> None:

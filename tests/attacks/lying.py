@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from fedloom.client.data.rows import Rows
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.participant import Participant

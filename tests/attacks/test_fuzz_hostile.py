@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from fedloom.client.data.rows import Rows
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer

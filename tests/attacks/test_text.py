@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.wire import RETRY_AFTER, joined_from_wire
 from fedloom.server.storage.audit_log import Audit, AuditRecord
 from tests.dashboard.stage import Stage, stage
+from tests.support import preloaded
 
 FORGED = "2030-01-01 00:00:00,000 CRITICAL fedloom: "
 HOSTILE = f"no\n{FORGED}\r\x1b[2J\x1b]0;title\x07\x9b31m\u202egpj\u2066\u2028\x85[bold red]b[/]:skull:"
@@ -180,7 +180,7 @@ def test_a_client_s_terminal_and_log_obey_no_coordinator(tmp_path: Path, form: s
     (tmp_path / "rows.csv").write_text("text,label\nsunny,good\nrainy,bad\n")
     policy.write_text('[client]\nname = "ann"\n[data]\nsource = "rows.csv"\nlabels = ["good", "bad"]\n')
     with coordinator(grpc.StatusCode.FAILED_PRECONDITION, HOSTILE) as address:
-        command = [sys.executable, "-m", "fedloom.cli.main", "client", "--insecure-loopback", "--server", address]
+        command = [*preloaded.command(), "client", "--insecure-loopback", "--server", address]
         command += ["--policy", str(policy), "--log-format", form, "--log-level", "info"]
         ran = subprocess.run(command, capture_output=True, env=dict(os.environ), timeout=5 * TIMEOUT_S, check=False)
 

@@ -22,17 +22,13 @@ from fedloom.core.schema import Schema
 from fedloom.server.monitoring.recorders.api import RoundRecord
 from fedloom.server.rounds.state import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
 from fedloom.server.storage.local import Store
+from tests.support.preloaded import fedloom
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.toml"
 COMMAND = [sys.executable, "-m", "fedloom.cli.main"]
 OPEN = ("--set", "privacy.enabled=false")
 LOOPBACK = "--insecure-loopback"
 """Spares tests that are not about privacy the calibration of the noise, which takes seconds."""
-
-
-def fedloom(*arguments: str | Path, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    words = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=800, cwd=cwd)
 
 
 def refused(*arguments: str | Path) -> str:
@@ -309,9 +305,20 @@ def test_the_round_benchmark_ends_with_its_figures() -> None:
 
     assert 0 < document["median_ms"] <= document["p95_ms"]
     assert document["mean_ms"] > 0
+    assert document["ratio_to_raw_grpc"] > 0
+    assert document["raw_grpc_ms"] > 0
     assert (document["rounds"], document["clients"], document["parameters"]) == (5, 2, 786_432)
     assert document["durable"] is False
     assert document["tls"] is False
+
+
+def test_the_rounds_benchmark_ends_with_its_figures() -> None:
+    document = figures("rounds", "--clients", "64", "--rounds", "2")
+
+    parts = document["playing_s_per_round"] + document["folding_s_per_round"]
+    assert document["state_machine_s_per_round"] == parts > 0
+    assert document["growth_per_doubling"] > 0
+    assert (document["clients"], document["rounds"]) == (64, 2)
 
 
 @pytest.mark.e2e

@@ -2,10 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.preloaded import fedloom
 
 POLICY = """
 client = { name = "hospital", state = "state", anchors = "anchors" }
@@ -35,8 +36,7 @@ def home(tmp_path: Path, tiny_base: Path) -> Path:
 
 
 def data_check(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, "-m", "fedloom.cli.main", "data", "check", str(home / "client.toml"), *arguments]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
+    return fedloom("data", "check", home / "client.toml", *arguments)
 
 
 def test_sound_data_pass_with_their_cost(home: Path) -> None:

@@ -20,11 +20,7 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.rounds.state import RoundOpened, RunCreated
 from fedloom.server.storage.local import Store
 from fedloom.strategies.start import starting_adapter
-
-
-def fedloom(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, "-m", "fedloom.cli.main", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+from tests.support.preloaded import fedloom
 
 
 def test_a_state_directory_becomes_a_peft_adapter(tmp_path: Path, tiny_base: Path) -> None:

@@ -15,6 +15,7 @@ from fedloom.client.policy import Policy, check_spec, load_policy
 from fedloom.core.config.parsing import Section
 from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.errors import ConfigError
+from tests.support.preloaded import fedloom
 
 COMMAND = [sys.executable, "-m", "fedloom.cli.main", "init"]
 
@@ -174,15 +175,8 @@ def test_the_written_file_runs(tmp_path: Path, tiny_base: Path) -> None:
         Path(f"{split}.csv").write_text(rows)
     init("--yes", "--labels", "bad,good", "--base", str(tiny_base), "--data", str(tmp_path))
 
-    words = [*COMMAND[:-1], "simulate", "first.toml"]
     small = ("run.rounds=2", "train.steps=1", "train.sampling_rate=0.5", "data.clients=2")
-    done = subprocess.run(
-        [*words, *(word for each in small for word in ("--set", each))],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    done = fedloom("simulate", "first.toml", *(word for each in small for word in ("--set", each)))
 
     assert done.returncode == 0, done.stderr
     assert Path("runs/first/adapter/adapter_model.safetensors").is_file()

@@ -1,8 +1,6 @@
 """`fedloom privacy` as a user meets it: what it prints is what the accountant says, and mistakes are one line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from fedloom.client.policy import load_policy
 from fedloom.client.privacy.ledger.account import anchors_folder, ledger_folder
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.core.privacy.accounting import GRID, Spend, calibrate, epsilon, rounds_left, statement
+from tests.support.preloaded import fedloom
 
 RUN = """
 run = { name = "flu", rounds = 4 }
@@ -29,13 +28,8 @@ EACH = Spend(0.05, 1.2, 5)
 PRIOR = [Spend(0.02, 1.0, 30)]
 
 
-def fedloom(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, "-m", "fedloom.cli.main", "privacy", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
-
-
 def figures(*arguments: str | Path) -> dict[str, Any]:
-    done = fedloom(*arguments, "--json")
+    done = fedloom("privacy", *arguments, "--json")
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     document: dict[str, Any] = json.loads(line)
@@ -43,7 +37,7 @@ def figures(*arguments: str | Path) -> dict[str, Any]:
 
 
 def refused(*arguments: str | Path) -> str:
-    done = fedloom(*arguments)
+    done = fedloom("privacy", *arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = done.stderr.splitlines()
     return line.removeprefix("error: ")
@@ -78,7 +72,9 @@ def test_calibrate_finds_what_a_coordinator_would_choose(spent: Path) -> None:
 
 
 def test_calibrate_says_on_what_terms() -> None:
-    done = fedloom("calibrate", "--epsilon", "3", "--rate", "0.02", "--steps", "5", "--rounds", "4", "--delta", "1e-6")
+    done = fedloom(
+        "privacy", "calibrate", "--epsilon", "3", "--rate", "0.02", "--steps", "5", "--rounds", "4", "--delta", "1e-6"
+    )
 
     assert done.returncode == 0, done.stderr
     sigma = calibrate(3.0, 1e-6, 0.02, 20)
@@ -144,7 +140,7 @@ def test_a_plan_knows_what_a_site_can_afford(run: Path, spent: Path, tmp_path: P
 
     assert found["rounds_within_budget"] == rounds_left(PRIOR, EACH, 1.5, 1e-6, most=4)
     assert 0 < found["rounds_within_budget"] < 4, "or it would show nothing"
-    shown = fedloom("plan", run, "--policy", site).stdout
+    shown = fedloom("privacy", "plan", run, "--policy", site).stdout
     assert f"pays for {rounds_left([], EACH, 1.5, 1e-6, most=4)} of 4 rounds" in shown
     assert "fewer than 100,000 examples" in shown
 

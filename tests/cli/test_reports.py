@@ -33,6 +33,7 @@ REPORTS = (
     "bench clients",
     "bench dp-step",
     "bench round",
+    "bench rounds",
     "bench secagg",
     "certs list",
     "evaluate",

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.core.config.run import Spec
 from fedloom.core.privacy.gaussian import Integers
 from fedloom.core.schema import Array, Role
@@ -27,7 +27,7 @@ class Everyone:
         return np.zeros(count, np.int64)
 
 
-def assignment(train: frozenset[Role] = ALL, **fields: Any) -> Assignment:
+def assignment(train: frozenset[str] = ALL, **fields: Any) -> Assignment:
     values: dict[str, Any] = {
         "round": 0,
         "broadcast_roles": ALL,

@@ -136,10 +136,12 @@ def test_the_adapter_is_the_coordinators_and_predicts(finished: Containers, tmp_
     assert known["rounds"] == known["privacy"]["rounds"] == 3
 
     base, config = fetch("minilm-l6"), _config(finished)
-    _, tokenizer, *_ = load_base(base, config.model.task, config.model.labels)
+    _, tokenizer, *_ = load_base(base, config.model.built())
     assert config.data is not None
     rows = load_rows(config.data.source, config.model.labels, "test").take(np.arange(50))
-    classes = predict(load_exported(base, adapter, 2), encode(rows, tokenizer, 48), tokenizer.pad_token_id)
+    classes = predict(
+        load_exported(base, adapter, 2), config.model.built(), encode(rows, tokenizer, 48), tokenizer.pad_token_id
+    )
     assert classes.shape == (50,)
     assert set(classes) <= {0, 1}
 

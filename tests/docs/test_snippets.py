@@ -18,6 +18,7 @@ import pytest
 
 from fedloom.client.assets.fetch import cache_dir, fetch
 from tests.docs.blocks import DOCS, Block, blocks
+from tests.support.preloaded import command
 
 PAGES = ("quickstart.md", "data.md", "api.md", "tutorial-simulation.md", "tutorial-sites.md", "tutorial-strategy.md")
 NOT_RUN = {
@@ -37,7 +38,7 @@ case "$1 $2" in
     simulate*) set -- "$@" $small --set evaluation.max_examples=20 ;;
     server*|evaluate*|export*|"privacy plan") set -- "$@" $small ;;
 esac
-exec {python} -m fedloom.cli.main "$@"
+exec {fedloom} "$@"
 """
 PIP = """#!/bin/sh
 # Into a folder that only this page's commands see, built with what is installed here.
@@ -71,7 +72,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     programs, packages = tmp_path / "bin", tmp_path / "packages"
     programs.mkdir()
     for name, text in (("fedloom", FEDLOOM), ("pip", PIP), ("pytest", PYTEST)):
-        (programs / name).write_text(text.format(python=sys.executable, packages=packages))
+        words = {"python": sys.executable, "fedloom": " ".join(command()), "packages": packages}
+        (programs / name).write_text(text.format(**words))
         (programs / name).chmod(stat.S_IRWXU)
     (programs / "python").symlink_to(sys.executable)
     search = os.pathsep.join([str(programs), os.environ["PATH"]])

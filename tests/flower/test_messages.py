@@ -59,7 +59,7 @@ def edited(head: bytes, *path: str, value: Any) -> bytes:
         (("assignment", "round"), -1, ProtocolError),
         (("assignment", "round"), True, ProtocolError),
         (("assignment", "train"), [], ProtocolError),
-        (("assignment", "train"), ["lora_Z"], ProtocolError),
+        (("assignment", "train"), [""], ProtocolError),
         (("assignment", "local"), {"noise_multiplier": 0.0}, ProtocolError),
         (("assignment", "local"), {"learning_rate": -1.0}, ProtocolError),
         (("assignment", "broadcast_codec"), "pickle", CodecError),

@@ -7,24 +7,14 @@ status and the ids that failed while the test itself ran. An error while collect
 import importlib
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 PARTS = ("core", "proto", "strategies", "server", "client", "simulation", "api", "cli")
-PRELOADED = (
-    "dp_accounting.pld",
-    "hypothesis",
-    "opacus.accountants",
-    "opacus.grad_sample",
-    "opacus.optimizers",
-    "peft",
-    "scipy.stats",
-    "torch",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.bert.modeling_bert",
-)
+# Read and not imported: tests of one tree are not to find another's modules.
+HEAVY = runpy.run_path(str(Path(__file__).parents[1] / "support" / "preloaded.py"))["HEAVY"]
 
 
 class Failures:
@@ -58,7 +48,7 @@ def run(tree: Path, tests: list[str], answer: int) -> None:
 def main() -> None:
     """Answer until standard input ends."""
     # Loading these takes seconds, which the forks need not spend again.
-    for name in PRELOADED:
+    for name in HEAVY:
         importlib.import_module(name)
 
     for line in sys.stdin:

@@ -130,10 +130,10 @@ def spoilt_assignment(**changes: object) -> pb.WorkReply:
 @pytest.mark.parametrize(
     ("message", "error", "text"),
     [
-        (spoilt_assignment(train=["everything"]), ProtocolError, "unknown role"),
-        (spoilt_assignment(train=[]), ProtocolError, "must train something"),
-        (spoilt_assignment(train=["lora_B"], personal=["head"]), ProtocolError, "only what it trains"),
-        (spoilt_assignment(broadcast_roles=["os.system"]), ProtocolError, "unknown role"),
+        (spoilt_assignment(train=["x" * 257]), ProtocolError, "a selection of"),
+        (spoilt_assignment(train=[]), ProtocolError, "trains nothing"),
+        (spoilt_assignment(train=["lora_B"], personal=[""]), ProtocolError, "a selection of"),
+        (spoilt_assignment(broadcast_roles=[str(each) for each in range(100_000)]), ProtocolError, "a selection of"),
         (spoilt_assignment(broadcast_digest="../../etc/passwd"), ProtocolError, "64 lower-case"),
         (spoilt_assignment(broadcast_digest=DIGEST + "\n"), ProtocolError, "64 lower-case"),
         (spoilt_assignment(broadcast_bytes=1 << 40), ProtocolError, "at most"),

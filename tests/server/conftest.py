@@ -15,6 +15,7 @@ from fedloom.server.storage.local import Store
 from fedloom.strategies.api import Strategy
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
+from fedloom.strategies.transforms.buffered import Buffered
 
 SCHEMA = Schema(
     (
@@ -57,7 +58,7 @@ class Federation:
         self.coordinator = Coordinator(
             self.config,
             SCHEMA,
-            self.strategy,
+            Buffered(self.strategy) if self.config.rounds.mode == "buffered" else self.strategy,
             self.store,
             starting=starting,
             clock=self.clock or (lambda: self.now_s),

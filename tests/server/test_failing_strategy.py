@@ -38,10 +38,13 @@ class Failing(FedAvg):
         self._fails("plan", client)
         return super().plan(state, round, client)
 
-    def fold(self, state: State, acc: Any, update: Update) -> Any:
+    def check(self, state: State, update: Update) -> None:
         for name in update.delta:
             if name == "m.B":
-                self._fails("fold", update.client)
+                self._fails("check", update.client)
+
+    def fold(self, state: State, acc: Any, update: Update) -> Any:
+        self._fails("fold", update.client)
         if acc is not None:
             self._fails("second fold", update.client)
         return super().fold(state, acc, update)
@@ -54,7 +57,7 @@ class Failing(FedAvg):
 def test_an_update_on_which_the_strategy_fails_is_refused_and_the_round_goes_on(
     federate: Any, configure: Any, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    federation = federate(store, configure(1), Failing(place="fold", clients=("ben",)), expect=3)
+    federation = federate(store, configure(1), Failing(place="check", clients=("ben",)), expect=3)
     federation.begin("ann", "ben", "cat")
 
     with pytest.raises(
@@ -68,7 +71,7 @@ def test_an_update_on_which_the_strategy_fails_is_refused_and_the_round_goes_on(
     assert isinstance(federation.work("ann"), Finished)
     federation.coordinator.tick()
     (note,) = [record.detail for record in store.audit() if record.kind == "rejected"]
-    assert "strategy 'fedavg' fails in fold, on the update of client 'ben' at 'm.B': ValueError: operands" in note
+    assert "strategy 'fedavg' fails in check, on the update of client 'ben' at 'm.B': ValueError: operands" in note
     assert "Traceback" in caplog.text
 
 
@@ -83,7 +86,42 @@ def test_a_client_without_a_plan_is_left_out(federate: Any, configure: Any, stor
     assert federation.coordinator.finished
 
 
-@pytest.mark.parametrize("place", ["plan", "fold"])
+def test_an_update_that_the_strategy_refuses_is_refused_in_its_words_and_the_round_goes_on(
+    federate: Any, configure: Any, store: Store
+) -> None:
+    class Choosy(FedAvg):
+        def check(self, state: State, update: Update) -> None:
+            if update.delta["head"].max() > 5:
+                raise UpdateRejected(f"client {update.client!r} moves the head by more than 5; lower the rate")
+
+    federation = federate(store, configure(1), Choosy(), expect=3)
+    federation.begin("ann", "ben", "cat")
+
+    with pytest.raises(UpdateRejected, match="'ben' moves the head by more than 5"):
+        federation.send(*federation.update("ben", 6.0))
+    federation.send(*federation.update("ann", 1.0))
+    federation.send(*federation.update("cat", 1.0))
+
+    assert federation.coordinator.finished
+
+
+def test_an_update_is_folded_once_and_not_for_trial(federate: Any, configure: Any, store: Store) -> None:
+    folded: list[str] = []
+
+    class Counting(FedAvg):
+        def fold(self, state: State, acc: Any, update: Update) -> Any:
+            folded.append(update.client)
+            return super().fold(state, acc, update)
+
+    federation = federate(store, configure(1), Counting())
+    federation.begin("ann", "ben")
+    for client in ("ben", "ann"):
+        federation.send(*federation.update(client))
+
+    assert folded == ["ann", "ben"]
+
+
+@pytest.mark.parametrize("place", ["plan", "check"])
 def test_a_strategy_that_fails_for_all_ends_the_run(federate: Any, store: Store, place: str) -> None:
     federation = federate(store, strategy=Failing(place=place))
 
@@ -103,7 +141,7 @@ def test_a_strategy_that_fails_for_all_ends_the_run(federate: Any, store: Store,
 def test_a_corrected_strategy_goes_on_from_the_round_that_could_not_be_committed(
     federate: Any, configure: Any, tmp_path: Path
 ) -> None:
-    for place in ("second fold", "commit"):
+    for place in ("fold", "second fold", "commit"):
         with Store(tmp_path / place, durable=False) as store:
             federation = federate(store, configure(1), Failing(place=place))
             federation.begin("ann", "ben")

@@ -196,7 +196,7 @@ def test_after_a_failed_write_nothing_is_answered(federate: Any, store: Store, m
 def test_a_result_that_is_not_finite_is_not_committed(federate: Any, store: Store) -> None:
     class Overflowing(FedAvg):
         def commit(self, state: State, acc: object) -> State:
-            good = super().commit(state, acc)  # type: ignore[arg-type]  # handed on as it came
+            good = super().commit(state, acc)
             return replace(good, adapter={**good.adapter, "head": np.full((2, 4), np.inf, np.float32)})
 
     federation = federate(store, strategy=Overflowing())

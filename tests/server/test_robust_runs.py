@@ -42,8 +42,14 @@ def test_a_round_that_could_close_with_too_few_is_refused(
             "'krum' needs every update by itself",
         ),
         ({"strategy": {"norm_bound": 1.0}, "secure_aggregation": {"enabled": True}}, "with strategy.norm_bound needs"),
-        ({"strategy": {"name": "bulyan"}, "user_level": {"enabled": True, "cohort": 7}}, "does not declare linear"),
-        ({"strategy": {"norm_bound": 1.0}, "user_level": {"enabled": True, "cohort": 7}}, "does not declare linear"),
+        (
+            {"strategy": {"name": "bulyan"}, "user_level": {"enabled": True, "cohort": 7}},
+            "declare the trait linear",
+        ),
+        (
+            {"strategy": {"norm_bound": 1.0}, "user_level": {"enabled": True, "cohort": 7}},
+            "declare the trait linear",
+        ),
     ],
 )
 def test_what_a_rule_cannot_go_with_is_refused(

@@ -9,7 +9,6 @@ import socket
 import sqlite3
 import ssl
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.rpc.server import serving
 from fedloom.simulation.credentials import enrolled
 from tests.faults import fault_proxy
+from tests.support import preloaded
 
 ANN = Identity(MemberRole.CLIENT, "ann")
 Connect = Callable[[Path], GrpcConnection]
@@ -223,7 +223,7 @@ def test_a_client_ends_at_once_with_one_line_on_what_to_do(
     environment = {key: value for key, value in os.environ.items() if key != "GRPC_VERBOSITY"}
 
     with impose(rogue) as address:
-        command = [sys.executable, "-m", "fedloom.cli.main", "client", "--server", address, "--policy", str(policy)]
+        command = [*preloaded.command(), "client", "--server", address, "--policy", str(policy)]
         # Its patience is longer than this.
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=environment)
 

@@ -2,27 +2,29 @@
 
 import pytest
 
+from fedloom.core.registry import build, entries
 from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.strategies.api import Strategy
 from fedloom.strategies.conformance import StrategyConformance
 from fedloom.strategies.fedpeft import FedPEFT
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
-from fedloom.strategies.registry import available, load
 
 
 class TestRegistered(StrategyConformance):
-    @pytest.fixture(autouse=True, params=[entry.name for entry in available()])
+    @pytest.fixture(autouse=True, params=list(entries("strategies")))
     def _name(self, request: pytest.FixtureRequest) -> None:
         self.name: str = request.param
 
     def strategy(self) -> Strategy:
-        return load(self.name, {"train_head": True})
+        made: Strategy = build("strategies", self.name, {"train_head": True})
+        return made
 
 
 class TestFrozenHead(TestRegistered):
     def strategy(self) -> Strategy:
-        return load(self.name, {"train_head": False})
+        made: Strategy = build("strategies", self.name, {"train_head": False})
+        return made
 
 
 class TestOrthonormalFFA(StrategyConformance):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from fedloom.core.schema import LORA, Array, Schema, Tensors
-from fedloom.strategies.api import Plan, State, Update
+from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
 from fedloom.strategies.conformance import StrategyConformance, effective, respond, run_round
 from fedloom.strategies.lowrank import refactorize
-from fedloom.strategies.transforms.average import Sum, apply_mean_delta, begin, check, fold, mean
+from fedloom.strategies.transforms.average import Sum, apply_mean_delta, begin, check, fold
 
 Kept = tuple[Update, ...]
 
@@ -35,10 +35,10 @@ def _corrected(schema: Schema, memory: Tensors, stacks: dict[str, tuple[Array, A
 
 
 @dataclass(frozen=True)
-class FedEx:
+class FedEx(Strategy):
     """FedEx-LoRA (arXiv 2410.09432): average the factors, and put what that misses into the frozen weight."""
 
-    keeps_updates: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(same_tensors=True, keeps_updates=True)
 
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
         return begin(schema, adapter, seed)
@@ -87,48 +87,10 @@ class TestFedEx(StrategyConformance):
 
 
 @dataclass(frozen=True)
-class Momentum:
-    """FedAvgM (arXiv 1909.06335): m <- beta m + change, adapter += m, with m in memory."""
-
-    beta: float
-
-    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
-        return replace(begin(schema, adapter, seed), memory={n: np.zeros(t.shape) for n, t in adapter.items()})
-
-    def plan(self, state: State, round: int, client: str) -> Plan:
-        return Plan(train=state.schema.roles, broadcast=state.adapter)
-
-    def fold(self, state: State, acc: Sum | None, update: Update) -> Sum:
-        return fold(state.schema, acc, update)
-
-    def commit(self, state: State, acc: Sum | None) -> State:
-        memory = {name: self.beta * state.memory[name] + change for name, change in mean(acc).items()}
-        adapter = {n: (t + memory[n]).astype(np.float32) for n, t in state.adapter.items()}
-        return replace(state, adapter=adapter, memory=memory, round=state.round + 1)
-
-
-class TestServerMomentumOfZero(StrategyConformance):
-    def strategy(self) -> Momentum:
-        return Momentum(beta=0.0)
-
-
-def test_server_momentum_adds_up_over_rounds_and_through_storage() -> None:
-    battery = TestServerMomentumOfZero()
-    schema, strategy = battery.schema(), Momentum(beta=0.5)
-    state = strategy.init(schema, schema.zeros(), 0)
-    for _ in range(3):
-        delta = {name: np.ones_like(tensor) for name, tensor in state.adapter.items()}
-        state = run_round(strategy, state, [Update("ada", 1.0, state.adapter, delta)])
-
-    # Moments 1, 1.5 and 1.75.
-    for tensor in state.adapter.values():
-        np.testing.assert_array_equal(tensor, np.float32(4.25))
-
-
-@dataclass(frozen=True)
-class FlexLoRA:
+class FlexLoRA(Strategy):
     """FlexLoRA (arXiv 2402.11505): every client its own rank, cut from the SVD of the mean product."""
 
+    traits: ClassVar[Traits] = Traits(same_tensors=True, keeps_updates=True, rewrites=True)
     ranks: tuple[tuple[str, int], ...]
 
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
@@ -156,7 +118,7 @@ class FlexLoRA:
 
 
 def test_ranks_differ_by_client_and_only_the_tail_of_the_mean_is_lost() -> None:
-    schema = TestServerMomentumOfZero().schema().select(LORA)
+    schema = TestFedEx().schema().select(LORA)
     strategy = FlexLoRA(ranks=(("ada", 1), ("bo", 2), ("cy", 3)))
     draw = np.random.Generator(np.random.Philox(key=[8, 8]))
     start = {n: draw.normal(size=t.shape).astype(np.float32) for n, t in schema.zeros().items()}

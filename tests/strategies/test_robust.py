@@ -8,13 +8,13 @@ import numpy.typing as npt
 import pytest
 
 from fedloom.core.errors import ConfigError, ProtocolError, UpdateRejected
+from fedloom.core.registry import build
 from fedloom.core.schema import LORA, Role, Schema, TensorSpec
 from fedloom.strategies.api import Plan, Strategy, Update
 from fedloom.strategies.conformance import StrategyConformance, effective, respond, run_round
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
-from fedloom.strategies.registry import load
 from fedloom.strategies.robust.bulyan import BULYAN, bulyan
 from fedloom.strategies.robust.coordinate import MEDIAN, TRIMMED_MEAN, median, trimmed_mean
 from fedloom.strategies.robust.krum import KRUM, MULTI_KRUM, krum, multi_krum
@@ -137,7 +137,7 @@ def test_too_few_updates_are_refused_at_commit(rule: Rule) -> None:
     per_faulty, plus = LEAST[rule.name]
     for num_byzantine in (1, 2):
         least = per_faulty * num_byzantine + plus
-        assert around(rule, num_byzantine).least_updates == least
+        assert around(rule, num_byzantine).traits.least_updates == least
         assert np.isfinite(result(rule, num_byzantine, np.arange(least).tolist()))
         with pytest.raises(
             ProtocolError, match=rf"needs {least} updates and got {least - 1}; raise rounds.min_clients"
@@ -220,11 +220,14 @@ def test_krum_commits_the_chosen_update_to_the_bit() -> None:
     [
         (lambda: krum(num_byzantine=0), "Krum against 0 false updates; set num_byzantine to 1 or more"),
         (lambda: bulyan(inner="nosuch"), "unknown strategy 'nosuch'"),
-        (lambda: median(inner="krum"), "Robust does not declare linear = True; coordinate-wise median hands it one"),
-        (lambda: load("multi-krum", {"num_byzantine": 1.5}), "option 'num_byzantine' of strategy 'multi-krum' is 1.5"),
+        (lambda: median(inner="krum"), "Robust does not declare the trait linear; coordinate-wise median hands"),
+        (
+            lambda: build("strategies", "multi-krum", {"num_byzantine": 1.5}),
+            "option 'num_byzantine' of strategy 'multi-krum' is 1.5",
+        ),
         (
             lambda: UserLevel(trimmed_mean(), bytes(32), 3, 1.0, 1.0),
-            "Robust does not declare linear = True; user-level",
+            "Robust does not declare the trait linear; user-level",
         ),
     ],
 )

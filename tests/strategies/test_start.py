@@ -96,8 +96,8 @@ def test_parameter_counts_of_roberta_large() -> None:
 def test_strategies_load_without_a_tensor_library() -> None:
     code = (
         "import sys\n"
-        "from fedloom.strategies.registry import load\n"
-        "for name in ('fedavg', 'ffa', 'fedsvd', 'fedpeft'): load(name, {})\n"
+        "from fedloom.core.registry import build\n"
+        "for name in ('fedavg', 'ffa', 'fedsvd', 'fedpeft'): build('strategies', name, {})\n"
         "import fedloom.strategies.start, fedloom.strategies.state\n"
         "print(sorted({'torch', 'grpc', 'peft', 'transformers'} & set(sys.modules)))"
     )

@@ -27,11 +27,11 @@ from fedloom.api.result import Result
 from fedloom.api.run import Model, Run, load
 from fedloom.api.simulate import simulate
 from fedloom.api.sweep import Sweep, Trial, sweep
+from fedloom.core.config.data import DataSection as Data
+from fedloom.core.config.evaluation import EvaluationSection as Evaluation
+from fedloom.core.config.evaluation import FederatedEvaluationSection as FederatedEvaluation
 from fedloom.core.config.file_format import Form
-from fedloom.core.config.run import DataSection as Data
 from fedloom.core.config.run import EngineSection as Engine
-from fedloom.core.config.run import EvaluationSection as Evaluation
-from fedloom.core.config.run import FederatedEvaluationSection as FederatedEvaluation
 from fedloom.core.config.run import PrivacySection as DP
 from fedloom.core.config.run import RoundsSection as RoundRules
 from fedloom.core.config.run import SecureAggregationSection as SecureAggregation

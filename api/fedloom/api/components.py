@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
+from fedloom.core import registry
 from fedloom.core.config.parsing import Section
 from fedloom.core.config.run import StrategySection
 from fedloom.core.errors import ConfigError
 from fedloom.strategies.api import Strategy
-from fedloom.strategies.registry import GROUP
 
 __all__ = [
     "Bias",
@@ -130,15 +129,16 @@ def strategy_table(strategy: "str | StrategySection | Strategy") -> tuple[dict[s
         return strategy.model_dump(mode="json", exclude_unset=True, exclude_none=True), None
     kind = type(strategy)
     missing = [name for name in ("init", "plan", "fold", "commit") if not callable(getattr(strategy, name, None))]
+    missing += [] if hasattr(strategy, "traits") else ["traits"]
     if missing or isinstance(strategy, type):
         given = f"the class {strategy.__name__}" if isinstance(strategy, type) else f"a {kind.__name__}"
         lacks = "" if isinstance(strategy, type) else f", which lacks {', '.join(missing)}"
         raise ConfigError(
-            f"strategy is {given}{lacks}; give an object with init, plan, fold and commit, such as fl.FedSVD(period=2),"
-            " or the name of an installed one"
+            f"strategy is {given}{lacks}; give an object of a subclass of "
+            "fedloom.strategies.api.Strategy, such as fl.FedSVD(period=2), or the name of an installed one"
         )
     home = f"{kind.__module__}:{kind.__qualname__}"
-    installed = [point.name for point in entry_points(group=GROUP) if point.value == home]
+    installed = [name for name, entry in registry.entries("strategies").items() if entry.value == home]
     if not installed:
         return {"name": kind.__name__, "options": dict(_scalars(strategy))}, strategy
     if not is_dataclass(strategy):

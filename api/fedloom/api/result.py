@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
-    from fedloom.client.training.trainer import Score
+    from fedloom.client.eval.score import Score
     from fedloom.core.privacy.accounting import Statement
     from fedloom.server.monitoring.recorders.api import RoundRecord
     from fedloom.simulation.simulate import Result as Simulated
@@ -81,8 +82,11 @@ class Result:
         return self.simulated.user_epsilon
 
     @cached_property
-    def adapter(self) -> "PeftModel":
-        """The base model with the adapter, loaded from the run folder as its user would, in evaluation mode."""
+    def adapter(self) -> "PeftModel | PreTrainedModel":
+        """The base model with the adapter, loaded from the run folder as its user would, in evaluation mode.
+
+        A PeftModel, or the merged model of a kind of adapter that PEFT does not know.
+        """
         return self._load()
 
     def merged(self) -> Any:
@@ -91,7 +95,8 @@ class Result:
         Raises:
             ValueError: A merged weight would not be finite.
         """
-        return self._load().merge_and_unload(safe_merge=True)
+        model = self._load()
+        return model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
 
     def plot(self) -> "Figure":
         """Accuracy and loss, and in a private run the largest epsilon, against the round."""
@@ -102,13 +107,14 @@ class Result:
                 import matplotlib_inline.backend_inline  # noqa: F401
         return draw(self.folder.name, self.records)
 
-    def _load(self) -> "PeftModel":
+    def _load(self) -> "PeftModel | PreTrainedModel":
+        from fedloom.client.models.base_folder import resolve_base
         from fedloom.client.models.export import load_exported
-        from fedloom.client.models.load import resolve_base
 
         model = self.run.config.model
         base = resolve_base(model.base)
-        return load_exported(base, self.folder / "adapter", len(model.labels), model.task, model.image_size)
+        folder = next(path for name in ("adapter", "merged") if (path := self.folder / name).is_dir())
+        return load_exported(base, folder, len(model.labels), model.task, model.image_size)
 
     def __repr__(self) -> str:
         """The figures that matter, in one line."""

@@ -9,12 +9,11 @@ import tomli_w
 from pydantic import BaseModel
 
 from fedloom.api.components import LoRA, adapter_table, strategy_table, task_table
-from fedloom.core.config.parsing import FileName, Section, parse, put, read_toml
+from fedloom.core.config.data import DataSection
+from fedloom.core.config.evaluation import EvaluationSection, FederatedEvaluationSection
+from fedloom.core.config.parsing import FileName, Section, parse, put
 from fedloom.core.config.run import (
-    DataSection,
     EngineSection,
-    EvaluationSection,
-    FederatedEvaluationSection,
     PrivacySection,
     RoundsSection,
     RunConfig,
@@ -23,6 +22,7 @@ from fedloom.core.config.run import (
     TrainSection,
     UserLevelSection,
     WireSection,
+    load_run,
 )
 from fedloom.core.config.start import StartSection
 from fedloom.core.errors import ConfigError
@@ -114,7 +114,7 @@ class Run:
             "strategy": strategy_section,
             **{key: _enabled(section) for key, section in sections.items() if section is not None},
         }
-        self._set(parse(RunConfig, tables, source="fl.Run"), local)
+        self._set(_parsed(tables), local)
 
     def _set(self, config: RunConfig, local: "Strategy | None") -> None:
         self._config, self._local = config, local
@@ -151,7 +151,7 @@ class Run:
             else:
                 put(tables, path, _enabled(value) if isinstance(value, BaseModel) else value)
                 local = _with_option(local, path, value)
-        return _made(parse(RunConfig, tables, source="fl.Run"), local)
+        return _made(_parsed(tables), local)
 
     def to_toml(self, path: str | Path | None = None) -> str:
         """The run file, with the keys that were set; `load` reads it back to an equal run.
@@ -191,7 +191,7 @@ def load(path: str | Path) -> Run:
     Raises:
         ConfigError: The file is missing or wrong; the message names the key and the nearest valid one.
     """
-    return _made(parse(RunConfig, read_toml(Path(path)), source=str(path)), None)
+    return _made(load_run(Path(path)), None)
 
 
 def not_installed(strategy: object) -> str:
@@ -200,6 +200,16 @@ def not_installed(strategy: object) -> str:
         f"{type(strategy).__name__} is defined in this process only; install it at both ends, in a package that "
         "registers it under the entry-point group fedloom.strategies, see docs/tutorial-strategy.md"
     )
+
+
+def _parsed(tables: dict[str, Any]) -> RunConfig:
+    """A run file's tables, checked with the components they name, as `load_run` does."""
+    config = parse(RunConfig, tables, source="fl.Run")
+    try:
+        config.check_components()
+    except ConfigError as error:
+        raise ConfigError(f"fl.Run: {error}") from error
+    return config
 
 
 def _made(config: RunConfig, local: "Strategy | None") -> Run:

@@ -13,7 +13,7 @@ from fedloom.core.errors import ConfigError, DataError
 from fedloom.simulation.callbacks import SoFar
 
 if TYPE_CHECKING:
-    from fedloom.client.data.packaged import Split
+    from fedloom.client.data.packaged.api import Split
     from fedloom.client.data.rows import Rows
     from fedloom.simulation.federation import Given
 

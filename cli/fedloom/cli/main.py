@@ -7,11 +7,12 @@ from typing import Annotated
 import typer
 
 from fedloom.cli.client import client, data, doctor, identity, ledger, privacy
+from fedloom.cli.components import components
 from fedloom.cli.console import failed, version
 from fedloom.cli.logs import write_logs
 from fedloom.cli.server import certs, runs, server
 from fedloom.cli.server import operate as operation
-from fedloom.cli.simulation import assets, audit, bench, evaluate, flower, init, simulate, strategies
+from fedloom.cli.simulation import assets, audit, bench, evaluate, flower, init, simulate
 from fedloom.core.errors import FedloomError
 from fedloom.core.runtime.memory import keep_freed_memory
 
@@ -50,7 +51,7 @@ app.command("doctor")(doctor.doctor)
 app.command("identity")(identity.identity)
 app.command("audit")(audit.audit)
 app.command("assets")(assets.assets)
-app.add_typer(strategies.app, name="strategies")
+app.add_typer(components.app, name="components")
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(privacy.app, name="privacy")

@@ -19,7 +19,8 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 from torch.nn import functional as F
 
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.load import load_model
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import System

@@ -7,12 +7,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from fedloom.client.component_policy import ComponentsPolicy, component_problems
 from fedloom.client.session.training_hours import check_hours
 from fedloom.core.config.file_format import Form
 from fedloom.core.config.parsing import FileName, FilePath, Section, explain, parse, read_toml
-from fedloom.core.config.run import LANGUAGE, Spec, Task
+from fedloom.core.config.run import Spec, task_traits
 from fedloom.core.errors import PolicyError
 from fedloom.core.limits import MAX_ROUNDS
+from fedloom.core.registry import entries
 
 __all__ = [
     "SLOWEST_BYTES_PER_S",
@@ -61,7 +63,7 @@ class DataPolicy(Form):
     source: FileName
     """A file (.csv, .tsv, .jsonl or .parquet), a folder with such a file called train, a folder that Hugging Face's
     save_to_disk wrote, or pictures in a folder for each class. The columns of each task are in data.md."""
-    task: Task | None = None
+    task: str | None = None
     """What the rows are for, as model.task of a run: other runs are refused. Left out beside labels it is
     text-classification. A private run needs this and labels: what makes a row malformed is never a coordinator's to
     say."""
@@ -77,16 +79,16 @@ class DataPolicy(Form):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.task in LANGUAGE and self.labels:
-            raise ValueError(f"data.labels has {len(self.labels)} names but {self.task} predicts tokens; remove them")
+        if self.task is not None and self.labels and not task_traits(self.task).labels:
+            raise ValueError(f"data.labels has {len(self.labels)} names but {self.task} has none; remove them")
         if len(self.labels) == 1:
             raise ValueError("data.labels has one name; name at least 2, in the order of the run's model.labels")
         return self
 
     @property
-    def own_task(self) -> Task | None:
+    def own_task(self) -> str | None:
         """The task that the rows are read for whatever a run asks; None where this policy does not say all of it."""
-        if self.labels or self.task in LANGUAGE:
+        if self.labels or (self.task is not None and not task_traits(self.task).labels):
             return self.task or "text-classification"
         return None
 
@@ -154,8 +156,8 @@ class ComputePolicy(Section):
 class LimitsPolicy(Section):
     """[limits]: caps on work."""
 
-    adapter_kinds: tuple[Literal["lora", "bias", "head"], ...] = ("lora", "bias", "head")
-    """Adapter kinds accepted."""
+    adapter_kinds: tuple[str, ...] | None = None
+    """Adapter kinds accepted, of those that [components] allows. None accepts them all."""
     max_steps_per_round: int = Field(default=1000, ge=1)
     """Most optimiser steps in one round."""
     max_rounds: int = Field(default=10_000, ge=1, le=MAX_ROUNDS)
@@ -198,6 +200,16 @@ class Policy(Section):
     limits: LimitsPolicy = LimitsPolicy()
     compute: ComputePolicy = ComputePolicy()
     secure_aggregation: SecureAggregationPolicy = SecureAggregationPolicy()
+    components: ComponentsPolicy = ComponentsPolicy()
+
+    @model_validator(mode="after")
+    def _source_allowed(self) -> Self:
+        # A package could otherwise put its data source before a folder of the same name.
+        if self.data.source in entries("data"):
+            problems = component_problems(self.components, {"data": [self.data.source]})
+            if problems:
+                raise ValueError(f"data.source is {problems[0]}, or write ./{self.data.source} for a file or folder")
+        return self
 
 
 def load_policy(path: Path, overrides: tuple[str, ...] = ()) -> Policy:
@@ -220,6 +232,7 @@ def check_spec(policy: Policy, spec: Spec) -> None:
 
     Raises:
         PolicyError: Lists every rule that the run breaks, with what was asked and what is allowed.
+        ConfigError: A component that is allowed refuses its options.
     """
     problems = _range_problems(spec) + _data_problems(policy, spec)
     problems += _privacy_problems(policy, spec) + _sum_problems(policy, spec)
@@ -232,10 +245,13 @@ def check_spec(policy: Policy, spec: Spec) -> None:
     rate = max(spec.train.learning_rate, spec.train.head_learning_rate or 0.0)
     if rate > policy.limits.max_learning_rate:
         problems.append(f"learning rate {rate:g} (at most {policy.limits.max_learning_rate:g})")
-    if spec.adapter.kind not in policy.limits.adapter_kinds:
-        problems.append(f"adapter kind {spec.adapter.kind} (allowed: {', '.join(policy.limits.adapter_kinds)})")
+    kinds = policy.limits.adapter_kinds
+    if kinds is not None and spec.adapter.kind not in kinds:
+        problems.append(f"adapter kind {spec.adapter.kind} (allowed: {', '.join(kinds)})")
+    problems += component_problems(policy.components, spec.components)
     if problems:
         raise PolicyError(f"this site's policy refuses run {spec.run.name!r}: " + "; ".join(problems))
+    spec.check_components()
 
 
 def _range_problems(spec: Spec) -> list[str]:

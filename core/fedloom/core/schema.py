@@ -7,10 +7,12 @@ no shape, dtype or tensor name ever has to be believed from the wire.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,20 +26,20 @@ Array = npt.NDArray[np.floating]
 Tensors = Mapping[str, Array]
 
 
-class Role(StrEnum):
-    """What a tensor does in the model; strategies choose what to train and average by role."""
+class Role:
+    """Roles of the adapter kinds that come with fedloom. A role is any word: a kind of your own brings its own."""
 
-    LORA_A = "lora_A"
+    LORA_A: Final = "lora_A"
     """Down projection, shape (r, in)."""
-    LORA_B = "lora_B"
+    LORA_B: Final = "lora_B"
     """Up projection, shape (out, r); zero at the start."""
-    BIAS = "bias"
+    BIAS: Final = "bias"
     """Change of a bias vector of the base model, shape (out,); zero at the start."""
-    HEAD = "head"
+    HEAD: Final = "head"
     """Task head. One that the checkpoint lacks is drawn at the start; one that it has travels as its change."""
-    BASE_A = "base_A"
+    BASE_A: Final = "base_A"
     """Right factor of a correction to the frozen weight, W = W0 + scale * base_B @ base_A (FedEx, FLoRA)."""
-    BASE_B = "base_B"
+    BASE_B: Final = "base_B"
     """Left factor of that correction, shape (out, k)."""
 
 
@@ -45,9 +47,13 @@ class Start(StrEnum):
     """What a tensor is before the first round."""
 
     DRAWN = "drawn"
-    """As its role says: see `strategies.start`."""
+    """A lora_A as KAIMING, a matrix of a head as NORMAL, anything else as ZERO."""
     ZERO = "zero"
-    """Zero, because it travels as a change of what the base model's checkpoint has."""
+    """Zero: the model starts as the base model, or the tensor travels as a change of what the base model has."""
+    KAIMING = "kaiming"
+    """Uniform in +-1/sqrt(in), in being the last size: Kaiming-uniform with a = sqrt(5), as PEFT draws a lora_A."""
+    NORMAL = "normal"
+    """Normal with standard deviation 0.02: `initializer_range` of BERT (Devlin et al., 2019) and its descendants."""
 
 
 LORA = frozenset({Role.LORA_A, Role.LORA_B})
@@ -56,18 +62,37 @@ LORA = frozenset({Role.LORA_A, Role.LORA_B})
 _LEAST_SCALE, _MOST_SCALE = 1e-7, 1e4
 """What [adapter] alpha over rank can be, from 1e-4 / 512 to 1e4 / 1."""
 
-_RANKED_AXIS = {Role.LORA_A: 0, Role.BASE_A: 0, Role.LORA_B: 1, Role.BASE_B: 1}
+_AXES = {Role.LORA_A: 0, Role.BASE_A: 0, Role.LORA_B: 1, Role.BASE_B: 1}
+"""The rank axis of the roles that a schema document needs not name it for."""
+
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: its full name, the module it belongs to, its shape and its role. Values are float32."""
+    """One tensor of an adapter. Values are float32.
+
+    Args:
+        name: Full name, unique in the schema.
+        module: The module it belongs to. The two factors of a pair share it.
+        role: What it does in the model, a word of letters, digits, "_" and "-". Strategies choose by role or by name.
+        shape: One to four sizes.
+        start: What it is before the first round.
+        rank_axis: The axis whose size is the adapter's rank, which a client may work below. None: as its role says,
+            0 for lora_A and base_A, 1 for lora_B and base_B, and no axis for any other.
+    """
 
     name: str
     module: str
-    role: Role
+    role: str
     shape: tuple[int, ...]
     start: Start = Start.DRAWN
+    rank_axis: int | None = None
+
+    def __post_init__(self) -> None:
+        """Settle the rank axis."""
+        if self.rank_axis is None:
+            object.__setattr__(self, "rank_axis", _AXES.get(self.role))
 
     @property
     def size(self) -> int:
@@ -103,10 +128,9 @@ class Schema:
         if len({spec.name for spec in self.tensors}) != len(self.tensors):
             raise SchemaError("schema names a tensor twice; every tensor name must be unique")
         for spec in self.tensors:
-            if not 0 < len(spec.name) <= MAX_NAME_LENGTH or len(spec.module) > MAX_NAME_LENGTH:
-                raise SchemaError(f"tensor name {spec.name[:64]!r}: 1 to {MAX_NAME_LENGTH} characters allowed")
-            if not 1 <= len(spec.shape) <= 4 or min(spec.shape) < 1:
-                raise SchemaError(f"tensor {spec.name!r} has shape {spec.shape}; 1 to 4 positive sizes allowed")
+            _check_spec(spec)
+        if self.roles & {spec.name for spec in self.tensors if spec.name != spec.role}:
+            raise SchemaError("a tensor of the schema is named as a role of others; give it another name")
         if 4 * self.size > MAX_PAYLOAD_BYTES:
             raise SchemaError(f"adapter of {self.size} values exceeds {MAX_PAYLOAD_BYTES} bytes; lower the rank")
         if not _LEAST_SCALE <= self.scale <= _MOST_SCALE:
@@ -125,34 +149,50 @@ class Schema:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @cached_property
-    def roles(self) -> frozenset[Role]:
+    def roles(self) -> frozenset[str]:
         """Roles that occur."""
         return frozenset(spec.role for spec in self.tensors)
 
-    def roles_of(self, names: Iterable[str]) -> frozenset[Role]:
-        """Roles of the tensors of these names; others are left out."""
+    def names(self, *words: str) -> frozenset[str]:
+        """Names of the tensors that `select` gives for these words; of all tensors without any word."""
+        chosen = self.select(words).tensors if words else self.tensors
+        return frozenset(spec.name for spec in chosen)
+
+    def unknown(self, words: Iterable[str]) -> list[str]:
+        """Those of `words` that are neither a role nor a tensor's name here."""
+        return sorted(frozenset(words) - self.roles - self.names())
+
+    def words(self, names: Iterable[str]) -> frozenset[str]:
+        """A short selection of exactly these tensors: the roles of which all are among them, and the other names."""
         wanted = frozenset(names)
-        return frozenset(spec.role for spec in self.tensors if spec.name in wanted)
+        missed = {spec.role for spec in self.tensors if spec.name not in wanted}
+        return frozenset(
+            spec.name if spec.role in missed else spec.role for spec in self.tensors if spec.name in wanted
+        )
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
         """The low-rank pairs of roles lora_A and lora_B, in wire order of their A."""
-        b_names = {spec.module: spec.name for spec in self.tensors if spec.role is Role.LORA_B}
-        a_specs = [spec for spec in self.tensors if spec.role is Role.LORA_A]
+        b_names = {spec.module: spec.name for spec in self.tensors if spec.role == Role.LORA_B}
+        a_specs = [spec for spec in self.tensors if spec.role == Role.LORA_A]
         return tuple(Pair(s.module, s.name, b_names[s.module]) for s in a_specs if s.module in b_names)
 
     @property
     def rank(self) -> int:
-        """Largest rank of any pair; 0 when there is none."""
-        return max((spec.shape[0] for spec in self.tensors if spec.role is Role.LORA_A), default=0)
+        """Largest rank of any tensor that has one; 0 when there is none."""
+        return max((spec.shape[spec.rank_axis] for spec in self.tensors if spec.rank_axis is not None), default=0)
 
-    def select(self, roles: Iterable[Role]) -> "Schema":
-        """The tensors with one of `roles`, in the same order."""
-        wanted = frozenset(roles)
-        return replace(self, tensors=tuple(spec for spec in self.tensors if spec.role in wanted))
+    def select(self, words: Iterable[str], but: Iterable[str] = ()) -> "Schema":
+        """The tensors whose role or name is among `words`, and not among `but`, in the same order.
+
+        A word that is neither here selects nothing, see `unknown`.
+        """
+        wanted, left_out = frozenset(words), frozenset(but)
+        chosen = (spec for spec in self.tensors if not wanted.isdisjoint((spec.role, spec.name)))
+        return replace(self, tensors=tuple(spec for spec in chosen if left_out.isdisjoint((spec.role, spec.name))))
 
     def with_rank(self, rank: int) -> "Schema":
-        """The same tensors with every low-rank factor cut to at most `rank`.
+        """The same tensors, each cut to at most `rank` along its rank axis.
 
         Raises:
             SchemaError: `rank` is below 1.
@@ -161,11 +201,10 @@ class Schema:
             raise SchemaError(f"rank {rank} must be at least 1")
 
         def cut(spec: TensorSpec) -> TensorSpec:
-            axis = _RANKED_AXIS.get(spec.role)
-            if axis is None:
+            if spec.rank_axis is None:
                 return spec
             shape = list(spec.shape)
-            shape[axis] = min(shape[axis], rank)
+            shape[spec.rank_axis] = min(shape[spec.rank_axis], rank)
             return replace(spec, shape=tuple(shape))
 
         return replace(self, tensors=tuple(cut(spec) for spec in self.tensors))
@@ -203,9 +242,7 @@ class Schema:
 
     def to_json(self) -> str:
         """The canonical JSON form: the digest is over exactly these characters."""
-        # What starts as its role says has no word for it, so that the digest of an older schema stays what it was.
-        words = {Start.DRAWN: [], Start.ZERO: [Start.ZERO.value]}
-        rows = [[s.name, s.module, s.role.value, list(s.shape), *words[s.start]] for s in self.tensors]
+        rows = [[s.name, s.module, s.role, list(s.shape), *_particulars(s)] for s in self.tensors]
         return json.dumps({"version": 1, "scale": float(self.scale), "tensors": rows}, separators=(",", ":"))
 
     @classmethod
@@ -222,8 +259,8 @@ class Schema:
             if document["version"] != 1:
                 raise SchemaError(f"schema version {document['version']!r}; this build reads version 1")
             specs = tuple(
-                TensorSpec(str(name), str(module), Role(role), tuple(int(n) for n in shape), *map(Start, start))
-                for name, module, role, shape, *start in document["tensors"]
+                TensorSpec(str(name), str(module), str(role), tuple(int(n) for n in shape), *_read(*particulars))
+                for name, module, role, shape, *particulars in document["tensors"]
             )
             schema = cls(specs, float(document["scale"]))
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
@@ -232,3 +269,29 @@ class Schema:
         if schema.to_json() != text:
             raise SchemaError("schema document is not in canonical form; send what to_json writes")
         return schema
+
+
+def _check_spec(spec: TensorSpec) -> None:
+    if not 0 < len(spec.name) <= MAX_NAME_LENGTH or len(spec.module) > MAX_NAME_LENGTH:
+        raise SchemaError(f"tensor name {spec.name[:64]!r}: 1 to {MAX_NAME_LENGTH} characters allowed")
+    if not 1 <= len(spec.shape) <= 4 or min(spec.shape) < 1:
+        raise SchemaError(f"tensor {spec.name!r} has shape {spec.shape}; 1 to 4 positive sizes allowed")
+    if not _ROLE.fullmatch(spec.role):
+        raise SchemaError(f"tensor {spec.name!r} has role {spec.role[:64]!r}; 1 to 64 letters, digits, _ and - allowed")
+    if spec.rank_axis is not None and not 0 <= spec.rank_axis < len(spec.shape):
+        raise SchemaError(f"tensor {spec.name!r} of shape {spec.shape} has no axis {spec.rank_axis} for a rank")
+
+
+def _particulars(spec: TensorSpec) -> list[str | int]:
+    """What its role does not say of a tensor: nothing, its start, or its start and its rank axis.
+
+    The digest of a schema of the first release stays what it was.
+    """
+    if spec.rank_axis != _AXES.get(spec.role):
+        assert spec.rank_axis is not None  # an axis that its role has cannot be taken away
+        return [spec.start.value, spec.rank_axis]
+    return [] if spec.start is Start.DRAWN else [spec.start.value]
+
+
+def _read(start: str = Start.DRAWN.value, rank_axis: int | None = None) -> tuple[Start, int | None]:
+    return Start(start), None if rank_axis is None else int(rank_axis)

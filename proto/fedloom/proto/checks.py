@@ -10,12 +10,12 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
-from fedloom.core.codecs import codec
+from fedloom.core.codecs import installed
 from fedloom.core.config.parsing import explain
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.errors import ProtocolError
-from fedloom.core.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES, MAX_RANK, MAX_ROUNDS
-from fedloom.core.schema import Role, Schema
+from fedloom.core.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES, MAX_RANK, MAX_ROUNDS, MAX_TENSORS
+from fedloom.core.schema import Schema
 from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.messages import Assignment, Joined, UpdateHeader
 
@@ -66,15 +66,15 @@ class AssignmentFields(Protocol):
 
     @property
     def train(self) -> Iterable[str]:
-        """Names of roles."""
+        """Roles and names of tensors."""
 
     @property
     def personal(self) -> Iterable[str]:
-        """Names of roles."""
+        """Roles and names of tensors."""
 
     @property
     def broadcast_roles(self) -> Iterable[str]:
-        """Names of roles."""
+        """Roles and names of tensors."""
 
     @property
     def local(self) -> Mapping[str, float]:
@@ -122,16 +122,13 @@ def checked_assignment(fields: AssignmentFields) -> Assignment:
     """One round's work.
 
     Raises:
-        ProtocolError: A role, a digest, a length, a rank, a round or a local hyper-parameter is none, or it trains
+        ProtocolError: A selection, a digest, a length, a rank, a round or a local hyper-parameter is none, or it trains
             nothing.
         CodecError: It names an unknown codec.
     """
-    train, personal = _roles(fields.train), _roles(fields.personal)
-    if not train or not personal <= train:
-        raise ProtocolError(
-            f"assignment trains {sorted(train)} and keeps {sorted(personal)}; it must train something "
-            "and may keep only what it trains"
-        )
+    train, personal = _words(fields.train), _words(fields.personal)
+    if not train:
+        raise ProtocolError("assignment trains nothing; it must name roles or tensors")
     if not 0 <= fields.round < MAX_ROUNDS or not 0 <= fields.rank <= MAX_RANK or fields.base_rank < 0:
         raise ProtocolError(
             f"assignment for round {fields.round} at rank {fields.rank} and base rank {fields.base_rank}; a round from "
@@ -146,8 +143,8 @@ def checked_assignment(fields: AssignmentFields) -> Assignment:
         rank=fields.rank or None,
         base_rank=fields.base_rank,
         local=local,
-        broadcast_roles=_roles(fields.broadcast_roles),
-        broadcast_codec=codec(fields.broadcast_codec[:MAX_NAME_LENGTH]).name,
+        broadcast_roles=_words(fields.broadcast_roles),
+        broadcast_codec=installed(fields.broadcast_codec[:MAX_NAME_LENGTH]),
         broadcast_digest=checked_digest(fields.broadcast_digest, "broadcast"),
         broadcast_bytes=checked_size(fields.broadcast_bytes),
         upload_codec=_upload_codec(fields.upload_codec),
@@ -228,12 +225,15 @@ def _score(figures: Sequence[float]) -> tuple[float, ...]:
 
 def _upload_codec(name: str) -> str:
     """The name of a codec, or of a masked update, which no codec can read."""
-    return name if name == MASKED else codec(name[:MAX_NAME_LENGTH]).name
+    return name if name == MASKED else installed(name[:MAX_NAME_LENGTH])
 
 
-def _roles(names: Iterable[str]) -> frozenset[Role]:
-    try:
-        return frozenset(Role(name) for name in names)
-    except ValueError as error:
-        known = ", ".join(role.value for role in Role)
-        raise ProtocolError(f"unknown role: {str(error)[:80]}; this build knows {known}") from None
+def _words(words: Iterable[str]) -> frozenset[str]:
+    """Roles and names of tensors. Whether the adapter has them is for whoever has its schema to say."""
+    found = frozenset(words)
+    if len(found) > MAX_TENSORS or any(not 0 < len(word) <= MAX_NAME_LENGTH for word in found):
+        raise ProtocolError(
+            f"a selection of {len(found)} roles and tensors; at most {MAX_TENSORS}, each of 1 to {MAX_NAME_LENGTH} "
+            "characters, are allowed"
+        )
+    return found

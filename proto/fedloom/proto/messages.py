@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedloom.core.config.run import Spec
-from fedloom.core.schema import Role, Schema
+from fedloom.core.schema import Schema
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -42,14 +42,15 @@ class Assignment:
     """One round's work for one client."""
 
     round: int
-    train: frozenset[Role]
-    broadcast_roles: frozenset[Role]
+    train: frozenset[str]
+    """What is trained: roles and names of tensors, see `Schema.select`. So for the two below."""
+    broadcast_roles: frozenset[str]
     broadcast_digest: str
     """SHA-256 of the broadcast payload, hex; the address to fetch it by."""
     broadcast_bytes: int
     broadcast_codec: str = "fp32"
     upload_codec: str = "fp32"
-    personal: frozenset[Role] = frozenset()
+    personal: frozenset[str] = frozenset()
     rank: int | None = None
     base_rank: int = 0
     local: Mapping[str, float] = field(default_factory=dict)
@@ -116,4 +117,4 @@ def broadcast_schema(schema: Schema, assignment: Assignment) -> Schema:
 def upload_schema(schema: Schema, assignment: Assignment) -> Schema:
     """The schema of the update that answers an assignment, derived from the run's."""
     derived = schema.with_rank(assignment.rank) if assignment.rank else schema
-    return derived.select(assignment.train - assignment.personal)
+    return derived.select(assignment.train, but=assignment.personal)

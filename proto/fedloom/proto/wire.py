@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from fedloom.core.codecs import codec
+from fedloom.core.codecs import installed
 from fedloom.core.errors import (
     BudgetError,
     CodecError,
@@ -131,7 +131,7 @@ def answer_from_wire(reply: pb.WorkReply) -> Answer:
             final = reply.finished
             return Finished(
                 final.rounds,
-                codec(final.codec).name,
+                installed(final.codec),
                 checked_digest(final.digest, "final adapter"),
                 checked_size(final.bytes),
                 final.base_rank,

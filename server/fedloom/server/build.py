@@ -7,9 +7,10 @@ from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.accounting import calibrate, epsilon
 from fedloom.core.privacy.spends import evaluation_spend, evaluations
+from fedloom.core.registry import build
 from fedloom.server.privacy.user_ledger import settled
 from fedloom.strategies.api import Strategy
-from fedloom.strategies.registry import load
+from fedloom.strategies.transforms.buffered import Buffered
 from fedloom.strategies.transforms.noise import KEY_BYTES
 from fedloom.strategies.transforms.norm_bound import NormBound
 from fedloom.strategies.transforms.user_level_dp import UserLevel
@@ -55,13 +56,14 @@ def _takes_weights(config: RunConfig, own: Strategy | None) -> bool:
     if not config.privacy.enabled or config.secure_aggregation.enabled or config.user_level.enabled:
         return False
     try:
-        return not getattr(own or load(config.strategy.name, config.strategy.options), "unweighted", False)
+        strategy = own or build("strategies", config.strategy.name, config.strategy.options)
+        return not strategy.traits.unweighted
     except ConfigError:
         return True  # whoever builds it says what is wrong; a site that only looks at the run need not have it
 
 
 def build_strategy(config: RunConfig, own: Strategy | None = None) -> Strategy:
-    """The run's strategy, told whether the head is trained, and wrapped for a norm bound or user-level privacy.
+    """The run's strategy, told whether the head is trained, and wrapped for what the run file asks beside it.
 
     The noise's secret is drawn here from the operating system. It matters for a new run only: one that goes on has its
     own in its stored state.
@@ -76,8 +78,10 @@ def build_strategy(config: RunConfig, own: Strategy | None = None) -> Strategy:
     if "train_head" in config.strategy.options:
         raise ConfigError('strategy.options.train_head is not yours to set; use model.head = "train" or "frozen"')
     train_head = config.model.head == "train"
+    strategy: Strategy
     if own is None:
-        strategy = load(config.strategy.name, {**config.strategy.options, "train_head": train_head})
+        options = {**config.strategy.options, "train_head": train_head}
+        strategy = build("strategies", config.strategy.name, options)
     elif is_dataclass(own) and any(field.name == "train_head" for field in fields(own)):
         strategy = replace(own, train_head=train_head)
     else:
@@ -86,7 +90,7 @@ def build_strategy(config: RunConfig, own: Strategy | None = None) -> Strategy:
         strategy = NormBound(strategy, config.strategy.norm_bound)
     user = settled(config)
     if not user.enabled:
-        return strategy
+        return Buffered(strategy) if config.rounds.mode == "buffered" else strategy
     assert user.cohort is not None  # both are filled in by `settled`
     assert user.noise_multiplier is not None
     return UserLevel(

@@ -150,6 +150,8 @@ class Coordinator(Course):
         why: UpdateRejected | StrategyError | None = None
         with ExitStack() as landing:
             with self._lock:
+                if self._history.expected(header) is None:
+                    return True  # it came twice, and the other one was quicker
                 landing.enter_context(self._history.arriving(header.digest))
                 order, update, limit = self._history.draft(client, self._members[client].declared_examples)
                 state = self.state

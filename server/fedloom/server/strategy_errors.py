@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 
 from fedloom.core.errors import FedloomError, SchemaError, StoreError, StrategyError, UpdateRejected
 from fedloom.core.schema import Array
 from fedloom.strategies.api import State, Strategy, Update
 
-__all__ = ["blamed", "try_fold"]
+__all__ = ["blamed", "check_update"]
 
 _log = logging.getLogger(__name__)
 
@@ -40,27 +40,23 @@ def blamed(name: str, doing: str, *refusals: type[FedloomError]) -> Iterator[Non
         ) from error
 
 
-def try_fold(name: str, strategy: Strategy, state: State, update: Update) -> None:
-    """Fold one update for trial, so that what the strategy would refuse is refused before it counts.
+def check_update(name: str, strategy: Strategy, state: State, update: Update) -> None:
+    """Let a strategy refuse an update before it counts.
 
     Raises:
         UpdateRejected: The strategy refuses it.
         StrategyError: The strategy fails on it; the tensor it looked at last is named.
     """
+    watched = _Watched(update.delta)
     try:
-        strategy.fold(state, None, update)
+        strategy.check(state, replace(update, delta=watched))
     except (SchemaError, UpdateRejected) as error:
         raise UpdateRejected(str(error)) from error
     except (StoreError, MemoryError):
         raise
     except Exception as error:
-        watched = _Watched(update.delta)
-        # A pure function fails in the same way again.
-        with suppress(Exception):
-            strategy.fold(state, None, replace(update, delta=watched))
         where = f" at {watched.last!r}" if watched.last else ""
-        doing = f"fold, on the update of client {update.client!r}{where}"
-        with blamed(name, doing):
+        with blamed(name, f"check, on the update of client {update.client!r}{where}"):
             raise error
 
 

@@ -121,13 +121,13 @@ def admitted(members: Members, client: str, sent: tuple[str, int], here: tuple[s
 
 def _check_counts(config: RunConfig, strategy: Strategy) -> None:
     """Refuse rounds that could close with fewer updates than the strategy commits, and weights it does not look at."""
-    least = getattr(strategy, "least_updates", 1)
+    least = strategy.traits.least_updates
     if config.rounds.min_clients < least:
         raise ConfigError(
             f"rounds.min_clients = {config.rounds.min_clients} with strategy {config.strategy.name!r}, which as "
             f"configured needs {least} updates a round; raise it to {least} or more, or lower what the strategy bears"
         )
-    if getattr(strategy, "unweighted", False) and config.strategy.weighting == "examples":
+    if strategy.traits.unweighted and config.strategy.weighting == "examples":
         raise ConfigError(
             f'strategy.weighting = "{config.strategy.weighting}" with strategy {config.strategy.name!r}, which counts '
             'every client once whatever it declares; set it to "uniform"'
@@ -142,7 +142,7 @@ def _check_secure(config: RunConfig, strategy: Strategy) -> None:
             "user_level.enabled with secure_aggregation.enabled: the coordinator must clip every client's update, and "
             "secure aggregation shows it their sum only; switch one of them off"
         )
-    if not getattr(strategy, "linear", False):
+    if not strategy.traits.linear:
         bound = " with strategy.norm_bound" if config.strategy.norm_bound is not None else ""
         raise ConfigError(
             f"strategy {config.strategy.name!r}{bound} needs every update by itself, and secure aggregation gives "

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fedloom.client.models.export import facts, privacy_facts, save_adapter
+from fedloom.client.models.export import facts, privacy_facts, save_result
 from fedloom.core.schema import Tensors
 from fedloom.server.monitoring.recorders.api import RoundRecord
 from fedloom.simulation.federation import Federation
@@ -27,4 +27,4 @@ def save_round(federation: Federation, result: Tensors, record: RoundRecord, fol
         known["privacy"] = privacy_facts(federation.config, record.privacy)
     federation.model.show(result)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_adapter(federation.model, folder, known)
+    save_result(federation.model, folder, known)

@@ -8,16 +8,21 @@ import numpy as np
 import tomli_w
 
 from fedloom.client.data.load import load_rows
-from fedloom.client.data.partition import partition
+from fedloom.client.data.partitioners.api import Partitioner, partition
 from fedloom.client.data.rows import Rows, documents, picture
 from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.eval.held_out import drawn, held_out
-from fedloom.client.models.load import AdapterModel, base_digest, load_model, resolve_base
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.base_folder import base_digest, resolve_base
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy, SecureAggregationPolicy
 from fedloom.client.secagg.identity_key import load_identity, public_text
-from fedloom.core.config.run import DataSection, RunConfig, Spec
+from fedloom.core.config.data import DataSection
+from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.config.start import pinned
 from fedloom.core.errors import ConfigError, FedloomError
+from fedloom.core.registry import OURS
+from fedloom.core.registry import build as build_component
 from fedloom.server.build import calibrated
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.privacy.user_ledger import check_supply
@@ -136,16 +141,8 @@ def shares(config: RunConfig, data: DataSection) -> dict[str, Rows]:
     if data.max_examples is not None and data.max_examples < len(rows):
         rng = np.random.default_rng([config.run.seed, 1])
         rows = rows.take(np.sort(rng.permutation(len(rows))[: data.max_examples]))
-    parts = partition(
-        rows,
-        data.clients,
-        data.partition,
-        data.dirichlet_alpha,
-        config.run.seed,
-        classes=data.classes_per_client,
-        shares=data.shares,
-        exponent=data.size_exponent,
-    )
+    by: Partitioner = build_component("partitioners", data.partition, data.options)
+    parts = partition(rows, data.clients, by, config.run.seed)
     width = len(str(len(parts) - 1))
     return {f"client-{index:0{width}d}": rows.take(part) for index, part in enumerate(parts)}
 
@@ -228,5 +225,6 @@ def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
                 "max_rounds": spec.run.rounds,
                 "max_learning_rate": 1e4,  # a strategy may set another one than the run file
             },
+            "components": {group: [OURS, *names] for group, names in spec.components.items()},
         }
     )

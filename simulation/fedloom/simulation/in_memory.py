@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from fedloom.client.data.arrow import class_names, schema_class_names, with_names
 from fedloom.client.data.files import Row, check_columns
+from fedloom.client.data.layout import Layout
 from fedloom.client.data.load import read_rows
-from fedloom.client.data.records import LAYOUTS, Layout
 from fedloom.client.data.rows import Rows
 from fedloom.core.config.file_format import Form
 from fedloom.core.config.run import ModelSection
@@ -54,7 +54,7 @@ def _rows(values: object, name: str, layout: Layout) -> Iterator[Row]:
     for number, row in enumerate(table.rows, 1):
         where = f"{name} row {number}"
         if not isinstance(row, Mapping):
-            yield where, DataError(f"{where} is a {type(row).__name__}; give a dict with {LAYOUTS[layout.task]}")
+            yield where, DataError(f"{where} is a {type(row).__name__}; give a dict with {layout.columns}")
             continue
         wanted = layout.wanted(row.keys())
         yield where, {column: with_names(_plain(row[column]), table.classes.get(column)) for column in wanted}

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.client.models.export import save_adapter
+from fedloom.client.eval.score import Score, evaluate
+from fedloom.client.models.export import result_name, save_result
 from fedloom.client.privacy.ledger.account import personal_folder
 from fedloom.client.session.personal_tensors import kept_personal
-from fedloom.client.training.trainer import Score, evaluate
 from fedloom.core.schema import Tensors
 from fedloom.simulation.federation import Federation
 
@@ -48,10 +48,11 @@ def _mean(scores: list[Score]) -> Score:
 def save_clients(
     federation: Federation, run: str, adapter: Tensors, scores: dict[str, Score], folder: Path, facts: dict[str, Any]
 ) -> None:
-    """Write the adapter of each client in `scores` to a folder of its name in `folder`."""
+    """Write the result of each client in `scores` to `adapters/NAME`, or `merged-by-client/NAME`, of the run folder."""
+    inside = folder / ("adapters" if result_name(federation.model) == "adapter" else "merged-by-client")
     for name, score in scores.items():
         federation.model.show({**adapter, **_own(federation, run, name)})
-        save_adapter(federation.model, folder / name, {**facts, "client": name, "held_out_accuracy": score.accuracy})
+        save_result(federation.model, inside / name, {**facts, "client": name, "held_out_accuracy": score.accuracy})
 
 
 def _own(federation: Federation, run: str, name: str) -> Tensors:

@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedloom.client.adapters.attach import check_private
 from fedloom.client.data.rows import digest
 from fedloom.client.eval.confusion import classes_document
-from fedloom.client.models.export import facts, load_exported, predict, save_adapter
-from fedloom.client.models.load import resolve_base
+from fedloom.client.eval.score import Score, evaluate
+from fedloom.client.models.base_folder import resolve_base
+from fedloom.client.models.export import facts, load_exported, predict, result_name, save_result
 from fedloom.client.models.start import start_of
 from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.training.trainer import Score, batch_loss, evaluate
+from fedloom.client.training.trainer import batch_loss
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import FedloomError, ModelError
 from fedloom.core.privacy.accounting import Statement
@@ -29,7 +31,7 @@ from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.monitoring.participation import Attendance
 from fedloom.server.monitoring.progress import Progress
-from fedloom.server.monitoring.recorders.api import Recorder, ReportTo, RoundRecord, open_recorders, write_config
+from fedloom.server.monitoring.recorders.api import RecordWriter, RoundRecord, open_recorders, write_config
 from fedloom.server.monitoring.recorders.background import is_scored, round_record
 from fedloom.server.privacy.user_ledger import statement as user_statement
 from fedloom.server.rounds.state import AdapterCommitted, Event
@@ -71,9 +73,15 @@ class Result:
     user_epsilon: float | None
     """Epsilon of a whole client, by the coordinator's noise; None without user-level privacy."""
     agreement: float
-    """Share of held-out rows on which the adapter reloaded through PEFT predicts what the run's model predicts."""
+    """Share of held-out rows on which the exported result, reloaded, predicts what the run's model predicts."""
     told: dict[str, float | None] | None = None
     """What the clients' evaluations say of the adapter; None without federated evaluation, or where noise hides it."""
+
+    @property
+    def exported(self) -> Path:
+        """Where the result lies: `adapter`, or `merged` where PEFT does not know the kind of the adapter."""
+        plain = self.folder / "adapter"
+        return plain if plain.is_dir() else self.folder / "merged"
 
     @property
     def epsilon(self) -> dict[str, float]:
@@ -85,7 +93,7 @@ class Result:
 class _Tape:
     """Commits waiting to be evaluated, what has been recorded, and where."""
 
-    recorders: list[Recorder]
+    recorders: list[RecordWriter]
     commits: "queue.SimpleQueue[tuple[int, State]]" = field(default_factory=queue.SimpleQueue)
     records: list[RoundRecord] = field(default_factory=list)
     events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
@@ -117,7 +125,7 @@ def simulate(
     out: Path,
     watcher: Watcher | None = None,
     *,
-    report_to: tuple[ReportTo, ...] = (),
+    report_to: tuple[str, ...] = (),
     given: Given | None = None,
     own: Strategy | None = None,
 ) -> Result:
@@ -127,7 +135,7 @@ def simulate(
         config: A run file, with a [data] section unless data are given.
         out: Parent of the run folder.
         watcher: Callbacks.
-        report_to: Programs that get every record too.
+        report_to: Names of recorders that get every record too.
         given: Data in place of those of the run file.
         own: A strategy that is installed nowhere, in place of the one that the run file names.
 
@@ -142,13 +150,14 @@ def _simulate(
     config: RunConfig,
     out: Path,
     watcher: Watcher,
-    report_to: tuple[ReportTo, ...],
+    report_to: tuple[str, ...],
     given: Given | None,
     own: Strategy | None,
 ) -> Result:
     config = completed(config, own)
     strategy = build_strategy(config, own)
     check_config(config, strategy)  # as the coordinator will, but before anything is loaded or written
+    check_private(config)
     folder = new_folder(out, config.run.name)
     write_config(folder, config)
     try:
@@ -156,8 +165,8 @@ def _simulate(
         starting = start_of(config, federation.model)
         if config.privacy.enabled:
             # Every client would refuse such a model too, but once the run has begun.
-            model, section = federation.model, config.model
-            probe(model, partial(batch_loss, model), section.task, section.max_length)
+            model = federation.model
+            probe(model, partial(batch_loss, model), config.model.max_length)
     except BaseException:
         shutil.rmtree(folder)  # nothing has run, so there is nothing to keep
         raise
@@ -229,7 +238,7 @@ def _drain(
         traffic = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
         record = round_record(config, rounds, seen, federation.clients, traffic, time.monotonic() - began)
         if score is not None:
-            record = replace(record, accuracy=score.accuracy, loss=score.loss)
+            record = replace(record, accuracy=score.accuracy, loss=score.loss, metrics=dict(score.metrics) or None)
         _record(tape, watcher, record)
         save = partial(save_round, federation, coordinator.result(state), record)
         try:
@@ -259,14 +268,15 @@ def _finish(
     spent = ledger_statements(federation) if config.privacy.enabled else {}
     user = user_statement(config.user_level, rounds)
     known = facts(config, _worst(spent) if spent else None, user)
-    save_clients(federation, run, trained, own, folder / "adapters", known)
+    exported = folder / result_name(model)
+    save_clients(federation, run, trained, own, folder, known)
     model.show(trained)
-    save_adapter(model, folder / "adapter", {**known, "held_out_accuracy": final.accuracy})
+    save_result(model, exported, {**known, "held_out_accuracy": final.accuracy})
     pad = model.tokenizer.pad_token_id
-    ours = predict(model.model, federation.held_out, pad, str(model.device))
+    ours = predict(model.model, model.task, federation.held_out, pad, str(model.device))
     base, section = resolve_base(config.model.base), config.model
-    reloaded = load_exported(base, folder / "adapter", len(section.labels), section.task, section.image_size)
-    agreement = float(np.mean(ours == predict(reloaded, federation.held_out, pad)))
+    reloaded = load_exported(base, exported, len(section.labels), section.task, section.image_size)
+    agreement = float(np.mean(np.isclose(ours, predict(reloaded, model.task, federation.held_out, pad), rtol=1e-3)))
     plot(folder, f"{folder.name}: {config.strategy.name}, {len(federation.clients)} clients", tape.records)
     user_epsilon = user["epsilon"] if user else None
     result = Result(folder, tape.records, start, final, spent, user_epsilon, agreement, tape.told)
@@ -277,6 +287,7 @@ def _finish(
             "accuracy": final.accuracy,
             "accuracy_by_client": {name: score.accuracy for name, score in own.items()},
             "loss": final.loss,
+            "metrics": dict(final.metrics),
             "held_out_examples": final.examples,
             **classes_document(final.confusion, config.model.labels),
             "federated": tape.told,
@@ -291,7 +302,7 @@ def _finish(
     )
     if agreement < _AGREEMENT:
         raise ModelError(
-            f"the adapter in {folder / 'adapter'} gives {agreement:.1%} of the held-out predictions of the model that "
+            f"the {exported.name} in {exported} gives {agreement:.1%} of the held-out predictions of the model that "
             f"was trained, at least {_AGREEMENT:.1%} must be the same; do not use it: loaded by transformers and PEFT, "
             "this base model is another one than in the run"
         )

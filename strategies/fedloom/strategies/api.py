@@ -1,24 +1,26 @@
-"""The strategy interface: four pure functions over named arrays.
+"""The strategy interface: pure functions over named arrays, and what a strategy declares about itself.
 
 A strategy never sees a socket, a file, a clock or a tensor library. The coordinator calls
 
 1. `init` once, with the run's schema and starting adapter;
-2. `plan` for every client of every round: what to broadcast and which roles to train;
+2. `plan` for every client of every round: what to broadcast and what to train;
 3. `fold` for every accepted update, one at a time and in canonical client order;
-4. `commit` once per round: the next state, whose `adapter` is the next global adapter.
+4. `commit` once per round: the next state, whose `adapter` is the next global adapter;
+5. `result` for whatever is scored, sent at the end or exported: the model of a state.
 
 The same inputs give the same outputs, bit for bit: the coordinator replays them after a crash.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from fedloom.core.schema import Array, Role, Schema, Tensors
+from fedloom.core.schema import Array, Schema, Tensors
 
-__all__ = ["Plan", "State", "Strategy", "Update"]
+__all__ = ["Plan", "State", "Strategy", "Traits", "Update", "corrections"]
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,16 @@ class State:
 class Plan:
     """What one client is asked to do in one round."""
 
-    train: frozenset[Role]
-    """Roles the client trains. It uploads the change of exactly these, less the personal ones."""
+    train: frozenset[str]
+    """What the client trains, as roles or names of tensors (see `Schema.select`): `state.schema.roles`, {"lora_B"},
+    or `state.schema.names("lora_B")` less some. It uploads the change of exactly these, less the personal ones."""
     broadcast: Tensors
     """Values the client loads before it trains: schema tensors (at `rank`), and correction factors of the
     roles base_A and base_B if the strategy folds residuals into the frozen weight."""
     rank: int | None = None
     """Rank this client works at; None is the schema's. The rows beyond it stay zero on the client."""
-    personal: frozenset[Role] = frozenset()
-    """Roles the client trains and keeps: neither uploaded nor overwritten by a broadcast."""
+    personal: frozenset[str] = frozenset()
+    """What the client trains and keeps, by role or name: neither uploaded nor overwritten by a broadcast."""
     local: Mapping[str, float] = field(default_factory=dict)
     """Local hyper-parameters that differ from the run file, by their name in [train]: learning_rate,
     momentum, proximal_mu. Privacy parameters are not among them."""
@@ -66,35 +69,58 @@ class Update:
     """What the client started from: its plan's broadcast, float32."""
     delta: Tensors
     """Trained value minus start, float32, for the tensors of the trained roles that are not personal."""
+    staleness: int = 0
+    """Commits since that start; above 0 only with `rounds.mode = "buffered"`."""
 
     def value(self, name: str) -> Array:
         """The client's trained tensor, start + delta, in float64."""
         return self.start[name].astype(np.float64) + self.delta[name].astype(np.float64)
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What a strategy declares about itself. The defaults promise nothing; the conformance battery checks the rest.
+
+    Transforms, run files and the coordinator decide by these what may be combined. A strategy that promises too little
+    is refused somewhere it could run; one that promises too much breaks a guarantee.
+    """
+
+    linear: bool = False
+    """Every client gets the same plan, and with uniform weights `commit` depends on the updates only through their
+    mean. One update that is the mean then stands for all: user-level privacy, secure aggregation, robust rules and
+    server optimizers rely on it."""
+    same_tensors: bool = False
+    """Every round trains the same tensors. An update that was made from an older state still fits, and noise that is
+    added in one round can be taken out in another."""
+    rewrites: bool = False
+    """`commit` changes the coordinates of trained tensors, as a refactorization of pairs does: what is remembered or
+    sent in the old ones means nothing in the new."""
+    moments: bool = False
+    """`commit` moves the adapter by a step made from the mean and from moments in the tensors' coordinates, as a
+    server optimizer does. One client's model is then not the next adapter."""
+    keeps_updates: bool = False
+    """`fold` keeps every update until `commit`, which must see all of them. Memory is then O(clients), one float32
+    copy of each. They come in canonical client order as to every strategy."""
+    unweighted: bool = False
+    """Every update counts once, whatever its weight; a run that weighs clients by examples is refused."""
+    least_updates: int = 1
+    """`commit` raises `ProtocolError` for fewer updates; a run whose `rounds.min_clients` is below it is refused."""
+
+
 class Strategy(Protocol):
     """How a round is planned and how updates become the next adapter.
 
-    `Acc` is whatever `fold` builds up; it lives only within a round and never leaves memory. Keep it
-    O(adapter), not O(clients), unless the method must compare updates (Krum, median).
-
-    A strategy may declare these attributes, best on its class; they are False where they are absent:
-
-    - `linear`: every client gets the same plan, and with uniform weights `commit` depends on the updates only through
-      their mean. One update that is the mean then stands for all, which user-level privacy and secure aggregation
-      rely on.
-    - `rewrites`: `commit` changes the coordinates of trained tensors, as a refactorisation of pairs does.
-    - `keeps_updates`: `fold` keeps every update until `commit`, which must see all of them. Memory is then O(clients),
-      one float32 copy of each. They come in canonical client order as to every strategy.
-    - `unweighted`: every update counts once, whatever its weight; a run that weighs clients by examples is refused.
-    - `least_updates`: a number, 1 where it is absent. `commit` raises `ProtocolError` for fewer updates, and a run
-      whose `rounds.min_clients` is below it is refused.
-    - `result`: a method that gives the model of a state, what a client has that loads it: the adapter, and for a
-      strategy that corrects frozen weights MODULE.base_A and MODULE.base_B of every pair. Where it is absent, it is the
-      adapter and what `memory` holds under these names. It is what a run scores, sends at its end and exports; a plan
-      that broadcasts other corrections than those of its state's result is refused.
+    Subclass it, or `Composed` of `fedloom.strategies.transforms.transform` to put a strategy together from transforms.
+    `acc` is whatever `fold` builds up; it lives only within a round and never leaves memory. Keep it O(adapter), not
+    O(clients), unless the method must compare updates (Krum, median).
     """
 
+    @property
+    def traits(self) -> Traits:
+        """What it declares; a class attribute will do."""
+        return Traits()
+
+    @abstractmethod
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
         """The state before the first round.
 
@@ -102,9 +128,11 @@ class Strategy(Protocol):
             SchemaError: The schema lacks what this strategy needs.
         """
 
+    @abstractmethod
     def plan(self, state: State, round: int, client: str) -> Plan:
         """What `client` does in `round` (counted from 0)."""
 
+    @abstractmethod
     def fold(self, state: State, acc: Any, update: Update) -> Any:
         """The accumulator after one more update; `acc` is None for the first.
 
@@ -112,5 +140,32 @@ class Strategy(Protocol):
         again.
         """
 
+    @abstractmethod
     def commit(self, state: State, acc: Any) -> State:
         """The state after the round: a new adapter and `round` one higher."""
+
+    def check(self, state: State, update: Update) -> None:
+        """Refuse an update that `fold` or `commit` could not take.
+
+        Its tensors have the right names and shapes, their values are finite, and its weight is usable: as inherited
+        nothing more is asked. Called once for each update, by several threads at a time.
+
+        Raises:
+            UpdateRejected: It is refused; the round goes on without it.
+            SchemaError: Likewise.
+        """
+        return None
+
+    def result(self, state: State) -> Tensors:
+        """The model of a state, what a client has that loads it; it is scored, sent at the end of a run and exported.
+
+        As inherited it is the adapter and, of a strategy that corrects frozen weights, what `memory` holds under
+        MODULE.base_A and MODULE.base_B of every pair. A plan that broadcasts other corrections is refused.
+        """
+        return {**state.adapter, **corrections(state)}
+
+
+def corrections(state: State) -> dict[str, Array]:
+    """What the memory holds under the names that corrections have in a broadcast: MODULE.base_A and MODULE.base_B."""
+    names = (f"{pair.module}.base_{side}" for pair in state.schema.pairs for side in "AB")
+    return {name: state.memory[name] for name in names if name in state.memory}

@@ -1,21 +1,21 @@
 """FedPEFT (Sun et al., IEEE BigData 2024, arXiv 2210.01708)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from fedloom.core.errors import ConfigError
-from fedloom.core.schema import LORA, Role, Schema, Tensors
-from fedloom.strategies.api import Plan, State, Update
-from fedloom.strategies.fedavg import FedAvg
-from fedloom.strategies.transforms.average import Sum, begin, fold, trained
+from fedloom.core.schema import LORA, Role
+from fedloom.strategies.api import Strategy
+from fedloom.strategies.transforms.average import Average, select
+from fedloom.strategies.transforms.transform import Composed
 
 __all__ = ["FedPEFT"]
 
-_ROLES: dict[str, frozenset[Role]] = {"lora": LORA, "bias": frozenset({Role.BIAS}), "head": frozenset({Role.HEAD})}
+_ROLES: dict[str, frozenset[str]] = {"lora": LORA, "bias": frozenset({Role.BIAS}), "head": frozenset({Role.HEAD})}
 
 
 @dataclass(frozen=True)
-class FedPEFT:
+class FedPEFT(Composed):
     """Freeze the base model, train one named kind of parameter plus the head, and average them.
 
     The paper's rule is FedAvg on the tuned set, so on a run whose adapter holds just that kind the result is
@@ -31,37 +31,13 @@ class FedPEFT:
         ConfigError: The kind is unknown, or is the head while the head is frozen.
     """
 
-    linear: ClassVar[bool] = True
     kind: Literal["lora", "bias", "head"] = "lora"
     train_head: bool = True
 
-    def __post_init__(self) -> None:
-        """Refuse a kind that trains nothing."""
+    def build(self) -> Strategy:
+        """Average the kind and the head."""
         if self.kind not in _ROLES:
             raise ConfigError(f"FedPEFT kind is {self.kind!r}; choose one of {', '.join(_ROLES)}")
         if self.kind == "head" and not self.train_head:
             raise ConfigError("FedPEFT kind 'head' with a frozen head trains nothing; set model.head = 'train'")
-
-    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
-        """The state before the first round.
-
-        Raises:
-            SchemaError: The schema lacks the kind, or the adapter does not fit.
-        """
-        self._trained(schema)
-        return begin(schema, adapter, seed)
-
-    def plan(self, state: State, round: int, client: str) -> Plan:
-        """The kind and the head, the same for all clients and rounds."""
-        return Plan(train=self._trained(state.schema).roles, broadcast=state.adapter)
-
-    def fold(self, state: State, acc: Sum | None, update: Update) -> Sum:
-        """Add one weighted update, see `mean.fold`."""
-        return fold(self._trained(state.schema), acc, update)
-
-    def commit(self, state: State, acc: Sum | None) -> State:
-        """Move the tuned tensors by the mean change, as FedAvg does."""
-        return FedAvg().commit(state, acc)
-
-    def _trained(self, schema: Schema) -> Schema:
-        return trained(schema, _ROLES[self.kind], head=self.train_head)
+        return Average(select(*_ROLES[self.kind], head=self.train_head))

@@ -1,28 +1,24 @@
 """The adapter a run starts from, drawn or read without any tensor library."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 
 from fedloom.core.config.run import RunConfig
-from fedloom.core.config.start import beginning, check_digest, check_origin, read_tensors
+from fedloom.core.config.start import beginning, check_digest, check_origin, needs_base, read_tensors, tensors_file
 from fedloom.core.errors import ConfigError
 from fedloom.core.schema import Array, Role, Schema, Start, TensorSpec
 
 __all__ = ["starting_adapter", "stored_start"]
 
-HEAD_STD = 0.02
-"""Standard deviation of a fresh head: `initializer_range` of BERT (Devlin et al., 2019) and its descendants."""
+NORMAL_STD = 0.02
+"""Standard deviation of Start.NORMAL: `initializer_range` of BERT (Devlin et al., 2019) and its descendants."""
 
 
 def starting_adapter(schema: Schema, seed: int) -> dict[str, Array]:
     """Values before the first round: the same for the same schema and seed, whoever draws them.
 
-    - lora_A, shape (r, in): uniform in +-1/sqrt(in), which is Kaiming-uniform with a = sqrt(5) as in PEFT.
-    - lora_B, bias and the correction factors: zero, so that the model starts as the base model.
-    - head: normal with standard deviation 0.02, and zero for vectors (the biases of the head) and for a head that the
-      checkpoint has, whose change it is.
+    Each tensor is drawn as its `start` says, see `fedloom.core.schema.Start`.
 
     Args:
         schema: Schema of the whole adapter.
@@ -50,8 +46,8 @@ def stored_start(config: RunConfig, schema: Schema) -> dict[str, Array]:
     fresh = starting_adapter(schema, config.run.seed)
     if config.start is None:
         return fresh
-    path = Path(config.start.adapter)
-    if path.is_dir():
+    path = tensors_file(config.start)
+    if needs_base(config.start):
         raise ConfigError(
             f"start.adapter = {config.start.adapter!r} is a folder, whose tensors can be read where the base model and "
             "torch are: run `fedloom prepare` there and set start.adapter to the file that it writes"
@@ -73,9 +69,18 @@ def stored_start(config: RunConfig, schema: Schema) -> dict[str, Array]:
 def _draw(spec: TensorSpec, seed: int, index: int) -> Array:
     # The counter's top word keeps these streams apart from those that strategies draw with key [seed, round].
     generator = np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, 1]))
-    if spec.role is Role.LORA_A:
-        bound = 1.0 / np.sqrt(spec.shape[1])
-        return generator.uniform(-bound, bound, spec.shape).astype(np.float32)
-    if spec.role is Role.HEAD and len(spec.shape) > 1 and spec.start is Start.DRAWN:
-        return generator.normal(0.0, HEAD_STD, spec.shape).astype(np.float32)
+    match _how(spec):
+        case Start.KAIMING:
+            bound = 1.0 / np.sqrt(spec.shape[-1])
+            return generator.uniform(-bound, bound, spec.shape).astype(np.float32)
+        case Start.NORMAL:
+            return generator.normal(0.0, NORMAL_STD, spec.shape).astype(np.float32)
     return np.zeros(spec.shape, np.float32)
+
+
+def _how(spec: TensorSpec) -> Start:
+    if spec.start is not Start.DRAWN:
+        return spec.start
+    if spec.role == Role.LORA_A:
+        return Start.KAIMING
+    return Start.NORMAL if spec.role == Role.HEAD and len(spec.shape) > 1 else Start.ZERO

@@ -12,14 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from fedloom.client.data.chat import learned_spans
 from fedloom.client.data.records import Turns
-from fedloom.client.data.rows import Rows
-from fedloom.client.data.tokens import IGNORED, collate, encode
-from fedloom.client.models.load import AdapterModel, base_digest, load_base, load_model
+from fedloom.client.data.rows import IGNORED, Rows
+from fedloom.client.data.tokens import collate, encode
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.base_folder import base_digest
+from fedloom.client.models.load import load_base, load_model
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.auditing.audit import _through_the_model
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.rng import System
 from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.tasks.api import task_named
 from fedloom.client.training.losses import per_example
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import ModelSection, Spec
@@ -39,7 +42,7 @@ TALK: Turns = (("user", "the film"), ("assistant", "very good"), ("user", "plot"
 def chat_base(small_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama with a chat template."""
     folder = tmp_path_factory.mktemp("chat")
-    base, tokenizer, *_ = load_base(small_bases["llama"], "causal-lm")
+    base, tokenizer, *_ = load_base(small_bases["llama"], task_named("causal-lm"))
     tokenizer.chat_template = CHATML
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -50,7 +53,7 @@ def chat_base(small_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def tokenizer(chat_base: Path) -> PreTrainedTokenizerBase:
-    loaded: PreTrainedTokenizerBase = load_base(chat_base, "instruct")[1]
+    loaded: PreTrainedTokenizerBase = load_base(chat_base, task_named("instruct"))[1]
     return loaded
 
 
@@ -108,7 +111,7 @@ def test_a_template_that_does_not_fit_is_refused_without_quoting_the_row(
 
 def test_a_base_without_a_template_is_refused(small_bases: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match="has no chat template; take an instruct model, or task causal-lm"):
-        load_base(small_bases["llama"], "instruct")
+        load_base(small_bases["llama"], task_named("instruct"))
 
 
 def test_the_template_is_part_of_the_digest(chat_base: Path, tmp_path: Path) -> None:

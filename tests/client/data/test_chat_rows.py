@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from fedloom.client.data.chat import learned_spans
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.records import Turns
-from fedloom.client.data.tokens import IGNORED, encode
+from fedloom.client.data.rows import IGNORED
+from fedloom.client.data.tokens import encode
 from fedloom.client.doctor.data_report import Report, check
 from fedloom.client.models.load import load_base
 from fedloom.client.policy import Policy
+from fedloom.client.tasks.api import task_named
 from fedloom.core.config.file_format import Answers, Form
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import DataError
@@ -45,7 +47,7 @@ def bases(small_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     folders = {}
     for name, template in (("thinking", THINKING), ("no-system", NO_SYSTEM)):
         folders[name] = tmp_path_factory.mktemp(name)
-        base, tokenizer, *_ = load_base(small_bases["llama"], "causal-lm")
+        base, tokenizer, *_ = load_base(small_bases["llama"], task_named("causal-lm"))
         tokenizer.chat_template = template
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -55,7 +57,7 @@ def bases(small_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def tokenizer_of(base: Path) -> PreTrainedTokenizerBase:
-    loaded: PreTrainedTokenizerBase = load_base(base, "instruct")[1]
+    loaded: PreTrainedTokenizerBase = load_base(base, task_named("instruct"))[1]
     return loaded
 
 

@@ -14,13 +14,12 @@ from fedloom.client.data.load import load_rows
 from fedloom.client.data.site_data import own_data
 from fedloom.client.doctor.data_report import check
 from fedloom.client.policy import Policy
-from fedloom.core.config.run import Task
 from fedloom.core.errors import DataError
 
 LABELS = ("negative", "positive")
 
 
-def read(source: Path, task: Task = "text-classification") -> tuple[tuple[str, ...], list[str], list[str]]:
+def read(source: Path, task: str = "text-classification") -> tuple[tuple[str, ...], list[str], list[str]]:
     """The texts, what is told, and what of it is a warning; without the path."""
     told: list[tuple[int, str]] = []
     rows = load_rows(str(source), LABELS, "train", task, tell=lambda *line: told.append(line))

@@ -15,7 +15,6 @@ from pyarrow import ipc, parquet
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.rows import digest
 from fedloom.core.config.file_format import Column, Form
-from fedloom.core.config.run import Task
 from fedloom.core.errors import DataError
 
 LABELS = ("negative", "positive")
@@ -145,7 +144,7 @@ def test_a_damaged_table_is_refused_without_a_word_of_it(name: str, tmp_path: Pa
     assert "Miller" not in str(found.value)
 
 
-BAD: list[tuple[Task, dict[str, Any]]] = [
+BAD: list[tuple[str, dict[str, Any]]] = [
     ("text-classification", {"text": SECRET, "label": SECRET}),
     ("text-classification", {"text": [SECRET], "label": "negative"}),
     ("text-classification", {"text": SECRET, "label": [SECRET]}),
@@ -163,7 +162,7 @@ BAD: list[tuple[Task, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("task", "row"), BAD)
-def test_no_error_quotes_a_row(task: Task, row: dict[str, Any], tmp_path: Path) -> None:
+def test_no_error_quotes_a_row(task: str, row: dict[str, Any], tmp_path: Path) -> None:
     """It names the line and the remedy; what it found there may stand in a log."""
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row) + "\n")

@@ -9,9 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from fedloom.client.data.load import load_rows
-from fedloom.client.data.rows import Rows, digest, documents
-from fedloom.client.data.tokens import IGNORED, collate, encode
-from fedloom.core.config.run import Task
+from fedloom.client.data.rows import IGNORED, Rows, digest, documents
+from fedloom.client.data.tokens import collate, encode
+from fedloom.client.tasks.api import task_named
 from fedloom.core.errors import DataError
 
 LABELS = ("O", "PER")
@@ -26,7 +26,7 @@ def write(path: Path, *rows: Any) -> str:
 def tokenizer(small_bases: dict[str, Path]) -> PreTrainedTokenizerBase:
     from fedloom.client.models.load import load_base
 
-    return load_base(small_bases["llama"], "causal-lm")[1]
+    return load_base(small_bases["llama"], task_named("causal-lm"))[1]
 
 
 def tokens_of(texts: list[list[str]], tags: list[list[int]]) -> Rows:
@@ -73,7 +73,7 @@ def test_texts_and_prompts_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["text-classification", "token-classification", "causal-lm"])
-def test_documents_are_read_back_as_the_same_rows(task: Task, tmp_path: Path) -> None:
+def test_documents_are_read_back_as_the_same_rows(task: str, tmp_path: Path) -> None:
     rows = {
         "text-classification": Rows(("a", "b"), np.array([1, 0]), ("", ""), LABELS),
         "token-classification": tokens_of([["a", "b"], ["c"]], [[0, 1], [1]]),
@@ -122,7 +122,7 @@ def test_documents_are_read_back_as_the_same_rows(task: Task, tmp_path: Path) ->
         ("causal-lm", {"text": ""}, "line 2: the text is empty"),
     ],
 )
-def test_a_bad_row_is_refused_with_its_line(task: Task, row: Any, message: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_refused_with_its_line(task: str, row: Any, message: str, tmp_path: Path) -> None:
     good = {
         "text-classification": {"text": "a", "label": "O"},
         "token-classification": {"tokens": ["a"], "tags": ["O"]},

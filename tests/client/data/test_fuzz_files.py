@@ -25,7 +25,7 @@ from fedloom.client.data.load import load_rows
 from fedloom.client.data.survey import Survey, survey
 from fedloom.client.policy import Policy, load_policy
 from fedloom.core.config.file_format import Form
-from fedloom.core.config.run import RunConfig, Task, load_run
+from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.errors import ConfigError, DataError
 from tests.proto.fuzzing import POLICY, RUN
 from tests.proto.mutating import bent, garbled
@@ -62,7 +62,7 @@ def text(rng: random.Random, without: str = "") -> str:
     return "".join(rng.choice(pieces) for _ in range(rng.randint(1, 6)))
 
 
-def surveyed(path: Path, task: Task = "text-classification") -> Survey | None:
+def surveyed(path: Path, task: str = "text-classification") -> Survey | None:
     """What a check finds; None if the file cannot be read at all. Training must agree with it."""
     try:
         found = survey(str(path), LABELS, task, Form())
@@ -167,7 +167,7 @@ def test_objects_of_any_shape_are_rows_or_refused(tmp_path: Path) -> None:
     rng = random.Random(1)
     path = tmp_path / "a.jsonl"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    shapes: dict[Task, dict[str, Any]] = {
+    shapes: dict[str, dict[str, Any]] = {
         "text-classification": {"text": "a", "label": "0", "group": "g"},
         "token-classification": {"tokens": ["a", "b"], "tags": ["0", "bad"]},
         "causal-lm": {"prompt": "a", "completion": "b"},

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.auditing import audit as module
 from fedloom.client.privacy.auditing.audit import Audit, Check, audit
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedloom.client.data.rows import Rows
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.dp_sgd.rng import Seeded, System, poisson
 from fedloom.client.privacy.ledger.ledger import Ledger

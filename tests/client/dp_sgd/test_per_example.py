@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Seeded

@@ -17,11 +17,12 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from fedloom.client.adapters import Head, lora
+from fedloom.client.adapters.api import Host
+from fedloom.client.adapters.head import Head
+from fedloom.client.adapters.lora import LoRA
 from fedloom.client.privacy.dp_sgd.grad_sample import LAYERS, Tape, hooked, recording, scale
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Seeded
-from fedloom.core.config.run import AdapterSection
 from fedloom.core.errors import ModelError
 from fedloom.core.privacy.gaussian import deviation, longest
 
@@ -74,7 +75,7 @@ def build(family: str, kind: str, dtype: torch.dtype = torch.float32) -> tuple[n
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        model = lora.attach(make().to(dtype), AdapterSection(rank=3, targets=targets), "SEQ_CLS", Head()).eval()
+        model = LoRA(rank=3, targets=targets).attach(Host(make().to(dtype), Head(), "SEQ_CLS")).eval()
     parameters = []
     for name, parameter in model.named_parameters():
         chosen = KINDS[kind](name) and ".original_module." not in name

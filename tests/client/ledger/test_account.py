@@ -14,7 +14,8 @@ from fedloom.client.privacy.ledger.anchor import default_anchors
 from fedloom.client.privacy.ledger.budget import check_affordable, outlook, rounds_left
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.privacy.ledger.statement import statement
-from fedloom.core.config.run import FederatedEvaluationSection, Spec
+from fedloom.core.config.evaluation import FederatedEvaluationSection
+from fedloom.core.config.run import Spec
 from fedloom.core.errors import BudgetError, LedgerError, PolicyError
 from fedloom.core.privacy.accounting import REPORT_GRID, Spend, epsilon
 from fedloom.core.privacy.accounting import statement as terms

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedloom.client.data.rows import Rows
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.auditing.attacks import LIMIT, dependence
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape

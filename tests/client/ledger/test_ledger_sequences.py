@@ -149,7 +149,7 @@ class World:
         return Joined("run-1", 1, SPEC, SCHEMA)
 
     def work(self) -> Assignment | Wait:
-        return Assignment(self.round, frozenset(Role), frozenset(Role), DIGEST, len(BROADCAST))
+        return Assignment(self.round, SCHEMA.roles, SCHEMA.roles, DIGEST, len(BROADCAST))
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:
         return BROADCAST

@@ -78,7 +78,7 @@ def test_fetch_without_an_index_says_what_to_do(offline: Path, monkeypatch: pyte
     monkeypatch.setitem(ASSETS, "tiny", write_wheel(offline))
     (offline / WHEEL).unlink()
 
-    with pytest.raises(DataError, match=r"tiny-asset==1\.0.*No matching distribution.*fedloom\.client\.assets tiny"):
+    with pytest.raises(DataError, match=r"tiny-asset==1\.0.*No matching distribution.*fedloom assets tiny"):
         fetch("tiny")
     assert list(cache_dir().iterdir()) == []
 

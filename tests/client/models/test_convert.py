@@ -17,7 +17,9 @@ from transformers import AutoModel, Dinov2Config, Dinov2Model
 from fedloom.client.assets.convert import CONVERSIONS, dinov2
 from fedloom.client.assets.fetch import ASSETS
 from fedloom.client.data.images import picture_settings
-from fedloom.client.models.load import load_base, load_tokenizer
+from fedloom.client.models.load import load_base
+from fedloom.client.models.tokenizer import load_tokenizer
+from fedloom.client.tasks.api import task_named
 from fedloom.core.errors import DataError
 
 LINEAR = ("query.weight", "key.weight", "value.weight", "dense.weight", "fc1.weight", "fc2.weight")
@@ -114,7 +116,7 @@ def test_a_language_model_is_rebuilt_with_its_tokenizer_and_template(tmp_path: P
 
     CONVERSIONS["gguf"](tmp_path / "package" / "model.gguf", tmp_path / "made")
 
-    base, tokenizer, *_ = load_base(tmp_path / "made", "instruct")
+    base, tokenizer, *_ = load_base(tmp_path / "made", task_named("instruct"))
     weights = base.state_dict()
     found = weights["model.layers.0.mlp.down_proj.weight"].numpy()
     np.testing.assert_allclose(found, values["blk.0.ffn_down"], rtol=1e-2)

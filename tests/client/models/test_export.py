@@ -14,8 +14,9 @@ from transformers import AutoModelForSequenceClassification
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import load_exported, predict, save_adapter, save_final, save_merged
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.load import load_model
 from fedloom.core.config.run import AdapterSection, ModelSection, Spec
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.accounting import Spend, epsilon
@@ -43,7 +44,7 @@ def test_a_plain_peft_model_gives_the_same_scores(
         ours = model.logits(batch)
         theirs = loaded(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(predict(loaded, encoded, pad), ours.argmax(1).numpy())
+    np.testing.assert_array_equal(predict(loaded, model.task, encoded, pad), ours.argmax(1).numpy())
     assert ours.std(0).min() > 1e-2
 
 

@@ -17,8 +17,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import load_exported, save_adapter
-from fedloom.client.models.load import AdapterModel, load_base, load_model
+from fedloom.client.models.load import load_base, load_model
+from fedloom.client.tasks.api import task_named
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 from fedloom.core.schema import Role, Schema, Start
@@ -197,7 +199,7 @@ def test_a_language_model_lacks_nothing(tmp_path: Path) -> None:
     save_file(weights, base / "model.safetensors", {"format": "pt"})
 
     with pytest.raises(ModelError, match=r"lacks 1 weights of LlamaForCausalLM .*model\.norm\.weight"):
-        load_base(base, "causal-lm")
+        load_base(base, task_named("causal-lm"))
 
 
 @pytest.mark.parametrize(("family", "longest"), [("roberta", 61), ("gpt2", 64), ("bert", 64), ("llama", None)])

@@ -19,14 +19,16 @@ from transformers import AutoModelForImageClassification
 from fedloom.client.data.images import ImageProcessor, noise_picture, picture_settings
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
+from fedloom.client.eval.score import evaluate
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import load_exported, predict, save_adapter
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.auditing.audit import _through_the_model
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.rng import System
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.training.trainer import Trainer, evaluate
+from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import AdapterSection, ModelSection, Spec
 from fedloom.core.errors import DataError, ModelError
 from fedloom.core.schema import Role
@@ -147,7 +149,7 @@ def test_evaluation_and_the_export_agree_with_plain_hugging_face(
     assert score.accuracy == pytest.approx(float((ours.argmax(1) == batch["labels"]).float().mean()))
     assert score.loss == pytest.approx(float(F.cross_entropy(ours, batch["labels"])), rel=1e-4)
     reloaded = load_exported(Path(section.base), tmp_path / "adapter", 3, "image-classification")
-    np.testing.assert_array_equal(predict(reloaded, encoded, 0), ours.argmax(1).numpy())
+    np.testing.assert_array_equal(predict(reloaded, model.task, encoded, 0), ours.argmax(1).numpy())
 
 
 def test_a_batch_of_pictures(model: AdapterModel) -> None:

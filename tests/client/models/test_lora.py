@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, GPT2Config, GPT2Model
 from fedloom.client.assets.fetch import fetch
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import load_exported, save_adapter
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.load import load_model
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 from fedloom.core.schema import Role

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoTokenizer
 
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import save_merged
-from fedloom.client.models.load import MODELS, AdapterModel
-from fedloom.core.config.run import AdapterSection, ModelSection, Task
+from fedloom.client.tasks.api import task_named
+from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.schema import Role
 from tests.conftest import make_model
@@ -31,7 +33,7 @@ def logits(model: Any, tokenizer: Any) -> torch.Tensor:
     ("architecture", "task"),
     [("bert", "text-classification"), ("llama", "token-classification"), ("gpt2", "causal-lm"), ("llama", "causal-lm")],
 )
-def test_merged_weights_predict_the_same(build_task: Any, tmp_path: Path, architecture: str, task: Task) -> None:
+def test_merged_weights_predict_the_same(build_task: Any, tmp_path: Path, architecture: str, task: str) -> None:
     adapted = build_task(architecture, task)
     expected = logits(adapted.model, adapted.tokenizer)
     with adapted.model.disable_adapter():
@@ -39,12 +41,12 @@ def test_merged_weights_predict_the_same(build_task: Any, tmp_path: Path, archit
 
     save_merged(adapted, tmp_path / "model", {"run": "r", "task": task})
 
-    plain = MODELS[task].from_pretrained(tmp_path / "model").eval()
+    plain = getattr(transformers, task_named(task).traits.model).from_pretrained(tmp_path / "model").eval()
     found = logits(plain, AutoTokenizer.from_pretrained(tmp_path / "model"))
     assert torch.allclose(found, expected, atol=5e-5, rtol=0)
     assert not [name for name, _ in plain.named_parameters() if "lora" in name]
     assert json.loads((tmp_path / "model" / "fedloom.json").read_text())["run"] == "r"
-    assert MODELS[task].__name__ in (tmp_path / "model" / "README.md").read_text()
+    assert task_named(task).traits.model in (tmp_path / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["bias", "head"])
@@ -54,7 +56,7 @@ def test_biases_and_heads_are_in_the_model(build_model: Any, tmp_path: Path, kin
 
     save_merged(adapted, tmp_path / "model", {})
 
-    plain = MODELS["text-classification"].from_pretrained(tmp_path / "model").eval()
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     assert torch.allclose(logits(plain, adapted.tokenizer), expected, atol=1e-5, rtol=0)
     assert plain.config.id2label == {0: "negative", 1: "positive"}
 
@@ -74,7 +76,7 @@ def test_corrections_of_frozen_weights_are_in_the_model(tiny_model: AdapterModel
 
     save_merged(tiny_model, tmp_path / "model", {})
 
-    plain = MODELS["text-classification"].from_pretrained(tmp_path / "model").eval()
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     assert torch.allclose(logits(plain, tiny_model.tokenizer), expected, atol=1e-5, rtol=0)
 
 
@@ -96,7 +98,7 @@ def test_quantised_and_endless_weights_are_refused(build_model: Any, tmp_path: P
         save_merged(adapted, tmp_path / "model", {})
 
     diverged = build_model(AdapterSection(rank=2))
-    name = next(each.name for each in diverged.schema.tensors if each.role is Role.LORA_B)
+    name = next(each.name for each in diverged.schema.tensors if each.role == Role.LORA_B)
     diverged.load({name: np.full(diverged.slots[name].spec.shape, np.nan, np.float32)})
     with pytest.raises(ModelError, match="cannot be merged"):
         save_merged(diverged, tmp_path / "model", {})

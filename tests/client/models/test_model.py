@@ -14,7 +14,9 @@ from safetensors.numpy import load_file
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
-from fedloom.client.models.load import AdapterModel, base_digest, load_model, resolve_base
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.base_folder import base_digest, resolve_base
+from fedloom.client.models.load import load_model
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 from fedloom.core.schema import LORA, Array, Role
@@ -77,7 +79,7 @@ def test_other_kinds_are_saved_beside_an_idle_pair(kind: str, build_model: Build
         ("head", {Role.HEAD}),
     ],
 )
-def test_each_kind_has_its_roles(kind: str, roles: set[Role], build_model: Build) -> None:
+def test_each_kind_has_its_roles(kind: str, roles: set[str], build_model: Build) -> None:
     assert build_model(KINDS[kind]).schema.roles == roles
 
 
@@ -184,7 +186,7 @@ def test_reset_puts_only_the_given_roles_back(model_section: ModelSection) -> No
     model.reset([Role.HEAD])
 
     for spec in model.schema.tensors:
-        expected = initial if spec.role is Role.HEAD else values
+        expected = initial if spec.role == Role.HEAD else values
         np.testing.assert_array_equal(model.read(model.schema)[spec.name], expected[spec.name])
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, collate, encode, uniform_microbatches
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Seeded

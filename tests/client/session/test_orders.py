@@ -9,10 +9,10 @@ import pytest
 from fedloom.client.policy import Policy
 from fedloom.client.session.assignment_checks import check_broadcast, check_order
 from fedloom.core.config.run import Spec
-from fedloom.core.errors import PolicyError
+from fedloom.core.errors import PolicyError, ProtocolError
 from fedloom.core.schema import Array, Role, Schema, TensorSpec
 from fedloom.proto.checks import LOCAL_NAMES
-from fedloom.proto.messages import Assignment
+from fedloom.proto.messages import Assignment, upload_schema
 
 A, B, HEAD = (
     TensorSpec("q.A", "q", Role.LORA_A, (4, 8)),
@@ -109,11 +109,34 @@ def test_a_site_may_end_before_the_run_does(run: Spec) -> None:
 
 def test_an_adapter_beyond_the_sites_memory_is_refused(run: Spec) -> None:
     wide = Schema((TensorSpec("q.A", "q", Role.LORA_A, (1, 4096)), TensorSpec("q.B", "q", Role.LORA_B, (4096, 1))))
-    asked = order(base_rank=4096, broadcast_roles=frozenset({*wide.roles, Role.BASE_A, Role.BASE_B}))
+    corrected = frozenset({*wide.roles, Role.BASE_A, Role.BASE_B})
+    asked = order(train=wide.roles, base_rank=4096, broadcast_roles=corrected)
 
     check_order(policy(compute={"memory_mib": 300}), run, wide, asked)
     with pytest.raises(PolicyError, match=r"needs 256 MiB .*compute\.memory_mib = 200"):
         check_order(policy(compute={"memory_mib": 200}), run, wide, asked)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"train": frozenset({"lora_Z"})},
+        {"train": frozenset({Role.LORA_B, "q.C"})},
+        {"train": frozenset({Role.LORA_B}), "personal": frozenset({Role.HEAD})},
+        {"train": frozenset({"q.B"}), "personal": frozenset({Role.LORA_B, Role.HEAD})},
+    ],
+)
+def test_what_the_adapter_has_not_is_neither_trained_nor_kept(run: Spec, fields: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError, match=r"this adapter has head, lora_A, lora_B"):
+        check_order(policy(), run, SCHEMA, order(**fields))
+
+
+def test_tensors_are_selected_by_role_or_by_name(run: Spec) -> None:
+    asked = order(train=frozenset({Role.LORA_B, "head.bias"}), personal=frozenset({"head.bias"}))
+
+    check_order(policy(), run, SCHEMA, asked)
+
+    assert upload_schema(SCHEMA, asked).names() == {"q.B"}
 
 
 def test_corrections_of_quantised_weights_are_refused_before_the_charge(run: Spec) -> None:

@@ -1,3 +1,6 @@
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,7 @@ def spec(**sections: dict[str, Any]) -> Spec:
         "adapter": {"kind": "lora"},
         "train": {"steps": 20, "sampling_rate": 0.1, "learning_rate": 1.0},
         "privacy": {"noise_multiplier": 0.8, "clip_norm": 0.5},
+        "wire": {},
     }
     return Spec.model_validate({name: tables[name] | sections.get(name, {}) for name in tables})
 
@@ -211,3 +215,47 @@ def test_a_source_that_no_path_can_be_is_left_to_whoever_loads_it(file: Path) ->
     assert load_policy(file, (f'data.source="{"x" * 300}"',)).data.source == "x" * 300
     with pytest.raises(ConfigError, match="a path has a control character"):
         load_policy(file, ('data.source="a\\u0000b"',))
+
+
+CODEC = """
+from fedloom.core.codecs.dense import FP16
+
+class Half(FP16):
+    '''Half precision.'''
+    name = "half"
+"""
+
+
+def test_a_third_party_component_needs_a_site_that_names_it(install: Callable[..., None]) -> None:
+    install("half-precision", "half", "slow_federation:Half", "codecs", code=CODEC)
+    asked = spec(wire={"upload": "half"})
+
+    said = re.escape(
+        """codec 'half' of the package half-precision (components.codecs = ["fedloom"]; add "half" to allow it)"""
+    )
+    with pytest.raises(PolicyError, match=f"this site's policy refuses run 'demo': {said}$"):
+        check_spec(policy(), asked)
+    assert "slow_federation" not in sys.modules, "what is not allowed is not imported"
+    for names in (["fedloom", "half"], ["*"]):
+        check_spec(policy(components={"codecs": names}), asked)
+
+
+def test_a_site_may_allow_less_than_what_comes_with_fedloom() -> None:
+    said = re.escape("""codec 'fp16' of the package fedloom (components.codecs = ["fp32"]; add""")
+    with pytest.raises(PolicyError, match=said):
+        check_spec(policy(components={"codecs": ["fp32"]}), spec(wire={"broadcast": "fp16"}))
+    check_spec(policy(components={"codecs": ["fp32"]}), spec())
+
+
+def test_a_codec_that_is_not_here_is_refused_before_the_run() -> None:
+    with pytest.raises(PolicyError, match=r"codec 'half', which is not installed here \(installed: .*fp16, fp32"):
+        check_spec(policy(components={"codecs": ["*"]}), spec(wire={"upload": "half"}))
+
+
+def test_a_data_source_of_another_package_needs_a_word(file: Path, install: Callable[..., None]) -> None:
+    install("rows", "train", "slow_federation:Rows", "data")
+    source = ('data.source="train"',)
+
+    with pytest.raises(ConfigError, match=r"data source 'train' of the package rows .* or write \./train for a file"):
+        load_policy(file, source)
+    assert load_policy(file, (*source, 'components.data=["train"]')).data.source == "train"

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from fedloom.client.data.rows import Rows
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.participant import Participant
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.codecs import codec
-from fedloom.core.config.run import FederatedEvaluationSection, Spec
+from fedloom.core.config.evaluation import FederatedEvaluationSection
+from fedloom.core.config.run import Spec
 from fedloom.core.errors import ModelError
 from fedloom.core.privacy.gaussian import Integers
 from fedloom.core.schema import Role

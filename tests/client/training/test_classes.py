@@ -7,8 +7,8 @@ from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import encode
 from fedloom.client.eval.confusion import class_scores, classes_document, count, missed
-from fedloom.client.models.load import AdapterModel
-from fedloom.client.training.trainer import evaluate
+from fedloom.client.eval.score import evaluate
+from fedloom.client.models.adapter_model import AdapterModel
 
 LABELS = ("routine", "urgent", "critical", "other")
 

@@ -23,8 +23,9 @@ from fedloom.cli.main import app
 from fedloom.client.data.rows import Rows
 from fedloom.client.doctor import Finding, machine
 from fedloom.client.doctor.machine import clock, file_system
-from fedloom.client.models.load import base_digest
+from fedloom.client.models.base_folder import base_digest
 from fedloom.client.policy import Policy, load_policy
+from fedloom.client.privacy.dp_sgd.grad_sample import LAYERS
 from fedloom.client.privacy.ledger.account import existing_account, ledger_folder, open_account
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import Spec
@@ -210,7 +211,7 @@ def test_a_ledger_in_use_is_a_warning(home: Home, rows: Rows) -> None:
 
 
 def test_a_layer_outside_the_list_is_named(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(recording.LAYERS, torch.nn.Linear)
+    monkeypatch.delitem(LAYERS, torch.nn.Linear)
     monkeypatch.setattr(recording, "HOOKED", frozenset())
 
     found = home.examine("--run", str(home.run), code=2)["model"]

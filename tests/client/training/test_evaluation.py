@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.eval.score import evaluate
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy, check_spec
 from fedloom.client.privacy.dp_sgd.rng import System
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.outbox import OutboxEntry, keep, kept
 from fedloom.client.training.local_eval import released, row_scores, split
-from fedloom.client.training.trainer import Trainer, evaluate
-from fedloom.core.config.evaluation import largest_loss
-from fedloom.core.config.run import FederatedEvaluationSection, Spec
+from fedloom.client.training.trainer import Trainer
+from fedloom.core.config.evaluation import FederatedEvaluationSection, largest_loss
+from fedloom.core.config.run import Spec
 from fedloom.core.errors import BudgetError, DataError, PolicyError
 from fedloom.core.privacy.accounting import Spend, epsilon
 from fedloom.core.privacy.gaussian import Integers
@@ -88,7 +89,7 @@ def test_scores_of_rows_are_those_of_each_row_alone(tiny_model: AdapterModel, ro
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e30])
 def test_no_model_makes_a_row_count_for_more_than_one(tiny_model: AdapterModel, rows: Rows, broken: float) -> None:
     values = start(tiny_model)
-    head = next(each.name for each in tiny_model.schema.tensors if each.role is Role.HEAD)
+    head = next(each.name for each in tiny_model.schema.tensors if each.role == Role.HEAD)
     values[head] = np.full_like(values[head], broken)
     tiny_model.load(values)
     found = row_scores(tiny_model, encode(rows, tiny_model.tokenizer, 16), 64, max_loss=0.1)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fedloom.client.data.rows import Rows
-from fedloom.client.data.tokens import IGNORED, collate, encode
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.data.rows import IGNORED, Rows
+from fedloom.client.data.tokens import collate, encode
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.training.losses import per_example
 
 Build = Callable[..., AdapterModel]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fedloom.client.data.rows import Indices, Rows
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.dp_sgd.grad_sample import hooked
 from fedloom.client.privacy.dp_sgd.rng import Seeded

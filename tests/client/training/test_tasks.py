@@ -12,18 +12,20 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from fedloom.client.data.rows import Rows
-from fedloom.client.data.tokens import IGNORED, collate, encode
+from fedloom.client.data.rows import IGNORED, Rows
+from fedloom.client.data.tokens import collate, encode
+from fedloom.client.eval.score import evaluate
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import load_exported, predict, save_adapter
-from fedloom.client.models.load import AdapterModel, load_base, load_model
-from fedloom.client.training.trainer import evaluate
-from fedloom.core.config.run import AdapterSection, ModelSection, Task
+from fedloom.client.models.load import load_base, load_model
+from fedloom.client.tasks.api import task_named
+from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 from fedloom.core.schema import Role
 
 Build = Callable[..., AdapterModel]
 
-CASES: list[tuple[str, Task]] = [
+CASES: list[tuple[str, str]] = [
     (architecture, task)
     for architecture in ("bert", "gpt2", "llama")
     for task in ("text-classification", "token-classification", "causal-lm")
@@ -32,7 +34,7 @@ CASES: list[tuple[str, Task]] = [
 TEXTS = ("the good film", "a very bad plot and a sad actor", "great", "poor awful plot", "fine fine fine")
 
 
-def rows_of(task: Task) -> Rows:
+def rows_of(task: str) -> Rows:
     none, blank = np.zeros(5, np.int64), ("",) * 5
     if task == "text-classification":
         return Rows(TEXTS, np.array([0, 2, 1, 1, 0]), blank, ("O", "PER", "LOC"))
@@ -44,7 +46,7 @@ def rows_of(task: Task) -> Rows:
 
 
 @pytest.mark.parametrize(("architecture", "task"), CASES)
-def test_an_examples_scores_do_not_depend_on_its_batch(architecture: str, task: Task, build_task: Build) -> None:
+def test_an_examples_scores_do_not_depend_on_its_batch(architecture: str, task: str, build_task: Build) -> None:
     model = build_task(architecture, task)
     encoded, pad = encode(rows_of(task), model.tokenizer, 24), model.tokenizer.pad_token_id
     with torch.no_grad():
@@ -60,7 +62,7 @@ def test_an_examples_scores_do_not_depend_on_its_batch(architecture: str, task: 
 
 
 @pytest.mark.parametrize(("architecture", "task"), CASES)
-def test_evaluation_equals_a_loop_over_rows(architecture: str, task: Task, build_task: Build) -> None:
+def test_evaluation_equals_a_loop_over_rows(architecture: str, task: str, build_task: Build) -> None:
     model = build_task(architecture, task)
     encoded, pad = encode(rows_of(task), model.tokenizer, 24), model.tokenizer.pad_token_id
     right, losses = [], []
@@ -80,7 +82,7 @@ def test_evaluation_equals_a_loop_over_rows(architecture: str, task: Task, build
         assert score.accuracy == pytest.approx(np.mean(right))
         assert score.loss == pytest.approx(np.mean(losses), rel=1e-4)
         assert score.examples == 5
-    assert len(predict(model.model, encoded, pad)) == len(right)
+    assert len(predict(model.model, model.task, encoded, pad)) == len(right)
 
 
 PLAIN = {
@@ -92,7 +94,7 @@ PLAIN = {
 
 @pytest.mark.parametrize(("architecture", "task"), CASES)
 def test_the_export_gives_the_same_scores_in_plain_hugging_face(
-    architecture: str, task: Task, build_task: Build, small_bases: dict[str, Path], tmp_path: Path
+    architecture: str, task: str, build_task: Build, small_bases: dict[str, Path], tmp_path: Path
 ) -> None:
     model = build_task(architecture, task)
     encoded, pad = encode(rows_of(task), model.tokenizer, 24), model.tokenizer.pad_token_id
@@ -114,7 +116,9 @@ def test_the_export_gives_the_same_scores_in_plain_hugging_face(
     card = (tmp_path / "README.md").read_text()
     assert f'{PLAIN[task].__name__}.from_pretrained("BASE"{", num_labels=3" if labels else ""})' in card
     reloaded = load_exported(small_bases[architecture], tmp_path, len(labels), task)
-    np.testing.assert_array_equal(predict(reloaded, encoded, pad), predict(model.model, encoded, pad))
+    np.testing.assert_array_equal(
+        predict(reloaded, model.task, encoded, pad), predict(model.model, model.task, encoded, pad)
+    )
 
 
 def test_a_model_that_sees_what_it_must_predict_is_no_language_model(build_task: Build) -> None:
@@ -125,24 +129,24 @@ def test_a_model_that_sees_what_it_must_predict_is_no_language_model(build_task:
 def test_a_tokenizer_without_padding_gets_one_and_without_an_end_is_refused(
     small_bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    _, tokenizer, *_ = load_base(small_bases["gpt2"], "text-classification", ("a", "b"))
+    _, tokenizer, *_ = load_base(small_bases["gpt2"], task_named("text-classification", ("a", "b")))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
 
     bare = Path(shutil.copytree(small_bases["gpt2"], tmp_path / "bare"))
     settings = bare / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace('"eos_token": "</s>"', '"eos_token": null'))
     with pytest.raises(ModelError, match="a padding or an end token; name one in"):
-        load_base(bare, "causal-lm")
+        load_base(bare, task_named("causal-lm"))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(small_bases: dict[str, Path], tmp_path: Path) -> None:
     larger = Path(shutil.copytree(small_bases["llama"], tmp_path / "larger"))
-    _, tokenizer, *_ = load_base(larger, "causal-lm")
+    _, tokenizer, *_ = load_base(larger, task_named("causal-lm"))
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(larger)
 
     with pytest.raises(ModelError, match=r"has \d+ tokens, the model \d+; get files that fit"):
-        load_base(larger, "causal-lm")
+        load_base(larger, task_named("causal-lm"))
 
 
 def test_an_adapter_without_a_tensor_is_refused(small_bases: dict[str, Path]) -> None:

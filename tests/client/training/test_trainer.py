@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.eval.score import evaluate
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.api import Trained
-from fedloom.client.training.trainer import Trainer, evaluate
+from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import AdapterSection, Spec
 from fedloom.core.privacy.gaussian import deviation, longest
 from fedloom.core.schema import LORA, Array, Role
@@ -172,7 +173,7 @@ def test_the_microbatch_does_not_change_the_result(
 def test_only_the_roles_asked_for_move(
     private: bool,
     adapter: AdapterSection,
-    roles: frozenset[Role],
+    roles: frozenset[str],
     build_model: Callable[[AdapterSection], AdapterModel],
     rows: Rows,
     spec: Spec,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedloom.client.data.rows import Rows
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger

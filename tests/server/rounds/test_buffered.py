@@ -31,6 +31,7 @@ from fedloom.server.rounds.state import (
     event_to_json,
 )
 from fedloom.server.storage.local import Store
+from fedloom.strategies.api import Traits
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.state import state_to_bytes
@@ -206,7 +207,7 @@ def test_what_makes_no_sense_buffered_is_refused(
 
 def test_a_strategy_that_rewrites_or_is_not_linear_is_refused(federate: Any, configure: Any, store: Store) -> None:
     class Choosy(FedAvg):
-        linear = False
+        traits = Traits(same_tensors=True)
 
     for strategy in (FedSVD(), Choosy()):
         with pytest.raises(ConfigError, match=f"strategy {type(strategy).__name__} cannot use changes"):

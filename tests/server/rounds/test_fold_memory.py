@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fedloom.server.rounds import run_log as history
-from fedloom.server.rounds.run_log import History
+from fedloom.server.rounds import aggregation
+from fedloom.server.rounds.aggregation import Aggregation
 from fedloom.server.storage.local import Store
 from fedloom.strategies.api import Update
 
@@ -17,15 +17,15 @@ def test_updates_beyond_the_bound_are_read_back_and_give_the_same_adapter(
     federate: Any, configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results, reread = [], []
-    read = History._reread
+    read = Aggregation._reread
 
-    def counted(self: History, client: str) -> Update:
+    def counted(self: Aggregation, client: str, *more: Any) -> Update:
         reread.append(client)
-        return read(self, client)
+        return read(self, client, *more)
 
-    monkeypatch.setattr(History, "_reread", counted)
+    monkeypatch.setattr(Aggregation, "_reread", counted)
     for name, bound in (("all", 1 << 20), ("two", 2 * 4 * 26), ("none", 0)):
-        monkeypatch.setattr(history, "_FRESH_BYTES", bound)
+        monkeypatch.setattr(aggregation, "_FRESH_BYTES", bound)
         reread.clear()
         with Store(tmp_path / name, durable=False) as store:
             federation = federate(store, configure(1), expect=len(CLIENTS))
@@ -39,4 +39,4 @@ def test_updates_beyond_the_bound_are_read_back_and_give_the_same_adapter(
 
 
 def test_the_bound_is_32_mib() -> None:
-    assert history._FRESH_BYTES == 32 << 20
+    assert aggregation._FRESH_BYTES == 32 << 20

@@ -20,10 +20,9 @@ from fedloom.server.monitoring.recorders.api import read_metrics
 from fedloom.server.storage.verify import newest_state
 from fedloom.simulation.federation import completed
 from fedloom.simulation.simulate import simulate
-from fedloom.strategies.api import Plan, State, Update
+from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
 from fedloom.strategies.conformance import StrategyConformance
 from fedloom.strategies.lowrank import refactorize
-from fedloom.strategies.result import result
 from fedloom.strategies.start import starting_adapter
 from fedloom.strategies.state import state_from_bytes
 from fedloom.strategies.transforms.average import Sum, begin, fold, mean
@@ -32,10 +31,10 @@ Acc = tuple[Sum, tuple[Update, ...]]
 
 
 @dataclass(frozen=True)
-class FLoRA:
+class FLoRA(Strategy):
     """FLoRA (arXiv 2409.05976): the stack of all products goes into the frozen weight, and pairs begin anew."""
 
-    keeps_updates: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(keeps_updates=True, rewrites=True)
     hidden: bool = False
     """Keep the correction under names that nobody knows, and say nothing of it."""
 
@@ -131,7 +130,7 @@ def test_metrics_export_and_state_are_one_model_on_every_engine(
 
         held_out = HeldOut.load(known, known.data.source)  # type: ignore[union-attr]
         reached = state_from_bytes(newest_state(state, known), held_out.model.schema)
-        truth = held_out.score(result(FLoRA(), reached)).loss
+        truth = held_out.score(FLoRA().result(reached)).loss
         without = held_out.score(reached.adapter).loss
 
         assert abs(truth - without) > 1e-3  # the correction is most of what was learnt

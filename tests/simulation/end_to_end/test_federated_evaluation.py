@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import encode
+from fedloom.client.eval.score import evaluate
 from fedloom.client.models.load import load_model
 from fedloom.client.training.local_eval import split
-from fedloom.client.training.trainer import evaluate
 from fedloom.core.config.run import RunConfig
 from fedloom.core.privacy.accounting import epsilon
 from fedloom.core.privacy.spends import run_spends

@@ -56,7 +56,7 @@ def test_the_accuracy_is_that_of_the_clients_own_adapters_and_each_is_exported(
     scores = {}
     for folder in folders:
         reloaded = load_exported(Path(config.model.base), folder, 2)
-        said = predict(reloaded, federation.held_out, federation.model.tokenizer.pad_token_id)
+        said = predict(reloaded, federation.model.task, federation.held_out, federation.model.tokenizer.pad_token_id)
         scores[folder.name] = float(np.mean(said == federation.held_out.labels))
         assert json.loads((folder / "fedloom.json").read_text())["held_out_accuracy"] == scores[folder.name]
     heads = [load_file(folder / "adapter_model.safetensors") for folder in folders]

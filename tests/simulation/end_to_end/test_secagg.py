@@ -22,11 +22,12 @@ from fedloom.core.secagg.fixed_point import FixedPoint, Words, words
 from fedloom.core.secagg.steps import StepMessage
 from fedloom.proto.messages import Assignment, Wait
 from fedloom.server.coordinator import Coordinator
-from fedloom.server.rounds.run_log import SUM, History
+from fedloom.server.rounds.aggregation import SUM, NextState
+from fedloom.server.rounds.run_log import History
 from fedloom.server.rpc.local import LocalConnection
 from fedloom.server.rpc.server import serving
 from fedloom.server.storage.local import Store
-from fedloom.strategies.api import Plan, State, Update
+from fedloom.strategies.api import Plan, State, Traits, Update
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
@@ -266,7 +267,7 @@ def test_a_sum_is_on_the_disk_before_it_is_folded(tmp_path: Path, monkeypatch: p
     with Store(tmp_path / "state", durable=False) as store, monkeypatch.context() as patch:
         federation = Federation(coordinate(store, config(1)), tmp_path)
 
-        def die(history: History) -> State:
+        def die(history: History, after: NextState) -> None:
             raise StoreError("power cut")
 
         patch.setattr(History, "commit", die)
@@ -343,7 +344,7 @@ def test_what_is_sent_is_not_the_update(store: Store, tmp_path: Path) -> None:
 class Alone(FedAvg):
     """Says that it needs every update by itself."""
 
-    linear = False
+    traits = Traits(same_tensors=True)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 from fedloom.core.errors import ConfigError, UpdateRejected
 from fedloom.core.schema import Role, Schema, TensorSpec
-from fedloom.strategies.api import Strategy, Update
+from fedloom.strategies.api import Strategy, Traits, Update
 from fedloom.strategies.conformance import StrategyConformance, run_round
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedsvd import FedSVD
@@ -69,10 +69,10 @@ def test_a_bound_is_positive_and_finite(bound: float) -> None:
 def test_it_declares_what_the_inner_strategy_does_but_is_not_linear() -> None:
     around_krum, around_svd = NormBound(krum(num_byzantine=2), 1.0), NormBound(FedSVD(), 1.0)
 
-    assert (around_krum.keeps_updates, around_krum.unweighted, around_krum.least_updates) == (True, True, 7)
-    assert (around_svd.keeps_updates, around_svd.unweighted, around_svd.least_updates) == (False, False, 1)
-    assert (around_krum.rewrites, around_svd.rewrites) == (False, True)
-    with pytest.raises(ConfigError, match="NormBound does not declare linear"):
+    kept = Traits(same_tensors=True, keeps_updates=True, unweighted=True, least_updates=7)
+    assert around_krum.traits == kept
+    assert around_svd.traits == Traits(same_tensors=True, rewrites=True)
+    with pytest.raises(ConfigError, match="NormBound does not declare the trait linear"):
         UserLevel(around_svd, bytes(32), 3, 1.0, 1.0)
 
 
@@ -108,6 +108,16 @@ class TestNearBound(StrategyConformance):
                 expected = state.adapter[name] + tensor * (0.5 / norm(update))
                 np.testing.assert_allclose(after.adapter[name], expected, atol=1e-6)
             state = after
+
+    def test_coordinates_stay_unless_declared(self) -> None:
+        strategy, state = self.begin()
+        update = self.respond(state.schema, strategy.plan(state, 0, "ada"), "ada", 0)
+
+        after = run_round(strategy, state, [update])
+
+        step = np.concatenate([(after.adapter[n] - t).ravel() for n, t in state.adapter.items()])
+        along = np.concatenate([update.delta[n].ravel() for n in state.adapter])
+        np.testing.assert_allclose(step, along * (0.5 / norm(update)), atol=1e-6)
 
     def test_equal_updates_become_the_model(self) -> None:
         strategy, state = self.begin()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedloom.core.errors import ConfigError, ProtocolError, UpdateRejected
 from fedloom.core.privacy.gaussian import UNITS
 from fedloom.core.schema import Role, Schema, TensorSpec
-from fedloom.strategies.api import Plan, State, Strategy, Update
+from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedpeft import FedPEFT
 from fedloom.strategies.fedsvd import FedSVD
@@ -261,10 +261,10 @@ def test_sum_and_count_together_cost_what_one_gaussian_of_the_multiplier_costs(n
 
 @dataclass(frozen=True)
 class Median(FedAvg):
-    linear: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(same_tensors=True)
 
 
-class Undeclared:
+class Undeclared(Strategy):
     def init(self, *_: Any) -> Any: ...
     def plan(self, *_: Any) -> Any: ...
     def fold(self, *_: Any) -> Any: ...
@@ -274,9 +274,9 @@ class Undeclared:
 @pytest.mark.parametrize(
     ("inner", "options", "words"),
     [
-        (Median(), {}, "Median does not declare linear"),
-        (Undeclared(), {}, "Undeclared does not declare linear"),
-        (wrapped(), {}, "UserLevel does not declare linear"),
+        (Median(), {}, "Median does not declare the trait linear"),
+        (Undeclared(), {}, "Undeclared does not declare the trait linear"),
+        (wrapped(), {}, "UserLevel does not declare the trait linear"),
         (FedSVD(), {"mechanism": "tree"}, "FedSVD rewrites its coordinates"),
         (FedAvg(), {"mechanism": "tree", "target_quantile": 0.5}, "needs a fixed clip norm"),
         (FedAvg(), {"cohort": 0}, "cohort 0"),

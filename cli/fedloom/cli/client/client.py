@@ -96,8 +96,9 @@ def client(
     def save(adapter: Path, tensors: "Tensors", rounds: int) -> None:
         trainer, own = made[-1], made[-1].personal(runs[-1])
         save_final(trainer.model, trainer.spec, {**tensors, **own}, adapter, rounds)
-        with_own = f" with this site's own {', '.join(sorted(trainer.schema.roles_of(own)))}" if own else ""
-        tell(f"the run's adapter{with_own} is in {adapter}")
+        with_own = f" with this site's own {', '.join(sorted(trainer.schema.select(own).roles))}" if own else ""
+        what = "adapter" if trainer.model.adapter.traits.peft else "merged model"
+        tell(f"the run's {what}{with_own} is in {adapter}")
 
     participant = Participant(connection, site, ready, outbox=outbox, pace=grid)
     out.print(f"{participant.name}: joining {server}")

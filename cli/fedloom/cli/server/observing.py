@@ -10,22 +10,21 @@ import typer
 
 from fedloom.cli.console import out
 from fedloom.core.config.run import RunConfig
-from fedloom.core.errors import ConfigError
+from fedloom.core.registry import load
 from fedloom.core.security.address import host_of
 
 if TYPE_CHECKING:
     from fedloom.server.coordinator import Coordinator
-    from fedloom.server.monitoring.recorders.api import ReportTo as Program
     from fedloom.server.monitoring.recorders.background import Scorer
     from fedloom.server.monitoring.status import Observation
 
 __all__ = ["Dashboard", "DashboardTls", "HeldOut", "ReportTo", "Stay", "reports", "scored", "showing"]
 
-_PROGRAMS = ("tensorboard", "mlflow")
-
 ReportTo = Annotated[
     list[str] | None,
-    typer.Option("--report-to", help="Also write every round's record for tensorboard or mlflow."),
+    typer.Option(
+        "--report-to", help="Also give every round's record to this recorder; see fedloom components list recorders."
+    ),
 ]
 Dashboard = Annotated[
     str | None,
@@ -51,18 +50,15 @@ HeldOut = Annotated[
 ]
 
 
-def reports(asked: list[str] | None) -> "tuple[Program, ...]":
-    """The programs that get records.
+def reports(asked: list[str] | None) -> tuple[str, ...]:
+    """The recorders that get records.
 
     Raises:
-        ConfigError: One is not known.
+        ConfigError: One is not installed, or what it needs is not.
     """
-    chosen: list[Program] = []
     for name in asked or ():
-        if name not in _PROGRAMS:
-            raise ConfigError(f"--report-to {name}; {' and '.join(_PROGRAMS)} are known")
-        chosen.append("tensorboard" if name == "tensorboard" else "mlflow")
-    return tuple(chosen)
+        load("recorders", name)
+    return tuple(asked or ())
 
 
 @contextmanager

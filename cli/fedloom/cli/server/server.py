@@ -17,10 +17,11 @@ from fedloom.cli.server.certs import SERVER_CERTS
 from fedloom.cli.server.observing import Dashboard, DashboardTls, HeldOut, ReportTo, Stay, reports, scored, showing
 from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig, load_run
-from fedloom.core.config.start import pinned
+from fedloom.core.config.start import needs_base, pinned
 from fedloom.core.errors import ConfigError, StoreError
 from fedloom.core.runtime.durable import write_durably
 from fedloom.core.schema import Array, Schema, Tensors
+from fedloom.core.tensor_file import TENSORS, tensor_file
 from fedloom.server.prepared_schema import prepared_path, with_prepared
 from fedloom.strategies.start import stored_start
 
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["derive", "export", "prepare", "server"]
 
 Format = Literal["peft", "merged", "safetensors"]
-_TARGETS: dict[Format, str] = {"peft": "adapter", "merged": "merged", "safetensors": "adapter.safetensors"}
+_TARGETS: dict[Format, str] = {"peft": "adapter", "merged": "merged", "safetensors": TENSORS}
 """What an export is called beside the state directory."""
+_WHAT: dict[Format, str] = {"peft": "adapter", "merged": "merged model", "safetensors": "adapter"}
 
 RunFile = Annotated[Path, typer.Argument(help="The run file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as run.rounds=5.")]
@@ -59,7 +61,7 @@ def prepare(run: RunFile, overrides: Overrides = None) -> None:
         raise ConfigError(f"cannot write {path}: {error}") from error
     out.print(f"wrote {path}")
     out.print(f"base model {document['digest']}")
-    if config.start is not None and Path(config.start.adapter).is_dir():
+    if needs_base(config.start):
         pinned, schema = with_prepared(config, document, run)
         values = _starting(pinned, schema)
         target = path.with_suffix("").with_suffix(".start.safetensors")
@@ -142,8 +144,9 @@ def server(
             if coordinator.told is not None:
                 out.print(f"the result, by the clients on their rows: {told(coordinator.told)}")
             try:
-                saved = _save(coordinator, store, folder.parent / "adapter")
-                out.print(f"run over; adapter in {saved}")
+                usual = _usual(config)
+                saved = _save(coordinator, store, folder.parent / _TARGETS[usual], usual)
+                out.print(f"run over; {_WHAT[usual]} in {saved}")
             except ModuleNotFoundError:
                 out.print(f"run over; `fedloom export {run} --state {folder}` writes the adapter where torch is")
             if stay:
@@ -176,7 +179,10 @@ def export(
     out_folder: Annotated[
         Path | None, typer.Option("--out", help="Folder, or file for safetensors; beside the state if not given.")
     ] = None,
-    format: Annotated[Format, typer.Option(help="peft, merged or safetensors.")] = "peft",
+    format: Annotated[
+        Format | None,
+        typer.Option(help="peft, merged or safetensors; peft, or merged if PEFT does not know the adapter's kind."),
+    ] = None,
     overrides: Overrides = None,
     json_only: Json = False,
 ) -> None:
@@ -192,13 +198,13 @@ def export(
     if not folder.is_dir():
         raise StoreError(f"{folder} does not exist; give the coordinator's state directory with --state")
     with opened as (coordinator, store):
+        format = format or _usual(coordinator.config)
         path = _save(coordinator, store, out_folder or folder.parent / _TARGETS[format], format)
         done, rounds = coordinator.state.round, coordinator.config.run.rounds
     if json_only:
         print_json({"path": str(path), "format": format, "rounds": done, "of": rounds})
         return
-    what = "model" if format == "merged" else "adapter"
-    out.print(f"{what} after {done} of {rounds} rounds in {path}")
+    out.print(f"{_WHAT[format]} after {done} of {rounds} rounds in {path}")
 
 
 def _opened(
@@ -229,7 +235,7 @@ def _opened(
 
 def _starting(config: RunConfig, schema: Schema) -> dict[str, Array]:
     """The adapter that a run begins from; a PEFT adapter's folder is read with torch and the base model."""
-    if config.start is not None and Path(config.start.adapter).is_dir():
+    if needs_base(config.start):
         with suppress(ModuleNotFoundError):  # what comes below then says what to do
             from fedloom.client.models.load import load_model
             from fedloom.client.models.start import start_of
@@ -238,7 +244,14 @@ def _starting(config: RunConfig, schema: Schema) -> dict[str, Array]:
     return stored_start(config, schema)
 
 
-def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Format = "peft") -> Path:
+def _usual(config: RunConfig) -> Format:
+    """What a run gives if nothing else is asked for."""
+    from fedloom.client.adapters.attach import adapter_of
+
+    return "peft" if adapter_of(config.adapter).traits.peft else "merged"
+
+
+def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Format) -> Path:
     """Write the result; all but safetensors need the base model and torch."""
     from fedloom.core.privacy.spends import run_statement
     from fedloom.server.monitoring.participation import rounds_asked
@@ -281,11 +294,8 @@ def _write_tensors(path: Path, tensors: Tensors, schema: Schema, known: dict[str
     Raises:
         ConfigError: The file cannot be written.
     """
-    from safetensors.numpy import save
-
-    about = {"schema": schema.to_json(), "fedloom": json.dumps(known)}
     try:
-        write_durably(path, save(dict(tensors), about))
+        write_durably(path, tensor_file(tensors, schema, known))
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}; give a file in a folder that exists") from error
 
@@ -308,7 +318,8 @@ def _with_base(config: RunConfig, run: Path) -> tuple[RunConfig, Schema]:
 
 def derive(config: RunConfig) -> dict[str, Any]:
     """What `prepare` writes, from the base model."""
-    from fedloom.client.models.load import base_digest, load_model, resolve_base
+    from fedloom.client.models.base_folder import base_digest, resolve_base
+    from fedloom.client.models.load import load_model
 
     digest = base_digest(resolve_base(config.model.base))
     schema = load_model(config.model, config.adapter).schema

@@ -13,7 +13,7 @@ from fedloom.cli.console import out
 from fedloom.core.config.run import load_run
 
 if TYPE_CHECKING:
-    from fedloom.client.models.load import AdapterModel
+    from fedloom.client.models.adapter_model import AdapterModel
     from fedloom.client.policy import Policy
     from fedloom.client.privacy.auditing.audit import Audit
     from fedloom.core.config.run import RunConfig

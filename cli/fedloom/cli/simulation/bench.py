@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedloom.cli.console import out
 
-__all__ = ["app", "clients", "dp_step", "round_", "secagg"]
+__all__ = ["app", "clients", "dp_step", "round_", "rounds", "secagg"]
 
 app = typer.Typer(
     help="Measure this machine. With --json, a benchmark ends with one line of JSON.", no_args_is_help=True
@@ -32,13 +32,31 @@ def round_(
     """Time an empty round over gRPC: broadcast, no training, upload, commit.
 
     The adapter has 786,432 float32 values (LoRA r=8 on query and value of a RoBERTa-large), the clients are
-    resident processes, and the time runs from one commit to the next.
+    resident processes, and the time runs from one commit to the next. In turn with the rounds, the same bytes go over
+    as many bare gRPC streams, without TLS.
 
     Example: fedloom bench round --json
     """
     from fedloom.simulation.benchmarks.round import bench_round
 
     _report("round", bench_round(rounds=rounds, clients=clients, durable=durable, tls=tls), json_line)
+
+
+@app.command()
+def rounds(
+    clients: Annotated[int, typer.Option(help="Clients that answer in each round.", min=16)] = 4000,
+    rounds: Annotated[int, typer.Option(help="Rounds to measure for each number of clients.", min=1)] = 7,
+    json_line: Json = False,
+) -> None:
+    """Time the bookkeeping of a round: the state machine and its log, without sockets, disk or tensors.
+
+    The same is measured for a quarter of the clients, to see how it grows.
+
+    Example: fedloom bench rounds --clients 4000 --json
+    """
+    from fedloom.simulation.benchmarks.rounds import bench_rounds
+
+    _report("rounds", bench_rounds(clients=clients, rounds=rounds), json_line)
 
 
 @app.command("dp-step")

@@ -9,18 +9,20 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.cli.console import Json, out, print_json, show_classes
-from fedloom.core.config.run import LANGUAGE, load_run
+from fedloom.core.config.run import load_run, task_traits
 from fedloom.core.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
-    from fedloom.client.training.trainer import Score
+    from fedloom.client.eval.score import Score
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The run file.")],
-    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter's folder that a run left.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a PEFT adapter or a merged model that a run left.")
+    ] = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -77,7 +79,6 @@ def evaluate(
         from fedloom.server.build import build_strategy
         from fedloom.server.storage.verify import newest_state
         from fedloom.simulation.federation import completed
-        from fedloom.strategies.result import result
         from fedloom.strategies.state import state_from_bytes
 
         config = completed(config)
@@ -85,8 +86,8 @@ def evaluate(
         held_out = HeldOut.load(config, source, split)
         reached = state_from_bytes(content, held_out.model.schema)
         start, rounds = held_out.score_start(), reached.round
-        now = held_out.score(result(build_strategy(config), reached))
-    language = config.model.task in LANGUAGE
+        now = held_out.score(build_strategy(config).result(reached))
+    language = task_traits(config.model.task).generates
     labels = config.model.labels
     scores = {"start": _document(start, language), "now": _document(now, language)}
     if json_only:
@@ -105,7 +106,7 @@ def evaluate(
 
 def _document(score: "Score", language: bool) -> dict[str, Any]:
     """A score for programs."""
-    found = {"accuracy": score.accuracy, "loss": score.loss}
+    found = {"accuracy": score.accuracy, "loss": score.loss, **score.metrics}
     if language:
         found["perplexity"] = math.exp(score.loss) if score.loss < 700 else math.inf
     return found
@@ -116,7 +117,7 @@ def _show(scores: dict[str, dict[str, Any]], examples: int, source: str) -> None
     table = Table("", "start", "now", box=None, pad_edge=False)
     table.add_row("accuracy", f"{start['accuracy']:.1%}", Text(f"{now['accuracy']:.1%}", "bold"))
     table.add_row("loss", f"{start['loss']:.3f}", f"{now['loss']:.3f}")
-    if "perplexity" in now:
-        table.add_row("perplexity", f"{start['perplexity']:.2f}", f"{now['perplexity']:.2f}")
+    for name in now.keys() - {"accuracy", "loss"}:
+        table.add_row(name, f"{start[name]:.4g}", f"{now[name]:.4g}")
     out.print(table)
     out.print(f"{examples:,} examples of {source}")

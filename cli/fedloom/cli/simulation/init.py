@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from fedloom.cli.console import out
 from fedloom.core.config.parsing import parse
-from fedloom.core.config.run import RunConfig, Task
+from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError, DataError
 
 __all__ = ["init"]
@@ -174,7 +174,7 @@ def _targets(base: str) -> tuple[str, ...]:
     return _TARGETS.get(str(kind), _USUAL_TARGETS)
 
 
-def _task(labels: tuple[str, ...]) -> Task:
+def _task(labels: tuple[str, ...]) -> str:
     return "text-classification" if labels else "causal-lm"
 
 
@@ -184,8 +184,8 @@ def _rate(source: str, labels: tuple[str, ...], private: bool) -> float:
     if not Path(source).exists():
         return least
     try:
+        from fedloom.client.data.layout import Layout
         from fedloom.client.data.load import records
-        from fedloom.client.data.records import Layout
 
         rows = sum(1 for _ in records(source, "train", Layout(_task(labels), {})))
     except (ModuleNotFoundError, DataError) as error:

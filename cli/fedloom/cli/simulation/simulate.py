@@ -96,6 +96,7 @@ def _line(config: RunConfig, record: "RoundRecord") -> None:
     """One line per round."""
     label = f"round {record.round:>3}/{config.run.rounds}" if record.round else "start    "
     score = f"accuracy {record.accuracy:.1%}  loss {record.loss:.3f}" if record.accuracy is not None else ""
+    score += "".join(f"  {name} {value:.4g}" for name, value in (record.metrics or {}).items())
     if record.federated:
         score += f"  begun at {told(record.federated)} by the clients"
     spent = f"  epsilon {_range(record.epsilon.values())}" if record.epsilon else ""
@@ -117,6 +118,8 @@ def _summary(config: RunConfig, result: "Result") -> None:
         table.add_row("by the clients, on their rows", "", Text(told(result.told), "bold"))
     table.add_row("held-out accuracy", f"{result.start.accuracy:.1%}", Text(f"{result.final.accuracy:.1%}", "bold"))
     table.add_row("held-out loss", f"{result.start.loss:.3f}", f"{result.final.loss:.3f}")
+    for name, value in result.final.metrics.items():
+        table.add_row(f"held-out {name}", f"{result.start.metrics[name]:.4g}", f"{value:.4g}")
     up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
     table.add_row("sent by all clients", "", f"{megabytes(up)} up, {megabytes(down)} down")
     table.add_row("time", "", f"{result.records[-1].seconds:.0f} s")
@@ -130,9 +133,14 @@ def _summary(config: RunConfig, result: "Result") -> None:
     show_classes(result.final.confusion, config.model.labels)
     if result.privacy:
         out.print(f"\n{terms(max(result.privacy.values(), key=lambda each: each.epsilon))}")
-    out.print(f"\nadapter  {result.folder / 'adapter'}")
-    out.print(f"         reloaded with PeftModel.from_pretrained: {result.agreement:.1%} of predictions the same")
-    if (each := result.folder / "adapters").is_dir():
-        out.print(f"         {each} has one for each client, with what it kept to itself; the accuracy is their mean")
+    merged = result.exported.name == "merged"
+    reader = "the model's own from_pretrained" if merged else "PeftModel.from_pretrained"
+    out.print(f"\n{'model  ' if merged else 'adapter'}  {result.exported}")
+    out.print(f"         reloaded with {reader}: {result.agreement:.1%} of predictions the same")
+    for each in (result.folder / name for name in ("adapters", "merged-by-client")):
+        if each.is_dir():
+            out.print(
+                f"         {each} has one for each client, with what it kept to itself; the accuracy is their mean"
+            )
     out.print(f"metrics  {result.folder / 'metrics.jsonl'}")
     out.print(f"plot     {result.folder / 'curves.png'}")

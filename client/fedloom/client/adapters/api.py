@@ -1,40 +1,68 @@
-"""What an adapter kind provides: a PEFT model and, for every schema tensor, the parameter that holds it."""
+"""What an adapter kind is: options, the trained parameters that it puts into a base model, and how they come out again.
+
+A kind is one pydantic model, registered under the entry-point group `fedloom.adapters`. Its fields are the keys of
+[adapter] that it takes.
+"""
 
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
-import torch
-from torch import nn
+from peft import PeftModel
+from transformers import PreTrainedModel
 
-from fedloom.core.schema import TensorSpec
+from fedloom.client.adapters.head import Head
+from fedloom.client.adapters.slot import Slot
 
-__all__ = ["Slot", "schema_name"]
+__all__ = ["Adapter", "Host", "Traits"]
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where one schema tensor lives in the model."""
+class Traits:
+    """What holds for every adapter of a kind."""
 
-    spec: TensorSpec
-    parameter: nn.Parameter
-    origin: torch.Tensor | None = None
-    """Value that the schema tensor counts from: a bias travels as its change. None counts from zero."""
+    private: bool = True
+    """Private runs may train it: its layers give each example's own gradient, which the sensitivity probe checks."""
+    exact_average: bool = False
+    """The mean of the clients' tensors is the tensor of their mean model."""
+    trains_base: bool = False
+    """It trains parameters of the base model itself, which then must be in float32."""
+    peft: bool = True
+    """PEFT's own files hold it. Otherwise a run's result is a merged model, see `Adapter.merge`."""
 
 
-def schema_name(parameter_name: str) -> str:
-    """The schema's name of a PeftModel parameter: the key PEFT gives it in adapter_model.safetensors.
+@dataclass(frozen=True)
+class Host:
+    """The base model that an adapter is attached to."""
 
-    >>> schema_name("base_model.model.encoder.query.lora_A.default.weight")
-    'base_model.model.encoder.query.lora_A.weight'
-    >>> schema_name("base_model.model.classifier.modules_to_save.default.bias")
-    'base_model.model.classifier.bias'
+    base: PreTrainedModel
+    head: Head
+    """Its head, which PEFT saves with the adapter."""
+    task_type: str | None
+    """PEFT's name of the task; None where it has none."""
 
-    A bias of a layer that carries a pair keeps PEFT's infix:
 
-    >>> schema_name("base_model.model.encoder.query.base_layer.bias")
-    'base_model.model.encoder.query.base_layer.bias'
-    """
-    return (
-        parameter_name.replace(".modules_to_save.default.", ".")
-        .replace(".lora_A.default.", ".lora_A.")
-        .replace(".lora_B.default.", ".lora_B.")
-    )
+class Adapter(Protocol):
+    """One kind of adapter with its options."""
+
+    traits: ClassVar[Traits]
+
+    def attach(self, host: Host) -> PeftModel:
+        """The base model with the adapter, which leaves its outputs as they were.
+
+        A kind that PEFT does not know puts its modules into `lora.carrier`, which has the head.
+
+        Raises:
+            ModelError: The base model has nothing to attach to.
+        """
+
+    def slots(self, model: PeftModel) -> list[Slot]:
+        """The adapter's tensors in wire order, without the head's."""
+
+    def merge(self, model: PeftModel) -> None:
+        """Fold what PEFT does not know into the base model's own parameters, and take its modules out.
+
+        Asked of kinds whose traits say `peft=False`; PEFT merges the rest.
+
+        Raises:
+            ModelError: The values cannot be merged.
+        """

@@ -14,8 +14,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedloom.client.adapters.api import Slot, schema_name
-from fedloom.core.config.run import LANGUAGE, Task
+from fedloom.client.adapters.slot import Slot, schema_name
+from fedloom.client.tasks.api import Task
 from fedloom.core.errors import ModelError
 from fedloom.core.schema import Role, Start, TensorSpec
 
@@ -57,7 +57,7 @@ def find_head(base: PreTrainedModel, report: dict[str, Any], task: Task, folder:
     resized = {name for name, *_ in report["mismatched_keys"]}
     new = frozenset((set(report["missing_keys"]) | resized) & parameters.keys())
     _check_whole(base, new, report, task, folder)
-    if task in LANGUAGE:
+    if task.traits.generates:
         return Head()
     inside = f"{base.base_model_prefix}."
     within = base.base_model is not base
@@ -77,7 +77,7 @@ def _check_whole(base: PreTrainedModel, new: frozenset[str], report: dict[str, A
     body = sorted(
         name
         for name in new
-        if task in LANGUAGE
+        if task.traits.generates
         or "." not in name
         or any(part.isdigit() for part in name.split("."))
         or isinstance(modules[name.rpartition(".")[0]], nn.Embedding)
@@ -99,7 +99,7 @@ def _check_whole(base: PreTrainedModel, new: frozenset[str], report: dict[str, A
             "a checkpoint whose config.json fits its weights, with adapters of its own merged"
         )
     if report["error_msgs"]:
-        raise ModelError(f"base model {folder} cannot be loaded for {task}: {report['error_msgs'][0]}")
+        raise ModelError(f"base model {folder} cannot be loaded for {type(task).__name__}: {report['error_msgs'][0]}")
 
 
 def _list_of(name: str) -> str:

@@ -5,53 +5,106 @@ B: out×r; PEFT notes the storage as fan_in_fan_out.
 """
 
 import warnings
+from typing import ClassVar, Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as _KNOWN
+from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedloom.client.adapters.api import Slot, schema_name
+from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.head import PEFT_HEADS, Head
-from fedloom.core.config.run import AdapterSection
+from fedloom.client.adapters.slot import Slot, schema_name
+from fedloom.core.config.parsing import Section
 from fedloom.core.errors import ModelError
+from fedloom.core.limits import MAX_RANK
 from fedloom.core.schema import Role, TensorSpec
 
-__all__ = ["attach", "linear_targets", "slots"]
+__all__ = ["LoRA", "Targets", "carrier", "linear_targets", "with_pairs"]
 
 
-def attach(
-    base: PreTrainedModel, section: AdapterSection, task_type: str | None, head: Head, bias: str = "none"
-) -> PeftModel:
+Targets = tuple[str, ...] | Literal["auto", "all-linear"]
+"""Names (suffixes) of linear layers, or which of them to take."""
+
+
+class LoRA(Section):
+    """A low-rank pair on every target layer: W = W0 + (alpha / rank) B A."""
+
+    traits: ClassVar[Traits] = Traits()
+    rank: int = Field(default=8, ge=1, le=MAX_RANK)
+    """LoRA rank r."""
+    alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
+    """LoRA alpha; the scale is alpha / rank."""
+    targets: Targets = ("query", "value")
+    """Names (suffixes) of the linear layers that get a pair. "all-linear": every linear layer but the head and the
+    output. "auto": those that PEFT has for the base model's kind, and all where it has none."""
+
+    def attach(self, host: Host) -> PeftModel:
+        """The base model with one pair on every target layer.
+
+        Raises:
+            ModelError: No layer has one of the target names, or a target is not a linear layer.
+        """
+        return with_pairs(host, self.targets, self.rank, self.alpha)
+
+    def slots(self, model: PeftModel) -> list[Slot]:
+        """The factors of every pair, A before B, in model order."""
+        found: list[Slot] = []
+        for name, parameter in model.named_parameters():
+            for mark, role in ((".lora_A.", Role.LORA_A), (".lora_B.", Role.LORA_B)):
+                if mark in name:
+                    module = name.partition(mark)[0].removeprefix("base_model.model.")
+                    spec = TensorSpec(schema_name(name), module, role, tuple(parameter.shape))
+                    found.append(Slot(spec, parameter))
+        return found
+
+    def merge(self, model: PeftModel) -> None:
+        """Nothing: PEFT merges pairs."""
+
+
+def carrier(host: Host, targets: Targets, bias: str = "none") -> PeftModel:
+    """A PeftModel for kinds that PEFT does not know: rank-1 pairs whose B stays zero. It loads anywhere.
+
+    Args:
+        host: The base model.
+        targets: Layers that get such a pair; PEFT needs one.
+        bias: Which biases PEFT saves with it, none or all.
+
+    Raises:
+        ModelError: No layer has one of the target names.
+    """
+    return with_pairs(host, targets, 1, 1.0, bias)
+
+
+def with_pairs(host: Host, targets: Targets, rank: int, alpha: float, bias: str = "none") -> PeftModel:
     """A PeftModel with one pair on every target layer, which saves the head with them.
-
-    `bias` says which biases PEFT saves with it, none or all.
 
     Raises:
         ModelError: No layer has one of the target names, or a target is not a linear layer.
     """
-    names = linear_targets(base, section.targets, head)
+    names = linear_targets(host.base, targets, host.head)
     # PEFT adds the names it knows to those it is given, and does so again where they are given.
-    heads = [name for name in head.modules if not task_type or name not in PEFT_HEADS]
-    transposed = any(isinstance(base.get_submodule(name), Conv1D) for name in names)
+    heads = [name for name in host.head.modules if not host.task_type or name not in PEFT_HEADS]
+    transposed = any(isinstance(host.base.get_submodule(name), Conv1D) for name in names)
     config = LoraConfig(
-        r=section.rank,
-        lora_alpha=section.alpha,
+        r=rank,
+        lora_alpha=alpha,
         target_modules=names,
         lora_dropout=0.0,
         bias=bias,
-        task_type=task_type,
+        task_type=host.task_type,
         modules_to_save=heads or None,
         fan_in_fan_out=transposed,
     )
     with warnings.catch_warnings():
         # peft corrects the setting for each linear layer among Conv1D layers, and says so every time.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        return get_peft_model(base, config)
+        return get_peft_model(host.base, config)
 
 
-def linear_targets(base: PreTrainedModel, targets: tuple[str, ...] | str, head: Head) -> list[str]:
+def linear_targets(base: PreTrainedModel, targets: Targets, head: Head) -> list[str]:
     """Full names of the linear layers that get a pair; never any of the head.
 
     Args:
@@ -83,15 +136,3 @@ def linear_targets(base: PreTrainedModel, targets: tuple[str, ...] | str, head: 
             f'it has {", ".join(sorted(last))}; name some of these, or set adapter.targets = "auto"'
         )
     return [name for name in linear if name.rpartition(".")[2] in targets]
-
-
-def slots(model: PeftModel) -> list[Slot]:
-    """The factors of every pair, A before B, in model order."""
-    found: list[Slot] = []
-    for name, parameter in model.named_parameters():
-        for mark, role in ((".lora_A.", Role.LORA_A), (".lora_B.", Role.LORA_B)):
-            if mark in name:
-                module = name.partition(mark)[0].removeprefix("base_model.model.")
-                spec = TensorSpec(schema_name(name), module, role, tuple(parameter.shape))
-                found.append(Slot(spec, parameter))
-    return found

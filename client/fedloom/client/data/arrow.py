@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.client.data.files import Note, Row, check_columns, readable
-from fedloom.client.data.records import Layout
+from fedloom.client.data.layout import Layout
 from fedloom.core.errors import DataError
 
 __all__ = ["class_names", "parquet_rows", "saved_rows", "schema_class_names", "with_names"]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedloom.client.data.records import LAYOUTS, Layout
+from fedloom.client.data.layout import Layout
 from fedloom.core.errors import DataError
 
 __all__ = ["EMPTY_LINE", "Note", "Row", "check_columns", "csv_rows", "jsonl_rows", "readable"]
@@ -47,7 +47,7 @@ def check_columns(path: Path | str, present: list[str], layout: Layout) -> None:
     if missing := layout.missing(present):
         raise DataError(
             f"{path} has the columns {', '.join(present) or '(none)'} but not {' and '.join(missing)}; name "
-            f"{LAYOUTS[layout.task]} and, optionally, group in its first line, or say in data.columns which are meant"
+            f"{layout.columns} and, optionally, group in its first line, or say in data.columns which are meant"
         )
     if twice := [name for name in layout.wanted(present) if present.count(name) > 1]:
         raise DataError(f"{path} has the column {twice[0]} {present.count(twice[0])} times; rename all but one")
@@ -62,7 +62,7 @@ def csv_rows(path: Path, layout: Layout) -> Iterator[Row]:
     Raises:
         DataError: It cannot be read, lacks a column, or has one twice.
     """
-    if layout.task == "token-classification":
+    if "tags" in layout.needed(()):
         raise DataError(
             f"{path}: tokens and tags are lists, which a CSV file has no place for; write a .jsonl or .parquet file"
         )
@@ -149,7 +149,7 @@ def jsonl_rows(path: Path, layout: Layout) -> Iterator[Row]:
                 yield where, DataError(f"{where} is not valid JSON: {error}; write one object on each line")
                 continue
             if not isinstance(row, dict):
-                row = DataError(f"{where} is not an object; write one with {LAYOUTS[layout.task]}")
+                row = DataError(f"{where} is not an object; write one with {layout.columns}")
             yield where, row
 
 

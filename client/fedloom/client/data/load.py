@@ -3,19 +3,20 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fedloom.client.data.files import Note
 from fedloom.client.data.images import fingerprint
 from fedloom.client.data.labels import Labelling, labelling
-from fedloom.client.data.packaged import Split
-from fedloom.client.data.records import Layout, Record
+from fedloom.client.data.layout import Layout
+from fedloom.client.data.packaged.api import Split
+from fedloom.client.data.records import Record
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.data.sources import Found, source_rows
+from fedloom.client.tasks.api import task_named
 from fedloom.core.config.file_format import Form
-from fedloom.core.config.run import Task
 from fedloom.core.errors import DataError
 
 __all__ = ["Split", "Tally", "Tell", "assembled", "load_rows", "read_rows", "records", "tallied", "tell_of"]
@@ -58,7 +59,7 @@ def load_rows(
     source: str,
     labels: tuple[str, ...],
     split: Split,
-    task: Task = "text-classification",
+    task: str = "text-classification",
     form: Form | None = None,
     *,
     tell: Tell = log.log,
@@ -145,7 +146,7 @@ def _checked(found: Iterable[Found], layout: Layout, skip: Skip) -> Iterator[Rec
             yield record
 
 
-def assembled(found: Iterable[Record], labels: tuple[str, ...], task: Task, source: str, form: Form) -> Rows:
+def assembled(found: Iterable[Record], labels: tuple[str, ...], task: str, source: str, form: Form) -> Rows:
     """Records of one task as rows, their labels looked up.
 
     Raises:
@@ -154,24 +155,23 @@ def assembled(found: Iterable[Record], labels: tuple[str, ...], task: Task, sour
     kept = list(found)
     if not kept:
         raise DataError(f"{source} has no rows; at least one is needed")
-    texts, groups = tuple(record.text for record in kept), tuple(record.group for record in kept)
-    places = tuple(record.where for record in kept)
-    none = np.zeros(len(kept), np.int64)
-    if task == "causal-lm":
-        return Rows(texts, none, groups, labels, task, prompts=tuple(record.prompt for record in kept), places=places)
-    if task == "instruct":
-        turns = tuple(record.turns for record in kept)
-        return Rows(texts, none, groups, labels, task, turns=turns, answers=form.answers, places=places)
-    try:
-        way = labelling({label for record in kept for label in record.labels}, labels, form.labels_as)
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from error
-    classes = [_classes(record, way) for record in kept]
-    if task == "token-classification":
-        words = tuple(record.words for record in kept)
-        return Rows(texts, none, groups, labels, task, words=words, tags=tuple(classes), labelling=way, places=places)
-    images = tuple(record.image for record in kept) if task == "image-classification" else ()
-    return Rows(texts, np.concatenate(classes), groups, labels, task, images=images, labelling=way, places=places)
+    kind, way, classes = task_named(task), None, []
+    if kind.traits.labels:
+        try:
+            way = labelling({label for record in kept for label in record.labels}, labels, form.labels_as)
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from error
+        classes = [_classes(record, way) for record in kept]
+    columns: dict[str, Any] = {"labels": np.zeros(len(kept), np.int64), **kind.columns(kept, classes, form.answers)}
+    return Rows(
+        tuple(record.text for record in kept),
+        groups=tuple(record.group for record in kept),
+        label_names=labels,
+        task=task,
+        places=tuple(record.where for record in kept),
+        labelling=way,
+        **columns,
+    )
 
 
 def _classes(record: Record, way: Labelling) -> Indices:

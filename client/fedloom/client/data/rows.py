@@ -11,11 +11,17 @@ import numpy.typing as npt
 
 from fedloom.client.data.labels import Labelling
 from fedloom.client.data.records import Turns
+from fedloom.client.tasks.api import task_named
 from fedloom.core.config.file_format import Answers
-from fedloom.core.config.run import Task
 from fedloom.core.errors import DataError
 
-__all__ = ["Indices", "Rows", "digest", "documents", "picture", "pooled"]
+__all__ = ["IGNORED", "Indices", "Rows", "digest", "documents", "picture", "pooled"]
+
+IGNORED = -100
+"""Label of a position that has none, as torch's cross-entropy names it."""
+
+_COLUMNS = ("words", "tags", "prompts", "turns", "images")
+"""Columns that some tasks have."""
 
 Indices = npt.NDArray[np.int64]
 
@@ -54,7 +60,7 @@ class Rows:
     labels: Indices
     groups: tuple[str, ...]
     label_names: tuple[str, ...]
-    task: Task = "text-classification"
+    task: str = "text-classification"
     words: tuple[tuple[str, ...], ...] = ()
     tags: tuple[Indices, ...] = ()
     prompts: tuple[str, ...] = ()
@@ -72,24 +78,22 @@ class Rows:
                 f"{count} texts with labels of shape {self.labels.shape} and {len(self.groups)} groups; "
                 "every row needs one text, one label and one group"
             )
-        if self.task == "token-classification":
-            self._check_tags(count)
-        elif self.task == "causal-lm":
-            if len(self.prompts) != count or not all(map(str.startswith, self.texts, self.prompts)):
-                raise DataError(f"{len(self.prompts)} prompts for {count} texts; every text must begin with its prompt")
-        elif self.task == "instruct":
-            if len(self.turns) != count:
-                raise DataError(f"{len(self.turns)} conversations for {count} texts; every text needs its turns")
-        else:
-            if self.task == "image-classification" and len(self.images) != count:
-                raise DataError(f"{len(self.images)} pictures for {count} rows; every row needs one")
+        held = task_named(self.task).traits.holds
+        for column in _COLUMNS:
+            wanted, found = (count if column in held else 0), len(getattr(self, column))
+            if found != wanted:
+                raise DataError(f"{found} {column} for {count} texts of {self.task}; {wanted} are needed")
+        if self.prompts and not all(map(str.startswith, self.texts, self.prompts)):
+            raise DataError("a text does not begin with its prompt; every text must")
+        if self.tags:
+            self._check_tags()
+        elif "tags" not in held and self.label_names:
             _check_range(self.labels, self.label_names)
 
-    def _check_tags(self, count: int) -> None:
-        if [len(words) for words in self.words] != [len(tags) for tags in self.tags] or len(self.words) != count:
-            raise DataError(f"{count} texts with {len(self.words)} rows of words; every word needs one tag")
-        if count:
-            _check_range(np.concatenate(self.tags), self.label_names)
+    def _check_tags(self) -> None:
+        if [len(words) for words in self.words] != [len(tags) for tags in self.tags]:
+            raise DataError("words and tags of a row differ in number; every word needs one tag")
+        _check_range(np.concatenate(self.tags), self.label_names)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -174,19 +178,8 @@ def documents(rows: Rows) -> Iterator[dict[str, Any]]:
 
     A picture is named by the path `picture(i)`, to which the caller writes its bytes.
     """
-    for i, text in enumerate(rows.texts):
-        if rows.task == "text-classification":
-            yield {"text": text, "label": rows.label_names[rows.labels[i]]}
-        elif rows.task == "image-classification":
-            yield {"image": picture(i), "label": rows.label_names[rows.labels[i]]}
-        elif rows.task == "token-classification":
-            yield {"tokens": list(rows.words[i]), "tags": [rows.label_names[tag] for tag in rows.tags[i]]}
-        elif rows.task == "instruct":
-            yield {"messages": [{"role": role, "content": content} for role, content in rows.turns[i]]}
-        elif rows.prompts[i]:
-            yield {"prompt": rows.prompts[i], "completion": text[len(rows.prompts[i]) :]}
-        else:
-            yield {"text": text}
+    task = task_named(rows.task)
+    yield from (task.document(rows, index) for index in range(len(rows)))
 
 
 def picture(number: int) -> str:

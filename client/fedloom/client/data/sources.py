@@ -10,9 +10,12 @@ from typing import Any
 from fedloom.client.data.arrow import parquet_rows, saved_rows
 from fedloom.client.data.files import Note, Row, csv_rows, jsonl_rows, readable
 from fedloom.client.data.images import HIDDEN, SUFFIXES, folder_rows
-from fedloom.client.data.packaged import PACKAGED, Split
-from fedloom.client.data.records import Layout, Record
+from fedloom.client.data.layout import Layout
+from fedloom.client.data.packaged.api import DataSource, Split
+from fedloom.client.data.records import Record
+from fedloom.client.tasks.api import task_named
 from fedloom.core.errors import DataError
+from fedloom.core.registry import build, entries
 
 __all__ = ["Found", "source_rows"]
 
@@ -35,8 +38,9 @@ def source_rows(source: str, split: Split, layout: Layout) -> Iterator[Found]:
     Raises:
         DataError: There is no such source, or it cannot be read; the message says what to do.
     """
-    if source in PACKAGED:
-        packaged = PACKAGED[source]
+    packaged_names = entries("data")
+    if source in packaged_names:
+        packaged: DataSource = build("data", source, {})
         if packaged.task != layout.task:
             raise DataError(
                 f"data source {source!r} is for {packaged.task}, not {layout.task}; name a file or a folder"
@@ -48,8 +52,8 @@ def source_rows(source: str, split: Split, layout: Layout) -> Iterator[Found]:
         yield from _folder(path, split, layout)
         return
     if not os.path.isfile(source):
-        near = difflib.get_close_matches(source, PACKAGED, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"name a file, a folder or one of {', '.join(PACKAGED)}"
+        near = difflib.get_close_matches(source, packaged_names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"name a file, a folder or one of {', '.join(packaged_names)}"
         raise DataError(f"data source {source!r} does not exist; {hint}")
     if path.suffix.lower() not in _READERS:
         raise DataError(f"data file {source} ends in {path.suffix!r}; {_one_of(list(_READERS))} is needed")
@@ -81,7 +85,7 @@ def _folder(folder: Path, split: Split, layout: Layout) -> Iterator[Row]:
         yield from _others(split, [path for path in present if path not in (*files, *shards)], layout)
         for path in files or shards:
             yield from _table(path, layout)
-    elif layout.task == "image-classification":
+    elif task_named(layout.task).traits.images:
         yield from _pictures(folder, split, layout)
     else:
         names = [f"{split}{suffix}" for suffix in _READERS]
@@ -109,7 +113,7 @@ def _others(split: Split, paths: list[Path], layout: Layout) -> Iterator[Row]:
     for path in paths:
         if _is_table(path) and _beside(path, split) == _BESIDE:
             yield str(path), Note(f"a table that is not called {split}", f"add its rows to {split}, or move it away")
-        elif layout.task != "image-classification" or not (path.is_dir() or path.suffix.lower() in SUFFIXES):
+        elif not task_named(layout.task).traits.images or not (path.is_dir() or path.suffix.lower() in SUFFIXES):
             yield str(path), _beside(path, split)
 
 
@@ -143,7 +147,7 @@ def _pictures(folder: Path, split: Split, layout: Layout) -> Iterator[Row]:
 
 def _table(path: Path, layout: Layout) -> Iterator[Row]:
     for where, row in _READERS[path.suffix.lower()](path, layout):
-        if isinstance(row, DataError | Note) or layout.task != "image-classification":
+        if isinstance(row, DataError | Note) or not task_named(layout.task).traits.images:
             yield where, row
         else:
             yield where, _with_picture(row, layout.name("image"), path.parent, where)

@@ -11,24 +11,18 @@ from transformers import PreTrainedTokenizerBase
 from fedloom.client.data.files import Note
 from fedloom.client.data.images import brightest
 from fedloom.client.data.labels import Labelling, labelling
+from fedloom.client.data.layout import Layout
 from fedloom.client.data.load import Tally, assembled, records, tallied
-from fedloom.client.data.records import Layout, Record
-from fedloom.client.data.rows import Rows
+from fedloom.client.data.records import Record
+from fedloom.client.data.rows import IGNORED, Rows
 from fedloom.client.data.sources import source_rows
-from fedloom.client.data.tokens import IGNORED, attempted
+from fedloom.client.data.tokens import attempted
+from fedloom.client.tasks.api import task_named
 from fedloom.core.config.file_format import Form
-from fedloom.core.config.run import Task
 from fedloom.core.errors import DataError
+from fedloom.core.registry import entries
 
 __all__ = ["Lengths", "Survey", "guess_task", "lengths", "survey"]
-
-_TRIED: tuple[Task, ...] = (
-    "text-classification",
-    "image-classification",
-    "token-classification",
-    "causal-lm",
-    "instruct",
-)
 
 # Two or three characters that a Latin-1 or Windows reading makes of one in UTF-8: the A with tilde or the a with
 # circumflex and what may follow it.
@@ -42,7 +36,7 @@ _ENDLESS = 1 << 30
 class Survey:
     """Figures of one data set under one task. They are exact, and so no business of anybody but the owner."""
 
-    task: Task
+    task: str
     rows: int = 0
     labels: Counter[str] = field(default_factory=Counter)
     """Known labels by name, of rows or, for token-classification, of words."""
@@ -78,14 +72,15 @@ class Lengths:
     """Rows that the tokenizer or its chat template cannot take, by why."""
 
 
-def guess_task(source: str, form: Form) -> Task:
-    """The first task that the columns of the first row suit.
+def guess_task(source: str, form: Form) -> str:
+    """The task that the columns of the first row suit; the one that needs most of them, of several.
 
     Raises:
         DataError: There is no row, or none suits.
     """
     faults: list[DataError] = []
-    for task in _TRIED:
+    suited: list[tuple[int, bool, str]] = []
+    for task, entry in entries("tasks").items():
         layout = Layout(task, form.columns)
         found = (row for _, row in source_rows(source, "train", layout) if not isinstance(row, Note))
         try:
@@ -96,13 +91,16 @@ def guess_task(source: str, form: Form) -> Task:
         if isinstance(row, DataError):
             faults.append(row)
         elif isinstance(row, Record) or not layout.missing(row):
-            return task
+            needed = () if isinstance(row, Record) else layout.needed(row)
+            suited.append((-len(needed), not entry.ours, task))
+    if suited:
+        return min(suited)[2]
     if faults:
         raise faults[0]
     raise DataError(f"{source} has no columns of a task; see docs/data.md, or name them in data.columns")
 
 
-def survey(source: str, labels: tuple[str, ...], task: Task, form: Form) -> Survey:
+def survey(source: str, labels: tuple[str, ...], task: str, form: Form) -> Survey:
     """Read all training rows and count.
 
     Args:
@@ -194,7 +192,7 @@ def lengths(
         tallied(refused, str(error), rows.place(index))
     counts = np.array([len(ids) for index, ids in enumerate(encoded.input_ids) if index not in faults] or [0])
     # At the cut of a language model, the last place has nobody to predict.
-    read = max_length - (found.task in ("causal-lm", "instruct"))
+    read = max_length - task_named(found.task).traits.generates
     idle = sum(
         bool((targets[:read] == IGNORED).all()) for index, targets in enumerate(encoded.targets) if index not in faults
     )

@@ -3,24 +3,18 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fedloom.client.data.chat import learned_spans
 from fedloom.client.data.images import ImageProcessor, Pixels
-from fedloom.client.data.rows import Indices, Rows
+from fedloom.client.data.rows import IGNORED, Indices, Rows
+from fedloom.client.tasks.api import Ids, task_named
 from fedloom.core.errors import ConfigError, DataError
 
-__all__ = ["IGNORED", "Encoded", "Uniform", "attempted", "collate", "encode", "microbatches", "uniform_microbatches"]
-
-IGNORED = -100
-"""Label of a position that has none, as torch's cross-entropy names it."""
-
-Ids = npt.NDArray[np.int32]
+__all__ = ["Encoded", "Uniform", "attempted", "collate", "encode", "microbatches", "uniform_microbatches"]
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +60,7 @@ def encode(
 ) -> Encoded:
     """Tokenize every row once, keeping at most `max_length` tokens of each, special tokens included.
 
-    token-classification: the first token of each word has its tag. causal-lm: each token has the next one's id, if
-    that is not of the prompt; the tokenizer's end token is learned too, so that what is generated ends. instruct:
-    likewise, in the tokenizer's chat template, if the next token is of an assistant's turn. Pictures are brought to
-    their size.
+    What is learned at each token is the task's to say, see `Task.encode`. Images are brought to their size.
 
     Args:
         rows: The rows.
@@ -108,14 +99,14 @@ def attempted(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -
                 faults[len(pairs)] = pair
                 pair = np.array([tokenizer.pad_token_id or 0], np.int32), np.array([IGNORED], np.int32)
             pairs.append(pair)
-    targets = () if rows.task == "text-classification" else tuple(targets for _, targets in pairs)
+    targets = tuple(targets for _, targets in pairs) if task_named(rows.task).traits.per_token else ()
     return Encoded(tuple(ids for ids, _ in pairs), rows.labels, targets), faults
 
 
 def _encoded(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[tuple[Ids, Ids] | DataError]:
     """Ids and targets of each row, or what is wrong with it. Where they fail, halves are tried, until one row is."""
     try:
-        found = list(_ENCODERS[rows.task](rows, tokenizer, max_length))
+        found = list(task_named(rows.task).encode(rows, tokenizer, max_length))
     except Exception as error:
         if len(rows) == 1:
             fault = error if isinstance(error, DataError) else DataError(f"the tokenizer fails on it ({_kind(error)})")
@@ -132,72 +123,6 @@ def _kind(error: Exception) -> str:
     return type(error).__name__
 
 
-def _whole(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[Ids, Ids]]:
-    """One label for the row: none at the tokens."""
-    output = tokenizer(list(rows.texts), truncation=True, max_length=max_length, return_attention_mask=False)
-    for ids in output["input_ids"]:
-        yield np.asarray(ids, np.int32), np.zeros(0, np.int32)
-
-
-def _tagged(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[Ids, Ids]]:
-    """A label at the first token of each word."""
-    words: Any = [list(words) for words in rows.words]
-    output = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
-    for row, (ids, tags) in enumerate(zip(output["input_ids"], rows.tags, strict=True)):
-        targets = np.full(len(ids), IGNORED, np.int32)
-        before = None
-        for place, word in enumerate(output.word_ids(row)):
-            if word is not None and word != before:
-                targets[place] = tags[word]
-            before = word
-        yield np.asarray(ids, np.int32), targets
-
-
-def _next(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[Ids, Ids]]:
-    """The next token's id at each token before one that reaches beyond the prompt."""
-    # Cut here rather than by the tokenizer, which would put its end token where a text does not end.
-    texts = list(rows.texts)
-    output = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-    end = tokenizer.eos_token_id
-    for whole, spans, prompt in zip(output["input_ids"], output["offset_mapping"], rows.prompts, strict=True):
-        # A special token spans no character, so the one that begins a text is never learned.
-        learned = [stop > start and stop > len(prompt) for start, stop in spans]
-        if end is not None:
-            bare = len(whole) - (whole[-1:] == [end])
-            whole, learned = [*whole[:bare], end], [*learned[:bare], True]
-        ids = np.asarray(whole[:max_length], np.int32)
-        targets = np.full(len(ids), IGNORED, np.int32)
-        targets[:-1] = np.where(learned[1 : len(ids)], ids[1:], IGNORED)
-        yield ids, targets
-
-
-def _answers(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[tuple[Ids, Ids]]:
-    """The next token's id at each token before one that an assistant's turn begins or goes on with."""
-    texts, spans = zip(*(learned_spans(turns, tokenizer, rows.answers) for turns in rows.turns), strict=True)
-    # The template has written the special tokens already.
-    output = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    for whole, places, parts in zip(output["input_ids"], output["offset_mapping"], spans, strict=True):
-        ids = np.asarray(whole[:max_length], np.int32)
-        learned = [any(begin < stop and start < end for begin, end in parts) for start, stop in places[: len(ids)]]
-        targets = np.full(len(ids), IGNORED, np.int32)
-        targets[:-1] = np.where(learned[1:], ids[1:], IGNORED)
-        yield ids, targets
-
-
-_ENCODERS = {
-    "text-classification": _whole,
-    "token-classification": _tagged,
-    "causal-lm": _next,
-    "instruct": _answers,
-}
-
-
 def collate(encoded: Encoded, indices: Indices, pad_id: int, length: int | None = None) -> dict[str, torch.Tensor]:
     """The model's inputs for the rows at `indices`, padded on the right to `length`, or to the longest among them.
 
@@ -212,7 +137,7 @@ def collate(encoded: Encoded, indices: Indices, pad_id: int, length: int | None 
     if encoded.pictures is not None:
         side = encoded.pictures.side
         chosen = np.array([encoded.pixels[i] for i in indices], np.uint8).reshape(-1, 3, side, side)
-        labels = torch.from_numpy(encoded.labels[indices].astype(np.int64))
+        labels = torch.from_numpy(encoded.labels[indices])
         return {"pixel_values": torch.from_numpy(encoded.pictures.normalised(chosen)), "labels": labels}
     texts = [encoded.input_ids[i] for i in indices]
     longest = length or max(map(len, texts), default=0)
@@ -220,7 +145,7 @@ def collate(encoded: Encoded, indices: Indices, pad_id: int, length: int | None 
     if encoded.targets:
         labels = _padded([encoded.targets[i] for i in indices], IGNORED, longest)
     else:
-        labels = torch.from_numpy(encoded.labels[indices].astype(np.int64))
+        labels = torch.from_numpy(encoded.labels[indices])
     return {"input_ids": _padded(texts, pad_id, longest), "attention_mask": mask, "labels": labels}
 
 

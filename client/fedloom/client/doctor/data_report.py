@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from fedloom.client.data.labels import Labelling
 from fedloom.client.data.load import Tally, tell_of
 from fedloom.client.data.survey import Lengths, Survey, guess_task, lengths, survey
-from fedloom.client.models.load import allowed_base, load_model
+from fedloom.client.models.base_folder import allowed_base
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy, check_spec
 from fedloom.client.privacy.ledger.account import existing_account
 from fedloom.client.privacy.ledger.budget import affordable

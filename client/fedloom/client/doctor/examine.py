@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+from fedloom.client.adapters.attach import check_private
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.site_data import own_rows
 from fedloom.client.doctor import machine, network, site
 from fedloom.client.doctor.finding import Finding, failed, ok, warning
-from fedloom.client.models.load import AdapterModel, load_model
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy, check_spec
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.ledger.account import existing_account
@@ -115,13 +117,15 @@ def _run(policy: Policy, spec: Spec, loadable: bool) -> Iterator[Finding]:
         return
     base = policy.model.folder or spec.model.base
     try:
+        check_private(spec)
         model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.compute)
-        yield from _private(model)
         # Without a ledger nothing can be charged. What a private run would check at its start is checked here too.
         bare = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"enabled": False})})
         trainer = Trainer(model, rows, bare, policy, None)
-        trainer.check_sensitivity()
-        yield ok("sensitivity", "one example moves the clipped sum by no more than the noise covers")
+        if model.adapter.traits.private:
+            yield from _private(model)
+            trainer.check_sensitivity()
+            yield ok("sensitivity", "one example moves the clipped sum by no more than the noise covers")
         size = trainer.microbatch.size
         yield ok("batch", f"{size} examples at a time ({spec.train.microbatch} asked for)")
     except FedloomError as error:

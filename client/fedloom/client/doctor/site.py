@@ -7,9 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from fedloom.client.assets.fetch import ASSETS, cache_dir
-from fedloom.client.data.packaged import PACKAGED
 from fedloom.client.doctor.finding import Finding, failed, ok, warning
-from fedloom.client.models.load import base_digest, resolve_base
+from fedloom.client.models.base_folder import base_digest, resolve_base
 from fedloom.client.policy import ComputePolicy, Policy
 from fedloom.client.privacy.ledger.account import existing_account, ledger_folder, outbox_folder
 from fedloom.client.privacy.ledger.read_only import Glance
@@ -17,6 +16,7 @@ from fedloom.client.session.outbox import check_outbox
 from fedloom.client.transport.enrollment import due
 from fedloom.client.transport.tls import MEMBER_FILE, member, member_pair
 from fedloom.core.errors import FedloomError, IdentityError, LedgerError
+from fedloom.core.registry import entries
 
 __all__ = ["base_model", "certificate", "data", "ledger"]
 
@@ -80,7 +80,7 @@ def ledger(policy: Policy) -> tuple[list[Finding], dt.datetime | None]:
 
 def data(source: str) -> Finding:
     """Whether the data is there, not empty and readable."""
-    if source in PACKAGED:
+    if source in entries("data"):
         return ok("data", f"packaged data set {source}")
     path = Path(source)
     if not path.exists():

@@ -12,9 +12,11 @@ import numpy as np
 from fedloom.client.data.load import Split, load_rows
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, encode
-from fedloom.client.models.export import load_exported
-from fedloom.client.models.load import AdapterModel, base_digest, load_model, resolve_base
-from fedloom.client.training.trainer import Score, evaluate
+from fedloom.client.eval.score import Score, evaluate
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.base_folder import base_digest, resolve_base
+from fedloom.client.models.export import is_merged, load_exported
+from fedloom.client.models.load import load_model
 from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError, ModelError
@@ -74,7 +76,7 @@ class HeldOut:
         return self.score(starting_adapter(self.model.schema, self.config.run.seed))
 
     def score_exported(self, folder: Path) -> Score:
-        """Score a PEFT adapter that a run left, as its user has it: the base model with what PEFT loads.
+        """Score a PEFT adapter or a merged model that a run left, as its user has it.
 
         Raises:
             ModelError: The folder has none, or one of another base model, task or labels.
@@ -96,15 +98,19 @@ class HeldOut:
             plain = load_exported(base, folder, len(section.labels), section.task, section.image_size)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"the adapter in {folder} cannot be loaded: {error}; export it again") from error
-        return evaluate(AdapterModel(plain, self.model.tokenizer, [], 1.0, self.model.device), self.rows)
+        return evaluate(
+            AdapterModel(plain, self.model.tokenizer, [], 1.0, self.model.device, self.model.task), self.rows
+        )
 
 
 def _facts(folder: Path) -> dict[str, object]:
     """What fedloom.json says of an adapter."""
-    if not all((folder / name).is_file() for name in ("fedloom.json", "adapter_config.json")):
+    whole = is_merged(folder) or (folder / "adapter_config.json").is_file()
+    if not (whole and (folder / "fedloom.json").is_file()):
         raise ModelError(
-            f"{folder} holds no adapter that a run left: fedloom.json and adapter_config.json are needed; give the "
-            "folder `adapter` of a run, or what `fedloom export` wrote with format peft"
+            f"{folder} holds no adapter that a run left: fedloom.json and adapter_config.json are needed, or the "
+            "config.json of a merged model; give the folder `adapter` or `merged` of a run, or what `fedloom export` "
+            "wrote with format peft or merged"
         )
     try:
         return read_json(folder / "fedloom.json")

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedloom.client.data.images import ImageProcessor
-from fedloom.core.config.run import LANGUAGE, Task
+from fedloom.client.tasks.api import Task
 from fedloom.core.errors import ModelError
 
 __all__ = ["check_base"]
@@ -17,7 +17,7 @@ _SHORT = 32
 """Tokens after which a model whose positions are computed reads any number."""
 
 
-def check_base(base: PreTrainedModel, reader: Any, task: Task, folder: Path, max_length: int) -> None:
+def check_base(base: PreTrainedModel, reader: Any, task: Task, folder: Path) -> None:
     """Refuse a model that cannot do the task, or cannot read the longest text or a picture.
 
     Args:
@@ -25,7 +25,6 @@ def check_base(base: PreTrainedModel, reader: Any, task: Task, folder: Path, max
         reader: Its tokenizer, or its `ImageProcessor`.
         task: What it is to do.
         folder: Where it lies, for errors.
-        max_length: Tokens of the longest text.
 
     Raises:
         ModelError: As above; the message says what to change.
@@ -34,19 +33,21 @@ def check_base(base: PreTrainedModel, reader: Any, task: Task, folder: Path, max
     if isinstance(reader, ImageProcessor):
         _check_side(base, folder, reader.side)
         return
-    kind = type(base).__name__
-    if task not in LANGUAGE and base.config.is_encoder_decoder:
+    kind, traits = type(base).__name__, task.traits
+    if not traits.generates and base.config.is_encoder_decoder:
         # It scores a text where its end tokens are, which a text may hold itself: one row would end a run.
-        raise ModelError(f"{kind} in {folder} is an encoder and a decoder; {task} takes a model that is one of them")
-    if task in LANGUAGE and not _causal(base):
+        raise ModelError(
+            f"{kind} in {folder} is an encoder and a decoder; {type(task).__name__} takes a model that is one of them"
+        )
+    if traits.generates and not _causal(base):
         raise ModelError(f"{kind} in {folder} sees the tokens it is to predict; take a language model")
-    if task == "instruct" and not reader.chat_template:
+    if traits.chat and not reader.chat_template:
         raise ModelError(f"the tokenizer in {folder} has no chat template; take an instruct model, or task causal-lm")
     known = base.get_input_embeddings().weight.shape[0]
     if len(reader) > known:
         # A text with such a token would end a run half-way, which tells that it is there.
         raise ModelError(f"the tokenizer in {folder} has {len(reader)} tokens, the model {known}; get files that fit")
-    _check_length(base, reader, folder, max_length)
+    _check_length(base, reader, folder, task.max_length)
 
 
 def _check_length(base: PreTrainedModel, reader: PreTrainedTokenizerBase, folder: Path, max_length: int) -> None:

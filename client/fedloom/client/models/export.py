@@ -1,5 +1,6 @@
 """The result as an ordinary Hugging Face PEFT adapter, or as a whole model."""
 
+import copy
 import errno
 import json
 import tempfile
@@ -12,19 +13,38 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
-from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
-from fedloom.client.models.load import MODELS, AdapterModel, load_base
+from fedloom.client.data.tokens import Encoded, collate, microbatches
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.load import load_base, load_model
 from fedloom.client.models.wide_adapter import widen
-from fedloom.client.training.losses import positions
-from fedloom.core.config.run import RunConfig, Spec, Task
+from fedloom.client.tasks.api import Task, task_named
+from fedloom.client.training.losses import labelled, positions
+from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.privacy.accounting import Statement
 from fedloom.core.privacy.spends import run_statement
 from fedloom.core.runtime.durable import replacing_folder
 from fedloom.core.schema import Tensors
+from fedloom.core.tensor_file import TENSORS, tensor_file
+from fedloom.strategies.result import result_schema
 
-__all__ = ["facts", "load_exported", "predict", "privacy_facts", "save_adapter", "save_final", "save_merged"]
+__all__ = [
+    "facts",
+    "is_merged",
+    "load_exported",
+    "predict",
+    "privacy_facts",
+    "result_name",
+    "save_adapter",
+    "save_final",
+    "save_merged",
+    "save_result",
+]
+
+_SHORT = 8
+"""Tokens that any model can read: what it was trained to read was checked before."""
 
 _CARD = """# {name}
 
@@ -54,7 +74,32 @@ tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 ```
 
 `fedloom.json` has the base model's digest, the label names and, for a private run, the guarantee.
+{more}"""
+
+_TENSORS_CARD = """
+PEFT does not know this kind of adapter, so there is no PEFT folder of it. `adapter.safetensors` has what was trained,
+by the names of the run's schema; another run with the same `[adapter]` goes on from this folder with `[start]`.
 """
+
+
+def result_name(model: AdapterModel) -> str:
+    """What the folder of a run's result is called: "adapter", or "merged" of a kind that PEFT does not know."""
+    return "adapter" if model.adapter.traits.peft else "merged"
+
+
+def save_result(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write what a run gives: a PEFT adapter, or a merged model where PEFT does not know the kind.
+
+    The model stays as it is.
+
+    Raises:
+        ModelError: As by `save_merged`.
+        ConfigError: As by `save_adapter`.
+    """
+    if model.adapter.traits.peft:
+        save_adapter(model, folder, facts)
+    else:
+        save_merged(model, folder, facts, keep=True)
 
 
 def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
@@ -65,44 +110,63 @@ def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
     What the model adds to the frozen weights is in it, see `widen`.
 
     Raises:
+        ModelError: PEFT does not know the kind of the adapter.
         ConfigError: The folder holds other files, is the one this process runs in, or cannot be written.
     """
+    if not model.adapter.traits.peft:
+        raise ModelError(
+            f"PEFT does not know the adapter kind {type(model.adapter).__name__}; export with format merged or "
+            "safetensors"
+        )
     _replace(folder, lambda draft: _write(model, draft, facts))
 
 
-def save_merged(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+def save_merged(model: AdapterModel, folder: Path, facts: dict[str, Any], *, keep: bool = False) -> None:
     """Write the base model with the adapter folded into its weights, its tokenizer, a card, and `facts`.
 
-    W0 + scale·B·A takes the place of W0, in float32. The model is used up: it holds the merged weights afterwards.
-    The folder is written as by `save_adapter`.
+    W0 + scale·B·A takes the place of W0, in float32, and a kind that PEFT does not know folds its tensors in itself.
+    Of such a kind the trained tensors are written too, as adapter.safetensors. The folder is written as by
+    `save_adapter`.
+
+    Args:
+        model: Used up, unless it is to be kept: it then holds the merged weights.
+        folder: Where to.
+        facts: As of `save_adapter`.
+        keep: Merge a copy, which takes the memory of the model again.
 
     Raises:
         ModelError: A weight is quantised or shared with the embeddings, or would not be finite.
         ConfigError: As by `save_adapter`.
     """
-    base = model.model.get_base_model()
+    base, peft = model.model.get_base_model(), model.adapter.traits.peft
+    remedy = f"export with format {'peft' if peft else 'safetensors'}"
     quantised = [name for name, each in base.named_parameters() if not each.is_floating_point()]
     if quantised:
-        raise ModelError(f"{quantised[0]} is quantised, and a merged weight would be rounded; export with format peft")
+        raise ModelError(f"{quantised[0]} is quantised, and a merged weight would be rounded; {remedy}")
     shared = base.get_input_embeddings().weight
     for pair in model.schema.pairs:
         if base.get_submodule(pair.module).base_layer.weight is shared:
             raise ModelError(
-                f"{pair.module} shares its weight with the embeddings, which merging would change too; export with "
-                "format peft"
+                f"{pair.module} shares its weight with the embeddings, which merging would change too; {remedy}"
             )
+    trained = {} if peft else {**model.read(model.schema), **model.corrections}
+    whole = copy.deepcopy(model.model) if keep else model.model
     try:
-        merged = model.model.merge_and_unload(safe_merge=True)
+        if not peft:
+            model.adapter.merge(whole)
+        merged = whole.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"the adapter cannot be merged: {error}; the run has diverged, lower its rates") from error
-    if facts.get("task") == "causal-lm":
+    if model.task.traits.generates:
         merged.config.use_cache = True  # training had no use for it, generating has
 
     def write(draft: Path) -> None:
         merged.save_pretrained(str(draft), safe_serialization=True)
         model.tokenizer.save_pretrained(str(draft))
-        kind = MODELS[facts.get("task", "text-classification")].__name__
-        (draft / "README.md").write_text(_MERGED_CARD.format(name=facts.get("run", "model"), kind=kind))
+        kind, more = model.task.traits.model, "" if peft else _TENSORS_CARD
+        (draft / "README.md").write_text(_MERGED_CARD.format(name=facts.get("run", "model"), kind=kind, more=more))
+        if not peft:
+            (draft / TENSORS).write_bytes(tensor_file(trained, result_schema(model.schema, trained), facts))
         (draft / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     _replace(folder, write)
@@ -134,7 +198,7 @@ def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
         widen(folder, model.schema, model.corrections)
     _settle(folder / "adapter_config.json", facts.get("base"))
     labels = facts.get("labels", ())
-    kind = MODELS[facts.get("task", "text-classification")].__name__
+    kind = model.task.traits.model
     arguments = f", num_labels={len(labels)}" if labels else ""
     if model.head.resized:
         arguments += ", ignore_mismatched_sizes=True"  # the base model's own head is for other labels
@@ -162,7 +226,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path, rounds: int) -> None:
-    """Write the adapter that a run ended with, as a client has it; what was at `folder` before is replaced whole.
+    """Write the result that a run ended with, as a client has it; what was at `folder` before is replaced whole.
 
     Clients that share the folder may all do so at once: it holds one of their adapters, which are the same unless they
     keep tensors to themselves. Its guarantee is that of a client that took part in every round: a client knows of no
@@ -180,12 +244,15 @@ def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path, 
         ConfigError: The folder cannot be written.
     """
     privacy = run_statement(spec, rounds) if spec.privacy.enabled else None
+    if not model.adapter.traits.peft and any(each.dtype != torch.float32 for each in model.model.parameters()):
+        own = spec.model.model_copy(update={"base": model.model.get_base_model().name_or_path})
+        model = load_model(own, spec.adapter)  # weights of few bits would be rounded by what is folded into them
     model.show(tensors)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             made = Path(scratch) / "made"
-            save_adapter(model, made, facts(spec, privacy))
+            save_result(model, made, facts(spec, privacy))
             while True:
                 try:
                     made.rename(folder)
@@ -235,28 +302,41 @@ def privacy_facts(spec: Spec, stated: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def is_merged(folder: Path) -> bool:
+    """Whether an export is a whole model rather than a PEFT adapter."""
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
 def load_exported(
-    base: Path, adapter: Path, labels: int, task: Task = "text-classification", image_size: int | None = None
-) -> PeftModel:
-    """What a user gets who follows the card: the plain base model with the saved adapter."""
-    plain = load_base(base, task, tuple(f"LABEL_{index}" for index in range(labels)), image_size).model
+    base: Path, adapter: Path, labels: int, task: str = "text-classification", image_size: int | None = None
+) -> PreTrainedModel | PeftModel:
+    """What a user gets who follows the card: the plain base model with the saved adapter, or the merged model.
+
+    Raises:
+        ModelError: The base model, or the merged one, cannot be loaded.
+    """
+    names = tuple(f"LABEL_{index}" for index in range(labels))
+    kind = task_named(task, names, _SHORT, image_size)
+    if is_merged(adapter):
+        return load_base(adapter, kind).model.eval()
+    plain = load_base(base, kind).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers deprecates an attribute that peft reads
         return PeftModel.from_pretrained(plain, str(adapter)).eval()
 
 
-def predict(model: Any, encoded: Encoded, pad_id: int, device: str = "cpu") -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Predicted classes, int64, by a model with the Hugging Face call convention.
+def predict(model: Any, task: Task, encoded: Encoded, pad_id: int, device: str = "cpu") -> np.ndarray[Any, Any]:
+    """What a model with the Hugging Face call convention answers, see `Task.answer`.
 
     Returns:
         Shape (n,), one for each row; or one for each labelled token of each row in turn.
     """
-    found: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = {}
+    found: dict[int, np.ndarray[Any, Any]] = {}
     with torch.inference_mode():
         for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, encoded.evaluation_batch):
             batch = collate(encoded, part, pad_id)
             inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
             scores, labels = positions(model(**inputs).logits.cpu(), batch["labels"])
-            for row, classes, labelled in zip(part, scores.argmax(-1), labels != IGNORED, strict=True):
-                found[int(row)] = classes[labelled].numpy()
+            for row, answers, places in zip(part, task.answer(scores), labelled(labels), strict=True):
+                found[int(row)] = answers[places].numpy()
     return np.concatenate([found[row] for row in range(len(encoded))])

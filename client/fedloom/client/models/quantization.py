@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedloom.client.adapters import Slot
+from fedloom.client.adapters.api import Traits
+from fedloom.client.adapters.slot import Slot
 from fedloom.client.policy import ComputePolicy
-from fedloom.core.config.run import AdapterSection
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.schema import Role
 
@@ -24,7 +24,7 @@ _HEADS = ["classifier", "score", "lm_head", "pooler", "head", "summary", "logits
 """Layers that are left whole: heads are trained, or give scores whose small differences count."""
 
 
-def loading(compute: ComputePolicy, adapter: AdapterSection, device: torch.device) -> dict[str, Any]:
+def loading(compute: ComputePolicy, traits: Traits, device: torch.device) -> dict[str, Any]:
     """Options of `from_pretrained` under which the frozen base is as the policy has it.
 
     Raises:
@@ -33,9 +33,9 @@ def loading(compute: ComputePolicy, adapter: AdapterSection, device: torch.devic
     """
     if compute.dtype == "float32" and compute.quantization == "none":
         return {"dtype": torch.float32}
-    if adapter.kind == "bias":
+    if traits.trains_base:
         raise ModelError(
-            'adapter.kind = "bias" trains the base model\'s own biases, which need the rest of it in float32; set '
+            "this kind of adapter trains the base model's own parameters, which need the rest of it in float32; set "
             'compute.dtype = "float32" and compute.quantization = "none"'
         )
     dtype = _DTYPES[compute.dtype]

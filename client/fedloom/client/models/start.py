@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig
-from fedloom.core.config.start import beginning, check_digest, check_origin, read_tensors, tensors_file
+from fedloom.core.config.start import beginning, check_digest, check_origin, needs_base, read_tensors, tensors_file
 from fedloom.core.errors import ConfigError
 from fedloom.core.schema import LORA, Array, Schema
 from fedloom.strategies.start import starting_adapter, stored_start
@@ -31,7 +31,7 @@ def start_of(config: RunConfig, model: AdapterModel) -> dict[str, Array]:
     Raises:
         ConfigError: [start] names no adapter that fits the run.
     """
-    if config.start is None or not Path(config.start.adapter).is_dir():
+    if config.start is None or not needs_base(config.start):
         return stored_start(config, model.schema)
     folder = Path(config.start.adapter)
     tensors = tensors_file(config.start)

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedloom.client.component_policy import component_problems
 from fedloom.client.policy import Policy
-from fedloom.core.codecs import codec
+from fedloom.core.codecs import codec, installed
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.errors import PolicyError, ProtocolError
 from fedloom.core.schema import Array, Schema, Tensors
+from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.checks import overridden
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema
 
@@ -31,8 +33,11 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
         [train] with what the assignment overrides for this round.
 
     Raises:
-        PolicyError: The round is none of the run, a rank does not fit the adapter, the broadcast would not fit into
-            compute.memory_mib, or an override is out of range. Nothing was fetched or charged.
+        ProtocolError: It trains or keeps what this adapter has not, or keeps what it does not train.
+        CodecError: A codec is not installed here.
+        PolicyError: The round is none of the run, a codec is not allowed here, a rank does not fit the adapter, the
+            broadcast would not fit into compute.memory_mib, or an override is out of range. Nothing was fetched or
+            charged.
     """
     last = min(spec.run.rounds, policy.limits.max_rounds)
     if not 0 <= assignment.round < last:
@@ -40,6 +45,8 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
             f"the coordinator asks for round {assignment.round + 1} of a run of {spec.run.rounds}; rounds 1 to {last} "
             "are allowed here (run.rounds, and limits.max_rounds of the policy)"
         )
+    _check_selections(schema, assignment)
+    _check_codecs(policy, assignment)
     _check_ranks(policy, schema, assignment)
     _check_memory(policy, schema, assignment)
     try:
@@ -64,6 +71,7 @@ def final_schema(policy: Policy, schema: Schema, finished: Finished) -> Schema:
     roles = (schema.with_base(1) if rank else schema).roles
     asked = Assignment(finished.rounds, frozenset(), roles, finished.digest, finished.bytes, finished.codec)
     asked = replace(asked, base_rank=rank)
+    _check_codecs(policy, asked)
     _check_ranks(policy, schema, asked)
     _check_memory(policy, schema, asked)
     return broadcast_schema(schema, asked)
@@ -107,6 +115,24 @@ def _beyond(what: str, most: float) -> PolicyError:
 
 def _longest(matrix: Array, axis: int) -> float:
     return float(np.linalg.norm(matrix, axis=axis).max())
+
+
+def _check_selections(schema: Schema, assignment: Assignment) -> None:
+    trained, kept = schema.select(assignment.train), schema.select(assignment.personal)
+    unknown = schema.unknown(assignment.train | assignment.personal)
+    if unknown or not trained.tensors or not kept.names() <= trained.names():
+        asked = ", ".join(sorted(assignment.train | assignment.personal))[:200]
+        raise ProtocolError(
+            f"the coordinator asks to train {asked}; this adapter has {', '.join(sorted(schema.roles))}, and only what "
+            "is trained can be kept"
+        )
+
+
+def _check_codecs(policy: Policy, assignment: Assignment) -> None:
+    """Codecs that this site allows, also where they are not those that the run named."""
+    names = [installed(name) for name in (assignment.broadcast_codec, assignment.upload_codec) if name != MASKED]
+    if problems := component_problems(policy.components, {"codecs": names}):
+        raise PolicyError(f"the coordinator asks for {problems[0]}")
 
 
 def _check_ranks(policy: Policy, schema: Schema, assignment: Assignment) -> None:

@@ -44,7 +44,7 @@ class Personal:
         if run != self._run:
             values = {} if self._folder is None else kept_personal(self._folder, run, self._client)
             try:
-                self._schema.select(self._schema.roles_of(values)).check(values)
+                self._schema.select(values).check(values)
             except SchemaError as error:
                 raise LedgerError(f"personal tensors of run {run!r} are not this adapter's: {error}") from error
             self._run, self._values = run, values
@@ -57,12 +57,13 @@ class Personal:
             PolicyError: The assignment asks for that. Nothing was charged.
             LedgerError: See `of`.
         """
-        asked = self._schema.roles_of(self.of(run)) & (assignment.train - assignment.personal)
+        asked = self.of(run).keys() & self._schema.select(assignment.train, but=assignment.personal).names()
         if asked:
+            what = ", ".join(sorted(self._schema.words(asked)))
             raise PolicyError(
-                f"the coordinator asks for an update of {', '.join(sorted(asked))} in round {assignment.round + 1}; "
+                f"the coordinator asks for an update of {what} in round {assignment.round + 1}; "
                 "that was personal in a round of this run before, and what is personal never leaves this site. Ask "
-                "the coordinator's operator for a strategy that keeps its personal roles for the whole run"
+                "the coordinator's operator for a strategy that keeps its personal tensors for the whole run"
             )
 
     def keep(self, run: str, values: Tensors) -> None:

@@ -4,8 +4,10 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from fedloom.client.adapters.attach import check_private
 from fedloom.client.data.site_data import Own, own_rows
-from fedloom.client.models.load import allowed_base, load_model
+from fedloom.client.models.base_folder import allowed_base
+from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.ledger.account import open_account, personal_folder
 from fedloom.client.privacy.ledger.budget import check_affordable, outlook
@@ -43,9 +45,10 @@ def prepare(
         BudgetError: The budget does not buy even one round of the run.
         DataError: The data set is missing or malformed. It never is in a private run whose data were read before.
         PolicyError: The base model is not one this site allows.
-        ModelError: The base model cannot be loaded.
+        ModelError: The adapter kind is not for private runs, or the base model cannot be loaded.
         LedgerError: The ledger is in use or cannot be trusted, or the data belongs to another account.
     """
+    check_private(spec)
     with ExitStack() as on_failure:
         rows = own.rows if own else own_rows(policy, spec)
         ledger = own.ledger if own else None

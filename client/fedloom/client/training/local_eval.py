@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 
 from fedloom.client.data.rows import Rows
-from fedloom.client.data.tokens import IGNORED, Encoded, collate, microbatches
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.data.tokens import Encoded, collate, microbatches
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.rng import Entropy
-from fedloom.client.training.losses import per_example, positions
+from fedloom.client.training.losses import labelled, positions
 from fedloom.core.privacy.gaussian import UNITS, deviation
 
 __all__ = ["answers", "released", "row_scores", "split"]
@@ -46,11 +46,11 @@ def answers(model: AdapterModel, encoded: Encoded, size: int) -> Iterator[tuple[
     """What the model as it is answers, at most `size` rows at a time, in the order of `microbatches`.
 
     Returns:
-        Scores of shape (rows, places, classes) and labels of shape (rows, places), see `positions`.
+        Scores and labels, as a task's loss takes them.
     """
     for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, size):
         batch = collate(encoded, part, model.tokenizer.pad_token_id)
-        yield positions(model.logits(batch), batch["labels"].to(model.device))
+        yield model.logits(batch), batch["labels"].to(model.device)
 
 
 def row_scores(model: AdapterModel, encoded: Encoded, size: int, max_loss: float) -> Table:
@@ -69,9 +69,10 @@ def row_scores(model: AdapterModel, encoded: Encoded, size: int, max_loss: float
     parts = [np.zeros((0, 2))]
     with torch.inference_mode():
         for scores, labels in answers(model, encoded, size):
-            labelled = labels != IGNORED
-            right = ((scores.argmax(-1) == labels) & labelled).sum(1) / labelled.sum(1).clamp(min=1)
-            loss = (per_example(scores, labels) / max_loss).nan_to_num(nan=1.0, posinf=1.0)
+            loss = (model.task.loss(scores, labels) / max_loss).nan_to_num(nan=1.0, posinf=1.0)
+            scores, labels = positions(scores, labels)
+            places = labelled(labels)
+            right = (model.task.right(scores, labels) & places).sum(1) / places.sum(1).clamp(min=1)
             parts.append(torch.stack([right.float(), loss.clamp(0, 1)], 1).double().cpu().numpy())
     return np.concatenate(parts)
 

@@ -12,9 +12,9 @@ left, so that all tasks share one formula.
 import torch
 from torch.nn import functional as F
 
-from fedloom.client.data.tokens import IGNORED
+from fedloom.client.data.rows import IGNORED
 
-__all__ = ["per_example", "positions"]
+__all__ = ["labelled", "per_example", "positions"]
 
 
 def per_example(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -36,6 +36,11 @@ def per_example(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     scores, labels = positions(scores, labels)
     each = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return each.view_as(labels).sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
+
+
+def labelled(labels: torch.Tensor) -> torch.Tensor:
+    """Where there is a label: everywhere that is not `IGNORED`, and everywhere if labels are no classes but numbers."""
+    return torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels != IGNORED
 
 
 def positions(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fedloom.client.data.tokens import collate
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.probe import BatchLoss, made_up
 from fedloom.client.training.device import free_bytes, kept_bytes, out_of_memory
 from fedloom.core.config.run import Spec
@@ -90,7 +90,7 @@ def example_bytes(model: AdapterModel, loss: BatchLoss, spec: Spec) -> int:
     Raises:
         ModelError: Not even one example fits.
     """
-    examples = made_up(model, spec.model.task, spec.model.max_length)
+    examples = made_up(model, spec.model.max_length)
     # ImageProcessor have one size; of texts the longest counts.
     longest = max(range(len(examples.input_ids)), key=lambda each: len(examples.input_ids[each]), default=0)
     batch = collate(examples, np.array([longest]), model.tokenizer.pad_token_id)

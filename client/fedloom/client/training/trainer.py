@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import torch
 from torch import nn
 
 from fedloom.client.data.rows import Indices, Rows
-from fedloom.client.data.tokens import IGNORED, Encoded, collate, encode, microbatches, uniform_microbatches
-from fedloom.client.eval.confusion import MOST_CLASSES, Confusion, count
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.data.tokens import Encoded, collate, encode, microbatches, uniform_microbatches
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.optimizers.api import noise_std, optimizer_of
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.auditing.attacks import rehearse
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, recording
@@ -25,8 +24,7 @@ from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.api import CheckCancelled, Trained
 from fedloom.client.session.assignment_checks import check_broadcast, check_order
 from fedloom.client.session.personal_tensors import Personal
-from fedloom.client.training.local_eval import Table, answers, released, row_scores, split
-from fedloom.client.training.losses import per_example
+from fedloom.client.training.local_eval import Table, released, row_scores, split
 from fedloom.client.training.microbatch import Microbatch, fitting
 from fedloom.core.config.evaluation import largest_loss
 from fedloom.core.config.run import Spec, TrainSection
@@ -35,24 +33,11 @@ from fedloom.core.privacy.spends import evaluation_spend, training_spend
 from fedloom.core.schema import Array, Role, Schema, Tensors
 from fedloom.proto.messages import Assignment, upload_schema
 
-__all__ = ["EntropyFor", "Score", "Trainer", "batch_loss", "evaluate"]
+__all__ = ["EntropyFor", "Trainer", "batch_loss"]
 log = logging.getLogger(__name__)
 
 EntropyFor = Callable[[int], Entropy]
 """Gives the randomness of one round (counted from 0)."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """Result of an evaluation on held-out data that need no protection; of private data see `evaluation`."""
-
-    accuracy: float
-    """Share of right answers: of examples, or of labelled tokens where the task has a label at each token."""
-    loss: float
-    """Mean cross-entropy of the same, in nats; of a language model the logarithm of its perplexity."""
-    examples: int
-    confusion: Confusion = ()
-    """Examples, or labelled tokens, by true and predicted class; empty where there are more than `MOST_CLASSES`."""
 
 
 class Trainer:
@@ -121,7 +106,7 @@ class Trainer:
         Raises:
             ModelError: See `probe`.
         """
-        probe(self.model, self._batch_loss, self.spec.model.task, self.spec.model.max_length)
+        probe(self.model, self._batch_loss, self.spec.model.max_length)
 
     @property
     def schema(self) -> Schema:
@@ -234,9 +219,6 @@ class Trainer:
 
     def _upload(self, assignment: Assignment, broadcast: Tensors) -> Schema:
         """The schema of the round's delta, once it is sure that the round can be trained."""
-        if not self.model.schema.select(assignment.train).tensors:
-            asked, has = (", ".join(sorted(roles)) for roles in (assignment.train, self.model.schema.roles))
-            raise ProtocolError(f"the coordinator asks to train {asked}; this adapter has {has}")
         schema = upload_schema(self.model.schema, assignment)
         missing = [spec.name for spec in schema.tensors if spec.name not in broadcast]
         if missing:
@@ -277,9 +259,7 @@ class Trainer:
             {"params": [each for each in parameters if each not in head], "lr": left * rate},
             {"params": [each for each in parameters if each in head], "lr": left * (train.head_learning_rate or rate)},
         ]
-        if train.optimizer == "adam":
-            return torch.optim.Adam(groups, lr=rate)
-        return torch.optim.SGD(groups, lr=rate, momentum=train.momentum)
+        return optimizer_of(train).make(groups, noise_std(self.spec, self.policy.data.declared_examples))
 
     def _sample(self, entropy: Entropy) -> Indices:
         """One Poisson sample: each example on its own with the public rate."""
@@ -362,7 +342,7 @@ class Trainer:
 
 def batch_loss(model: AdapterModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum of per-example losses; no term of one example depends on another."""
-    return per_example(model.logits(batch), batch["labels"].to(model.device)).sum()
+    return model.task.loss(model.logits(batch), batch["labels"].to(model.device)).sum()
 
 
 def _system(_: int) -> Entropy:
@@ -374,27 +354,3 @@ def _pull(parameters: list[nn.Parameter], start: list[torch.Tensor], prox: float
     if prox == 0.0:
         return []
     return [prox * (parameter.detach() - begin) for parameter, begin in zip(parameters, start, strict=True)]
-
-
-def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) -> Score:
-    """Accuracy and mean cross-entropy of the model as it is, on held-out data.
-
-    Args:
-        model: Base model and adapter.
-        encoded: Rows with labels.
-        batch: Rows in one forward pass; None takes `Encoded.evaluation_batch`.
-    """
-    right, total, loss, classes = 0, 0, 0.0, 0
-    pairs: list[torch.Tensor] = []
-    with torch.inference_mode():
-        for scores, labels in answers(model, encoded, batch or encoded.evaluation_batch):
-            labelled = labels != IGNORED
-            predicted, classes = scores.argmax(-1), scores.shape[-1]
-            right += int((predicted == labels)[labelled].sum())
-            if classes <= MOST_CLASSES:
-                pairs.append(torch.stack([labels[labelled], predicted[labelled]]).cpu())
-            total += int(labelled.sum())
-            loss += float(per_example(scores, labels) @ labelled.sum(1).float())
-    both = torch.cat(pairs, 1).numpy() if pairs else None
-    confusion = () if both is None else count(both[0], both[1], classes)
-    return Score(right / max(1, total), loss / max(1, total), len(encoded), confusion)

@@ -1,25 +1,41 @@
-"""Codecs by name."""
+"""Codecs by name: those of the entry-point group `fedloom.codecs`. Both sides look a name up; nothing else decodes."""
 
-from fedloom.core.codecs.api import Codec
-from fedloom.core.codecs.dense import FP16, FP32
-from fedloom.core.errors import CodecError
+from functools import cache
 
-__all__ = ["CODECS", "Codec", "codec"]
+from fedloom.core.codecs.api import Codec, CodecTraits
+from fedloom.core.errors import CodecError, ConfigError
+from fedloom.core.registry import build, entries
 
-CODECS: dict[str, Codec] = {each.name: each for each in (FP32, FP16)}
-"""Every codec this build can read and write. Both sides look a name up here; nothing else decodes."""
+__all__ = ["Codec", "CodecTraits", "codec", "installed"]
 
 
+@cache
 def codec(name: str) -> Codec:
-    """The codec called `name`.
+    """The codec called `name`, made once for a process.
 
     Raises:
-        CodecError: There is none of that name.
+        CodecError: There is none of that name, or it cannot be used.
 
     >>> codec("fp16").name
     'fp16'
     """
     try:
-        return CODECS[name]
-    except KeyError:
-        raise CodecError(f"unknown codec {name!r}; this build has {', '.join(sorted(CODECS))}") from None
+        found: Codec = build("codecs", installed(name), {})
+    except ConfigError as error:
+        raise CodecError(str(error)) from error
+    if found.name != name:
+        raise CodecError(f"codec {name!r} calls itself {found.name!r}; both names must be the same")
+    if found.traits.needs_state:
+        raise CodecError(f"codec {name!r} keeps state between rounds, which no part of fedloom stores; use another")
+    return found
+
+
+def installed(name: str) -> str:
+    """The name itself, which a peer may have sent, if there is such a codec. It is not imported.
+
+    Raises:
+        CodecError: There is none.
+    """
+    if name not in (found := entries("codecs")):
+        raise CodecError(f"unknown codec {name!r}; this build has {', '.join(found)}")
+    return name

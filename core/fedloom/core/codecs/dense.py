@@ -1,9 +1,11 @@
 """Plain little-endian values, all tensors in schema order with nothing between them: fp32 and fp16."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
+from fedloom.core.codecs.api import CodecTraits
 from fedloom.core.errors import CodecError
 from fedloom.core.schema import Array, Schema, Tensors
 
@@ -14,8 +16,9 @@ __all__ = ["FP16", "FP32", "Dense"]
 class Dense:
     """Each value in one IEEE-754 format, little-endian."""
 
-    name: str
-    dtype: str
+    name: ClassVar[str]
+    dtype: ClassVar[str]
+    traits: ClassVar[CodecTraits]
 
     @property
     def largest(self) -> float:
@@ -63,5 +66,19 @@ class Dense:
         return tensors
 
 
-FP32 = Dense("fp32", "<f4")
-FP16 = Dense("fp16", "<f2")
+@dataclass(frozen=True)
+class FP32(Dense):
+    """Each value in IEEE-754 single precision, little-endian: exact."""
+
+    name = "fp32"
+    dtype = "<f4"
+    traits = CodecTraits(unbiased=True, linear=True, max_error=0.0)
+
+
+@dataclass(frozen=True)
+class FP16(Dense):
+    """Each value in IEEE-754 half precision, little-endian, rounded to the nearest; none beyond 65504."""
+
+    name = "fp16"
+    dtype = "<f2"
+    traits = CodecTraits(unbiased=False, linear=False, max_error=2.0**-11)

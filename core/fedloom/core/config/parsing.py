@@ -2,12 +2,15 @@
 
 import difflib
 import json
+import math
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
+from fedloom.core import registry
 from fedloom.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 else:
     _Metaclass = type(BaseModel)  # pydantic has it in a private module, whose place may change
 
-__all__ = ["FileName", "FilePath", "Section", "explain", "parse", "put", "read_json", "read_toml"]
+__all__ = ["FileName", "FilePath", "OpenSection", "Section", "explain", "parse", "put", "read_json", "read_toml"]
 
 M = TypeVar("M", bound=BaseModel)
 P = TypeVar("P", str, Path)
@@ -46,6 +49,55 @@ class Section(BaseModel, metaclass=_Checked):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class OpenSection(Section):
+    """One table that names a component: keys beyond its own are that component's options."""
+
+    component: ClassVar[tuple[str, str]]
+    """The component's group, and the key that names it."""
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _plain(self) -> Self:
+        for key, value in (self.model_extra or {}).items():
+            values = value if isinstance(value, list | tuple) else [value]
+            if not all(isinstance(each, bool | int | float | str) for each in values):
+                raise ValueError(f"{key} must be a number, a text, true or false, or a list of those")
+            if any(isinstance(each, float) and not math.isfinite(each) for each in values):
+                raise ValueError(f"{key} must be finite")
+        return self
+
+    def built(self) -> Any:
+        """The component that this table names, with its options: keys beyond the table's own, and those they share.
+
+        Raises:
+            ConfigError: There is no such component here, or it refuses its options.
+        """
+        group, key = self.component
+        name = getattr(self, key)
+        shared = type(self).model_fields.keys() & registry.options_model(group, name).model_fields.keys()
+        return registry.build(group, name, {each: getattr(self, each) for each in shared} | (self.model_extra or {}))
+
+    def check(self, table: str) -> None:
+        """Refuse a component that is not installed here, and keys that neither this table nor its component has.
+
+        Nothing is imported for a table with keys of its own alone.
+
+        Raises:
+            ConfigError: Names the key by its `table`.
+        """
+        group, key = self.component
+        name, installed = getattr(self, key), registry.entries(group)
+        if name not in installed:
+            raise ConfigError(f"{table}.{key} = {name!r}: no such {registry.noun(group)}; {_nearest(name, installed)}")
+        if not self.model_extra:
+            return
+        allowed = [*type(self).model_fields, *registry.options_model(group, name).model_fields]
+        for extra in self.model_extra:
+            if extra not in allowed:
+                raise ConfigError(f"unknown key '{table}.{extra}'; {_nearest(extra, allowed)}")
+        self.built()
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -153,14 +205,17 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         allowed = _keys_at(model, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(allowed))}"
-        return f"unknown key {where!r}; {hint}"
+        return f"unknown key {where!r}; {_nearest(str(first['loc'][-1]), allowed)}"
     if first["type"] == "missing":
         return f"{where!r} is missing; add it"
     received = first.get("input")
     shown = "" if isinstance(received, dict) else f" (received {received!r})"
     return f"{where or 'file'}: {first['msg']}{shown}"
+
+
+def _nearest(word: str, allowed: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, allowed, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(set(allowed))) or 'none'}"
 
 
 def _keys_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

@@ -1,24 +1,22 @@
 """The run file: one TOML that simulate, server and every engine read; its `spec` part is what clients see."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
-from fedloom.core.config.file_format import Form
-from fedloom.core.config.parsing import FileName, Section, explain, parse, read_toml
+from fedloom.core import registry
+from fedloom.core.config.data import DataSection
+from fedloom.core.config.evaluation import EvaluationSection, FederatedEvaluationSection
+from fedloom.core.config.parsing import FileName, OpenSection, Section, explain, parse, read_toml
 from fedloom.core.config.start import StartSection
 from fedloom.core.errors import ConfigError
 from fedloom.core.limits import MAX_CLIENTS, MAX_RANK, MAX_ROUNDS, MAX_SPEC_BYTES
 from fedloom.core.secagg.fixed_point import FixedPoint
 
 __all__ = [
-    "LANGUAGE",
     "AdapterSection",
-    "DataSection",
     "EngineSection",
-    "EvaluationSection",
-    "FederatedEvaluationSection",
     "ModelSection",
     "PrivacySection",
     "RoundsSection",
@@ -27,18 +25,24 @@ __all__ = [
     "SecureAggregationSection",
     "Spec",
     "StrategySection",
-    "Task",
     "TrainSection",
     "UserLevelSection",
     "WireSection",
     "load_run",
+    "task_traits",
 ]
 
-Task = Literal["text-classification", "token-classification", "causal-lm", "instruct", "image-classification"]
-"""What a model is trained for."""
 
-LANGUAGE: frozenset[Task] = frozenset({"causal-lm", "instruct"})
-"""Tasks that predict the next token: they have no labels and no head of their own."""
+def task_traits(task: str) -> Any:
+    """What holds for the installed task of this name, see `fedloom.client.tasks.api.Traits`.
+
+    Raises:
+        ValueError: There is none, or it cannot be loaded.
+    """
+    try:
+        return registry.load("tasks", task).traits  # type: ignore[attr-defined]  # what is registered is a class
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 class RunSection(Section):
@@ -52,18 +56,17 @@ class RunSection(Section):
     """Seed of everything public: starting adapter, cohort, partition. Never of private noise."""
 
 
-class ModelSection(Section):
-    """[model]: the frozen base model every client holds."""
+class ModelSection(OpenSection):
+    """[model]: the frozen base model every client holds, and its task. Other keys are options of the task."""
 
+    component: ClassVar[tuple[str, str]] = ("tasks", "task")
     base: FileName
     """Local folder in Hugging Face format, a name from `fedloom assets` such as minilm-l6, or ORG/NAME in this
     machine's hub cache."""
     digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
     """Pin of the base model's files; a client whose folder differs refuses. None accepts what is found."""
-    task: Task = "text-classification"
-    """text-classification: one label for each text. token-classification: one for each word. causal-lm: the next
-    token of each text, or of each completion alone where the rows have prompts. instruct: the assistant's turns of a
-    conversation in the base model's chat template. image-classification: one label for each picture."""
+    task: str = "text-classification"
+    """Name of an installed task: what the model is trained for; see `fedloom components list tasks`."""
     labels: tuple[str, ...] = Field(default=(), max_length=10_000)
     """Label names, at least 2, which the labels in the data are, or the positions of. causal-lm and instruct have
     none."""
@@ -77,18 +80,34 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSection":
-        if self.image_size is not None and self.task != "image-classification":
-            raise ValueError(f"model.image_size is for image-classification, not {self.task}; remove it")
-        if self.task in LANGUAGE:
-            if self.labels:
-                raise ValueError(
-                    f"model.labels has {len(self.labels)} names but {self.task} predicts tokens; remove model.labels"
-                )
-            if self.head == "train":
-                raise ValueError(f'{self.task} adds no head that could be trained; set model.head = "frozen"')
-        elif len(self.labels) < 2:
-            raise ValueError(f"model.labels has {len(self.labels)} names; {self.task} needs at least 2: name them")
+        # Another package's task is not imported because a peer names it; `check` has the rest.
+        found = registry.entries("tasks").get(self.task)
+        if found is not None and found.ours:
+            self._check_task()
         return self
+
+    def check(self, table: str) -> None:
+        """As for every open section, and the rules of the task.
+
+        Raises:
+            ConfigError: Names the key.
+        """
+        super().check(table)
+        try:
+            self._check_task()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _check_task(self) -> None:
+        traits = task_traits(self.task)
+        if self.image_size is not None and not traits.images:
+            raise ValueError(f"model.image_size is for images, not {self.task}; remove it")
+        if traits.generates and self.head == "train":
+            raise ValueError(f'{self.task} adds no head that could be trained; set model.head = "frozen"')
+        if self.labels and not traits.labels:
+            raise ValueError(f"model.labels has {len(self.labels)} names but {self.task} has none; remove model.labels")
+        if traits.labels and len(self.labels) < 2:
+            raise ValueError(f"model.labels has {len(self.labels)} names; {self.task} needs at least 2: name them")
 
     @model_serializer(mode="wrap")
     def _without_what_is_new(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -99,11 +118,12 @@ class ModelSection(Section):
         return found
 
 
-class AdapterSection(Section):
-    """[adapter]: which parameters are trained."""
+class AdapterSection(OpenSection):
+    """[adapter]: which parameters are trained. Other keys are options of the kind."""
 
-    kind: Literal["lora", "bias", "head"] = "lora"
-    """lora: low-rank pairs. bias: every bias vector of the encoder (BitFit). head: the head alone."""
+    component: ClassVar[tuple[str, str]] = ("adapters", "kind")
+    kind: str = "lora"
+    """Name of an installed adapter kind; see `fedloom components list adapters`."""
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
     """LoRA rank r."""
     alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
@@ -113,15 +133,17 @@ class AdapterSection(Section):
     output. "auto": those that PEFT has for the base model's kind, and all where it has none."""
 
 
-class TrainSection(Section):
-    """[train]: local training on each client in each round."""
+class TrainSection(OpenSection):
+    """[train]: local training on each client in each round. Other keys are options of the optimiser."""
 
+    component: ClassVar[tuple[str, str]] = ("optimizers", "optimizer")
     steps: int = Field(ge=1, le=100_000)
     """Optimiser steps per round: public, the same for every client."""
     sampling_rate: float = Field(ge=1e-9, le=1)
     """Poisson rate q: each step includes each example with this probability. Public."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """Local optimiser; its state starts anew each round."""
+    optimizer: str = "sgd"
+    """Name of an installed local optimiser, see `fedloom components list optimizers`; its state starts anew each
+    round."""
     learning_rate: float = Field(default=1.0, ge=1e-9, le=1e4)
     """Local learning rate. With SGD the mean gradient of a step has norm at most clip_norm; Adam needs far less."""
     head_learning_rate: float | None = Field(default=None, ge=1e-9, le=1e4)
@@ -180,7 +202,7 @@ class StrategySection(Section):
     """[strategy]: how updates become the next adapter."""
 
     name: str = "fedavg"
-    """Name of a registered strategy; see `fedloom strategies list`."""
+    """Name of a registered strategy; see `fedloom components list strategies`."""
     weighting: Literal["auto", "uniform", "examples"] = "auto"
     """uniform: all clients count the same. examples: by what each declares. auto: examples in a private run, where a
     small site has the most noise; uniform in others, in secure sums, and where the strategy takes no weights."""
@@ -259,61 +281,6 @@ class SecureAggregationSection(Section):
         return FixedPoint(self.max_change, self.max_clients)
 
 
-class FederatedEvaluationSection(Section):
-    """[federated_evaluation]: clients score the adapter on rows they hold out, and release sums over them."""
-
-    enabled: bool = False
-    """True asks for it; a client whose policy has no data.held_out refuses the run."""
-    every: int = Field(default=1, ge=1, le=MAX_ROUNDS)
-    """Evaluate in the first round and every so many rounds after it, before training, and the result at the end."""
-    personalised: bool = False
-    """Evaluate after training too: the adapter as this client's own steps leave it."""
-    noise_multiplier: float = Field(default=10.0, ge=0.01, le=1000)
-    """Noise standard deviation over the most that one row adds to the released sums, which is 1. Private runs only."""
-    max_loss: float | None = Field(default=None, ge=1e-3, le=1e4)
-    """Loss in nats at which a row's is cut; noise grows with it. None: twice that of guessing a label, 10 for texts."""
-
-    def due(self, round: int) -> bool:
-        """Whether clients evaluate in this round, counted from 0."""
-        return self.enabled and round % self.every == 0
-
-    @property
-    def figures(self) -> int:
-        """Numbers a client releases: how many rows; right answers and loss of them, once or twice."""
-        return 5 if self.personalised else 3
-
-
-class DataSection(Form):
-    """[data]: the simulated federation's data; a real client's data is named in its own policy."""
-
-    source: FileName
-    """Name of a packaged data set (sentiment, newsgroups, fashion-mnist), or a folder; see data.md for its layouts."""
-    clients: int = Field(default=4, ge=1, le=MAX_CLIENTS)
-    """Number of simulated clients."""
-    partition: Literal["iid", "dirichlet", "group", "pathological", "size"] = "iid"
-    """iid: at random. dirichlet: label skew. group: by the group column, each group split by Dirichlet. pathological:
-    few labels for each client. size: at random, in unequal shares."""
-    dirichlet_alpha: float = Field(default=0.5, gt=0)
-    """Concentration of the Dirichlet label skew; small is more skewed."""
-    classes_per_client: int = Field(default=2, ge=1)
-    """pathological: labels of each client."""
-    size_exponent: float = Field(default=1.0, ge=0, le=10)
-    """size: client k gets rows in proportion to k to the power of minus this; 0 is equal."""
-    shares: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(), max_length=10_000)
-    """size: one number for each client, to which its rows are in proportion, in place of size_exponent."""
-    max_examples: int | None = Field(default=None, ge=1)
-    """Use at most this many training examples in all."""
-
-
-class EvaluationSection(Section):
-    """[evaluation]: a held-out set that whoever runs the federation has."""
-
-    every: int = Field(default=1, ge=1)
-    """Evaluate after every so many rounds, and always after the last."""
-    max_examples: int = Field(default=1000, ge=1)
-    """Held-out examples used."""
-
-
 class EngineSection(Section):
     """[engine]: how a simulation runs."""
 
@@ -337,8 +304,6 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Spec":
-        if self.adapter.kind == "head" and self.model.head == "frozen":
-            raise ValueError('adapter.kind = "head" with a frozen head trains nothing; set model.head = "train"')
         if self.secure_aggregation.enabled and self.wire.upload != "fp32":
             raise ValueError(
                 f'wire.upload = "{self.wire.upload}" with secure_aggregation.enabled = true, whose updates are sent as '
@@ -359,6 +324,16 @@ class Spec(Section):
             found.pop("federated_evaluation", None)
         return found
 
+    @property
+    def components(self) -> dict[str, tuple[str, ...]]:
+        """Names, by group, of the components that a client works with."""
+        return {
+            "tasks": (self.model.task,),
+            "adapters": (self.adapter.kind,),
+            "optimizers": (self.train.optimizer,),
+            "codecs": (self.wire.upload, self.wire.broadcast),
+        }
+
     @classmethod
     def from_json(cls, text: str) -> "Spec":
         """Read a spec sent by a coordinator: typed scalars only, strangers refused.
@@ -372,6 +347,18 @@ class Spec(Section):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise ConfigError(f"the coordinator's run spec is not valid: {explain(error, cls)}") from error
+
+    def check_components(self) -> None:
+        """Refuse components that are not installed here, and options that they do not have.
+
+        This may import what another package brings. A client asks for it once its policy has allowed the names.
+
+        Raises:
+            ConfigError: Names the key.
+        """
+        for name in type(self).model_fields:
+            if isinstance(section := getattr(self, name), OpenSection):
+                section.check(name)
 
 
 class RunConfig(Spec):
@@ -397,4 +384,9 @@ def load_run(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises:
         ConfigError: The file or an override is wrong; the message names the key and the nearest valid one.
     """
-    return parse(RunConfig, read_toml(path), overrides, source=str(path))
+    config = parse(RunConfig, read_toml(path), overrides, source=str(path))
+    try:
+        config.check_components()
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return config

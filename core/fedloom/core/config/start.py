@@ -12,12 +12,14 @@ from fedloom.core.codecs import codec
 from fedloom.core.config.parsing import FileName, Section
 from fedloom.core.errors import CodecError, ConfigError, SchemaError
 from fedloom.core.schema import Array, Role, Schema, Tensors
+from fedloom.core.tensor_file import TENSORS
 
 __all__ = [
     "StartSection",
     "beginning",
     "check_digest",
     "check_origin",
+    "needs_base",
     "pinned",
     "read_tensors",
     "tensors_file",
@@ -31,7 +33,8 @@ class StartSection(Section):
     """[start]: an earlier adapter to go on from, in place of a fresh one. Clients are not told where it came from."""
 
     adapter: FileName
-    """A PEFT adapter's folder, such as runs/NAME/adapter, or a file of `fedloom export --format safetensors`."""
+    """The folder of a run's result, such as runs/NAME/adapter, that of another PEFT adapter, or a file of
+    `fedloom export --format safetensors`."""
     digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
     """Pin of its file of tensors; another one is refused. None takes what is found."""
 
@@ -52,7 +55,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 def tensors_file(section: StartSection) -> Path:
     """The file that holds the tensors."""
     path = Path(section.adapter)
-    return path / "adapter_model.safetensors" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    return path / ("adapter_model.safetensors" if needs_base(section) else TENSORS)
+
+
+def needs_base(section: StartSection | None) -> bool:
+    """Whether it takes the base model to read the tensors: those of a PEFT folder. Others are the schema's own."""
+    folder = None if section is None else Path(section.adapter)
+    return folder is not None and folder.is_dir() and not (folder / TENSORS).is_file()
 
 
 def pinned(section: StartSection | None) -> StartSection | None:
@@ -116,7 +127,7 @@ def beginning(found: Tensors, schema: Schema, fresh: Tensors, broadcast: str) ->
         ConfigError: A tensor is missing, has another shape or is not finite, or there is one that the run does not
             train.
     """
-    heads = {spec.name for spec in schema.tensors if spec.role is Role.HEAD}
+    heads = {spec.name for spec in schema.tensors if spec.role == Role.HEAD}
     whole = dict(found) if heads & found.keys() else {**{name: fresh[name] for name in heads}, **found}
     wanted = {spec.name for spec in schema.tensors}
     for names, what in ((wanted - whole.keys(), "lacks"), (whole.keys() - wanted, "has, and this run does not train,")):

@@ -45,7 +45,7 @@ CALLS = {
     "history.reread": "an accepted update is read back for the fold",
     "broadcast.prepare": "the next round's broadcasts are encoded",
     "submission.check": "a payload is compared with its header",
-    "submission.decode": "a payload is decoded and tried",
+    "submission.decode": "a payload is decoded and its values are checked",
     "rpc.join": "the coordinator answers Join",
     "rpc.work": "the coordinator answers Work",
     "rpc.fetch": "the coordinator answers Fetch",

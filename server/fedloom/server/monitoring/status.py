@@ -10,7 +10,7 @@ from pathlib import Path
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.monitoring.otel import Spans, exporting
 from fedloom.server.monitoring.prometheus import Metrics
-from fedloom.server.monitoring.recorders.api import ReportTo, open_recorders, read_metrics
+from fedloom.server.monitoring.recorders.api import open_recorders, read_metrics
 from fedloom.server.monitoring.recorders.background import Recording, Scorer
 from fedloom.server.rounds.state import AdapterCommitted, Event, RoundOpened
 from fedloom.server.storage.local import Store
@@ -75,7 +75,7 @@ def observing(
     coordinator: Coordinator,
     store: Store,
     folder: Path,
-    report_to: tuple[ReportTo, ...] = (),
+    report_to: tuple[str, ...] = (),
     score: Scorer | None = None,
 ) -> Iterator[Observation]:
     """Watch a coordinator for the length of a `with` block: metrics, records in the run folder, traces.
@@ -84,7 +84,7 @@ def observing(
         coordinator: Not served yet.
         store: Its state; the hook `appended` is taken over.
         folder: The run folder, for metrics.jsonl and others.
-        report_to: Programs that get every record too.
+        report_to: Names of recorders that get every record too.
         score: Scores adapters on held-out data; `Observation.committed` must then hear of every commit.
 
     Raises:

@@ -119,8 +119,8 @@ def check_strategy(user: UserLevelSection, strategy: Strategy) -> None:
     if not user.enabled:
         return
     keys = ("cohort", "clip_norm", "noise_multiplier", "mechanism", "target_quantile", "clip_rate")
-    wrong = [key for key in keys if getattr(strategy, key, None) != getattr(user, key)]
-    if wrong or not isinstance(strategy, UserLevel):
+    wrong = [key for key in keys if not isinstance(strategy, UserLevel) or getattr(strategy, key) != getattr(user, key)]
+    if wrong:
         raise ConfigError(
             f"user_level is enabled, but strategy {type(strategy).__name__} does not carry it out "
             f"({', '.join(wrong)}); complete the run file with `calibrated` and wrap by `build_strategy`"

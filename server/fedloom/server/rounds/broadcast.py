@@ -3,25 +3,31 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedloom.core.codecs import codec
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import CodecError, ConfigError, ProtocolError, SchemaError, StrategyError
 from fedloom.core.runtime.failpoints import failpoint
-from fedloom.core.schema import Role, Schema, Tensors
+from fedloom.core.schema import Array, Role, Schema, Tensors
 from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.checks import overridden
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
 from fedloom.server.strategy_errors import blamed
 from fedloom.strategies.api import Plan, State, Strategy
-from fedloom.strategies.result import base_rank, result, result_schema
+from fedloom.strategies.result import base_rank, result_schema
 
 __all__ = ["FINAL_CODEC", "Broadcasts", "Order", "final"]
 
 FINAL_CODEC = "fp32"
 """Codec of the final adapter: it is what the run is for, so nothing of it is rounded away."""
+
+
+_PROBED = 8
+"""Values of each tensor that are looked at before all are."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,15 @@ class Order:
     assignment: Assignment
     broadcast: Schema
     upload: Schema
+
+
+@dataclass(frozen=True)
+class _Body:
+    """Tensors that were encoded."""
+
+    schema: Schema
+    tensors: Tensors
+    digest: str
 
 
 class Broadcasts:
@@ -48,11 +63,14 @@ class Broadcasts:
         self._schema = schema
         self._strategy = strategy
         self._state = state
-        self._roles = {spec.name: spec.role for spec in schema.tensors}
+        self._names = schema.names()
         self._orders: dict[str, Order] = {}
         self._payloads: dict[str, bytes] = {}
         self._starts: dict[str, Tensors] = {}
-        self._shared: dict[object, tuple[Plan, Order]] = {}
+        self._planned: dict[object, tuple[Plan, Order]] = {}
+        self._distinct: dict[object, Order] = {}
+        self._bodies: dict[object, list[_Body]] = {}
+        self._uploads: dict[object, Schema] = {}
 
     def order(self, client: str) -> Order:
         """What `client` is asked to do; the same object for every client with the same plan.
@@ -68,10 +86,8 @@ class Broadcasts:
             with blamed(self._config.strategy.name, doing, CodecError, ConfigError, SchemaError):
                 plan = self._strategy.plan(self._state, self._state.round, client)
                 key = _identity(plan)
-                if key not in self._shared:
-                    # The plan is kept with the order: while its arrays live, their identities are not used again.
-                    self._shared[key] = plan, self._encoded(plan)
-            self._orders[client] = self._shared[key][1]
+                order = self._planned[key][1] if key in self._planned else self._encoded(plan)
+            self._orders[client] = order
         return self._orders[client]
 
     @failpoint("broadcast.prepare")
@@ -103,38 +119,64 @@ class Broadcasts:
         return self._starts[digest]
 
     def _encoded(self, plan: Plan) -> Order:
+        """The order of a plan; that of an earlier one if they differ in nothing but where their tensors lie."""
         self._check(plan)
+        body = self._body(plan)
+        distinct = plan.train, plan.personal, plan.rank, frozenset(plan.local.items()), body.digest
+        if distinct in self._distinct:
+            return self._distinct[distinct]
         wire, secure = self._config.wire, self._config.secure_aggregation.enabled
-        draft = Assignment(
+        if secure and self._distinct:
+            raise ConfigError(
+                "the strategy asks different things of different clients, whose updates cannot be summed unseen; "
+                "set secure_aggregation.enabled = false or choose another strategy"
+            )
+        assignment = replace(
+            self._draft(plan),
+            broadcast_digest=body.digest,
+            broadcast_bytes=len(self._payloads[body.digest]),
+            upload_codec=MASKED if secure else wire.upload,
+        )
+        back = plan.train - plan.personal, plan.rank
+        if back not in self._uploads:
+            self._uploads[back] = upload_schema(self._schema, assignment)
+        order = self._distinct[distinct] = Order(assignment, body.schema, self._uploads[back])
+        # The plan is kept with the order: while its arrays live, their identities are not used again.
+        self._planned[_identity(plan)] = plan, order
+        return order
+
+    def _draft(self, plan: Plan) -> Assignment:
+        return Assignment(
             round=self._state.round,
             train=plan.train,
-            broadcast_roles=frozenset(self._role(name) for name in plan.broadcast),
+            broadcast_roles=self._schema.words(plan.broadcast) | _correction_roles(plan.broadcast.keys() - self._names),
             broadcast_digest="",
             broadcast_bytes=0,
-            broadcast_codec=wire.broadcast,
-            upload_codec=MASKED if secure else wire.upload,
+            broadcast_codec=self._config.wire.broadcast,
+            upload_codec="",
             personal=plan.personal,
             rank=plan.rank,
             base_rank=base_rank(self._schema, plan.broadcast),
             local=dict(plan.local),
         )
-        derived = broadcast_schema(self._schema, draft)
-        payload = codec(wire.broadcast).encode(derived, plan.broadcast)
+
+    def _body(self, plan: Plan) -> "_Body":
+        """The plan's tensors, encoded and hashed unless equal ones were before."""
+        bodies = self._bodies.setdefault((plan.rank, _probe(plan.broadcast)), [])
+        for body in bodies:
+            if all(_same(plan.broadcast[name], each) for name, each in body.tensors.items()):
+                return body
+        derived = broadcast_schema(self._schema, self._draft(plan))
+        payload = codec(self._config.wire.broadcast).encode(derived, plan.broadcast)
         digest = hashlib.sha256(payload).hexdigest()
         self._payloads[digest] = payload
-        final = replace(draft, broadcast_digest=digest, broadcast_bytes=len(payload))
-        order = Order(final, derived, upload_schema(self._schema, final))
-        if secure and any(order != other for _, other in self._shared.values()):
-            raise ConfigError(
-                "the strategy asks different things of different clients, whose updates cannot be summed unseen; "
-                "set secure_aggregation.enabled = false or choose another strategy"
-            )
-        return order
+        bodies.append(_Body(derived, plan.broadcast, digest))
+        return bodies[-1]
 
     def _check(self, plan: Plan) -> None:
-        added = {name: each for name, each in plan.broadcast.items() if name not in self._roles}
+        added = {name: each for name, each in plan.broadcast.items() if name not in self._names}
         if added:
-            model = result(self._strategy, self._state)
+            model = self._strategy.result(self._state)
             for name, each in added.items():
                 if name not in model or not np.array_equal(model[name], each):
                     raise StrategyError(
@@ -143,21 +185,19 @@ class Broadcasts:
                         "committed stays; give the strategy a method result(state), see docs/strategies.md, and start "
                         "again with the same state directory"
                     )
-        if not plan.train or not plan.train <= self._schema.roles or not plan.personal <= plan.train:
+        trained = self._schema.select(plan.train)
+        unknown = self._schema.unknown(plan.train | plan.personal)
+        if unknown or not trained.tensors or not self._schema.select(plan.personal).names() <= trained.names():
             raise ConfigError(
                 f"the strategy plans to train {sorted(plan.train)} and keep {sorted(plan.personal)}, "
                 f"but the adapter has {sorted(self._schema.roles)}; choose another strategy or adapter kind"
             )
-        if Role.HEAD in plan.train and self._config.model.head == "frozen":
+        if Role.HEAD in trained.roles and self._config.model.head == "frozen":
             raise ConfigError('the strategy trains the head, but model.head = "frozen"; set it to "train"')
         try:
             overridden(self._config.train, plan.local)
         except ProtocolError as error:
             raise ConfigError(f"no client would take the strategy's plan: {error}; look at its options") from error
-
-    def _role(self, name: str) -> Role:
-        """The role of a broadcast tensor; one the schema does not know can only be a correction factor."""
-        return self._roles.get(name) or (Role.BASE_A if name.endswith(".base_A") else Role.BASE_B)
 
 
 def final(schema: Schema, rounds: int, model: Tensors) -> tuple[Finished, bytes]:
@@ -167,7 +207,32 @@ def final(schema: Schema, rounds: int, model: Tensors) -> tuple[Finished, bytes]
     return Finished(rounds, FINAL_CODEC, digest, len(payload), base_rank(schema, model)), payload
 
 
+def _correction_roles(names: Iterable[str]) -> frozenset[str]:
+    """The roles of what the schema does not know: it can only be a correction's factors."""
+    return frozenset(Role.BASE_A if name.endswith(".base_A") else Role.BASE_B for name in names)
+
+
 def _identity(plan: Plan) -> object:
     """Equal for plans that surely are the same: equal instructions over the very same arrays."""
     arrays = frozenset((name, id(tensor)) for name, tensor in plan.broadcast.items())
     return plan.train, plan.personal, plan.rank, frozenset(plan.local.items()), arrays
+
+
+def _probe(tensors: Tensors) -> object:
+    """Equal for equal tensors, and hardly ever for others: a few of the bits of each."""
+    return frozenset(
+        (name, each.shape, _bits(each).ravel()[:: max(1, each.size // _PROBED)].tobytes())
+        for name, each in tensors.items()
+    )
+
+
+def _same(one: Array, other: Array) -> bool:
+    """Whether both have the same bits, at once where they are the same memory."""
+    if one is other or one.__array_interface__ == other.__array_interface__:
+        return True
+    return one.dtype == other.dtype and np.array_equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: Array) -> npt.NDArray[Any]:
+    """As whole numbers, for which -0 is not 0: an update is decoded against the very bytes its client had."""
+    return tensor.view(f"u{tensor.itemsize}")

@@ -2,21 +2,20 @@
 
 A client that asks for work trains from the newest state, however long others take. Its update joins the buffer of
 the round that is open when it comes, and K updates make the next state: w + 1/K sum_k s_k delta_k for a strategy that
-takes the mean, with s_k = 1/sqrt(1 + staleness). The staleness of an update is the number of commits since its start.
+takes the mean, with s_k = 1/sqrt(1 + staleness), see `transforms.buffered`. The staleness of an update is the number of
+commits since its start.
 The log says which updates each buffer held, so a replay gives the same bytes.
 
 Unlike in the paper, a client has at most one update in a buffer. It is then never more than 1/K of a step, and
 one round is never answered with two updates.
 """
 
-import math
-from dataclasses import replace
-
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError
-from fedloom.strategies.api import Strategy, Update
+from fedloom.strategies.api import Strategy
+from fedloom.strategies.transforms.buffered import Buffered
 
-__all__ = ["check_buffered", "discounted"]
+__all__ = ["check_buffered"]
 
 
 def check_buffered(config: RunConfig, strategy: Strategy) -> None:
@@ -24,7 +23,7 @@ def check_buffered(config: RunConfig, strategy: Strategy) -> None:
 
     Raises:
         ConfigError: The number of updates is missing, clients are over-selected, sums are secure or noised for whole
-            clients, or the strategy cannot use a change made from an older state.
+            clients, or nothing discounts what was made from an older state.
     """
     rounds, name = config.rounds, type(strategy).__name__
     if rounds.clients_per_round is None:
@@ -38,16 +37,8 @@ def check_buffered(config: RunConfig, strategy: Strategy) -> None:
             'rounds.mode = "buffered" weighs updates by their age, so they can neither be summed unseen nor be covered '
             'by the user-level account; switch secure_aggregation and user_level off or set mode = "synchronous"'
         )
-    if getattr(strategy, "rewrites", False) or not getattr(strategy, "linear", False):
+    if not isinstance(strategy, Buffered):
         raise ConfigError(
-            f"strategy {name} cannot use changes made from an older state: it rewrites its coordinates or is not "
-            'linear; set rounds.mode = "synchronous" or choose fedavg, ffa or fedpeft'
+            f'rounds.mode = "buffered", but strategy {name} does not discount updates by their age; wrap it by '
+            "`build_strategy`"
         )
-
-
-def discounted(update: Update, staleness: int) -> Update:
-    """The update with its change times 1/sqrt(1 + staleness); its weight stays, so the mean is over all alike."""
-    if staleness == 0:
-        return update
-    factor = 1 / math.sqrt(1 + staleness)
-    return replace(update, delta={name: (delta * factor).astype(delta.dtype) for name, delta in update.delta.items()})

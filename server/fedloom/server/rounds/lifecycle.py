@@ -11,11 +11,11 @@ from fedloom.core.errors import ConfigError, ProtocolError, StrategyError, Updat
 from fedloom.core.schema import Schema, Tensors
 from fedloom.server.monitoring.progress import Progress, warn_if_short
 from fedloom.server.monitoring.waiting import Patience, waiting
-from fedloom.server.rounds.clock import Attentive
+from fedloom.server.rounds.clock import Attentive, Busy
 from fedloom.server.rounds.evaluation import federated_score
 from fedloom.server.rounds.membership import Members
 from fedloom.server.rounds.run_log import History
-from fedloom.server.rounds.state import ClientLost, LostReason, RoundClosed, Rounds, RunEnded
+from fedloom.server.rounds.state import ClientLost, LostReason, RoundOpened, Rounds, RunEnded
 from fedloom.server.secagg.lifecycle import Secure
 from fedloom.server.storage.api import Storage
 from fedloom.server.storage.audit_log import Audit
@@ -38,7 +38,7 @@ class Course:
         starting: The adapter before the first round; not looked at when the run goes on.
         clock: Seconds from any origin, never going back. Leases and deadlines are measured with it, and start
             anew when the coordinator does. A clock that stands still switches both off. None takes `Attentive`, for
-            which a third of a lease is the longest step.
+            which a third of a lease is the longest step, and which skips the time for which the lock is held.
         expect: Clients that must be live before the first round of this run opens, if more than [rounds]
             min_clients; a simulation knows how many there will be.
 
@@ -49,7 +49,9 @@ class Course:
             opened or the run is over.
         say: Called off the lock with a line for people: who is asked, who refuses, what the run waits for.
         on_commit: Called off the lock with the number of committed rounds and the state after the last of them, in
-            order. It delays only the call that closed the round.
+            order.
+        run_commit: Runs the commit of a round that was closed, off the lock: at once, in the thread whose call closed
+            it, unless a server has a thread for that. Meanwhile everybody is answered, and nobody gets work.
 
     Raises:
         ConfigError: The run file contradicts itself, or the directory holds another run.
@@ -70,9 +72,12 @@ class Course:
         check_config(config, strategy)
         self.wake: Callable[[], None] = lambda: None
         self.on_commit: Callable[[int, State], None] = lambda rounds, state: None
+        self.run_commit: Callable[[Callable[[], None]], None] = lambda commit: commit()
         self.config, self._schema, self._strategy, self._store = config, schema, strategy, store
         self._clock, self._expect = clock or Attentive(config.rounds.lease_s / 3), expect
-        self._lock, self._hooks = threading.RLock(), threading.RLock()
+        self._lock = Busy(self._clock.skip if isinstance(self._clock, Attentive) else lambda: None)
+        self._hooks, self._uncommitting = threading.RLock(), threading.Event()
+        self._uncommitting.set()
         self._committed: list[tuple[int, State]] = []
         self.say: Callable[[str], None] = lambda line: None
         self._lines: list[str] = []
@@ -88,6 +93,7 @@ class Course:
         with self._lock:
             self._advance()
             self._history.write()
+        self._commit()
         # The note is written with the first tick: an export opens the run too, and that starts no coordinator.
 
     @property
@@ -160,11 +166,18 @@ class Course:
             ProtocolError: No round is committed yet.
             StoreError: The state cannot be written.
         """
-        with self._changing():
-            if self._rounds.round == 0:
-                raise ProtocolError("no round is committed yet, so there is nothing to end with; stop the coordinator")
-            if not self.finished:
-                self._end("told")
+        while True:
+            self._uncommitting.wait()
+            with self._changing():
+                if self._rounds.phase == "closed":
+                    continue  # it ends with the round that is being committed
+                if self._rounds.round == 0:
+                    raise ProtocolError(
+                        "no round is committed yet, so there is nothing to end with; stop the coordinator"
+                    )
+                if not self.finished:
+                    self._end("told")
+                return
 
     def check(self) -> None:
         """Say whether the run can go on.
@@ -188,7 +201,7 @@ class Course:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Hold the lock; on the way out write what was decided, then tell the hooks off the lock."""
+        """Hold the lock; on the way out write what was decided, then off the lock tell the hooks, and commit."""
         try:
             with self._lock:
                 self._history.check()
@@ -198,36 +211,32 @@ class Course:
                     self._history.write()
         finally:
             self._notify()
+        self._commit()
 
     def _advance(self) -> None:
         """Take every decision that is due. Where nothing has changed since the last time, nothing is looked at."""
-        if self._rounds.phase == "closed":
-            self._commit()
-        now_s = self._clock()
-        live = self._members.live(now_s)
-        standing = self._rounds, self._members.changes, now_s - self._opened_s >= self._rounds.deadline_s
-        if standing == self._settled and not self._secure.enabled:
+        now_s, members = self._clock(), self._members
+        live, before = members.live(now_s), self._settled
+        late = now_s - self._opened_s >= self._rounds.deadline_s
+        settled = before is not None and before[0] is self._rounds and before[1:] == (members.changes, late)
+        if settled and not self._secure.enabled:
             return
         if self._rounds.phase == "open":
-            for client in sorted(self._rounds.pending - live):
+            for client in sorted(self._rounds.pending & members.gone):
                 self._lose(client, "lease")
+            members.gone.clear()
             self._stirred = self._secure.advance(now_s - self._opened_s) or self._stirred
         if not self._secure.idle:
             return  # the sum under way ends with an event of its own, or becomes idle again
-        while event := self._history.due(live, now_s - self._opened_s, self._expect):
+        while event := self._history.due(live, members.changes, now_s - self._opened_s, self._expect):
             self._history.record(event)
-            if isinstance(event, RoundClosed):
-                self._history.write()  # on disk before it is acted on
-                self._commit()
-                now_s = self._clock()  # it may have taken long, and whoever is asked next is asked now
-                live = self._members.live(now_s)
-            else:
+            if isinstance(event, RoundOpened):
                 self._opened_s = now_s
                 self._stirred = True
                 if event.cohort:
                     again = " again" if event.attempt else ""
                     self._tell(f"round {event.round + 1} asks{again} {', '.join(event.cohort)}")
-        self._settled = self._rounds, self._members.changes, now_s - self._opened_s >= self._rounds.deadline_s
+        self._settled = self._rounds, members.changes, now_s - self._opened_s >= self._rounds.deadline_s
 
     def _wait(self) -> None:
         """Say what the run waits for, and end it when that has lasted too long."""
@@ -266,9 +275,26 @@ class Course:
                 self._advance()
 
     def _commit(self) -> None:
-        number = self._rounds.round
-        self._committed.append((number + 1, self._history.commit()))
-        self._stirred = self._stirred or self.finished
+        """See to it that a closed round is committed, unless somebody is at it."""
+        if self._rounds.phase != "closed":
+            return
+        with self._lock:
+            if self._rounds.phase != "closed" or not self._uncommitting.is_set():
+                return
+            self._uncommitting.clear()
+        self.run_commit(self._commit_closed)
+
+    def _commit_closed(self) -> None:
+        try:
+            after = self._history.next_state()
+            with self._changing():
+                self._history.commit(after)
+                self._uncommitting.set()
+                self._committed.append((after.state.round, after.state))
+                self._stirred = self._stirred or self.finished
+                self._advance()  # the clock is looked at anew: whoever is asked next is asked now
+        finally:
+            self._uncommitting.set()
 
     def _notify(self) -> None:
         with self._lock:

@@ -36,10 +36,11 @@ class Members:
 
     Attributes:
         changes: Grows whenever somebody becomes live or stops to be; equal numbers mean the same `live`.
+        gone: Who stopped to be live since the owner emptied it, and is not live again.
     """
 
     def __init__(self, lease_s: float, awaited: Iterable[str], now_s: float) -> None:
-        self.changes = 0
+        self.changes, self.gone = 0, set[str]()
         self._lease_s = lease_s
         self._known: dict[str, Member] = {}
         self._seen_s: OrderedDict[str, float] = OrderedDict()  # in the order of the last sign of life
@@ -113,4 +114,5 @@ class Members:
     def _set_live(self, name: str, live: bool) -> None:
         if live != (name in self._live):
             (self._live.add if live else self._live.remove)(name)
+            (self.gone.discard if live else self.gone.add)(name)
             self.changes += 1

@@ -1,6 +1,6 @@
 """The run as the disk knows it: the log folded into rounds, the strategy's state, and the step between two states.
 
-Not safe for several threads; the coordinator holds its lock around every call.
+Not safe for several threads but for `next_state`; the coordinator holds its lock around every other call.
 """
 
 import hashlib
@@ -8,21 +8,16 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
-
-from fedloom.core.codecs import codec
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError, SchemaError, StoreError, StrategyError
 from fedloom.core.runtime.failpoints import failpoint, reach
 from fedloom.core.schema import Schema, Tensors
 from fedloom.proto.messages import Assignment, Finished, RoundStatus, UpdateHeader
 from fedloom.server.privacy.user_ledger import check_opening, check_strategy, eligible, participations
+from fedloom.server.rounds.aggregation import Aggregation, NextState
 from fedloom.server.rounds.broadcast import Broadcasts, Order, final
-from fedloom.server.rounds.fedbuff import discounted
 from fedloom.server.rounds.scheduling import asking, decision
 from fedloom.server.rounds.state import (
     AdapterCommitted,
@@ -40,20 +35,11 @@ from fedloom.server.rounds.validation import check_address, check_score, expecte
 from fedloom.server.storage.api import Storage
 from fedloom.server.strategy_errors import blamed
 from fedloom.strategies.api import State, Strategy, Update
-from fedloom.strategies.result import result, result_schema, voided
+from fedloom.strategies.result import result_schema
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
 from fedloom.strategies.transforms.user_level_dp import check_memory
 
-__all__ = ["SUM", "SUM_CODEC", "History", "agreed"]
-
-SUM = "sum of all"
-"""Stands for the client in the one update of a secure sum; no client's name has spaces."""
-
-SUM_CODEC = "fp32"
-"""Codec in which the mean of a secure sum is stored."""
-
-_FRESH_BYTES = 32 << 20
-"""Decoded updates kept in memory until the fold; the others are read back one by one."""
+__all__ = ["History", "agreed"]
 
 _log = logging.getLogger(__name__)
 
@@ -86,11 +72,11 @@ class History:
         check_strategy(config.user_level, strategy)
         self._config, self._schema, self._strategy, self._store = config, schema, strategy, store
         self._unwritten: list[Event] = []
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
-        self._fresh: dict[str, Update] = {}
+        self._aggregation = Aggregation(config, schema, strategy, store)
         self._states: dict[int, str] = {}
         self._older: dict[int, Broadcasts] = {}
         self._arriving: Counter[str] = Counter()
+        self._askable: tuple[tuple[int, int], Collection[str]] = (-1, -1), ()
         self._broken: StoreError | StrategyError | None = None
         self._failed: set[str] = set()
         self.fault: StrategyError | None = None
@@ -117,13 +103,13 @@ class History:
         return self._ending
 
     def result(self, state: State) -> Tensors:
-        """The model of a state of this run, see `fedloom.strategies.result`.
+        """The model of a state of this run, see `Strategy.result`.
 
         Raises:
             StrategyError: The strategy gives none that fits the run's schema, or one that is not finite.
         """
         with blamed(self._config.strategy.name, f"result of round {state.round}"):
-            model = result(self._strategy, state)
+            model = self._strategy.result(state)
             result_schema(self._schema, model)
         return model
 
@@ -135,7 +121,7 @@ class History:
     @property
     def standing(self) -> RoundStatus:
         """What a client that trains is told."""
-        return RoundStatus(self.rounds.round, self.rounds.phase == "open", self.rounds.oldest)
+        return RoundStatus(self.rounds.next, self.rounds.phase == "open", self.rounds.oldest)
 
     def check(self) -> None:
         """Refuse to go on after a failure of the disk, where memory may be ahead of it, or of the strategy.
@@ -156,14 +142,25 @@ class History:
         if isinstance(event, RoundOpened):
             check_opening(self._config.user_level, self.rounds.round)
         self._follow(event)
-        self._taken += participations([event])
+        self._taken.update(participations([event]))
         self._unwritten.append(event)
         _log.log(logging.WARNING if isinstance(event, ClientLost) else logging.INFO, "%s", told(event))
 
-    def due(self, live: Collection[str], elapsed_s: float, expect: int) -> RoundClosed | RoundOpened | None:
-        """The next decision that is due, among the clients that may still be asked; see `rounds.decision`."""
-        askable = eligible(self._config.user_level, self._taken, live)
-        return decision(self.rounds, askable, self._config, elapsed_s, expect)
+    def due(
+        self, live: Collection[str], changes: int, elapsed_s: float, expect: int
+    ) -> RoundClosed | RoundOpened | None:
+        """The next decision that is due, among the clients that may still be asked; see `scheduling.decision`.
+
+        Args:
+            live: Clients that have asked for work and whose lease has not lapsed.
+            changes: Another number whenever they are others.
+            elapsed_s: Seconds since the round was opened.
+            expect: Clients that must be live before the very first round opens, if more than the minimum.
+        """
+        seen = changes, self.rounds.round
+        if self._askable[0] != seen:
+            self._askable = seen, eligible(self._config.user_level, self._taken, live)
+        return decision(self.rounds, self._askable[1], self._config, elapsed_s, expect)
 
     def order(self, client: str) -> Order:
         """What this client is asked to do in the open round.
@@ -187,7 +184,9 @@ class History:
         try:
             yield
         finally:
-            self._arriving -= Counter([digest])
+            self._arriving[digest] -= 1
+            if not self._arriving[digest]:
+                del self._arriving[digest]
 
     def payload(self, client: str, digest: str) -> bytes | None:
         """The bytes this client may have under this digest: its broadcast, or the final adapter; else None."""
@@ -241,10 +240,8 @@ class History:
             raise self.fault
 
     def keep(self, update: Update) -> None:
-        """Remember an accepted update's values until the round is folded, if there is room; the disk has them too."""
-        room = _FRESH_BYTES // (4 * self._schema.size)
-        if len(self._fresh) < room:
-            self._fresh[update.client] = update
+        """Remember an accepted update's values until the round is folded, if there is room."""
+        self._aggregation.keep(update)
 
     @failpoint("history.write")
     def write(self) -> None:
@@ -265,84 +262,28 @@ class History:
             raise
 
     @failpoint("history.commit")
-    def commit(self) -> State:
-        """Fold the closed round's updates in their order; record the result and make it the state.
+    def next_state(self) -> NextState:
+        """What the closed round gives, stored and not recorded. It needs no lock, but only one thread may call it.
+
+        While a round is closed nothing is recorded but its commit, so what this looks at stays as it is.
 
         Raises:
-            StoreError: An update or the new state cannot be read or written, or the new state is not finite.
-            StrategyError: The strategy fails; the round stays closed with its updates, for a corrected one.
+            StoreError: See `Aggregation.next_state`.
+            StrategyError: Likewise.
         """
-        acc: Any = None
-        name, number = self._config.strategy.name, self.rounds.round + 1
         try:
-            for client in (SUM,) if self.rounds.sum else self.rounds.folding:
-                update = self._fresh[client] if client in self._fresh else self._reread(client)
-                staleness = 0 if self.rounds.sum else self.rounds.round - self.rounds.updates[client].round
-                with blamed(name, f"fold of round {number}, at client {client!r}"):
-                    acc = self._strategy.fold(self.state, acc, discounted(update, staleness))
-            self._fresh.clear()
-            reach("history.folded")
-            with blamed(name, f"commit of round {number}"):
-                state = self._strategy.commit(self.state, acc)
-                self._schema.check(state.adapter)
-        except StrategyError as error:
+            return self._aggregation.next_state(self.rounds, self.state, self._version)
+        except (StoreError, StrategyError) as error:
             self._broken = error
             raise
-        spoilt = [name for name, tensor in state.adapter.items() if not np.isfinite(tensor).all()]
-        if spoilt or state.round != self.rounds.round + 1:
-            self._broken = StoreError(
-                f"round {self.rounds.round + 1} would give NaN or Inf in {spoilt[:3]} (state of round {state.round}); "
-                "nothing is committed, look at the strategy's options and at who took part"
-            )
-            raise self._broken
-        self.result(state)
-        reach("history.stepped")
-        state, broadcasts, digest = self._stored(state)
-        reach("history.stored")
+
+    def commit(self, after: NextState) -> None:
+        """Record what the closed round gives and make it the state."""
         if self.rounds.starts:
             self._older[self.rounds.round] = self.broadcasts
-        self.record(AdapterCommitted(self.rounds.round, digest))
+        self.record(AdapterCommitted(self.rounds.round, after.digest))
         reach("history.committed")
-        self.state, self.broadcasts = state, broadcasts
-        return state
-
-    def _stored(self, state: State) -> tuple[State, Broadcasts, str]:
-        """The next state with its broadcasts and the digest of its blob; one whose adapter can be sent to clients.
-
-        An update that leads to any other by itself was refused (`submission.decoded`); several may do it together,
-        where a strategy rewrites its factors. The round is then void and the adapter stays, since a run whose adapter
-        no client can have is lost.
-
-        Raises:
-            StoreError: The disk refuses, or what the strategy remembers cannot be sent either.
-        """
-        for candidate in (state, voided(state, self.state)):
-            # Who took part will ask again at once: its broadcast is encoded while the disk takes the state.
-            writing = self._writer.submit(self._store.put_blob, state_to_bytes(candidate))
-            broadcasts = Broadcasts(self._config, self._schema, self._strategy, candidate)
-            last = candidate.round >= self._config.run.rounds
-            try:
-                unsendable = None if last else broadcasts.prepare(self.rounds.folding)
-            finally:
-                digest = writing.result()
-            if unsendable is None:
-                return candidate, broadcasts, digest
-            _log.error("round %d is void, the adapter stays as it was: %s", self.rounds.round + 1, unsendable)
-        self._broken = StoreError(
-            f"round {self.rounds.round + 1} would give a broadcast that wire.broadcast = "
-            f'"{self._config.wire.broadcast}" cannot carry; nothing is committed, begin a run with "fp32"'
-        )
-        raise self._broken
-
-    @failpoint("history.reread")
-    def _reread(self, client: str) -> Update:
-        """An accepted update, or the mean of them all, from its blob."""
-        accepted = self.rounds.updates[self.rounds.folding[0] if client == SUM else client]
-        version = self._version(accepted.round)
-        order = version.order(accepted.client)
-        payload = self._store.get_blob(accepted.digest)
-        delta = codec(SUM_CODEC if client == SUM else order.assignment.upload_codec).decode(order.upload, payload)
-        return Update(client, accepted.weight, version.start(order), delta)
+        self.state, self.broadcasts = after.state, after.broadcasts
 
     def _version(self, number: int) -> Broadcasts:
         """The broadcasts of the round that is open, or of an earlier one that clients are still at work for."""

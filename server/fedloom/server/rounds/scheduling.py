@@ -55,7 +55,7 @@ def asking(rounds: Rounds, client: str, config: RoundsSection) -> ClientAsked | 
         return None
     if client in rounds.pending and rounds.started(client) == rounds.round:
         return None  # it has been asked for this very round, and gets the same answer
-    at_work = len(rounds.pending) - (client in rounds.pending)
+    at_work = rounds.unanswered - (client in rounds.pending)
     if config.concurrency is not None and at_work >= config.concurrency:
         return None
     return ClientAsked(rounds.round, client)
@@ -75,7 +75,7 @@ def closing(rounds: Rounds, min_clients: int, elapsed_s: float, live: Collection
     if rounds.phase != "open" or len(rounds.updates) < min_clients:
         return None
     complete = bool(rounds.sum) or 0 < rounds.wanted <= len(rounds.updates)
-    if not complete and not rounds.pending:
+    if not complete and not rounds.unanswered:
         complete = rounds.max_staleness is None or set(live) <= rounds.updates.keys() | rounds.rejected
     if not complete and elapsed_s < rounds.deadline_s:
         return None
@@ -102,7 +102,7 @@ def reopening(
     have = len(rounds.updates)
     if rounds.phase != "open" or have >= config.min_clients or rounds.max_staleness is not None:
         return None
-    if have + len(rounds.pending) >= config.min_clients and elapsed_s < rounds.deadline_s:
+    if have + rounds.unanswered >= config.min_clients and elapsed_s < rounds.deadline_s:
         return None
     candidates = frozenset(live) - rounds.updates.keys() - rounds.rejected
     if candidates <= rounds.pending or have + len(candidates) < config.min_clients:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedloom.core.codecs import codec
 from fedloom.core.config.run import Spec
-from fedloom.core.errors import CodecError, ProtocolError, SchemaError, UpdateRejected
+from fedloom.core.errors import CodecError, Overloaded, ProtocolError, SchemaError, UpdateRejected
 from fedloom.core.runtime.failpoints import failpoint
 from fedloom.core.schema import Tensors
 from fedloom.core.secagg.fixed_point import masked_bytes
@@ -16,8 +16,9 @@ from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.messages import UpdateHeader
 from fedloom.server.rounds.broadcast import Order
 from fedloom.server.rounds.state import Rounds, UpdateAccepted
-from fedloom.server.strategy_errors import try_fold
+from fedloom.server.strategy_errors import check_update
 from fedloom.strategies.api import State, Strategy, Update
+from fedloom.strategies.transforms.average import check
 
 __all__ = [
     "check_address",
@@ -28,6 +29,9 @@ __all__ = [
     "expected_bytes",
     "is_repeat",
 ]
+
+_COMMITTING_S = 0.5
+"""When to come back to a coordinator that commits."""
 
 
 def is_repeat(header: UpdateHeader, accepted: UpdateAccepted | None) -> bool:
@@ -49,17 +53,20 @@ def check_address(header: UpdateHeader, rounds: Rounds) -> None:
 
     Raises:
         ProtocolError: It is late, early, or nobody asked for it.
+        Overloaded: It will count in the next buffered round, once the one that is being committed is over.
         UpdateRejected: This client's update was refused in this round before.
     """
     client, is_open = header.client, rounds.phase == "open"
     known = rounds.starts.get(client) == header.round  # only in buffered rounds: made for this or an earlier one
+    if known and rounds.phase == "closed" and header.round >= rounds.oldest:
+        raise Overloaded(f"round {rounds.round + 1} is being committed; send the update again soon", _COMMITTING_S)
     if not is_open or not (header.round == rounds.round or known):
         whose = f"update of client {client!r} is for round {header.round + 1}"
-        if header.round < rounds.round:
+        if header.round < rounds.next:
             limit = "" if rounds.max_staleness is None else f" or more than {rounds.max_staleness} rounds ago"
             raise ProtocolError(f"{whose}, which was closed without it{limit}; drop it and ask for work")
         raise ProtocolError(
-            f"{whose}, but round {rounds.round + 1} is {'open' if is_open else 'next and not open'}; "
+            f"{whose}, but round {rounds.next + 1} is {'open' if is_open else 'next and not open'}; "
             "drop it and ask for work"
         )
     if client not in rounds.cohort or (rounds.starts and not known):
@@ -139,7 +146,7 @@ def decoded(
 
     Args:
         name: The strategy's, as the run file names it.
-        strategy: Folds the update once for trial, so that what it would refuse is refused before it counts.
+        strategy: Refuses what it cannot fold.
         state: Its state in the round that the update would count in.
         order: What the client was asked to do.
         payload: The encoded change, of the right length.
@@ -147,18 +154,19 @@ def decoded(
         max_norm: Bound on the L2 norm over all tensors.
 
     Raises:
-        UpdateRejected: The values are not finite, do not decode, are beyond the bound, lead where the codec of
-            broadcasts cannot follow, or the strategy refuses them.
+        UpdateRejected: The weight is not usable, or the values are not finite, do not decode, are beyond a bound, lead
+            where the codec of broadcasts cannot follow, or the strategy refuses them.
         StrategyError: The strategy fails on them.
     """
     try:
         delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
         update = replace(update, delta=delta)
         _check_size(update, max_norm)
+        check(order.upload, update)
         _check_sendable(codec(order.assignment.broadcast_codec).largest, state.adapter, update)
     except (CodecError, SchemaError) as error:
         raise UpdateRejected(str(error)) from error
-    try_fold(name, strategy, state, update)
+    check_update(name, strategy, state, update)
     return update
 
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 
@@ -123,7 +124,7 @@ class Servicer(pb_grpc.FederationServicer):
     """Carries messages between sockets and a coordinator. Make it inside the event loop that will serve it.
 
     Args:
-        coordinator: What is served; its `wake` hook is taken over.
+        coordinator: What is served; its hooks `wake` and `run_commit` are taken over.
         gate: Lets calls in.
 
     Attributes:
@@ -143,7 +144,8 @@ class Servicer(pb_grpc.FederationServicer):
         # A poller that died must be noticed before its lease ends, so waiting polls renew theirs this often.
         renew_s = min(LONG_POLL_S, coordinator.config.rounds.lease_s / 3)
         self._polls = Polls(self._calls, coordinator.heartbeat, renew_s)
-        coordinator.wake = self._wake
+        self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        coordinator.wake, coordinator.run_commit = self._wake, self._commit
 
     async def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a call of the coordinator's own, which is never refused, off the loop."""
@@ -155,10 +157,11 @@ class Servicer(pb_grpc.FederationServicer):
 
     async def close(self) -> None:
         """Stop waking anybody, and wait for the calls under way. Call it once the server has stopped."""
-        self._coordinator.wake = _nothing
+        self._coordinator.wake, self._coordinator.run_commit = _nothing, _at_once
         self._polls.close()
         for lane in (self._calls, self._updates):
             await asyncio.to_thread(lane.close)
+        await asyncio.to_thread(self._committing.shutdown)
         if self._coordinator.finished:
             await asyncio.to_thread(self._uploads.clear)
 
@@ -275,6 +278,22 @@ class Servicer(pb_grpc.FederationServicer):
         await self._surely(self._uploads.drop, header.client)
         return pb.SubmitReply(duplicate=duplicate)
 
+    def _commit(self, commit: Callable[[], None]) -> None:
+        """Commit a round in a thread of its own; whatever that fails with ends the server."""
+
+        def fail(error: BaseException) -> None:
+            if not self.failed.done():
+                self.failed.set_exception(error)
+
+        def surely() -> None:
+            try:
+                commit()
+            except BaseException as error:
+                _log.error("a round could not be committed", exc_info=error)
+                self._loop.call_soon_threadsafe(fail, error)
+
+        self._committing.submit(surely)
+
     def _wake(self) -> None:
         self._loop.call_soon_threadsafe(self._polls.stir)
 
@@ -325,3 +344,7 @@ def _header(message: bytes) -> pb.UpdateHeader:
 
 def _nothing() -> None:
     return None
+
+
+def _at_once(commit: Callable[[], None]) -> None:
+    commit()

@@ -11,7 +11,8 @@ from fedloom.core.errors import ProtocolError
 from fedloom.core.secagg.keys import Place
 from fedloom.core.secagg.steps import Step, StepMessage, StepResult
 from fedloom.proto.messages import UpdateHeader
-from fedloom.server.rounds.run_log import SUM_CODEC, History
+from fedloom.server.rounds.aggregation import SUM_CODEC
+from fedloom.server.rounds.run_log import History
 from fedloom.server.rounds.state import SumAccepted
 from fedloom.server.secagg.protocol import Exchange, Unmasking, unmasked
 from fedloom.server.storage.api import Storage

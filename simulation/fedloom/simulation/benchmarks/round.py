@@ -22,6 +22,7 @@ from fedloom.proto.messages import Assignment, Joined, upload_schema
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.rpc.server import serving
 from fedloom.server.storage.local import Store
+from fedloom.simulation.benchmarks.raw_grpc import RawExchange, raw_server
 from fedloom.simulation.credentials import certificates
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
@@ -29,19 +30,22 @@ from fedloom.strategies.start import starting_adapter
 __all__ = ["bench_round", "idle_client"]
 
 _WARM_UP = 10
+"""Rounds before the first that counts."""
 
 
 class _Idle:
-    """Takes a round's work and returns it undone."""
+    """Takes a round's work and returns it undone; in every second round after a bare exchange of the same bytes."""
 
     declared_examples = 1
 
-    def __init__(self, schema: Schema) -> None:
-        self.schema = schema
+    def __init__(self, schema: Schema, raw: RawExchange) -> None:
+        self.schema, self._raw = schema, raw
         self._unmoved = schema.zeros()
 
     def train(self, run: str, assignment: Assignment, broadcast: Tensors, check_cancelled: CheckCancelled) -> Trained:
         """A change of zero."""
+        if assignment.round % 2:
+            self._raw()
         asked = upload_schema(self.schema, assignment).tensors
         return Trained({spec.name: self._unmoved[spec.name] for spec in asked}, None)
 
@@ -64,7 +68,7 @@ def _roberta_large_schema() -> Schema:
     return Schema(tuple(specs), scale=1.0)
 
 
-def idle_client(address: str, name: str, certs: str = "") -> None:
+def idle_client(address: str, raw_address: str, name: str, certs: str = "") -> None:
     """A client process that answers every round at once; without a folder of certificates, over plain text."""
     keep_freed_memory()
     policy = Policy.model_validate(
@@ -72,7 +76,7 @@ def idle_client(address: str, name: str, certs: str = "") -> None:
     )
 
     def prepare(joined: Joined) -> _Idle:
-        return _Idle(joined.schema)
+        return _Idle(joined.schema, RawExchange(raw_address, bytes(4 * joined.schema.size)))
 
     Participant(GrpcConnection(address, Path(certs) if certs else None), policy, prepare).run()
 
@@ -80,12 +84,16 @@ def idle_client(address: str, name: str, certs: str = "") -> None:
 def bench_round(*, rounds: int, clients: int, durable: bool, tls: bool) -> dict[str, Any]:
     """Run `rounds` empty rounds after a warm-up and time each from commit to commit.
 
+    Between each two of them the same processes exchange the same bytes over bare gRPC, one stream down and one up for
+    each client, never encrypted, see `raw_grpc`.
+
     Returns:
-        median_ms, p95_ms, mean_ms, and what was measured.
+        median_ms, p95_ms, mean_ms. ratio_to_raw_grpc: median over the pairs of a round's time over that of the exchange
+        before it; raw_grpc_ms, the median of those. Then what was measured.
     """
     config = RunConfig.model_validate(
         {
-            "run": {"name": "bench-round", "rounds": _WARM_UP + rounds},
+            "run": {"name": "bench-round", "rounds": _WARM_UP + 2 * rounds + 1},
             "model": {"base": "none", "labels": ["a", "b"]},
             "train": {"steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
             "privacy": {"enabled": False},
@@ -94,6 +102,7 @@ def bench_round(*, rounds: int, clients: int, durable: bool, tls: bool) -> dict[
     )
     schema = _roberta_large_schema()
     commits: list[float] = []
+    raw_s: list[float] = []
     with tempfile.TemporaryDirectory(prefix="fedloom-bench-") as name, ExitStack() as stack:
         folder = Path(name)
         store = stack.enter_context(Store(folder / "state", durable=durable))
@@ -102,10 +111,11 @@ def bench_round(*, rounds: int, clients: int, durable: bool, tls: bool) -> dict[
         starting = starting_adapter(schema, 0)
         coordinator = Coordinator(config, schema, FedAvg(), store, starting=starting, expect=clients)
         coordinator.on_commit = lambda _rounds, _state: commits.append(time.perf_counter())
+        raw_address = stack.enter_context(raw_server(clients, 4 * schema.size, raw_s))
         with serving(coordinator, certs=folder / "authority" if tls else None) as address:
             code = "import sys; from fedloom.simulation.benchmarks.round import idle_client; idle_client(*sys.argv[1:])"
             running = [
-                subprocess.Popen([sys.executable, "-c", code, address, each, str(certs.get(each, ""))])
+                subprocess.Popen([sys.executable, "-c", code, address, raw_address, each, str(certs.get(each, ""))])
                 for each in names
             ]
             try:
@@ -119,11 +129,15 @@ def bench_round(*, rounds: int, clients: int, durable: bool, tls: bool) -> dict[
                 for process in running:
                     process.kill()
                     process.wait()
-    spans_ms = 1e3 * np.diff(commits)[-rounds:]
+    # Round k lasted from commit k - 1 to commit k, and every odd one holds an exchange.
+    spans_ms = 1e3 * np.diff(commits)[1::2][-rounds:]
+    raw_ms = 1e3 * np.array(raw_s[-rounds:])
     return {
         "median_ms": float(np.median(spans_ms)),
         "p95_ms": float(np.percentile(spans_ms, 95)),
         "mean_ms": float(spans_ms.mean()),
+        "ratio_to_raw_grpc": float(np.median(spans_ms / raw_ms)),
+        "raw_grpc_ms": float(np.median(raw_ms)),
         "rounds": rounds,
         "clients": clients,
         "parameters": schema.size,

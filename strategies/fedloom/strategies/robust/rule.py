@@ -1,17 +1,16 @@
 """A robust rule in the place of the mean, around any linear strategy."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedloom.core.errors import ConfigError, ProtocolError
-from fedloom.core.schema import LORA, Schema, Tensors
-from fedloom.strategies.api import Plan, State, Strategy, Update
-from fedloom.strategies.registry import load
-from fedloom.strategies.result import result
+from fedloom.core.registry import build
+from fedloom.core.schema import Schema, Tensors
+from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
 from fedloom.strategies.transforms.average import check, uploaded
+from fedloom.strategies.transforms.transform import Transform
 
 __all__ = ["Robust", "Rule", "named"]
 
@@ -34,7 +33,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Robust:
+class Robust(Transform):
     """Let a rule choose or blend one update out of all, and another strategy commit it as if it were the mean.
 
     Every update counts once and weights are ignored, because a weight is the client's word. Memory is O(clients): the
@@ -49,18 +48,16 @@ class Robust:
         ConfigError: The inner strategy is not linear, or `num_byzantine` is below 1.
     """
 
-    keeps_updates: ClassVar[bool] = True
-    unweighted: ClassVar[bool] = True
     inner: Strategy
     rule: Rule
     num_byzantine: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what the rule means nothing for."""
-        if getattr(self.inner, "linear", False) is not True:
+        if not self.inner.traits.linear:
             raise ConfigError(
-                f"strategy {type(self.inner).__name__} does not declare linear = True; {self.rule.name} hands it one "
-                "update in place of the mean, so choose ffa, fedsvd, fedavg or fedpeft as the inner strategy"
+                f"strategy {type(self.inner).__name__} does not declare the trait linear; {self.rule.name} hands it "
+                "one update in place of the mean, so choose ffa, fedsvd, fedavg or fedpeft as the inner strategy"
             )
         if self.num_byzantine < 1:
             raise ConfigError(
@@ -69,14 +66,10 @@ class Robust:
             )
 
     @property
-    def least_updates(self) -> int:
-        """Fewest updates a round may be committed with."""
-        return self.rule.per_faulty * self.num_byzantine + self.rule.plus
-
-    @property
-    def rewrites(self) -> bool:
-        """Whether the inner strategy does."""
-        return getattr(self.inner, "rewrites", False) is True
+    def traits(self) -> Traits:
+        """The inner strategy's, but that every update is kept, counts once, and some are needed."""
+        least = self.rule.per_faulty * self.num_byzantine + self.rule.plus
+        return replace(self.inner.traits, linear=False, keeps_updates=True, unweighted=True, least_updates=least)
 
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
         """The inner strategy's state.
@@ -89,10 +82,6 @@ class Robust:
         self.plan(state, state.round, _ANYONE)
         return state
 
-    def result(self, state: State) -> Tensors:
-        """The inner strategy's result."""
-        return result(self.inner, state)
-
     def plan(self, state: State, round: int, client: str) -> Plan:
         """The inner strategy's plan, the same for all clients.
 
@@ -100,7 +89,8 @@ class Robust:
             ConfigError: It moves both factors of pairs, and the rule looks at coordinates.
         """
         plan = self.inner.plan(state, round, _ANYONE)
-        if self.rule.by_coordinate and plan.train - plan.personal >= LORA:
+        uploaded = state.schema.select(plan.train, but=plan.personal)
+        if self.rule.by_coordinate and uploaded.pairs:
             raise ConfigError(
                 f"{self.rule.name} looks at coordinates one by one, but {type(self.inner).__name__} trains both "
                 "factors of a pair, whose coordinates mean nothing: (B G^-1, G A) is the same model. Choose an inner "
@@ -126,10 +116,10 @@ class Robust:
         Raises:
             ProtocolError: There are fewer updates than the rule needs.
         """
-        updates = acc or []
-        if len(updates) < self.least_updates:
+        updates, least = acc or [], self.traits.least_updates
+        if len(updates) < least:
             raise ProtocolError(
-                f"{self.rule.name} against {self.num_byzantine} false updates needs {self.least_updates} updates and "
+                f"{self.rule.name} against {self.num_byzantine} false updates needs {least} updates and "
                 f"got {len(updates)}; raise rounds.min_clients or lower num_byzantine"
             )
         change = self.rule.combine(state.schema, updates, self.num_byzantine)
@@ -144,4 +134,4 @@ def named(rule: Rule, num_byzantine: int, inner: str, train_head: bool) -> Robus
     Raises:
         ConfigError: There is no such strategy, or see `Robust`.
     """
-    return Robust(load(inner, {"train_head": train_head}), rule, num_byzantine)
+    return Robust(build("strategies", inner, {"train_head": train_head}), rule, num_byzantine)

@@ -5,17 +5,34 @@ For strategies whose next adapter is linear in the updates, w <- w + sum_k p_k d
 however many clients there are.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedloom.core.errors import ProtocolError, SchemaError, UpdateRejected
 from fedloom.core.schema import Array, Role, Schema, Tensors
-from fedloom.strategies.api import Plan, State, Update
+from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
 
-__all__ = ["Sum", "apply_mean_delta", "begin", "check", "fold", "mean", "trained", "uploaded"]
+__all__ = [
+    "Average",
+    "Select",
+    "Sum",
+    "apply_mean_delta",
+    "begin",
+    "check",
+    "fold",
+    "mean",
+    "select",
+    "trained",
+    "uploaded",
+]
+
+Select = Callable[[Schema], Schema]
+"""From the adapter's schema to that of the tensors that are trained; raises `SchemaError` where there are none."""
 
 # float32 ends at 3.4e38. A change beyond this comes from a diverged or hostile client, and refusing it leaves the
 # headroom in which no mean, no sum over rounds and no product with an orthonormal factor can overflow.
@@ -34,6 +51,68 @@ class Sum:
     """Sum of weight times change, by tensor name."""
 
 
+@dataclass(frozen=True)
+class Average(Strategy):
+    """Train the selected tensors and move each by the weighted mean of its changes; the rest stay as they are.
+
+    Every client gets the whole adapter in every round, so that one that joins late needs nothing else.
+
+    Args:
+        select: Which tensors are trained, the same in every round, see `select`.
+    """
+
+    traits: ClassVar[Traits] = Traits(linear=True, same_tensors=True)
+    select: Select
+
+    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
+        """The state before the first round.
+
+        Raises:
+            SchemaError: Nothing is selected, or the adapter does not fit.
+        """
+        self.select(schema)
+        return begin(schema, adapter, seed)
+
+    def plan(self, state: State, round: int, client: str) -> Plan:
+        """The selected tensors, the same for all clients and rounds."""
+        return Plan(train=state.schema.words(self.select(state.schema).names()), broadcast=state.adapter)
+
+    def fold(self, state: State, acc: Sum | None, update: Update) -> Sum:
+        """Add one weighted update, see the function `fold`."""
+        return fold(self.select(state.schema), acc, update)
+
+    def commit(self, state: State, acc: Sum | None) -> State:
+        """Move the adapter by the mean change."""
+        return replace(state, adapter=apply_mean_delta(state.adapter, acc), round=state.round + 1)
+
+
+def select(*roles: str, head: bool = True, matching: str = "") -> Select:
+    r"""The tensors with one of `roles`, and the head if `head` and there is one.
+
+    Args:
+        roles: Roles of tensors, each of which the adapter must have.
+        head: Whether the head is among them.
+        matching: A regular expression. Of the tensors with one of `roles`, only those are taken in whose name it is
+            found: r"layer\.[0-3]\." for the first four layers.
+
+    Returns:
+        What gives the tensors of a schema. It raises `SchemaError` where a role is missing, see `trained`, or no name
+        matches.
+    """
+
+    def chosen(schema: Schema) -> Schema:
+        whole = trained(schema, roles, head=head)
+        names = schema.select(roles).names()
+        left_out = {name for name in names if not re.search(matching, name)}
+        if names and left_out == names:
+            raise SchemaError(
+                f"no tensor matches {matching!r}; the adapter has {', '.join(sorted(names)[:3])} and so on"
+            )
+        return whole.select(whole.names(), but=left_out)
+
+    return chosen
+
+
 def begin(schema: Schema, adapter: Tensors, seed: int) -> State:
     """The state before the first round, with nothing remembered.
 
@@ -49,7 +128,7 @@ def begin(schema: Schema, adapter: Tensors, seed: int) -> State:
     return State(schema, adapter, seed)
 
 
-def trained(schema: Schema, roles: Iterable[Role], *, head: bool) -> Schema:
+def trained(schema: Schema, roles: Iterable[str], *, head: bool) -> Schema:
     """The tensors that are trained: those with one of `roles`, and the head if `head` and there is one.
 
     Raises:
@@ -70,7 +149,7 @@ def trained(schema: Schema, roles: Iterable[Role], *, head: bool) -> Schema:
 def uploaded(schema: Schema, plan: Plan) -> Schema:
     """The tensors that a client which follows `plan` sends back; `schema` is that of the global adapter."""
     at_rank = schema if plan.rank is None else schema.with_rank(plan.rank)
-    return at_rank.select(plan.train - plan.personal)
+    return at_rank.select(plan.train, but=plan.personal)
 
 
 def check(schema: Schema, update: Update) -> None:

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 
 from fedloom.core.errors import ConfigError
-from fedloom.core.schema import Schema, Tensors
-from fedloom.strategies.api import Plan, State, Strategy, Update
-from fedloom.strategies.result import result
+from fedloom.strategies.api import State, Strategy, Traits, Update
+from fedloom.strategies.transforms.transform import Transform
 
 __all__ = ["NormBound", "norm"]
 
 
 @dataclass(frozen=True)
-class NormBound:
+class NormBound(Transform):
     """Scale every update that is longer than M down to M before another strategy folds it.
 
     The norm is over all trained tensors together, as one vector: d min(1, M / |d|). No client moves the sum further
@@ -43,36 +42,9 @@ class NormBound:
             raise ConfigError(f"norm bound is {self.bound!r}; set a positive finite number")
 
     @property
-    def rewrites(self) -> bool:
-        """Whether the inner strategy does."""
-        return getattr(self.inner, "rewrites", False) is True
-
-    @property
-    def keeps_updates(self) -> bool:
-        """Whether the inner strategy does."""
-        return getattr(self.inner, "keeps_updates", False) is True
-
-    @property
-    def unweighted(self) -> bool:
-        """Whether the inner strategy is."""
-        return getattr(self.inner, "unweighted", False) is True
-
-    @property
-    def least_updates(self) -> int:
-        """Fewest updates the inner strategy commits."""
-        return int(getattr(self.inner, "least_updates", 1))
-
-    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
-        """The inner strategy's state."""
-        return self.inner.init(schema, adapter, seed)
-
-    def result(self, state: State) -> Tensors:
-        """The inner strategy's result."""
-        return result(self.inner, state)
-
-    def plan(self, state: State, round: int, client: str) -> Plan:
-        """The inner strategy's plan."""
-        return self.inner.plan(state, round, client)
+    def traits(self) -> Traits:
+        """The inner strategy's, but that the mean of the updates is not enough."""
+        return replace(self.inner.traits, linear=False)
 
     def fold(self, state: State, acc: Any, update: Update) -> Any:
         """Let the inner strategy fold the update at no more than the bound.
@@ -82,10 +54,6 @@ class NormBound:
             UpdateRejected: Likewise; scaling leaves NaN and Inf for it to refuse.
         """
         return self.inner.fold(state, acc, self._bounded(update))
-
-    def commit(self, state: State, acc: Any) -> State:
-        """What the inner strategy commits."""
-        return self.inner.commit(state, acc)
 
     def _bounded(self, update: Update) -> Update:
         length = norm(update)

@@ -14,11 +14,11 @@ import numpy as np
 from fedloom.core.errors import ConfigError, ProtocolError, UpdateRejected
 from fedloom.core.privacy.gaussian import UNITS, Integers, deviation, longest
 from fedloom.core.schema import Array, Schema, Tensors
-from fedloom.strategies.api import Plan, State, Strategy, Update
-from fedloom.strategies.result import result
+from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
 from fedloom.strategies.transforms.average import check, uploaded
 from fedloom.strategies.transforms.noise import KEY_BYTES, derive, normal
 from fedloom.strategies.transforms.norm_bound import norm
+from fedloom.strategies.transforms.transform import Transform
 from fedloom.strategies.transforms.tree_noise import retired
 
 __all__ = ["Clipped", "UserLevel", "check_memory", "count_noise"]
@@ -43,7 +43,7 @@ class Clipped:
 
 
 @dataclass(frozen=True)
-class UserLevel:
+class UserLevel(Transform):
     """Clip each client's whole update, add noise to the sum, and let another strategy commit the noised mean.
 
     With S the clip norm, m the cohort, z the noise multiplier and d_k client k's change of all trained tensors
@@ -92,14 +92,14 @@ class UserLevel:
     def __post_init__(self) -> None:
         """Refuse what has no user-level guarantee."""
         name = type(self.inner).__name__
-        if getattr(self.inner, "linear", False) is not True:
+        if not self.inner.traits.linear:
             raise ConfigError(
-                f"strategy {name} does not declare linear = True; user-level privacy hands it one noised mean, "
+                f"strategy {name} does not declare the trait linear; user-level privacy hands it one noised mean, "
                 "so choose fedavg, ffa, fedsvd or fedpeft, or switch user_level off"
             )
-        if self.mechanism == "tree" and getattr(self.inner, "rewrites", False):
+        if self.mechanism == "tree" and (reason := _breaks_tree(self.inner.traits)):
             raise ConfigError(
-                f"strategy {name} rewrites its coordinates, in which tree noise then no longer cancels; "
+                f"strategy {name} {reason}, so that tree noise no longer cancels from round to round; "
                 'set user_level.mechanism = "gaussian" or choose another strategy'
             )
         if self.mechanism == "tree" and self.target_quantile is not None:
@@ -129,13 +129,30 @@ class UserLevel:
         }
         return replace(state, memory={**state.memory, **ours})
 
+    @property
+    def traits(self) -> Traits:
+        """The inner strategy's, but that it must see every update to clip it."""
+        return replace(self.inner.traits, linear=False)
+
     def result(self, state: State) -> Tensors:
         """The inner strategy's result."""
-        return result(self.inner, _inner(state))
+        return self.inner.result(_inner(state))
 
     def plan(self, state: State, round: int, client: str) -> Plan:
         """The inner strategy's plan, the same for all clients."""
         return self.inner.plan(_inner(state), round, _ANYONE)
+
+    def check(self, state: State, update: Update) -> None:
+        """Refuse a weight for which the clip norm bounds nothing.
+
+        Raises:
+            UpdateRejected: The weight is not 1.
+        """
+        if update.weight != 1.0:
+            raise UpdateRejected(
+                f"client {update.client!r} has weight {update.weight:g}; user-level privacy bounds clients of weight 1 "
+                'only, set strategy.weighting = "uniform"'
+            )
 
     def fold(self, state: State, acc: Clipped | None, update: Update) -> Clipped:
         """The sum after one more update, clipped; the one given is used up.
@@ -145,11 +162,7 @@ class UserLevel:
             UpdateRejected: The change is not usable (`mean.check`), or the weight is not 1.
         """
         check(uploaded(state.schema, self.plan(state, state.round, _ANYONE)), update)
-        if update.weight != 1.0:
-            raise UpdateRejected(
-                f"client {update.client!r} has weight {update.weight:g}; user-level privacy bounds clients of weight 1 "
-                'only, set strategy.weighting = "uniform"'
-            )
+        self.check(state, update)
         clip = float(state.memory[_CLIP])
         length = norm(update)
         scale = longest(sum(each.size for each in update.delta.values())) / max(length, clip)
@@ -231,6 +244,15 @@ def check_memory(state: State) -> None:
             'this run was begun by fedloom 0.1 with user_level.mechanism = "tree", whose noise this release draws on a '
             "grid; finish it with 0.1, or begin a new run from its exported adapter"
         )
+
+
+def _breaks_tree(traits: Traits) -> str:
+    """Why the noise of one round cannot be taken out in another; empty where it can."""
+    if traits.rewrites:
+        return "rewrites its coordinates"
+    if traits.moments:
+        return "scales the changes of its rounds by moments"
+    return "" if traits.same_tensors else "does not train the same tensors in every round"
 
 
 def _inner(state: State) -> State:

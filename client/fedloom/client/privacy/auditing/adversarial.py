@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.auditing.attacks import (
     LIMIT,
     Attack,
@@ -78,7 +78,7 @@ def _traps(model: AdapterModel) -> Iterator[Tensors]:
     """Adapters that no training comes to; the last two are beyond what a default policy takes."""
     rng = np.random.default_rng(2)
     start = model.read(model.schema)
-    heads = {each.name for each in model.schema.tensors if each.role is Role.HEAD and len(each.shape) == 1}
+    heads = {each.name for each in model.schema.tensors if each.role == Role.HEAD and len(each.shape) == 1}
     for size in (90.0, 1000.0):
         certain = {
             name: np.where(np.arange(value.size) == 0, size, 0) for name, value in start.items() if name in heads

@@ -19,9 +19,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedloom.client.data.images import noise_picture
+from fedloom.client.data.images import fingerprint
+from fedloom.client.data.layout import Layout
+from fedloom.client.data.load import assembled
 from fedloom.client.data.rows import Rows
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.auditing.attacks import Attack, Make, Verdict
 from fedloom.client.privacy.auditing.lower_bounds import Family, gaussian_epsilon, least_separation, rates
@@ -30,6 +32,7 @@ from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Entropy, System, poisson
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.trainer import Trainer
+from fedloom.core.config.file_format import Form
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.accounting import Spend, epsilon
@@ -265,27 +268,15 @@ class Silent:
         return np.zeros(count, np.int64)
 
 
-_TEXTS = ("the ward was quiet", "a long walk by the river in spring", "ten past nine", "nobody knew the answer yet")
+_EXAMPLES = 4
 
 
 def made_up_rows(spec: Spec) -> Rows:
-    """`_TEXTS`, or as many pictures of noise, as examples of the run's task; the labels go round."""
-    task, names = spec.model.task, spec.model.labels
-    count, none = len(_TEXTS), ("",) * len(_TEXTS)
-    labels = np.zeros(count, np.int64)
-    if task == "token-classification":
-        words = tuple(tuple(text.split()) for text in _TEXTS)
-        tags = tuple(np.arange(len(row), dtype=np.int64) % len(names) for row in words)
-        return Rows(_TEXTS, labels, none, names, task, words=words, tags=tags)
-    if task == "causal-lm":
-        return Rows(_TEXTS, labels, none, (), task, prompts=none)
-    if task == "instruct":
-        turns = tuple((("user", "What happened?"), ("assistant", text)) for text in _TEXTS)
-        return Rows(_TEXTS, labels, none, (), task, turns=turns)
-    classes = np.arange(count, dtype=np.int64) % len(names)
-    if task == "image-classification":
-        return Rows(_TEXTS, classes, none, names, task, images=tuple(noise_picture(each) for each in range(count)))
-    return Rows(_TEXTS, classes, none, names)
+    """Four rows that the run's task makes up; the labels go round."""
+    task, layout, names = spec.model.built(), Layout(spec.model.task), spec.model.labels
+    samples = (layout.read(task.sample(each), f"example {each + 1}") for each in range(_EXAMPLES))
+    records = (each._replace(text=fingerprint(each.image, each.where)) if each.image else each for each in samples)
+    return assembled(records, names, spec.model.task, "made-up data", Form())
 
 
 def _through_the_model(model: AdapterModel, spec: Spec, entropy: Entropy, delta: float, confidence: float) -> Check:
@@ -296,7 +287,7 @@ def _through_the_model(model: AdapterModel, spec: Spec, entropy: Entropy, delta:
     """
     assert spec.privacy.noise_multiplier is not None  # audit() has checked
     everyone = made_up_rows(spec)
-    others = everyone.take(np.arange(len(_TEXTS) - 1))
+    others = everyone.take(np.arange(_EXAMPLES - 1))
     canary = noisy_sum(model, everyone, spec, Silent()) - noisy_sum(model, others, spec, Silent())
     length = float(np.linalg.norm(canary))
     unit = canary / max(length, 1e-12)

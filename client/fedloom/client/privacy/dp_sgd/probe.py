@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedloom.client.data.rows import Indices
-from fedloom.client.data.tokens import IGNORED, Encoded, collate, uniform_microbatches
-from fedloom.client.models.load import AdapterModel
+from fedloom.client.data.rows import IGNORED, Indices
+from fedloom.client.data.tokens import Encoded, collate, uniform_microbatches
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.training.device import free_bytes
-from fedloom.core.config.run import LANGUAGE, Task
 from fedloom.core.errors import ModelError
 
 __all__ = ["BatchLoss", "made_up", "probe"]
@@ -77,7 +76,7 @@ _BOUND = 1e-4
 """Relative slack of the clipping bound."""
 
 
-def probe(model: AdapterModel, loss: BatchLoss, task: Task, max_length: int) -> None:
+def probe(model: AdapterModel, loss: BatchLoss, max_length: int) -> None:
     """Refuse a model and loss under which one example could move the clipped sum by more than the bound.
 
     Checked, on a random adapter and on everything the adapter's schema can train:
@@ -87,6 +86,7 @@ def probe(model: AdapterModel, loss: BatchLoss, task: Task, max_length: int) -> 
     - the clipped sum moves by at most C when an example is added and by 2 C when one is replaced, for a C that
       clips them all;
     - no other parameter is trained, and training changes no buffer;
+    - the adapter's kind does not say itself that it is not for private runs;
     - a text of `max_length` tokens goes through, since one that does not would end a run when it is sampled.
 
     The model is left as it was, and one that has passed is not probed again. Takes fourteen passes over one to five
@@ -97,39 +97,41 @@ def probe(model: AdapterModel, loss: BatchLoss, task: Task, max_length: int) -> 
     """
     if model.probed:
         return
+    if not model.adapter.traits.private:
+        raise ModelError(f"{type(model.adapter).__name__} is not for private runs; choose another adapter.kind")
     longest = min(_LONGEST, max_length)
-    examples = made_up(model, task, longest)
+    examples = made_up(model, longest)
     with _random_adapter(model) as parameters:
         try:
-            _read_longest(model, loss, task, max_length)
+            _read_longest(model, loss, max_length)
             _compare(_Bench(model, parameters, loss, examples, longest))
         except (IndexError, RuntimeError, ValueError) as error:
             raise ModelError(f"the sensitivity probe cannot run this model on made-up examples: {error}") from error
     model.probed = True
 
 
-def made_up(model: AdapterModel, task: Task, longest: int) -> Encoded:
+def made_up(model: AdapterModel, longest: int) -> Encoded:
     """Seven examples of random tokens and labels: four lengths, one of equal length, a long one and a short one.
 
     The long one has `longest` tokens, at least 2; all are at most as long. Some tokens are without a label. Pictures
     have one size, and random pixels.
     """
-    rng = np.random.default_rng(0)
-    if task == "image-classification":
+    rng, task = np.random.default_rng(0), model.task
+    if task.traits.images:
         side, count = model.tokenizer.side, len(_LENGTHS) + 3
         pixels = tuple(rng.integers(256, size=(count, 3, side, side), dtype=np.uint8))
-        labels = rng.integers(model.model.config.num_labels, size=count)
+        labels = task.draw(rng, count, model.model.config.num_labels)
         return Encoded((), labels, pixels=pixels, pictures=model.tokenizer)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     # A padding token within a text would be taken for the text's end by models that look for it.
     usable = np.setdiff1d(np.arange(vocabulary), model.tokenizer.all_special_ids)
-    classes = vocabulary if task in LANGUAGE else model.model.config.num_labels
+    classes = vocabulary if task.traits.generates else model.model.config.num_labels
     lengths = [min(length, longest) for length in (*_LENGTHS, _LENGTHS[-1], longest, 2)]
     input_ids = tuple(rng.choice(usable, length).astype(np.int32) for length in lengths)
-    labels = rng.integers(classes, size=len(lengths))
-    if task == "text-classification":
+    labels = task.draw(rng, len(lengths), classes)
+    if not task.traits.per_token:
         return Encoded(input_ids, labels)
-    targets = tuple(rng.integers(classes, size=length).astype(np.int32) for length in lengths)
+    targets = tuple(task.draw(rng, length, classes).astype(np.int32) for length in lengths)
     for row in targets:
         row[::3] = IGNORED
     return Encoded(input_ids, np.zeros_like(labels), targets)
@@ -156,10 +158,10 @@ def _random_adapter(model: AdapterModel) -> Iterator[list[nn.Parameter]]:
                 slot.parameter.grad = None
 
 
-def _read_longest(model: AdapterModel, loss: BatchLoss, task: Task, max_length: int) -> None:
-    if task == "image-classification":
-        return  # pictures have one size, which loading the model has tried
-    longest = made_up(model, task, max_length)
+def _read_longest(model: AdapterModel, loss: BatchLoss, max_length: int) -> None:
+    if model.task.traits.images:
+        return  # images have one size, which loading the model has tried
+    longest = made_up(model, max_length)
     number = max(range(len(longest)), key=lambda each: len(longest.input_ids[each]))
     try:
         with torch.no_grad():

@@ -6,18 +6,18 @@ Nothing is ever decided by a record: a run goes on without those that cannot be 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import tomli_w
 
 from fedloom.core.config.run import RunConfig
-from fedloom.core.errors import ConfigError
+from fedloom.core.registry import build
 
 __all__ = [
     "METRICS_FILE",
     "JsonLines",
+    "RecordWriter",
     "Recorder",
-    "ReportTo",
     "RoundRecord",
     "figures",
     "open_recorders",
@@ -26,9 +26,6 @@ __all__ = [
 ]
 
 METRICS_FILE = "metrics.jsonl"
-
-ReportTo = Literal["tensorboard", "mlflow"]
-"""Programs that a run can be followed in, beside metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,11 @@ class RoundRecord:
     """Epsilon of a whole client so far, by the coordinator's noise; None without user-level privacy."""
     federated: dict[str, float | None] | None = None
     """What the clients' own evaluations say of the adapter that this round started from, see `federated_score`."""
+    metrics: dict[str, float] | None = None
+    """Further held-out metrics of the run's task, by name."""
 
 
-class Recorder(Protocol):
+class RecordWriter(Protocol):
     """Takes every record of a run, in the order of the rounds."""
 
     def record(self, record: RoundRecord) -> None:
@@ -62,6 +61,18 @@ class Recorder(Protocol):
 
     def close(self) -> None:
         """Write what is left. No more records come."""
+
+
+class Recorder(RecordWriter, Protocol):
+    """A writer for another program, of the entry-point group `fedloom.recorders`."""
+
+    def open(self, folder: Path, config: RunConfig) -> None:
+        """Begin, or go on with a run that was recorded here before: what is there stays.
+
+        Args:
+            folder: The run's folder, which exists.
+            config: The run file.
+        """
 
 
 class JsonLines:
@@ -83,28 +94,16 @@ class JsonLines:
         """Nothing is left to write."""
 
 
-def open_recorders(folder: Path, config: RunConfig, report_to: tuple[ReportTo, ...]) -> list[Recorder]:
-    """metrics.jsonl in the run folder, and what else was asked for.
+def open_recorders(folder: Path, config: RunConfig, report_to: tuple[str, ...]) -> list[RecordWriter]:
+    """metrics.jsonl in the run folder, and the recorders that were asked for by name.
 
     Raises:
-        ConfigError: The package that another program needs is not installed.
+        ConfigError: One is not installed, or a package that it needs.
     """
-    recorders: list[Recorder] = [JsonLines(folder)]
-    for name in dict.fromkeys(report_to):
-        try:
-            if name == "tensorboard":
-                from fedloom.server.monitoring.recorders.tensorboard import TensorBoard
-
-                recorders.append(TensorBoard(folder / "tensorboard"))
-            else:
-                from fedloom.server.monitoring.recorders.mlflow import MLflow
-
-                recorders.append(MLflow(folder / "mlflow.db", config))
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"--report-to {name} needs {error.name!r}, which is not installed; install fedloom[{name}]"
-            ) from error
-    return recorders
+    named: list[Recorder] = [build("recorders", name, {}) for name in dict.fromkeys(report_to)]
+    for recorder in named:
+        recorder.open(folder, config)
+    return [JsonLines(folder), *named]
 
 
 def figures(record: RoundRecord) -> dict[str, float]:
@@ -118,6 +117,7 @@ def figures(record: RoundRecord) -> dict[str, float]:
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
         "seconds": record.seconds,
+        **(record.metrics or {}),
         **{f"federated_{name}": value for name, value in (record.federated or {}).items()},
     }
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -18,7 +18,7 @@ from fedloom.core.privacy.accounting import GRID, Statement
 from fedloom.core.privacy.spends import run_statement
 from fedloom.core.schema import Tensors
 from fedloom.server.monitoring.participation import Attendance
-from fedloom.server.monitoring.recorders.api import Recorder, RoundRecord
+from fedloom.server.monitoring.recorders.api import RecordWriter, RoundRecord
 from fedloom.server.privacy.user_ledger import spent as user_spent
 from fedloom.server.rounds.state import AdapterCommitted, Event, RoundOpened
 
@@ -108,7 +108,7 @@ class Recording:
     def __init__(
         self,
         config: RunConfig,
-        recorders: Iterable[Recorder],
+        recorders: Iterable[RecordWriter],
         traffic: Callable[[], dict[int, tuple[int, int]]],
         before: Iterable[Event] = (),
         seconds: float = 0.0,
@@ -203,7 +203,7 @@ class Recording:
             if not self._try(recorder, partial(recorder.record, record)):
                 self._recorders.remove(recorder)
 
-    def _try(self, recorder: Recorder, do: Callable[[], None]) -> bool:
+    def _try(self, recorder: RecordWriter, do: Callable[[], None]) -> bool:
         try:
             do()
         except Exception as error:  # whatever another program's package raises

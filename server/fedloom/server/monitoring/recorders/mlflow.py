@@ -16,15 +16,15 @@ _EXPERIMENT = "fedloom"
 
 
 class MLflow:
-    """A new run in the experiment "fedloom", with the run file as its parameters.
+    """A run in the experiment "fedloom" of mlflow.db in the run's folder, with the run file as its parameters.
 
-    Args:
-        database: SQLite file for it; not used where MLFLOW_TRACKING_URI names a tracking server.
-        config: The run file.
+    Where MLFLOW_TRACKING_URI names a tracking server, it is there instead.
     """
 
-    def __init__(self, database: Path, config: RunConfig) -> None:
-        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database.absolute()}")
+    def open(self, folder: Path, config: RunConfig) -> None:
+        """Begin another MLflow run."""
+        database = (folder / "mlflow.db").absolute()
+        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}")
         found = self._client.get_experiment_by_name(_EXPERIMENT)
         experiment = found.experiment_id if found else self._client.create_experiment(_EXPERIMENT)
         self._run = self._client.create_run(experiment, run_name=config.run.name).info.run_id

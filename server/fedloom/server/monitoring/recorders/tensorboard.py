@@ -7,16 +7,18 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from fedloom.core.config.run import RunConfig
 from fedloom.server.monitoring.recorders.api import RoundRecord, figures
 
 __all__ = ["TensorBoard"]
 
 
 class TensorBoard:
-    """One event file in `folder`: a scalar for each figure, at the round it belongs to."""
+    """An event file in the folder tensorboard of the run: a scalar for each figure, at the round it belongs to."""
 
-    def __init__(self, folder: Path) -> None:
-        self._writer = EventFileWriter(str(folder))
+    def open(self, folder: Path, config: RunConfig) -> None:
+        """Begin another event file; TensorBoard shows all of a folder as one run."""
+        self._writer = EventFileWriter(str(folder / "tensorboard"))
 
     def record(self, record: RoundRecord) -> None:
         """Write the figures of one round."""

@@ -57,7 +57,7 @@ def hooked(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[Tape]:
             requires gradients.
     """
     names = names_of(model, parameters)
-    layers = owners(model, names, HOOKED).values()
+    layers = owners(model, names, HOOKED.__contains__).values()
     others = [name for name, each in model.named_parameters() if each.requires_grad and each not in names]
     if others:
         raise ModelError(f"{others[0]!r} requires gradients but is not trained; Opacus's hooks need it frozen")

@@ -14,6 +14,15 @@ To add a layer, write its forward with them and list it under its exact type:
 
     LAYERS[nn.RMSNorm] = _rms_norm
 
+A layer of your own, such as an adapter kind brings, carries it as a method of its class:
+
+    class Gain(nn.Module):
+        def forward(self, x):
+            return x * self.gain
+
+        def recorded(self, tape, x):
+            return scale(x, self.gain, tape)
+
 Three things must hold, and a test against a naive loop over the examples shows that they do:
 
 - The first axis of `x` is the examples, in every call: a layer that sees the batch reshaped to (batch · tokens, d)
@@ -21,7 +30,7 @@ Three things must hold, and a test against a naive loop over the examples shows 
 - Each row of the result depends on the same row of `x` alone.
 - A trained parameter enters through these operations only: what reaches it by another way is refused too.
 
-Subclasses are not listed by their base class: they may compute something else.
+A subclass has neither the entry nor the method of its base class: it may compute something else.
 """
 
 from collections.abc import Callable
@@ -34,7 +43,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.client.privacy.dp_sgd.grad_sample.tape import Tape
 
-__all__ = ["LAYERS", "Forward", "product", "scale", "shift"]
+__all__ = ["LAYERS", "Forward", "product", "rule", "scale", "shift"]
 
 Forward = Callable[..., torch.Tensor]
 """Called with the layer, the tape, and what the layer's own forward is called with."""
@@ -142,3 +151,9 @@ def _layer_norm(module: nn.LayerNorm, tape: Tape, x: torch.Tensor) -> torch.Tens
 
 LAYERS: dict[type[nn.Module], Forward] = {nn.Linear: _linear, Conv1D: _conv1d, nn.LayerNorm: _layer_norm}
 """The recorded forward of each kind of layer; Conv1D is GPT-2's linear layer, whose weight is (in, out)."""
+
+
+def rule(kind: type[nn.Module]) -> Forward | None:
+    """The recorded forward of exactly this kind of layer: from `LAYERS`, or the method `recorded` of its own class."""
+    found: Forward | None = LAYERS.get(kind) or vars(kind).get("recorded")
+    return found

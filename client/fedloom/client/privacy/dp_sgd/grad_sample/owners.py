@@ -1,6 +1,6 @@
 """Which layers own the trained parameters, and what to do about those that cannot be trained privately."""
 
-from collections.abc import Container
+from collections.abc import Callable
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,11 +30,12 @@ def names_of(model: nn.Module, parameters: list[nn.Parameter]) -> dict[nn.Parame
     return {each: known.get(each, f"one of shape {tuple(each.shape)}") for each in parameters}
 
 
-def owners(model: nn.Module, names: dict[nn.Parameter, str], kinds: Container[type[nn.Module]]) -> Owners:
+def owners(model: nn.Module, names: dict[nn.Parameter, str], supported: Callable[[type[nn.Module]], object]) -> Owners:
     """The layers that own the parameters of `names`.
 
     Raises:
-        ModelError: A layer is of none of `kinds`, a parameter belongs to no layer, or the model mixes examples.
+        ModelError: A layer is of a kind that is not supported, a parameter belongs to no layer, or the model mixes
+            examples.
     """
     found: Owners = {}
     owned: set[nn.Parameter] = set()
@@ -47,7 +48,7 @@ def owners(model: nn.Module, names: dict[nn.Parameter, str], kinds: Container[ty
         mine = [parameter for parameter in module.parameters(recurse=False) if parameter in names]
         if not mine:
             continue
-        if type(module) not in kinds:
+        if not supported(type(module)):
             raise _refusal(name, module, names[mine[0]])
         found[name] = module
         owned.update(mine)

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from fedloom.client.privacy.dp_sgd.grad_sample.hooks import HOOKED, hooked
-from fedloom.client.privacy.dp_sgd.grad_sample.layers import LAYERS
+from fedloom.client.privacy.dp_sgd.grad_sample.layers import rule
 from fedloom.client.privacy.dp_sgd.grad_sample.owners import names_of, owners
 from fedloom.client.privacy.dp_sgd.grad_sample.tape import Tape
 
@@ -26,15 +26,16 @@ def recording(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[Tape
         ModelError: A trained parameter belongs to a layer that is not supported.
     """
     names = names_of(model, parameters)
-    layers = owners(model, names, LAYERS.keys() | HOOKED)
-    if any(type(module) not in LAYERS for module in layers.values()):
+    layers = owners(model, names, lambda kind: rule(kind) or kind in HOOKED)
+    rules = {name: found for name, module in layers.items() if (found := rule(type(module)))}
+    if rules.keys() != layers.keys():
         with hooked(model, parameters) as tape:
             yield tape
         return
     tape = Tape(parameters, names)
     try:
-        for module in layers.values():
-            module.forward = partial(LAYERS[type(module)], module, tape)
+        for name, module in layers.items():
+            module.forward = partial(rules[name], module, tape)
         yield tape
     finally:
         for module in layers.values():

@@ -1,0 +1,1 @@
+"""Data sets that come as packages: rated sentences, newsgroup posts and pictures of clothes."""

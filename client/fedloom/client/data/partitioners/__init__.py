@@ -1,0 +1,1 @@
+"""How a simulation splits one data set among its clients: one file for each way."""

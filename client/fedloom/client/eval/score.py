@@ -1,0 +1,58 @@
+"""Scores on held-out data that need no protection; of private data see `fedloom.client.training.local_eval`."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fedloom.client.data.tokens import Encoded
+from fedloom.client.eval.confusion import MOST_CLASSES, Confusion, count
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.training.local_eval import answers
+from fedloom.client.training.losses import labelled, positions
+
+__all__ = ["Score", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Result of an evaluation."""
+
+    accuracy: float
+    """Share of right answers: of examples, or of labelled tokens where the task has a label at each token."""
+    loss: float
+    """Mean loss of the same: cross-entropy in nats, of a language model the logarithm of its perplexity."""
+    examples: int
+    confusion: Confusion = ()
+    """Examples, or labelled tokens, by true and predicted class; empty where there are more than `MOST_CLASSES`."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the task has beside these, by name."""
+
+
+def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) -> Score:
+    """Accuracy, mean loss and the task's own metrics of the model as it is, on held-out data.
+
+    Args:
+        model: Base model and adapter.
+        encoded: Rows with labels.
+        batch: Rows in one forward pass; None takes `Encoded.evaluation_batch`.
+    """
+    task, right, total, loss, classes = model.task, 0, 0, 0.0, 0
+    pairs: list[torch.Tensor] = []
+    sums: Counter[str] = Counter()
+    with torch.inference_mode():
+        for scores, labels in answers(model, encoded, batch or encoded.evaluation_batch):
+            each = task.loss(scores, labels)
+            scores, labels = positions(scores, labels)
+            places = labelled(labels)
+            right += int((task.right(scores, labels) & places).sum())
+            total += int(places.sum())
+            loss += float(each @ places.sum(1).float())
+            classes = scores.shape[-1]
+            if task.traits.labels and classes <= MOST_CLASSES:
+                pairs.append(torch.stack([labels[places], task.answer(scores)[places]]).cpu())
+            sums.update(task.metrics(scores[places], labels[places]))
+    both = torch.cat(pairs, 1).numpy() if pairs else None
+    confusion = () if both is None else count(both[0], both[1], classes)
+    return Score(right / max(1, total), loss / max(1, total), len(encoded), confusion, task.summary(sums))

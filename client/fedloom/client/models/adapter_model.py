@@ -1,0 +1,152 @@
+"""The resident model: the base is loaded once and stays on the device; a round swaps the adapter only."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+
+from fedloom.client.adapters.api import Adapter
+from fedloom.client.adapters.head import Head
+from fedloom.client.adapters.lora import LoRA
+from fedloom.client.adapters.slot import Slot
+from fedloom.client.tasks.api import Task
+from fedloom.core.errors import ModelError
+from fedloom.core.schema import Array, Schema, Tensors
+
+__all__ = ["AdapterModel"]
+
+_NO_HEAD, _PAIRS = Head(), LoRA()
+
+
+class AdapterModel:
+    """A frozen base model with a swappable adapter.
+
+    Dropout is off in training too: an example's gradient is then a function of the example and the
+    parameters alone, whatever else is in its batch.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: Any,
+        slots: list[Slot],
+        scale: float,
+        device: torch.device,
+        task: Task,
+        head: Head = _NO_HEAD,
+        adapter: Adapter = _PAIRS,
+    ) -> None:
+        """Use `load_model`; the parts must belong together."""
+        self.task, self.head, self.adapter = task, head, adapter
+        self.model = model.to(device).eval()
+        self.tokenizer = tokenizer
+        """What turns rows into the model's numbers; of a model of pictures their `ImageProcessor`."""
+        self.device = device
+        self.slots = {slot.spec.name: slot for slot in slots}
+        self.schema = Schema(tuple(slot.spec for slot in slots), scale)
+        self._base_weights: dict[str, torch.Tensor] = {}
+        self.corrections: dict[str, Array] = {}
+        """What the frozen weights carry beside their pretrained values, by the names of a broadcast."""
+        self.rank = self.schema.rank
+        self.probed = False
+        """Whether the sensitivity probe has passed on this model, see `privacy.probe`."""
+        self.example_bytes: int | None = None
+        """Memory that one example takes in training; None until it is measured, see `fitting`."""
+        self._initial = self.read(self.schema)
+
+    def load(self, tensors: Tensors, rank: int | None = None) -> None:
+        """Put adapter values in place; low-rank factors below the schema's rank are padded with zeros.
+
+        Args:
+            tensors: Values by schema name; names left out keep their value.
+            rank: Rank the client works at from now on; None is the schema's.
+        """
+        self.rank = rank or self.schema.rank
+        with torch.no_grad():
+            for name, value in tensors.items():
+                if name in self.slots:
+                    slot = self.slots[name]
+                    target = torch.zeros_like(slot.parameter)
+                    target[tuple(slice(0, size) for size in value.shape)] = torch.from_numpy(np.array(value)).to(target)
+                    slot.parameter.copy_(target if slot.origin is None else slot.origin.to(target) + target)
+            for pair in self.schema.pairs:
+                if f"{pair.module}.base_A" in tensors:
+                    self._correct(pair.module, tensors)
+
+    def show(self, result: Tensors) -> None:
+        """Be the model of a run's result: frozen weights that it does not correct have their pretrained values."""
+        with torch.no_grad():
+            for module, pretrained in self._base_weights.items():
+                self.model.get_submodule(f"base_model.model.{module}").base_layer.weight.copy_(pretrained)
+        self.corrections = {}
+        self.load(result)
+
+    def reset(self, words: Iterable[str], rank: int | None = None) -> None:
+        """Put the tensors that `words` select back to the values they had when the model was loaded, cut to `rank`."""
+        schema = self.schema if rank is None else self.schema.with_rank(rank)
+        cut = {s.name: tuple(slice(0, size) for size in s.shape) for s in schema.select(words).tensors}
+        self.load({name: self._initial[name][part] for name, part in cut.items()}, rank)
+
+    def _correct(self, module: str, tensors: Tensors) -> None:
+        """Set a frozen weight to its pretrained value plus scale·base_B·base_A."""
+        layer: Any = self.model.get_submodule(f"base_model.model.{module}")
+        weight = layer.base_layer.weight
+        if not weight.is_floating_point():
+            raise ModelError(
+                "this run's strategy corrects the frozen base model, which cannot be done to 4-bit weights; set "
+                'compute.quantization = "none", with compute.dtype = "bfloat16" to save memory'
+            )
+        pretrained = self._base_weights.setdefault(module, weight.detach().clone())
+        self.corrections |= {name: np.array(tensors[name]) for name in (f"{module}.base_B", f"{module}.base_A")}
+        left, right = (torch.from_numpy(self.corrections[f"{module}.base_{side}"]) for side in "BA")
+        correction = self.schema.scale * (left.to(weight) @ right.to(weight))
+        weight.copy_(pretrained + (correction.t() if layer.fan_in_fan_out else correction))
+
+    def read(self, schema: Schema) -> dict[str, Array]:
+        """The current values of the tensors of `schema`, at its shapes, float32."""
+        values: dict[str, Array] = {}
+        for spec in schema.tensors:
+            slot = self.slots[spec.name]
+            value = slot.parameter.detach()
+            value = value if slot.origin is None else value - slot.origin.to(value)
+            cut = value[tuple(slice(0, size) for size in spec.shape)]
+            values[spec.name] = cut.to("cpu", torch.float32, copy=True).numpy()
+        return values
+
+    def trainable(self, words: Iterable[str]) -> list[nn.Parameter]:
+        """Make exactly the tensors that `words` select require gradients, and return their parameters in wire order."""
+        wanted = self.schema.names(*words)
+        chosen: list[nn.Parameter] = []
+        for slot in self.slots.values():
+            slot.parameter.requires_grad_(slot.spec.name in wanted)
+            slot.parameter.grad = None
+            if slot.spec.name in wanted:
+                chosen.append(slot.parameter)
+        return chosen
+
+    def parameters_of(self, words: Iterable[str]) -> frozenset[nn.Parameter]:
+        """The parameters that hold the tensors that `words` select."""
+        return frozenset(self.slots[spec.name].parameter for spec in self.schema.select(words).tensors)
+
+    def rank_masks(self, parameters: list[nn.Parameter]) -> dict[nn.Parameter, torch.Tensor]:
+        """1 within the current rank and 0 beyond, for the low-rank factors among `parameters`; empty at full rank."""
+        if self.rank >= self.schema.rank:
+            return {}
+        cut = {spec.name: spec.shape for spec in self.schema.with_rank(self.rank).tensors}
+        masks: dict[nn.Parameter, torch.Tensor] = {}
+        chosen = set(parameters)
+        for name, slot in self.slots.items():
+            if slot.parameter in chosen and cut[name] != slot.spec.shape:
+                mask = torch.zeros_like(slot.parameter)
+                mask[tuple(slice(0, size) for size in cut[name])] = 1.0
+                masks[slot.parameter] = mask
+        return masks
+
+    def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Class scores, float32, shape (batch, labels), or (batch, length, labels or vocabulary) at each token."""
+        inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}
+        scores: torch.Tensor = self.model(**inputs).logits
+        return scores.float()

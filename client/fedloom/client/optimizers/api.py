@@ -1,0 +1,56 @@
+"""What a local optimiser is: options, how torch gets it, and how far it can move.
+
+A component of the entry-point group `fedloom.optimizers`; its fields are keys of [train]. It only ever sees gradients
+that are clipped and noised already, so its state is post-processing and costs no privacy.
+"""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fedloom.core.config.run import Spec, TrainSection
+
+if TYPE_CHECKING:
+    import torch  # a coordinator has none
+
+__all__ = ["Optimizer", "noise_std", "optimizer_of"]
+
+
+class Optimizer(Protocol):
+    """One optimiser with its options."""
+
+    def make(self, groups: list[dict[str, Any]], noise_std: float) -> "torch.optim.Optimizer":
+        """The optimiser of one client's round, with fresh state.
+
+        Args:
+            groups: Parameter groups, each with its learning rate: "params" and "lr".
+            noise_std: Standard deviation of the noise in each value of the gradients that it will see, which a method
+                may correct for; 0 without privacy.
+        """
+
+    def longest_move(self, steps: int, rate: float, gradient: float, values: int, pull: float) -> float:
+        """How long the change of all trained values can get, as an L2 norm. Longer updates are refused.
+
+        Args:
+            steps: Steps in a round.
+            rate: Learning rate, the largest of all groups.
+            gradient: L2 norm of a step's gradient.
+            values: Number of trained values.
+            pull: FedProx's mu: pull * (value - start) is part of the gradient; 0 for none.
+        """
+
+
+def noise_std(spec: Spec, declared_examples: int | None) -> float:
+    """Standard deviation of the noise in each value of a step's gradient; 0 without privacy."""
+    privacy = spec.privacy
+    if not privacy.enabled or privacy.noise_multiplier is None or declared_examples is None:
+        return 0.0
+    return privacy.noise_multiplier * privacy.clip_norm / (spec.train.sampling_rate * declared_examples)
+
+
+def optimizer_of(train: TrainSection) -> Optimizer:
+    """The optimiser that [train] names, with its options.
+
+    Raises:
+        ConfigError: There is no such optimiser here, or it refuses its options.
+    """
+    made: Optimizer = train.built()
+    return made

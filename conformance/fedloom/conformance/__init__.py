@@ -1,0 +1,1 @@
+"""Batteries of tests for components, for pytest: subclass one and give it your component. One file for each group."""

@@ -1,0 +1,98 @@
+"""The adapter kinds that come with fedloom, under the battery that strangers' kinds are held to."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from fedloom.client.adapters.api import Traits
+from fedloom.client.adapters.bias import Bias
+from fedloom.client.adapters.head_only import HeadOnly
+from fedloom.client.adapters.lora import LoRA
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.privacy.dp_sgd.grad_sample import Tape, recording, rule, scale
+from fedloom.conformance.adapters import AdapterConformance
+from fedloom.core.errors import ModelError
+
+
+class TestLoRA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"))
+
+
+class TestBias(AdapterConformance):
+    def adapter(self) -> Bias:
+        return Bias()
+
+
+class TestHeadOnly(AdapterConformance):
+    def adapter(self) -> HeadOnly:
+        return HeadOnly()
+
+
+class NotPrivate(LoRA):
+    """A kind that says it is not for private runs."""
+
+    traits: ClassVar[Traits] = Traits(private=False)
+
+
+class TestNotPrivate(AdapterConformance):
+    def adapter(self) -> NotPrivate:
+        return NotPrivate(rank=2, targets=("query",))
+
+
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain
+
+    def recorded(self, tape: Tape, x: torch.Tensor) -> torch.Tensor:
+        return scale(x, self.gain, tape)
+
+
+class Squared(Gain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain**2
+
+
+def test_a_layer_brings_its_own_rule_and_a_subclass_does_not_inherit_it() -> None:
+    model, x = nn.Sequential(Gain()), torch.arange(12.0).view(3, 4)
+    with recording(model, list(model.parameters())) as tape:
+        tape.begin(3)
+        torch.autograd.backward(model(x).sum())
+        tape.finish()
+        torch.testing.assert_close(tape.flat, x)
+
+    assert rule(Squared) is None
+    strange = nn.Sequential(Squared())
+    with pytest.raises(ModelError, match="Squared"), recording(strange, list(strange.parameters())):
+        pass
+
+
+def test_the_battery_sees_a_merge_that_does_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A kind whose forward its merge does not fold in."""
+
+    class Doubled(LoRA):
+        """Forgets to halve."""
+
+        traits: ClassVar[Traits] = Traits(peft=False)
+
+        def merge(self, model: object) -> None:
+            for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
+                if ".lora_B." in name:
+                    parameter.data.mul_(2)
+
+    class Battery(AdapterConformance):
+        def adapter(self) -> Doubled:
+            return Doubled(rank=2, targets=("query",))
+
+    battery = Battery()
+    folder = battery.base(tmp_path_factory.mktemp("tiny"))
+    model: AdapterModel = battery.load(folder)
+    model.load(battery.values(model.schema))
+    with pytest.raises(AssertionError, match="not close"):
+        battery.test_merging_equals_the_forward_pass(model, folder)

@@ -1,0 +1,37 @@
+"""The optimisers that come with fedloom, under the battery that strangers' optimisers are held to."""
+
+import pytest
+
+from fedloom.client.optimizers.adam import Adam
+from fedloom.client.optimizers.sgd import SGD
+from fedloom.conformance.optimizers import OptimizerConformance
+
+
+class TestSGD(OptimizerConformance):
+    def optimizer(self) -> SGD:
+        return SGD()
+
+
+class TestMomentum(OptimizerConformance):
+    def optimizer(self) -> SGD:
+        return SGD(momentum=0.9)
+
+
+class TestAdam(OptimizerConformance):
+    def optimizer(self) -> Adam:
+        return Adam()
+
+
+def test_the_battery_sees_a_bound_that_is_too_small() -> None:
+    class Hasty(SGD):
+        """SGD that claims half of its way."""
+
+        def longest_move(self, steps: int, rate: float, gradient: float, values: int, pull: float) -> float:
+            return super().longest_move(steps, rate, gradient, values, pull) / 2
+
+    class Battery(OptimizerConformance):
+        def optimizer(self) -> Hasty:
+            return Hasty()
+
+    with pytest.raises(AssertionError):
+        Battery().test_the_longest_move_bounds_every_round()
