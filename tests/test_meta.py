@@ -24,7 +24,7 @@ from fedloom.core.registry import GROUPS
 from fedloom.core.schema import Role, Schema, TensorSpec
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("core", "proto", "strategies", "server", "client", "simulation", "flower", "cli", "conformance")
+PARTS = ("core", "proto", "strategies", "server", "client", "simulation", "flower", "api", "cli", "conformance")
 MAX_LINES = 400
 
 

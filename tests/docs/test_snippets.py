@@ -22,6 +22,7 @@ from tests.docs.blocks import DOCS, Block, blocks
 PAGES = (
     "quickstart.md",
     "data.md",
+    "api.md",
     "tutorial-simulation.md",
     "tutorial-sites.md",
     "tutorial-strategy.md",

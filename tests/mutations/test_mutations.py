@@ -35,6 +35,7 @@ COPIED = (
     "client",
     "simulation",
     "flower",
+    "api",
     "cli",
     "conformance",
     "tests",

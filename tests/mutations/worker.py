@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PARTS = ("core", "proto", "strategies", "server", "client", "simulation", "cli", "conformance")
+PARTS = ("core", "proto", "strategies", "server", "client", "simulation", "api", "cli", "conformance")
 # Read and not imported: tests of one tree are not to find another's modules.
 HEAVY = runpy.run_path(str(Path(__file__).parents[1] / "support" / "preloaded.py"))["HEAVY"]
 

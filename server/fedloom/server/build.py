@@ -1,6 +1,7 @@
 """From a run file to what a coordinator is made of: the noise it asks for and the strategy it follows."""
 
 import os
+from dataclasses import fields, is_dataclass, replace
 
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError
@@ -17,12 +18,16 @@ from fedloom.strategies.transforms.user_level_dp import UserLevel
 __all__ = ["build_strategy", "calibrated"]
 
 
-def calibrated(config: RunConfig) -> RunConfig:
+def calibrated(config: RunConfig, own: Strategy | None = None) -> RunConfig:
     """The run file with its noise multipliers and the weights of its clients filled in.
 
     Each is the smallest with which a client that takes part in every round it may stays within privacy.epsilon or
     user_level.epsilon, by the accountant that judges it later; rounds.spare_rounds may be done again within it. No
     credit is taken for rounds a client may sit out.
+
+    Args:
+        config: The run file.
+        own: A strategy that is installed nowhere, in place of the one that it names.
 
     Raises:
         ConfigError: A privacy target cannot be reached.
@@ -41,34 +46,46 @@ def calibrated(config: RunConfig) -> RunConfig:
     private = privacy.model_copy(update={"noise_multiplier": noise if privacy.enabled else None})
     user, weighting = settled(config), config.strategy.weighting
     if weighting == "auto":
-        weighting = "examples" if _takes_weights(config) else "uniform"
+        weighting = "examples" if _takes_weights(config, own) else "uniform"
     strategy = config.strategy.model_copy(update={"weighting": weighting})
     return config.model_copy(update={"privacy": private, "user_level": user, "strategy": strategy})
 
 
-def _takes_weights(config: RunConfig) -> bool:
+def _takes_weights(config: RunConfig, own: Strategy | None) -> bool:
     """Whether clients may and should count by their examples: in a private run each one's noise is divided by them."""
     if not config.privacy.enabled or config.secure_aggregation.enabled or config.user_level.enabled:
         return False
     try:
-        return not build("strategies", config.strategy.name, config.strategy.options).traits.unweighted
+        strategy = own or build("strategies", config.strategy.name, config.strategy.options)
+        return not strategy.traits.unweighted
     except ConfigError:
         return True  # whoever builds it says what is wrong; a site that only looks at the run need not have it
 
 
-def build_strategy(config: RunConfig) -> Strategy:
+def build_strategy(config: RunConfig, own: Strategy | None = None) -> Strategy:
     """The run's strategy, told whether the head is trained, and wrapped for what the run file asks beside it.
 
     The noise's secret is drawn here from the operating system. It matters for a new run only: one that goes on has its
     own in its stored state.
+
+    Args:
+        config: The run file.
+        own: A strategy that is installed nowhere, in place of the one that it names.
 
     Raises:
         ConfigError: There is no such strategy, it does not take these options, or it cannot be wrapped.
     """
     if "train_head" in config.strategy.options:
         raise ConfigError('strategy.options.train_head is not yours to set; use model.head = "train" or "frozen"')
-    options = {**config.strategy.options, "train_head": config.model.head == "train"}
-    strategy: Strategy = build("strategies", config.strategy.name, options)
+    train_head = config.model.head == "train"
+    strategy: Strategy
+    if own is None:
+        options = {**config.strategy.options, "train_head": train_head}
+        strategy = build("strategies", config.strategy.name, options)
+    elif is_dataclass(own) and any(field.name == "train_head" for field in fields(own)):
+        strategy = replace(own, train_head=train_head)
+    else:
+        strategy = own
     if config.strategy.norm_bound is not None:
         strategy = NormBound(strategy, config.strategy.norm_bound)
     user = settled(config)

@@ -11,7 +11,7 @@ from fedloom.client.data.load import load_rows
 from fedloom.client.data.partitioners.api import Partitioner, partition
 from fedloom.client.data.rows import Rows, documents, picture
 from fedloom.client.data.tokens import Encoded, encode
-from fedloom.client.eval.held_out import held_out
+from fedloom.client.eval.held_out import drawn, held_out
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_folder import base_digest, resolve_base
 from fedloom.client.models.load import load_model
@@ -26,9 +26,11 @@ from fedloom.core.registry import build as build_component
 from fedloom.server.build import calibrated
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.privacy.user_ledger import check_supply
+from fedloom.strategies.api import Strategy
 
 __all__ = [
     "Federation",
+    "Given",
     "build",
     "check_alive",
     "completed",
@@ -55,8 +57,22 @@ class Federation:
     """Held-out rows for evaluation, tokenized."""
 
 
-def completed(config: RunConfig) -> RunConfig:
+@dataclass(frozen=True)
+class Given:
+    """Data in place of those that a run file's [data] section names."""
+
+    clients: dict[str, Rows]
+    """Each client's private rows, by client name."""
+    held_out: Rows
+    """What the run is scored on."""
+
+
+def completed(config: RunConfig, own: Strategy | None = None) -> RunConfig:
     """The run file with what the coordinator decides filled in: noise multiplier and the base model's digest.
+
+    Args:
+        config: The run file.
+        own: A strategy that is installed nowhere, in place of the one that it names.
 
     Raises:
         ConfigError: The privacy target cannot be reached.
@@ -64,7 +80,7 @@ def completed(config: RunConfig) -> RunConfig:
     """
     digest = config.model.digest or base_digest(resolve_base(config.model.base))
     model = config.model.model_copy(update={"digest": digest})
-    return calibrated(config).model_copy(update={"model": model, "start": pinned(config.start)})
+    return calibrated(config, own).model_copy(update={"model": model, "start": pinned(config.start)})
 
 
 def declared_size(count: int) -> int:
@@ -76,28 +92,32 @@ def declared_size(count: int) -> int:
     return int(float(f"{count:.2g}"))
 
 
-def build(config: RunConfig, folder: Path) -> Federation:
+def build(config: RunConfig, folder: Path, given: Given | None = None) -> Federation:
     """Load the model and the data, split the data among the clients, and write each client's policy.
 
     Args:
         config: A completed run file (see `completed`).
         folder: Run folder; the clients' ledgers go below it, so that a simulation never charges a real account.
+        given: Data in place of those of the run file.
 
     Raises:
-        ConfigError: The run file has no [data] section, more clients than rows, or too few clients for its rounds.
+        ConfigError: There are no data: no [data] section. More clients than rows, or too few clients for its rounds.
         DataError: The data cannot be loaded.
         ModelError: The base model cannot be loaded.
     """
-    if config.data is None:
+    if given is None and config.data is None:
         raise ConfigError("a simulation needs a [data] section with source and clients; see examples/sentiment.toml")
-    if config.data.clients < config.rounds.min_clients:
+    count = len(given.clients) if given else config.data.clients if config.data else 0
+    if count < config.rounds.min_clients:
         raise ConfigError(
-            f"data.clients = {config.data.clients} is below rounds.min_clients = {config.rounds.min_clients}: "
-            "no round could ever open; raise the first or lower the second"
+            f"{'the number of clients' if given else 'data.clients'} = {count} is below rounds.min_clients = "
+            f"{config.rounds.min_clients}: no round could ever open; raise the first or lower the second"
         )
-    check_supply(config, config.data.clients)
-    clients = shares(config, config.data)
-    scored = held_out(config, config.data.source)
+    check_supply(config, count)
+    if given is None:
+        assert config.data is not None  # checked above
+        given = Given(shares(config, config.data), held_out(config, config.data.source))
+    clients, scored = given.clients, drawn(given.held_out, config)
     policies = {name: simulated_policy(name, len(own), config, folder) for name, own in clients.items()}
     if config.secure_aggregation.enabled:
         policies = _acquainted(policies)

@@ -1,14 +1,18 @@
 """The run folder: its name, a plot, and what is written as JSON."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedloom.core.errors import ConfigError
-from fedloom.server.monitoring.recorders.api import RoundRecord
+from fedloom.server.monitoring.recorders.api import RoundRecord, figures
 
-__all__ = ["new_folder", "plot", "write_json"]
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+__all__ = ["draw", "metrics_frame", "new_folder", "plot", "write_json"]
 
 
 def new_folder(parent: Path, name: str) -> Path:
@@ -41,8 +45,37 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def plot(folder: Path, title: str, records: list[RoundRecord]) -> Path:
-    """Draw accuracy and loss, and in a private run the largest epsilon, against the round; returns the PNG."""
+def metrics_frame(records: Sequence[RoundRecord]) -> "pandas.DataFrame":
+    """One row a round, by the round's number; round 0 is the starting adapter.
+
+    Returns:
+        Columns as in `figures`: accuracy (0 to 1) and loss (nats) of the rounds that were evaluated, the largest
+        epsilon of the clients, bytes and seconds. What a run has not is no column; what a round has not is NaN.
+
+    Raises:
+        ConfigError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "tables need pandas, which is not installed; pip install 'fedloom[notebook]', or read metrics.jsonl"
+        ) from error
+    rows = [figures(record) for record in records]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = pandas.DataFrame(rows, columns=columns, index=pandas.Index([r.round for r in records], name="round"))
+    return table.astype({name: int for name in ("clients", "bytes_up", "bytes_down") if name in columns})
+
+
+def plot(folder: Path, title: str, records: Sequence[RoundRecord]) -> Path:
+    """Write the figure of `draw` to the run folder; returns the PNG."""
+    path = folder / "curves.png"
+    draw(title, records).savefig(path, dpi=130)
+    return path
+
+
+def draw(title: str, records: Sequence[RoundRecord]) -> "Figure":
+    """Accuracy and loss, and in a private run the largest epsilon, against the round."""
     # Imported here: it takes a second to load. Not by pyplot, whose backend is the whole process's: a figure of its own
     # draws without a display wherever it is.
     from matplotlib.figure import Figure
@@ -65,6 +98,4 @@ def plot(folder: Path, title: str, records: list[RoundRecord]) -> Path:
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title)
-    path = folder / "curves.png"
-    figure.savefig(path, dpi=130)
-    return path
+    return figure

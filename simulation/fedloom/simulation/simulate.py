@@ -37,23 +37,27 @@ from fedloom.server.privacy.user_ledger import statement as user_statement
 from fedloom.server.rounds.state import AdapterCommitted, Event
 from fedloom.server.storage.local import Store
 from fedloom.server.validate_config import check_config
-from fedloom.simulation.federation import Federation, build, completed
+from fedloom.simulation.callbacks import SoFar, StopRun
+from fedloom.simulation.checkpoint import save_round
+from fedloom.simulation.federation import Federation, Given, build, completed
 from fedloom.simulation.inprocess import run_inprocess, standing_clock
 from fedloom.simulation.personal import save_clients, scored
 from fedloom.simulation.processes import run_processes
 from fedloom.simulation.run_folder import new_folder, plot, write_json
-from fedloom.strategies.api import State
+from fedloom.strategies.api import State, Strategy
 
 __all__ = ["Result", "Watcher", "ledger_statements", "simulate"]
 
 
 @dataclass
 class Watcher:
-    """Callbacks of a display; each does nothing unless set."""
+    """Callbacks of a display and of whoever runs it; each does nothing unless set."""
 
     ready: Callable[[Federation, Path], None] = lambda _federation, _folder: None
     moved: Callable[[Progress], None] = lambda _progress: None
     recorded: Callable[[RoundRecord], None] = lambda _record: None
+    after_round: Callable[[SoFar], object] = lambda _so_far: None
+    """May raise `StopRun`."""
 
 
 @dataclass(frozen=True)
@@ -117,32 +121,47 @@ _AGREEMENT = 0.995
 
 
 def simulate(
-    config: RunConfig, out: Path, watcher: Watcher | None = None, *, report_to: tuple[str, ...] = ()
+    config: RunConfig,
+    out: Path,
+    watcher: Watcher | None = None,
+    *,
+    report_to: tuple[str, ...] = (),
+    given: Given | None = None,
+    own: Strategy | None = None,
 ) -> Result:
     """Run a federation on this machine.
 
     Args:
-        config: A run file with a [data] section.
+        config: A run file, with a [data] section unless data are given.
         out: Parent of the run folder.
-        watcher: Callbacks for a display.
+        watcher: Callbacks.
         report_to: Names of recorders that get every record too.
+        given: Data in place of those of the run file.
+        own: A strategy that is installed nowhere, in place of the one that the run file names.
 
     Raises:
         FedloomError: Anything that stops the run; nothing is left that looks like a finished run.
     """
     with _threads(config.engine.threads):
-        return _simulate(config, out, watcher or Watcher(), report_to)
+        return _simulate(config, out, watcher or Watcher(), report_to, given, own)
 
 
-def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[str, ...]) -> Result:
-    config = completed(config)
-    strategy = build_strategy(config)
+def _simulate(
+    config: RunConfig,
+    out: Path,
+    watcher: Watcher,
+    report_to: tuple[str, ...],
+    given: Given | None,
+    own: Strategy | None,
+) -> Result:
+    config = completed(config, own)
+    strategy = build_strategy(config, own)
     check_config(config, strategy)  # as the coordinator will, but before anything is loaded or written
     check_private(config)
     folder = new_folder(out, config.run.name)
     write_config(folder, config)
     try:
-        federation = build(config, folder)
+        federation = build(config, folder, given)
         starting = start_of(config, federation.model)
         if config.privacy.enabled:
             # Every client would refuse such a model too, but once the run has begun.
@@ -175,8 +194,8 @@ def _simulate(config: RunConfig, out: Path, watcher: Watcher, report_to: tuple[s
         _record(tape, watcher, RoundRecord(0, 0, start.accuracy, start.loss, None, None, 0, 0, 0.0))
         for _ in _engine(federation, coordinator, folder):
             watcher.moved(coordinator.progress)
-            _drain(federation, coordinator, tape, watcher, began)
-        _drain(federation, coordinator, tape, watcher, began)
+            _drain(federation, coordinator, tape, watcher, began, folder)
+        _drain(federation, coordinator, tape, watcher, began, folder)
         if not coordinator.finished:
             raise FedloomError(f"the run stopped after {coordinator.progress.round} of {config.run.rounds} rounds")
         tape.told = coordinator.told
@@ -205,8 +224,10 @@ def _engine(federation: Federation, coordinator: Coordinator, folder: Path) -> I
     return run_processes(federation, coordinator, folder, engine.threads or share)
 
 
-def _drain(federation: Federation, coordinator: Coordinator, tape: _Tape, watcher: Watcher, began: float) -> None:
-    """Evaluate and record the rounds committed since the last call."""
+def _drain(
+    federation: Federation, coordinator: Coordinator, tape: _Tape, watcher: Watcher, began: float, folder: Path
+) -> None:
+    """Evaluate and record the rounds committed since the last call, and end the run where a callback says so."""
     config = federation.config
     while not tape.commits.empty():
         rounds, state = tape.commits.get()
@@ -219,6 +240,11 @@ def _drain(federation: Federation, coordinator: Coordinator, tape: _Tape, watche
         if score is not None:
             record = replace(record, accuracy=score.accuracy, loss=score.loss, metrics=dict(score.metrics) or None)
         _record(tape, watcher, record)
+        save = partial(save_round, federation, coordinator.result(state), record)
+        try:
+            watcher.after_round(SoFar(folder, tuple(tape.records), save))
+        except StopRun:
+            coordinator.finish()
 
 
 def _worst(stated: Mapping[str, Statement]) -> Statement:

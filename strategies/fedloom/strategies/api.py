@@ -132,6 +132,18 @@ class Strategy(Protocol):
     def plan(self, state: State, round: int, client: str) -> Plan:
         """What `client` does in `round` (counted from 0)."""
 
+    def check(self, state: State, update: Update) -> None:
+        """Refuse an update that `fold` or `commit` could not take; called once for each, by several threads at a time.
+
+        As inherited it refuses nothing more than the coordinator does: an update whose tensors have other names or
+        shapes than the plan says, whose values are not finite or beyond 1e30, or whose weight is not usable.
+
+        Raises:
+            SchemaError: A tensor does not fit.
+            UpdateRejected: A value does not.
+        """
+        return None
+
     @abstractmethod
     def fold(self, state: State, acc: Any, update: Update) -> Any:
         """The accumulator after one more update; `acc` is None for the first.

@@ -15,7 +15,7 @@ from fedloom.client.policy import Policy, SecureAggregationPolicy, check_spec
 from fedloom.client.secagg.identity_key import load_identity, public_text
 from fedloom.client.secagg.participant import Attempt, check_assignment
 from fedloom.core.config.run import SecureAggregationSection, Spec
-from fedloom.core.errors import LedgerError, PolicyError, ProtocolError
+from fedloom.core.errors import ConfigError, LedgerError, PolicyError, ProtocolError
 from fedloom.core.schema import Role
 from fedloom.core.secagg.keys import Place
 from fedloom.core.secagg.shamir import SHARE_BYTES, combine, share_from_bytes
@@ -218,13 +218,13 @@ def test_a_secure_run_needs_pinned_peers(policy: Policy, spec: Spec) -> None:
 
 
 def test_one_key_for_two_peers_is_refused() -> None:
-    with pytest.raises(ValueError, match="two peers have the same key"):
+    with pytest.raises(ConfigError, match="two peers have the same key"):
         SecureAggregationPolicy(peers={"ann": "ab" * 32, "ben": "ab" * 32})
 
 
 @pytest.mark.parametrize("key", ["", "AB" * 32, "ab" * 31, "zz" * 32])
 def test_what_is_no_key_cannot_be_pinned(key: str) -> None:
-    with pytest.raises(ValueError, match="pattern"):
+    with pytest.raises(ConfigError, match="pattern"):
         SecureAggregationPolicy(peers={"ann": key})
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +14,6 @@ from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.privacy.spends import faint
 
 if TYPE_CHECKING:
-    from fedloom.server.monitoring.progress import Progress as RoundStatus
     from fedloom.server.monitoring.recorders.api import RoundRecord
     from fedloom.simulation.federation import Federation
     from fedloom.simulation.simulate import Result
@@ -50,21 +48,11 @@ def simulate(
         open_run = config.run.model_copy(update={"name": f"{config.run.name}-no-privacy"})
         config = config.model_copy(update={"run": open_run})
     # Loads torch, which takes seconds: a mistake in the run file should not have to wait for it.
+    from fedloom.simulation.progress_bar import progress_bar
     from fedloom.simulation.simulate import Watcher
     from fedloom.simulation.simulate import simulate as run_simulation
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    # By the pace of the last ten minutes: rich's own half a minute is shorter than many a round.
-    left = (TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *left, console=out, transient=True, speed_estimate_period=600) as bar:
-        task = bar.add_task("loading model and data", total=None)
-
-        def moved(standing: "RoundStatus") -> None:
-            total = standing.rounds * max(1, len(standing.cohort) or len(standing.live))
-            done = standing.round * max(1, len(standing.cohort) or len(standing.live)) + len(standing.submitted)
-            label = f"round {min(standing.round + 1, standing.rounds)}/{standing.rounds}"
-            bar.update(task, description=label, total=total, completed=done)
-
+    with progress_bar(out) as moved:
         watcher = Watcher(ready=_introduce, moved=moved, recorded=lambda record: _line(config, record))
         result = run_simulation(config, out_folder, watcher, report_to=reports(report_to))
     _summary(config, result)

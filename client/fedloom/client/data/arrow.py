@@ -1,7 +1,7 @@
 """The rows of Parquet files and of folders that Hugging Face's `datasets` saved, read with pyarrow alone."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from fedloom.client.data.files import Note, Row, check_columns, readable
 from fedloom.client.data.layout import Layout
 from fedloom.core.errors import DataError
 
-__all__ = ["parquet_rows", "saved_rows"]
+__all__ = ["class_names", "parquet_rows", "saved_rows", "schema_class_names", "with_names"]
 
 _BATCH = 1024
 
@@ -29,7 +29,7 @@ def parquet_rows(path: Path, layout: Layout) -> Iterator[Row]:
             wanted = layout.wanted(table.schema_arrow.names)
             batches = table.iter_batches(batch_size=_BATCH, columns=wanted)
             count = 0
-            for row in _rows(path, batches, _names(table.schema_arrow), wanted):
+            for row in _rows(path, batches, schema_class_names(table.schema_arrow), wanted):
                 count += 1
                 yield row
             # pyarrow gives what the pages hold, whatever the file says that they do.
@@ -56,7 +56,7 @@ def saved_rows(folder: Path, layout: Layout) -> Iterator[Row]:
         try:
             with readable(path), arrow.OSFile(str(path)) as file, arrow.ipc.open_stream(file) as stream:
                 check_columns(path, stream.schema.names, layout)
-                yield from _rows(path, stream, _names(stream.schema), layout.wanted(stream.schema.names))
+                yield from _rows(path, stream, schema_class_names(stream.schema), layout.wanted(stream.schema.names))
         except arrow.ArrowException as error:
             raise DataError(f"{path} cannot be read as Arrow; save the data set again ({_short(error)})") from error
 
@@ -92,17 +92,27 @@ def _rows(path: Path, batches: Any, names: dict[str, list[str]], wanted: list[st
     for batch in batches:
         for row in batch.select(wanted).to_pylist():
             number += 1
-            yield f"{path} row {number}", {column: _named(value, names.get(column)) for column, value in row.items()}
+            yield (
+                f"{path} row {number}",
+                {column: with_names(value, names.get(column)) for column, value in row.items()},
+            )
 
 
-def _names(schema: Any) -> dict[str, list[str]]:
+def schema_class_names(schema: Any) -> dict[str, list[str]]:
     """Class names of the columns that hold classes by number, as `datasets` notes them in the file's metadata."""
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        found = {column: _class_names(feature) for column, feature in features.items()}
+        return class_names(json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return {column: names for column, names in found.items() if names}
+
+
+def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Class names by column, of the columns that hold classes by number.
+
+    Args:
+        features: What `Features.to_dict` of Hugging Face's `datasets` gives.
+    """
+    return {column: names for column, feature in features.items() if (names := _class_names(feature))}
 
 
 def _class_names(feature: Any) -> list[str]:
@@ -112,12 +122,12 @@ def _class_names(feature: Any) -> list[str]:
     return [str(name) for name in found] if found else []
 
 
-def _named(value: Any, names: list[str] | None) -> Any:
+def with_names(value: Any, names: list[str] | None) -> Any:
     """The class's name in place of its number, which counts in the data set's order and not in the run's."""
     if names is None:
         return value
     if isinstance(value, list):
-        return [_named(each, names) for each in value]
+        return [with_names(each, names) for each in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 

@@ -38,7 +38,7 @@ Everything in a file is one of these or part of a row."""
 csv.field_size_limit(1 << 30)
 
 
-def check_columns(path: Path, present: list[str], layout: Layout) -> None:
+def check_columns(path: Path | str, present: list[str], layout: Layout) -> None:
     """Refuse a table that lacks a column of the task or has it twice.
 
     Raises:

@@ -14,12 +14,12 @@ from fedloom.client.data.layout import Layout
 from fedloom.client.data.packaged.api import Split
 from fedloom.client.data.records import Record
 from fedloom.client.data.rows import Indices, Rows
-from fedloom.client.data.sources import source_rows
+from fedloom.client.data.sources import Found, source_rows
 from fedloom.client.tasks.api import task_named
 from fedloom.core.config.file_format import Form
 from fedloom.core.errors import DataError
 
-__all__ = ["Split", "Tally", "Tell", "assembled", "load_rows", "records", "tallied", "tell_of"]
+__all__ = ["Split", "Tally", "Tell", "assembled", "load_rows", "read_rows", "records", "tallied", "tell_of"]
 
 K = TypeVar("K", str, Note)
 
@@ -79,6 +79,18 @@ def load_rows(
             names and positions alike; the message says which line, what was found and what to do.
     """
     form = form or Form()
+    layout = Layout(task, form.columns)
+    return read_rows(source_rows(source, split, layout), layout, labels, source, form, tell)
+
+
+def read_rows(
+    found: Iterable[Found], layout: Layout, labels: tuple[str, ...], source: str, form: Form, tell: Tell = log.log
+) -> Rows:
+    """What a source holds as rows, whatever kind of source it is; the arguments are those of `load_rows`.
+
+    Raises:
+        DataError: A row does not fit, there is none, or labels are names and positions alike.
+    """
     notes: dict[Note, Tally] = {}
 
     def skip(where: str, what: DataError | Note) -> None:
@@ -86,7 +98,7 @@ def load_rows(
             raise what
         tallied(notes, what, where)
 
-    rows = assembled(records(source, split, Layout(task, form.columns), skip), labels, task, source, form)
+    rows = assembled(_checked(found, layout, skip), labels, layout.task, source, form)
     tell(logging.INFO, f"{source}: {len(rows):,} rows read{_labelled(rows)}")
     tell_of(notes, tell)
     return rows
@@ -116,7 +128,11 @@ def records(source: str, split: Split, layout: Layout, skip: Skip = _refuse) -> 
     Raises:
         DataError: The source cannot be read, or a row does not fit and `skip` raises that.
     """
-    for where, row in source_rows(source, split, layout):
+    yield from _checked(source_rows(source, split, layout), layout, skip)
+
+
+def _checked(found: Iterable[Found], layout: Layout, skip: Skip) -> Iterator[Record]:
+    for where, row in found:
         if isinstance(row, DataError | Note):
             skip(where, row)
             continue

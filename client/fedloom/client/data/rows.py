@@ -1,8 +1,9 @@
 """Private or held-out examples in memory, and the identity of a data set."""
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedloom.client.tasks.api import task_named
 from fedloom.core.config.file_format import Answers
 from fedloom.core.errors import DataError
 
-__all__ = ["IGNORED", "Indices", "Rows", "digest", "documents", "picture"]
+__all__ = ["IGNORED", "Indices", "Rows", "digest", "documents", "picture", "pooled"]
 
 IGNORED = -100
 """Label of a position that has none, as torch's cross-entropy names it."""
@@ -25,6 +26,8 @@ _COLUMNS = ("words", "tags", "prompts", "turns", "images")
 Indices = npt.NDArray[np.int64]
 
 T = TypeVar("T")
+
+_BY_ROW = ("texts", "groups", "words", "tags", "prompts", "turns", "images", "places")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +124,24 @@ class Rows:
     def place(self, index: int) -> str:
         """Where a row was read, or which one it is, counted from 1."""
         return self.places[index] if self.places else f"example {index + 1}"
+
+
+def pooled(parts: Sequence[Rows]) -> Rows:
+    """The rows of several data sets of one task and the same label names, one after the other.
+
+    Args:
+        parts: At least one; all read the same label names and answers.
+    """
+    first = parts[0]
+
+    def column(name: str) -> Any:
+        return tuple(chain.from_iterable(getattr(part, name) for part in parts))
+
+    return replace(
+        first,
+        labels=np.concatenate([part.labels for part in parts]),
+        **{name: column(name) for name in _BY_ROW},
+    )
 
 
 def _taken(column: tuple[T, ...], indices: Indices) -> tuple[T, ...]:

@@ -17,7 +17,10 @@ from fedloom.client.tasks.api import task_named
 from fedloom.core.errors import DataError
 from fedloom.core.registry import build, entries
 
-__all__ = ["source_rows"]
+__all__ = ["Found", "source_rows"]
+
+Found = tuple[str, dict[str, Any] | Record | DataError | Note]
+"""Where something is: a row by column, or one that is read already; what is wrong with one; or a note."""
 
 _BESIDE = Note("a file or folder beside the data, passed over")
 
@@ -29,9 +32,7 @@ _READERS: dict[str, Callable[[Path, Layout], Iterator[Row]]] = {
 }
 
 
-def source_rows(
-    source: str, split: Split, layout: Layout
-) -> Iterator[tuple[str, dict[str, Any] | Record | DataError | Note]]:
+def source_rows(source: str, split: Split, layout: Layout) -> Iterator[Found]:
     """The rows of one split: where each is, and its columns, or what is wrong with it; and notes on all else there is.
 
     Raises:

@@ -23,7 +23,7 @@ from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.schema import Tensors
 from fedloom.strategies.start import starting_adapter
 
-__all__ = ["HeldOut", "held_out"]
+__all__ = ["HeldOut", "drawn", "held_out"]
 
 
 def held_out(config: RunConfig, source: str, split: Split = "test") -> Rows:
@@ -37,7 +37,11 @@ def held_out(config: RunConfig, source: str, split: Split = "test") -> Rows:
     Raises:
         DataError: See `load_rows`.
     """
-    rows = load_rows(source, config.model.labels, split, config.model.task, config.data)
+    return drawn(load_rows(source, config.model.labels, split, config.model.task, config.data), config)
+
+
+def drawn(rows: Rows, config: RunConfig) -> Rows:
+    """At most evaluation.max_examples of these rows, drawn by the run's seed."""
     rng = np.random.default_rng([config.run.seed, 1])
     return rows.take(np.sort(rng.permutation(len(rows))[: config.evaluation.max_examples]))
 

@@ -35,6 +35,7 @@ __all__ = [
     "is_merged",
     "load_exported",
     "predict",
+    "privacy_facts",
     "result_name",
     "save_adapter",
     "save_final",
@@ -288,12 +289,17 @@ def facts(spec: Spec, privacy: Statement | None, user: dict[str, Any] | None = N
     if isinstance(spec, RunConfig) and spec.start is not None:
         known["start"] = {"adapter": Path(spec.start.adapter).name, "digest": spec.start.digest}
     if privacy is not None:
-        known["privacy"] = {
-            **privacy.document(),
-            "mechanism": "DP-SGD on every client: Poisson sampling, per-example clipping, Gaussian noise",
-            "clip_norm": spec.privacy.clip_norm,
-        }
+        known["privacy"] = privacy_facts(spec, privacy.document())
     return known
+
+
+def privacy_facts(spec: Spec, stated: dict[str, Any]) -> dict[str, Any]:
+    """A statement's document with the mechanism in words."""
+    return {
+        **stated,
+        "mechanism": "DP-SGD on every client: Poisson sampling, per-example clipping, Gaussian noise",
+        "clip_norm": spec.privacy.clip_norm,
+    }
 
 
 def is_merged(folder: Path) -> bool:

@@ -6,21 +6,47 @@ import math
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from fedloom.core import registry
 from fedloom.core.errors import ConfigError
 
-__all__ = ["FileName", "FilePath", "OpenSection", "Section", "explain", "parse", "read_json", "read_toml"]
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as _Metaclass
+else:
+    _Metaclass = type(BaseModel)  # pydantic has it in a private module, whose place may change
+
+__all__ = ["FileName", "FilePath", "OpenSection", "Section", "explain", "parse", "put", "read_json", "read_toml"]
 
 M = TypeVar("M", bound=BaseModel)
 P = TypeVar("P", str, Path)
 
 
-class Section(BaseModel):
-    """One table of a file: frozen, numbers are finite, and strangers are refused."""
+class _Checked(_Metaclass):
+    """Constructors that raise what a file with the same mistake raises."""
+
+    if not TYPE_CHECKING:  # the fields alone are the signature that editors and type checkers show
+
+        def __call__(cls, /, **values):
+            """An instance of these values.
+
+            Raises:
+                ConfigError: A value is wrong, unknown or missing.
+            """
+            try:
+                return super().__call__(**values)
+            except ValidationError as error:
+                raise ConfigError(f"{cls.__name__}: {explain(error, cls)}") from error
+
+
+class Section(BaseModel, metaclass=_Checked):
+    """One table of a file: frozen, numbers are finite, and strangers are refused.
+
+    Raises:
+        ConfigError: A value is wrong, unknown or missing.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -154,19 +180,28 @@ def parse(model: type[M], tables: dict[str, Any], overrides: tuple[str, ...] = (
 def _apply(tables: dict[str, Any], override: str) -> None:
     """Set one `a.b=value`; the value is read as TOML, and as a plain string when it is not."""
     path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(path.strip().split(".")):
         raise ConfigError(f"override {override!r} must look like section.key=value, e.g. run.rounds=5")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text
+    put(tables, path.strip(), value)
+
+
+def put(tables: dict[str, Any], path: str, value: object) -> None:
+    """Set the value of one `section.key` in place; what is missing on the way is made.
+
+    Raises:
+        ConfigError: A part of the way is a value.
+    """
+    *sections, key = path.split(".")
     table = tables
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
+    for section in sections:
+        table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
-    table[keys[-1]] = value
+            raise ConfigError(f"{path!r} cannot be set: {section!r} is a value, not a section")
+    table[key] = value
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

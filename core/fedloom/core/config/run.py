@@ -143,8 +143,8 @@ class TrainSection(OpenSection):
     optimizer: str = "sgd"
     """Name of an installed local optimiser, see `fedloom components list optimizers`; its state starts anew each
     round."""
-    learning_rate: float = Field(ge=1e-9, le=1e4)
-    """Local learning rate."""
+    learning_rate: float = Field(default=1.0, ge=1e-9, le=1e4)
+    """Local learning rate. With SGD the mean gradient of a step has norm at most clip_norm; Adam needs far less."""
     head_learning_rate: float | None = Field(default=None, ge=1e-9, le=1e4)
     """Learning rate of the head alone; None is learning_rate. A fresh head often needs a larger one."""
     schedule: Literal["constant", "linear"] = "constant"

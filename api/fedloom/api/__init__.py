@@ -1,0 +1,88 @@
+"""fedloom in Python: `import fedloom.api as fl`.
+
+    run = fl.Run(
+        model="minilm-l6",
+        task=fl.TextClassification(labels=["negative", "positive"]),
+        adapter=fl.LoRA(rank=8),
+        privacy=fl.DP(epsilon=6, delta=1e-5),
+        train=fl.Train(steps=10, sampling_rate=0.1),
+    )
+    result = fl.simulate(run, data={"clinic-a": rows_a, "clinic-b": "b.csv"})
+
+Importing it loads no torch; `simulate` does.
+"""
+
+from fedloom.api.callbacks import Checkpoint
+from fedloom.api.components import (
+    Bias,
+    CausalLM,
+    Head,
+    ImageClassification,
+    Instruct,
+    LoRA,
+    TextClassification,
+    TokenClassification,
+)
+from fedloom.api.result import Result
+from fedloom.api.run import Model, Run, load
+from fedloom.api.simulate import simulate
+from fedloom.api.sweep import Sweep, Trial, sweep
+from fedloom.core.config.data import DataSection as Data
+from fedloom.core.config.evaluation import EvaluationSection as Evaluation
+from fedloom.core.config.evaluation import FederatedEvaluationSection as FederatedEvaluation
+from fedloom.core.config.file_format import Form
+from fedloom.core.config.run import EngineSection as Engine
+from fedloom.core.config.run import PrivacySection as DP
+from fedloom.core.config.run import RoundsSection as RoundRules
+from fedloom.core.config.run import SecureAggregationSection as SecureAggregation
+from fedloom.core.config.run import StrategySection as Strategy
+from fedloom.core.config.run import TrainSection as Train
+from fedloom.core.config.run import UserLevelSection as UserLevel
+from fedloom.core.config.run import WireSection as Wire
+from fedloom.core.config.start import StartSection as Start
+from fedloom.core.errors import FedloomError
+from fedloom.simulation.callbacks import SoFar, StopRun
+from fedloom.strategies.fedavg import FedAvg
+from fedloom.strategies.fedpeft import FedPEFT
+from fedloom.strategies.fedsvd import FedSVD
+from fedloom.strategies.ffa import FFA
+
+__all__ = [
+    "DP",
+    "FFA",
+    "Bias",
+    "CausalLM",
+    "Checkpoint",
+    "Data",
+    "Engine",
+    "Evaluation",
+    "FedAvg",
+    "FedPEFT",
+    "FedSVD",
+    "FederatedEvaluation",
+    "FedloomError",
+    "Form",
+    "Head",
+    "ImageClassification",
+    "Instruct",
+    "LoRA",
+    "Model",
+    "Result",
+    "RoundRules",
+    "Run",
+    "SecureAggregation",
+    "SoFar",
+    "Start",
+    "StopRun",
+    "Strategy",
+    "Sweep",
+    "TextClassification",
+    "TokenClassification",
+    "Train",
+    "Trial",
+    "UserLevel",
+    "Wire",
+    "load",
+    "simulate",
+    "sweep",
+]

@@ -1,0 +1,122 @@
+"""What a simulation leaves: its adapter, its metrics and what it cost."""
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedloom.api.run import Run
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from fedloom.client.eval.score import Score
+    from fedloom.core.privacy.accounting import Statement
+    from fedloom.server.monitoring.recorders.api import RoundRecord
+    from fedloom.simulation.simulate import Result as Simulated
+
+__all__ = ["Result"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished simulation, see `simulate`."""
+
+    run: Run
+    """The run as it was asked for."""
+    simulated: "Simulated"
+    """What the simulation says of itself."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: run.toml, metrics.jsonl, summary.json, adapter/ and the clients' ledgers."""
+        return self.simulated.folder
+
+    @property
+    def records(self) -> "list[RoundRecord]":
+        """One for each round; round 0 is the starting adapter."""
+        return self.simulated.records
+
+    @cached_property
+    def metrics(self) -> "pandas.DataFrame":
+        """One row a round, by the round's number; round 0 is the starting adapter.
+
+        Columns: accuracy (0 to 1) and loss (nats) on the held-out rows, the largest epsilon of the clients, clients,
+        bytes_up, bytes_down and seconds since the start. A round that was not evaluated has NaN.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        from fedloom.simulation.run_folder import metrics_frame
+
+        return metrics_frame(self.records)
+
+    @property
+    def accuracy(self) -> float:
+        """Held-out accuracy of the result, 0 to 1."""
+        return self.score.accuracy
+
+    @property
+    def score(self) -> "Score":
+        """Accuracy, loss and confusion matrix of the result on the held-out rows."""
+        return self.simulated.final
+
+    @property
+    def privacy(self) -> "dict[str, Statement]":
+        """What each client has spent, by name, as its own ledger says; empty without privacy."""
+        return self.simulated.privacy
+
+    @property
+    def epsilon(self) -> dict[str, float]:
+        """Epsilon by client; empty without privacy."""
+        return self.simulated.epsilon
+
+    @property
+    def user_epsilon(self) -> float | None:
+        """Epsilon of a whole client, by the coordinator's noise; None without user-level privacy."""
+        return self.simulated.user_epsilon
+
+    @cached_property
+    def adapter(self) -> "PeftModel | PreTrainedModel":
+        """The base model with the adapter, loaded from the run folder as its user would, in evaluation mode.
+
+        A PeftModel, or the merged model of a kind of adapter that PEFT does not know.
+        """
+        return self._load()
+
+    def merged(self) -> Any:
+        """The base model with the adapter folded into its weights, a plain model of transformers.
+
+        Raises:
+            ValueError: A merged weight would not be finite.
+        """
+        model = self._load()
+        return model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
+
+    def plot(self) -> "Figure":
+        """Accuracy and loss, and in a private run the largest epsilon, against the round."""
+        from fedloom.simulation.run_folder import draw
+
+        if "IPython" in sys.modules:
+            with suppress(ImportError):  # a notebook then shows the figure rather than its name
+                import matplotlib_inline.backend_inline  # noqa: F401
+        return draw(self.folder.name, self.records)
+
+    def _load(self) -> "PeftModel | PreTrainedModel":
+        from fedloom.client.models.base_folder import resolve_base
+        from fedloom.client.models.export import load_exported
+
+        model = self.run.config.model
+        base = resolve_base(model.base)
+        folder = next(path for name in ("adapter", "merged") if (path := self.folder / name).is_dir())
+        return load_exported(base, folder, len(model.labels), model.task, model.image_size)
+
+    def __repr__(self) -> str:
+        """The figures that matter, in one line."""
+        spent = f", epsilon {max(self.epsilon.values()):.2f}" if self.epsilon else ", not private"
+        return f"fl.Result({str(self.folder)!r}: {self.records[-1].round} rounds, accuracy {self.accuracy:.1%}{spent})"

@@ -1,0 +1,245 @@
+"""A run as an object: the same model as a run file."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel
+
+from fedloom.api.components import LoRA, adapter_table, strategy_table, task_table
+from fedloom.core.config.data import DataSection
+from fedloom.core.config.evaluation import EvaluationSection, FederatedEvaluationSection
+from fedloom.core.config.parsing import FileName, Section, parse, put
+from fedloom.core.config.run import (
+    EngineSection,
+    PrivacySection,
+    RoundsSection,
+    RunConfig,
+    SecureAggregationSection,
+    StrategySection,
+    TrainSection,
+    UserLevelSection,
+    WireSection,
+    load_run,
+)
+from fedloom.core.config.start import StartSection
+from fedloom.core.errors import ConfigError
+from fedloom.strategies.api import Strategy
+
+__all__ = ["Model", "Run", "load", "not_installed"]
+
+
+class Model(Section):
+    """The frozen base model that every client holds."""
+
+    base: FileName
+    """Local folder in Hugging Face format, a name from `fedloom assets` such as minilm-l6, or ORG/NAME in this
+    machine's hub cache."""
+    digest: str | None = None
+    """Pin of the base model's files; a client whose folder differs refuses. None accepts what is found."""
+
+
+class Run:
+    """What a run file says, as an object. It does not change; `replace` makes another.
+
+    A strategy that is defined in this process works in it; to go into a file or over gRPC it must be installed.
+
+    Args:
+        model: The base model: a folder, an asset's name, or `Model`.
+        task: What it is trained for, such as `TextClassification(labels=["neg", "pos"])`.
+        train: Local training on each client in each round.
+        adapter: Which parameters are trained.
+        privacy: Example-level differential privacy on every client; None trains without any.
+        strategy: How updates become the next adapter: an object, a name, or `Strategy` with options.
+        rounds: Number of federated rounds.
+        name: Of the run; results go to a folder of this name.
+        seed: Of everything public: starting adapter, cohort, partition. Never of private noise.
+        round_rules: When a round opens and closes.
+        user_level: Differential privacy of whole clients, added by the coordinator; given, it is enabled.
+        secure_aggregation: Sums that hide each update from the coordinator; given, it is enabled.
+        federated_evaluation: Scores on rows that clients hold out; given, it is enabled.
+        evaluation: The held-out set of whoever runs the federation.
+        wire: Codecs.
+        engine: How a simulation runs.
+        start: An earlier adapter to go on from.
+        data: Data that are named in the run, for a simulation that is given none.
+
+    Raises:
+        ConfigError: A value is wrong; the message is that of a run file with the same mistake.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | Path | Model,
+        task: Any,
+        train: TrainSection,
+        adapter: Any = LoRA(),  # noqa: B008  # it is frozen
+        privacy: PrivacySection | None = PrivacySection(),  # noqa: B008
+        strategy: "str | StrategySection | Strategy" = "fedavg",
+        rounds: int = 10,
+        name: str = "run",
+        seed: int = 0,
+        round_rules: RoundsSection | None = None,
+        user_level: UserLevelSection | None = None,
+        secure_aggregation: SecureAggregationSection | None = None,
+        federated_evaluation: FederatedEvaluationSection | None = None,
+        evaluation: EvaluationSection | None = None,
+        wire: WireSection | None = None,
+        engine: EngineSection | None = None,
+        start: StartSection | None = None,
+        data: DataSection | None = None,
+    ) -> None:
+        base = model if isinstance(model, Model) else Model(base=str(model))
+        strategy_section, local = strategy_table(strategy)
+        sections: dict[str, BaseModel | None] = {
+            "train": train,
+            "privacy": PrivacySection(enabled=False) if privacy is None else privacy,
+            "rounds": round_rules,
+            "user_level": user_level,
+            "secure_aggregation": secure_aggregation,
+            "federated_evaluation": federated_evaluation,
+            "evaluation": evaluation,
+            "wire": wire,
+            "engine": engine,
+            "start": start,
+            "data": data,
+        }
+        tables = {
+            "run": {"name": name, "rounds": rounds, "seed": seed},
+            "model": {**_written(base), **task_table(task)},
+            "adapter": adapter_table(adapter),
+            "strategy": strategy_section,
+            **{key: _enabled(section) for key, section in sections.items() if section is not None},
+        }
+        self._set(_parsed(tables), local)
+
+    def _set(self, config: RunConfig, local: "Strategy | None") -> None:
+        self._config, self._local = config, local
+
+    @property
+    def config(self) -> RunConfig:
+        """The run file, checked."""
+        return self._config
+
+    @property
+    def local_strategy(self) -> "Strategy | None":
+        """The strategy, if it is installed nowhere; None if the run names an installed one."""
+        return self._local
+
+    def replace(self, changes: Mapping[str, object]) -> "Run":
+        """Another run, with some keys changed.
+
+        Args:
+            changes: Values by section.key, as in a run file: {"train.learning_rate": 4}. task, adapter and strategy
+                take objects too, and every section its own.
+
+        Raises:
+            ConfigError: A key is unknown or a value wrong.
+        """
+        tables, local = _written(self._config), self._local
+        for path, value in changes.items():
+            if path == "strategy":
+                tables["strategy"], local = strategy_table(value)  # type: ignore[arg-type]  # which checks it
+            elif path == "task":
+                base = {key: tables["model"][key] for key in ("base", "digest") if key in tables["model"]}
+                tables["model"] = {**base, **task_table(value)}
+            elif path == "adapter":
+                tables["adapter"] = adapter_table(value)
+            else:
+                put(tables, path, _enabled(value) if isinstance(value, BaseModel) else value)
+                local = _with_option(local, path, value)
+        return _made(_parsed(tables), local)
+
+    def to_toml(self, path: str | Path | None = None) -> str:
+        """The run file, with the keys that were set; `load` reads it back to an equal run.
+
+        Args:
+            path: Where to write it too.
+
+        Raises:
+            ConfigError: The strategy is defined in this process only, or the file cannot be written.
+        """
+        if self._local is not None:
+            raise ConfigError(f"a run file names an installed strategy, and {not_installed(self._local)}")
+        text = tomli_w.dumps(_written(self._config))
+        if path is not None:
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be written: {error}; give another path") from error
+        return text
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same."""
+        if not isinstance(other, Run):
+            return NotImplemented
+        return self._config == other._config and self._local == other._local
+
+    __hash__ = None  # type: ignore[assignment]  # a section may hold a dict
+
+    def __repr__(self) -> str:
+        """The run file's text."""
+        return f"fl.Run\n{tomli_w.dumps(_written(self._config))}"
+
+
+def load(path: str | Path) -> Run:
+    """The run that a file describes.
+
+    Raises:
+        ConfigError: The file is missing or wrong; the message names the key and the nearest valid one.
+    """
+    return _made(load_run(Path(path)), None)
+
+
+def not_installed(strategy: object) -> str:
+    """What to do about a strategy that only this process has."""
+    return (
+        f"{type(strategy).__name__} is defined in this process only; install it at both ends, in a package that "
+        "registers it under the entry-point group fedloom.strategies, see docs/tutorial-strategy.md"
+    )
+
+
+def _parsed(tables: dict[str, Any]) -> RunConfig:
+    """A run file's tables, checked with the components they name, as `load_run` does."""
+    config = parse(RunConfig, tables, source="fl.Run")
+    try:
+        config.check_components()
+    except ConfigError as error:
+        raise ConfigError(f"fl.Run: {error}") from error
+    return config
+
+
+def _made(config: RunConfig, local: "Strategy | None") -> Run:
+    run = Run.__new__(Run)
+    run._set(config, local)
+    return run
+
+
+def _written(section: BaseModel) -> dict[str, Any]:
+    """The keys that were set, as TOML has them."""
+    return section.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+
+
+def _enabled(section: BaseModel) -> dict[str, Any]:
+    """A section that can be off is on where it is given, unless it says otherwise."""
+    on = {"enabled": True} if "enabled" in type(section).model_fields else {}
+    return {**on, **_written(section)}
+
+
+def _with_option(local: "Strategy | None", path: str, value: object) -> "Strategy | None":
+    """A local strategy after one key of the run file has changed.
+
+    Raises:
+        ConfigError: It has no such option.
+    """
+    if local is None or path == "strategy.name":
+        return None
+    if not path.startswith("strategy.options."):
+        return local
+    option = path.removeprefix("strategy.options.")
+    if not is_dataclass(local) or option not in {field.name for field in fields(local)}:
+        raise ConfigError(f"{type(local).__name__} has no field {option!r}; give a new object for 'strategy'")
+    return replace(local, **{option: value})

@@ -1,0 +1,30 @@
+"""The adapter of one round, while a run goes on."""
+
+from pathlib import Path
+
+from fedloom.client.models.export import facts, privacy_facts, save_result
+from fedloom.core.schema import Tensors
+from fedloom.server.monitoring.recorders.api import RoundRecord
+from fedloom.simulation.federation import Federation
+
+__all__ = ["save_round"]
+
+
+def save_round(federation: Federation, result: Tensors, record: RoundRecord, folder: Path) -> None:
+    """Write the model of one round as a PEFT adapter, with the guarantee that holds for it.
+
+    Args:
+        federation: Its model is left with this result.
+        result: What the strategy gives for the state after the round.
+        record: Of the round.
+        folder: Where to; an adapter that is there is replaced.
+
+    Raises:
+        ConfigError: The folder holds other files, or cannot be written.
+    """
+    known = {**facts(federation.config, None), "rounds": record.round, "held_out_accuracy": record.accuracy}
+    if record.privacy is not None:
+        known["privacy"] = privacy_facts(federation.config, record.privacy)
+    federation.model.show(result)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_result(federation.model, folder, known)
