@@ -26,11 +26,11 @@ from fedloom.core.privacy.accounting import Spend
 from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.core.secagg.steps import StepMessage, StepResult
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, RoundStatus, UpdateHeader, upload_schema
+from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.rounds.state import RoundClosed
 from fedloom.server.rpc.server import serving
 from fedloom.server.storage.local import Store
-from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (1, 8)), TensorSpec("m.B", "m", Role.LORA_B, (8, 1))))
@@ -107,7 +107,8 @@ def coordinator(store: Store, clock: Callable[[], float], **rounds: object) -> C
             "rounds": {"min_clients": 1, "deadline_s": 10.0, "lease_s": 1e6, **rounds},
         }
     )
-    return Coordinator(run, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 0), clock=clock, expect=2)
+    strategy = build_strategy(run)
+    return Coordinator(run, SCHEMA, strategy, store, starting=starting_adapter(SCHEMA, 0), clock=clock, expect=2)
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -227,7 +228,8 @@ class Line:
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:
         if self.slow_fetch:
-            until(lambda: len(self.heard) > 2)
+            before = len(self.heard)  # some are heard before the round is known
+            until(lambda: len(self.heard) > before + 2)
         return PAYLOAD
 
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:
