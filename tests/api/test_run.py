@@ -57,8 +57,8 @@ enabled = true
 
 def small() -> fl.Run:
     return fl.Run(
-        model=fl.Model(base="minilm-l6", digest="sha256:" + "ab" * 32),
-        task=fl.TokenClassification(labels=["O", "PER"], max_length=32, head="frozen"),
+        model=fl.Model(base="minilm-l6", digest="sha256:" + "ab" * 32, head="frozen"),
+        task=fl.TokenClassification(labels=["O", "PER"], max_length=32),
         adapter=fl.LoRA(rank=4, targets="all-linear"),
         strategy=fl.FedSVD(period=2),
         privacy=fl.DP(epsilon=3, delta=1e-6),

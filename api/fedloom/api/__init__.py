@@ -12,21 +12,19 @@
 Importing it loads no torch; `simulate` does.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from fedloom.api.callbacks import Checkpoint
-from fedloom.api.components import (
-    Bias,
-    CausalLM,
-    Head,
-    ImageClassification,
-    Instruct,
-    LoRA,
-    TextClassification,
-    TokenClassification,
-)
 from fedloom.api.result import Result
 from fedloom.api.run import Model, Run, load
 from fedloom.api.simulate import simulate
 from fedloom.api.sweep import Sweep, Trial, sweep
+from fedloom.client.tasks.causal_lm import CausalLM
+from fedloom.client.tasks.image_classification import ImageClassification
+from fedloom.client.tasks.instruct import Instruct
+from fedloom.client.tasks.text_classification import TextClassification
+from fedloom.client.tasks.token_classification import TokenClassification
 from fedloom.core.config.data import DataSection as Data
 from fedloom.core.config.evaluation import EvaluationSection as Evaluation
 from fedloom.core.config.evaluation import FederatedEvaluationSection as FederatedEvaluation
@@ -46,6 +44,11 @@ from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedpeft import FedPEFT
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
+
+if TYPE_CHECKING:
+    from fedloom.client.adapters.bias import Bias
+    from fedloom.client.adapters.head_only import HeadOnly as Head
+    from fedloom.client.adapters.lora import LoRA
 
 __all__ = [
     "DP",
@@ -86,3 +89,17 @@ __all__ = [
     "simulate",
     "sweep",
 ]
+
+_WITH_TORCH = {
+    "Bias": ("fedloom.client.adapters.bias", "Bias"),
+    "Head": ("fedloom.client.adapters.head_only", "HeadOnly"),
+    "LoRA": ("fedloom.client.adapters.lora", "LoRA"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Adapter kinds, which bring torch, are imported when they are asked for."""
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _WITH_TORCH[name]
+    return getattr(import_module(module), attribute)

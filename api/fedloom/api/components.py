@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -12,109 +12,26 @@ from fedloom.core.config.run import StrategySection
 from fedloom.core.errors import ConfigError
 from fedloom.strategies.api import Strategy
 
-__all__ = [
-    "Bias",
-    "CausalLM",
-    "Head",
-    "ImageClassification",
-    "Instruct",
-    "LoRA",
-    "TextClassification",
-    "TokenClassification",
-    "adapter_table",
-    "strategy_table",
-    "task_table",
-]
-
-
-class TextClassification(Section):
-    """One label for each text."""
-
-    kind: ClassVar = "text-classification"
-    labels: tuple[str, ...]
-    """Label names, at least 2, which the labels in the data are, or the positions of."""
-    max_length: int = 64
-    """Tokens kept of each text; its end is cut off."""
-    head: Literal["train", "frozen"] = "train"
-    """Whether the classification head is trained (inside the clipped set) or stays at its start value."""
-
-
-class TokenClassification(TextClassification):
-    """One label for each word of a text."""
-
-    kind: ClassVar = "token-classification"
-
-
-class ImageClassification(Section):
-    """One label for each picture."""
-
-    kind: ClassVar = "image-classification"
-    labels: tuple[str, ...]
-    """Label names, at least 2, which the labels in the data are, or the positions of."""
-    image_size: int | None = None
-    """Side in pixels to which pictures are brought. None is the base model's own; many can read no other."""
-    head: Literal["train", "frozen"] = "train"
-    """Whether the classification head is trained (inside the clipped set) or stays at its start value."""
-
-
-class CausalLM(Section):
-    """The next token of each text, or of each completion alone where the rows have prompts."""
-
-    kind: ClassVar = "causal-lm"
-    head: ClassVar = "frozen"
-    max_length: int = 64
-    """Tokens kept of each text; its end is cut off."""
-
-
-class Instruct(CausalLM):
-    """The assistant's turns of a conversation, in the base model's chat template."""
-
-    kind: ClassVar = "instruct"
-
-
-class LoRA(Section):
-    """Low-rank pairs beside linear layers (Hu et al., ICLR 2022, arXiv 2106.09685)."""
-
-    kind: ClassVar = "lora"
-    rank: int = 8
-    """Rank r."""
-    alpha: float = 16.0
-    """The scale is alpha / rank."""
-    targets: tuple[str, ...] | Literal["auto", "all-linear"] = ("query", "value")
-    """Names (suffixes) of the linear layers that get a pair. "all-linear": every linear layer but the head and the
-    output. "auto": those that PEFT has for the base model's kind, and all where it has none."""
-
-
-class Bias(Section):
-    """Every bias vector of the encoder (BitFit, Ben Zaken et al., ACL 2022, arXiv 2106.10199)."""
-
-    kind: ClassVar = "bias"
-
-
-class Head(Section):
-    """The classification head alone."""
-
-    kind: ClassVar = "head"
+__all__ = ["adapter_table", "strategy_table", "task_table"]
 
 
 def task_table(task: Any) -> dict[str, Any]:
     """The keys of [model] that a task sets.
 
     Raises:
-        ConfigError: It is no task.
+        ConfigError: It is no installed task.
     """
-    options = _table(task, "task", "fl.TextClassification(labels=[...])")
-    frozen = {"head": task.head} if hasattr(task, "head") and "head" not in options else {}
-    return {"task": options.pop("kind"), **frozen, **options}
+    table = {"task": _name("tasks", task, "fl.TextClassification(labels=[...])"), **_options(task)}
+    return {"head": "frozen", **table} if task.traits.generates else table
 
 
 def adapter_table(adapter: Any) -> dict[str, Any]:
     """[adapter], from an adapter.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is no installed kind.
     """
-    return _table(adapter, "adapter", "fl.LoRA(rank=8)")
+    return {"kind": _name("adapters", adapter, "fl.LoRA(rank=8)"), **_options(adapter)}
 
 
 def strategy_table(strategy: "str | StrategySection | Strategy") -> tuple[dict[str, Any], "Strategy | None"]:
@@ -158,16 +75,26 @@ def _scalars(strategy: object) -> Iterator[tuple[str, Any]]:
             yield field.name, value
 
 
-def _table(component: Any, what: str, example: str) -> dict[str, Any]:
-    """A component's kind and the options that were set.
+def _name(group: str, component: Any, example: str) -> str:
+    """The name under which a component's class is installed.
 
     Raises:
-        ConfigError: It is no component.
+        ConfigError: It is no object of an installed class.
     """
-    kind = getattr(component, "kind", None)
-    if isinstance(component, type) or not isinstance(kind, str):
+    noun, kind = registry.noun(group), type(component)
+    home = f"{kind.__module__}:{kind.__qualname__}"
+    found = [name for name, entry in registry.entries(group).items() if entry.value == home]
+    if found:
+        return found[0]
+    if isinstance(component, type) or not isinstance(component, Section):
         shown = f"the class {component.__name__}" if isinstance(component, type) else repr(component)
-        raise ConfigError(f"{what} is {shown}; give an object such as {example}")
-    if isinstance(component, BaseModel):
-        return {"kind": kind, **component.model_dump(mode="json", exclude_unset=True, exclude_none=True)}
-    return {"kind": kind, **{field.name: getattr(component, field.name) for field in fields(component)}}
+        raise ConfigError(f"{noun} is {shown}; give an object such as {example}")
+    raise ConfigError(
+        f"{noun} {kind.__name__} is defined in this process only; register it under the entry-point group "
+        f"fedloom.{group} of a package that is installed here, see `fedloom components new {group} NAME`"
+    )
+
+
+def _options(component: BaseModel) -> dict[str, Any]:
+    """The options that were set."""
+    return component.model_dump(mode="json", exclude_unset=True, exclude_none=True)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import BaseModel
 
-from fedloom.api.components import LoRA, adapter_table, strategy_table, task_table
+from fedloom.api.components import adapter_table, strategy_table, task_table
 from fedloom.core.config.data import DataSection
 from fedloom.core.config.evaluation import EvaluationSection, FederatedEvaluationSection
 from fedloom.core.config.parsing import FileName, Section, parse, put
@@ -39,6 +39,9 @@ class Model(Section):
     machine's hub cache."""
     digest: str | None = None
     """Pin of the base model's files; a client whose folder differs refuses. None accepts what is found."""
+    head: Literal["train", "frozen"] | None = None
+    """Whether the classification head is trained (inside the clipped set) or stays at its start value. None is what
+    the task does."""
 
 
 class Run:
@@ -50,7 +53,7 @@ class Run:
         model: The base model: a folder, an asset's name, or `Model`.
         task: What it is trained for, such as `TextClassification(labels=["neg", "pos"])`.
         train: Local training on each client in each round.
-        adapter: Which parameters are trained.
+        adapter: Which parameters are trained, such as `LoRA(rank=8)`; None is `LoRA()`.
         privacy: Example-level differential privacy on every client; None trains without any.
         strategy: How updates become the next adapter: an object, a name, or `Strategy` with options.
         rounds: Number of federated rounds.
@@ -76,8 +79,8 @@ class Run:
         model: str | Path | Model,
         task: Any,
         train: TrainSection,
-        adapter: Any = LoRA(),  # noqa: B008  # it is frozen
-        privacy: PrivacySection | None = PrivacySection(),  # noqa: B008
+        adapter: Any = None,
+        privacy: PrivacySection | None = PrivacySection(),  # noqa: B008  # it is frozen
         strategy: "str | StrategySection | Strategy" = "fedavg",
         rounds: int = 10,
         name: str = "run",
@@ -109,8 +112,8 @@ class Run:
         }
         tables = {
             "run": {"name": name, "rounds": rounds, "seed": seed},
-            "model": {**_written(base), **task_table(task)},
-            "adapter": adapter_table(adapter),
+            "model": {**task_table(task), **_written(base)},
+            "adapter": {} if adapter is None else adapter_table(adapter),
             "strategy": strategy_section,
             **{key: _enabled(section) for key, section in sections.items() if section is not None},
         }
