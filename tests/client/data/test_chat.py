@@ -195,7 +195,7 @@ def test_the_tasks_sections_are_checked() -> None:
     for section, message in (
         ({"task": "instruct"}, "instruct adds no head"),
         ({"task": "instruct", "head": "frozen", "labels": ("a", "b")}, "instruct has none"),
-        ({"labels": ("a", "b"), "image_size": 56}, "image_size is for image-classification"),
+        ({"labels": ("a", "b"), "image_size": 56}, "image_size is for images"),
     ):
         with pytest.raises(ValueError, match=message):
             ModelSection.model_validate({"base": "x", **section})
