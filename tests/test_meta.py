@@ -20,7 +20,7 @@ from fedloom.cli.main import app
 from fedloom.client.policy import Policy
 from fedloom.core import errors
 from fedloom.core.config.run import RunConfig, load_run
-from fedloom.core.registry import GROUPS
+from fedloom.core.registry import GROUPS, entries
 from fedloom.core.schema import Role, Schema, TensorSpec
 
 ROOT = Path(__file__).parents[1]
@@ -402,3 +402,11 @@ def test_the_map_has_every_room_with_the_first_line_of_its_docstring() -> None:
         if path.endswith("__init__.py") and "/" in inside:
             line = (ast.get_docstring(_tree(path)) or "").partition("\n")[0]
             assert f"| `{inside}` | {line} |\n" in page, f"write docs/architecture.md anew for {inside}"
+
+
+def test_the_readme_lists_the_components_that_come_with_fedloom() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for group in GROUPS:
+        (row,) = re.findall(rf"^\| {group} \| (.*?) \|", text, re.M)
+
+        assert set(re.findall(r"`([^`]+)`", row)) == {name for name, entry in entries(group).items() if entry.ours}
