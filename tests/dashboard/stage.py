@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sqlite3
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -119,8 +120,14 @@ class Stage:
         """Let all clients do whole rounds."""
         for _ in range(count):
             self.ask()
+            done = self.coordinator.state.round
             for client in self.clients:
                 client.send()
+            # The server commits in a thread of its own.
+            for _ in range(3000):
+                if self.coordinator.state.round > done:
+                    break
+                time.sleep(0.01)
 
     def stranger(self, name: str) -> None:
         """Somebody tries to join under a name that is none."""
