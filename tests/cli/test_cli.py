@@ -191,7 +191,18 @@ def test_a_stale_schema_file_is_refused(prepared: Path, tmp_path: Path, override
 
 
 def test_a_coordinator_refuses_rounds_that_make_no_sense_before_it_has_a_state(prepared: Path, tmp_path: Path) -> None:
-    line = refused("server", prepared, *OPEN, LOOPBACK, "--set", "rounds.mode=buffered", "--state", tmp_path / "state")
+    line = refused(
+        "server",
+        prepared,
+        *OPEN,
+        LOOPBACK,
+        "--set",
+        "rounds.mode=buffered",
+        "--set",
+        "strategy.name=ffa",
+        "--state",
+        tmp_path / "state",
+    )
 
     assert line.startswith('rounds.mode = "buffered" needs rounds.clients_per_round')
     assert not (tmp_path / "state").exists()

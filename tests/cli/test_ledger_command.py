@@ -137,7 +137,7 @@ def test_verify_ends_with_status_1_on_trouble_and_adopt_ends_the_trouble(charged
     assert done.exit_code == 1
     assert ("is gone" if gone == "ledger" else "its anchor is missing") in done.stderr
 
-    done = ledger("adopt", charged, "--reason", "a test", "--spent", "0.1:2:7")
+    done = ledger("recover", charged, "--reason", "a test", "--spent", "0.1:2:7")
     assert done.exit_code == 0
     assert ("restored and charged: 40 steps at rate 0.05 and noise 1.5" in done.stdout) is (gone == "ledger")
     assert "declared and charged: 7 steps at rate 0.1 and noise 2" in done.stdout
@@ -152,8 +152,8 @@ def test_adopt_takes_the_word_that_nothing_was_spent_but_not_silence(charged: Pa
     (anchor,) = default_anchors().glob("*.anchor")
     anchor.unlink()
 
-    assert "declare it with --spent" in refused("adopt", charged, "--reason", "new")
-    done = ledger("adopt", charged, "--reason", "new", "--spent", "nothing")
+    assert "declare it with --spent" in refused("recover", charged, "--reason", "new")
+    done = ledger("recover", charged, "--reason", "new", "--spent", "nothing")
 
     assert "there was no ledger" in done.stdout
     assert ledger("verify", charged).exit_code == 0

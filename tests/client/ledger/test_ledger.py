@@ -181,7 +181,7 @@ def test_a_full_disk_is_no_reason_to_adopt_a_ledger(
         patch.setattr(file_module, "sqlite3", SimpleNamespace(connect=stubborn(Full), Error=sqlite3.Error))
         with pytest.raises(LedgerError, match=r"disk is full\. Free the disk, .* and start again") as refused:
             Ledger(tmp_path, DATASET)
-    assert "adopt" not in str(refused.value)
+    assert "ledger recover" not in str(refused.value)
 
     with Ledger(tmp_path, DATASET) as again:
         assert len(again.charges()) == begun
@@ -197,7 +197,7 @@ def test_an_anchor_that_a_full_disk_did_not_take_is_written_once_there_is_room(
         patch.setattr(Anchor, "write", full)
         with pytest.raises(LedgerError, match="Free the disk") as refused:
             Ledger(tmp_path, DATASET)
-    assert "adopt" not in str(refused.value)
+    assert "ledger recover" not in str(refused.value)
 
     with Ledger(tmp_path, DATASET) as again:
         reserve(again)

@@ -24,6 +24,7 @@ from fedloom.server.rounds.state import Event, RoundClosed, UpdateAccepted
 from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
+from fedloom.strategies.transforms.buffered import Buffered
 
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (2, 6)), TensorSpec("m.B", "m", Role.LORA_B, (4, 2))))
 CONFIG = RunConfig.model_validate(
@@ -51,7 +52,7 @@ with Store(Path(sys.argv[1])) as store:
 
 def reopened(store: Store) -> Coordinator:
     starting = starting_adapter(SCHEMA, 1)
-    return Coordinator(CONFIG, SCHEMA, FedAvg(), store, starting=starting, expect=len(EXAMPLES))
+    return Coordinator(CONFIG, SCHEMA, Buffered(FedAvg()), store, starting=starting, expect=len(EXAMPLES))
 
 
 def change(client: str, round: int) -> dict[str, np.ndarray]:

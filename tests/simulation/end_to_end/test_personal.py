@@ -46,7 +46,7 @@ def config(data: Path, tiny_base: Path) -> RunConfig:
 def test_the_accuracy_is_that_of_the_clients_own_adapters_and_each_is_exported(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "build_strategy", lambda _: Keeping())
+    monkeypatch.setattr(module, "build_strategy", lambda *_: Keeping())
 
     result = simulate(config, tmp_path / "runs")
 
