@@ -304,7 +304,7 @@ def test_a_second_process_is_refused_while_the_account_is_open(tmp_path: Path, l
 RIVAL = """
 import os, sys
 from pathlib import Path
-from fedloom.client.privacy import ledger as module
+from fedloom.client.privacy.ledger import ledger as module
 from fedloom.core.privacy.accounting import Spend
 from fedloom.core.errors import LedgerError
 
