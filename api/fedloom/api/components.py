@@ -54,16 +54,15 @@ def strategy_table(strategy: "str | StrategySection | Strategy") -> tuple[dict[s
             f"strategy is {given}{lacks}; give an object of a subclass of "
             "fedloom.strategies.api.Strategy, such as fl.FedSVD(period=2), or the name of an installed one"
         )
-    home = f"{kind.__module__}:{kind.__qualname__}"
-    installed = [name for name, entry in registry.entries("strategies").items() if entry.value == home]
-    if not installed:
+    installed = _installed_as("strategies", strategy)
+    if installed is None:
         return {"name": kind.__name__, "options": dict(_scalars(strategy))}, strategy
     if not is_dataclass(strategy):
         raise ConfigError(
             f"the options of {kind.__name__} cannot be read off the object, which is no dataclass; give "
-            f'fl.Strategy(name="{installed[0]}", options={{...}})'
+            f'fl.Strategy(name="{installed}", options={{...}})'
         )
-    return {"name": installed[0], "options": dict(_scalars(strategy))}, None
+    return {"name": installed, "options": dict(_scalars(strategy))}, None
 
 
 def _scalars(strategy: object) -> Iterator[tuple[str, Any]]:
@@ -82,10 +81,8 @@ def _name(group: str, component: Any, example: str) -> str:
         ConfigError: It is no object of an installed class.
     """
     noun, kind = registry.noun(group), type(component)
-    home = f"{kind.__module__}:{kind.__qualname__}"
-    found = [name for name, entry in registry.entries(group).items() if entry.value == home]
-    if found:
-        return found[0]
+    if (found := _installed_as(group, component)) is not None:
+        return found
     if isinstance(component, type) or not isinstance(component, Section):
         shown = f"the class {component.__name__}" if isinstance(component, type) else repr(component)
         raise ConfigError(f"{noun} is {shown}; give an object such as {example}")
@@ -93,6 +90,13 @@ def _name(group: str, component: Any, example: str) -> str:
         f"{noun} {kind.__name__} is defined in this process only; register it under the entry-point group "
         f"fedloom.{group} of a package that is installed here, see `fedloom components new {group} NAME`"
     )
+
+
+def _installed_as(group: str, component: object) -> str | None:
+    """The name under which an object's class is installed; None if it is not."""
+    kind = type(component)
+    home = f"{kind.__module__}:{kind.__qualname__}"
+    return next((name for name, entry in registry.entries(group).items() if entry.value == home), None)
 
 
 def _options(component: BaseModel) -> dict[str, Any]:

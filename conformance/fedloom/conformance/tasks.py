@@ -19,9 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom.client.data.images import fingerprint
 from fedloom.client.data.layout import Layout
-from fedloom.client.data.load import assembled
+from fedloom.client.data.load import assembled, identified
 from fedloom.client.data.records import Record
 from fedloom.client.data.rows import Rows, documents
 from fedloom.client.tasks.api import Task
@@ -135,8 +134,7 @@ class TaskConformance:
     def records(self, raw: Sequence[Any]) -> list[Record]:
         """Rows of a file as they are read."""
         layout = Layout(self.name)
-        read = [layout.read(row, f"row {number}") for number, row in enumerate(raw, 1)]
-        return [each._replace(text=fingerprint(each.image, each.where)) if each.image else each for each in read]
+        return [identified(layout.read(row, f"row {number}")) for number, row in enumerate(raw, 1)]
 
     def rows(self) -> Rows:
         """Made-up rows."""

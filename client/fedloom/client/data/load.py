@@ -19,7 +19,18 @@ from fedloom.client.tasks.api import task_named
 from fedloom.core.config.file_format import Form
 from fedloom.core.errors import DataError
 
-__all__ = ["Split", "Tally", "Tell", "assembled", "load_rows", "read_rows", "records", "tallied", "tell_of"]
+__all__ = [
+    "Split",
+    "Tally",
+    "Tell",
+    "assembled",
+    "identified",
+    "load_rows",
+    "read_rows",
+    "records",
+    "tallied",
+    "tell_of",
+]
 
 K = TypeVar("K", str, Note)
 
@@ -138,12 +149,20 @@ def _checked(found: Iterable[Found], layout: Layout, skip: Skip) -> Iterator[Rec
             continue
         try:
             record = row if isinstance(row, Record) else layout.read(row, where)
-            if record.image:
-                record = record._replace(text=fingerprint(record.image, where))
+            record = identified(record)
         except DataError as error:
             skip(where, error)
         else:
             yield record
+
+
+def identified(record: Record) -> Record:
+    """The row with what it is known by: of an image its fingerprint, of a text the text itself.
+
+    Raises:
+        DataError: It is no image.
+    """
+    return record._replace(text=fingerprint(record.image, record.where)) if record.image else record
 
 
 def assembled(found: Iterable[Record], labels: tuple[str, ...], task: str, source: str, form: Form) -> Rows:

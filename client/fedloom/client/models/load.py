@@ -15,7 +15,7 @@ from fedloom.client.adapters.head import Head, check_labels, find_head
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_checks import check_base
 from fedloom.client.models.base_folder import base_digest, resolve_base
-from fedloom.client.models.loading_context import quiet, repeatable
+from fedloom.client.models.loading_context import LOCAL_ONLY, quiet, repeatable
 from fedloom.client.models.quantization import keep_float32, loading, recompute_layers
 from fedloom.client.policy import ComputePolicy
 from fedloom.client.tasks.api import Task
@@ -30,8 +30,6 @@ ON_CPU = ComputePolicy(device="cpu")
 """Where simulations and exports work, whatever device there is: their results are compared."""
 
 _FLOAT32: Mapping[str, Any] = {"dtype": torch.float32}
-_HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-"""Nothing is downloaded, and no code that lies with a model is run: left open, transformers asks at the terminal."""
 _REPORTED: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """What a checkpoint lacks, or has in another shape, is looked at by `find_head`."""
 
@@ -100,11 +98,14 @@ def load_base(folder: Path, task: Task, options: Mapping[str, Any] = _FLOAT32) -
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            config = AutoConfig.from_pretrained(folder, **_HERE)
+            config = AutoConfig.from_pretrained(folder, **LOCAL_ONLY)
             names = dict(config.id2label)
             config.use_cache = False  # keys and values of earlier calls serve generation only
             task.configure(config)
-            kind, given = getattr(transformers, task.traits.model), {"config": config, **_REPORTED, **_HERE, **options}
+            kind, given = (
+                getattr(transformers, task.traits.model),
+                {"config": config, **_REPORTED, **LOCAL_ONLY, **options},
+            )
             with repeatable():
                 base, report = kind.from_pretrained(folder, use_safetensors=True, **given)
     except Exception as error:  # whatever another's code makes of another's files

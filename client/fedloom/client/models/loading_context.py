@@ -1,12 +1,16 @@
 """What holds while another's code loads a model: no reports on the terminal, and the same random values everywhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 import transformers
 
-__all__ = ["quiet", "repeatable"]
+__all__ = ["LOCAL_ONLY", "quiet", "repeatable"]
+
+LOCAL_ONLY: Mapping[str, bool] = {"local_files_only": True, "trust_remote_code": False}
+"""Options of every `from_pretrained`: nothing is downloaded, and no code that lies with a model is run. Left open,
+transformers asks at the terminal."""
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fedloom.client.models.loading_context import quiet
+from fedloom.client.models.loading_context import LOCAL_ONLY, quiet
 from fedloom.core.errors import ModelError
 
 __all__ = ["load_tokenizer"]
@@ -20,9 +20,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, use_fast=True, local_files_only=True, trust_remote_code=False
-            )
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, use_fast=True, **LOCAL_ONLY)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
     if tokenizer.pad_token_id is None:

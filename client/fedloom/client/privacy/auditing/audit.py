@@ -19,9 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fedloom.client.data.images import fingerprint
 from fedloom.client.data.layout import Layout
-from fedloom.client.data.load import assembled
+from fedloom.client.data.load import assembled, identified
 from fedloom.client.data.rows import Rows
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
@@ -274,8 +273,7 @@ _EXAMPLES = 4
 def made_up_rows(spec: Spec) -> Rows:
     """Four rows that the run's task makes up; the labels go round."""
     task, layout, names = spec.model.built(), Layout(spec.model.task), spec.model.labels
-    samples = (layout.read(task.sample(each), f"example {each + 1}") for each in range(_EXAMPLES))
-    records = (each._replace(text=fingerprint(each.image, each.where)) if each.image else each for each in samples)
+    records = (identified(layout.read(task.sample(each), f"example {each + 1}")) for each in range(_EXAMPLES))
     return assembled(records, names, spec.model.task, "made-up data", Form())
 
 
