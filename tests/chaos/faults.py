@@ -67,7 +67,7 @@ def dropout(folder: Path, seed: int, needed: int, asked: int, rounds: int, share
         lease_s=1.5,
         pause_s=0.5,
     )
-    places = [f"participant.{place}" for place in ("fetched", "trained", "waiting", "released")]
+    places = [f"participant.{place}" for place in ("fetched", "trained", "stored", "released")]
 
     def fate() -> str:
         trainings = 1
