@@ -258,15 +258,6 @@ def test_a_run_that_is_over_does_not_listen(prepared: Path, tmp_path: Path) -> N
     assert "listening" not in "".join(lines)
 
 
-@pytest.fixture
-def policy(tmp_path: Path) -> Path:
-    path = tmp_path / "client.toml"
-    path.write_text(
-        '[client]\nname = "a"\nstate = "mine"\n[data]\nsource = "x.csv"\n[privacy]\nepsilon = 3.0\ndelta = 1e-6\n'
-    )
-    return path
-
-
 def test_an_identity_is_printed_as_the_line_its_peers_pin(policy: Path) -> None:
     once, again = fedloom("identity", policy), fedloom("identity", policy)
 

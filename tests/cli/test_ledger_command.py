@@ -21,15 +21,6 @@ NAME = "ab" * 16
 SPEND = Spend(0.05, 1.5, 20)
 
 
-@pytest.fixture
-def policy(tmp_path: Path) -> Path:
-    path = tmp_path / "client.toml"
-    path.write_text(
-        '[client]\nname = "a"\nstate = "mine"\n[data]\nsource = "x.csv"\n[privacy]\nepsilon = 3.0\ndelta = 1e-6\n'
-    )
-    return path
-
-
 def opened(policy: Path) -> Ledger:
     site = load_policy(policy)
     return Ledger(ledger_folder(site), NAME, anchors=anchors_folder(site))

@@ -23,8 +23,7 @@ from fedloom.core.errors import ConfigError, StoreError
 from fedloom.core.privacy.accounting import Spend
 from fedloom.core.registry import GROUPS, entries
 from fedloom.server.monitoring.recorders.api import JsonLines, RoundRecord, write_config
-from fedloom.server.rounds.state import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, UpdateAccepted
-from fedloom.server.storage.audit_log import AuditRecord
+from fedloom.server.rounds.state import AdapterCommitted, RoundClosed, RoundOpened, UpdateAccepted
 from fedloom.server.storage.local import Store
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.toml"
@@ -105,17 +104,6 @@ def test_assets_for_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert folders.pop("minilm-l6") == str(tmp_path / "minilm-l6")
     assert {"sentiment", "newsgroups"} <= folders.keys()
     assert set(folders.values()) == {None}
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    folder = tmp_path / "runs" / "winter" / "state"
-    with Store(folder, durable=False) as store:
-        store.append(RunCreated("4f" * 16, "spec", "schema", store.put_blob(b"s0")))
-        store.append(RoundOpened(0, 0, store.put_blob(b"s0"), ("ann", "ben"), 60.0))
-        store.append(UpdateAccepted(0, "ann", store.put_blob(b"update"), 1.0))
-        store.note(AuditRecord("2026-01-01T00:00:00+00:00", 1, "joined", "ann", "said hello"))
-    return folder
 
 
 def test_states_for_programs(state: Path) -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from fedloom.cli.main import app
 from fedloom.core.errors import StoreError
-from fedloom.server.rounds.state import AdapterCommitted, RoundClosed, RoundOpened, RunCreated, RunEnded, UpdateAccepted
+from fedloom.server.rounds.state import AdapterCommitted, RoundClosed, RunEnded
 from fedloom.server.storage.audit_log import AuditRecord
 from fedloom.server.storage.follow import Journal
 from fedloom.server.storage.local import Store
@@ -23,17 +23,6 @@ def runs(*words: str | Path) -> Result:
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    folder = tmp_path / "runs" / "winter" / "state"
-    with Store(folder, durable=False) as store:
-        store.append(RunCreated("4f" * 16, "spec", "schema", store.put_blob(b"s0")))
-        store.append(RoundOpened(0, 0, store.put_blob(b"s0"), ("ann", "ben"), 60.0))
-        store.append(UpdateAccepted(0, "ann", store.put_blob(b"update"), 1.0))
-        store.note(AuditRecord("2026-01-01T00:00:00+00:00", 1, "joined", "ann", "said hello"))
-    return folder
 
 
 def test_list_and_show_say_where_runs_stand(state: Path) -> None:

@@ -11,7 +11,6 @@ from fedloom.client.data.rows import Rows, digest
 from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.trainer import Trainer
-from fedloom.core.config.run import RunConfig
 from fedloom.flower.resident_trainer import Resident
 from fedloom.proto.messages import Joined
 from fedloom.server.build import build_strategy
@@ -22,6 +21,7 @@ from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess
 from fedloom.strategies.start import starting_adapter
 from tests.flower.test_rounds import NAMES, Sites, coordinated
+from tests.support.runs import tiny_run
 
 
 def entropy_of(name: str, round: int) -> Entropy:
@@ -35,17 +35,12 @@ def federation(tmp_path: Path, tiny_base: Path, rows: Rows) -> Federation:
     (tmp_path / "data").mkdir()
     for name, part in (("train", lines[:30]), ("test", lines[30:])):
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(part))
-    config = RunConfig.model_validate(
-        {
-            "run": {"name": "tiny", "rounds": 2, "seed": 5},
-            "model": {"base": str(tiny_base), "labels": ["negative", "positive"], "max_length": 16},
-            "adapter": {"rank": 4, "alpha": 8},
-            "train": {"steps": 3, "sampling_rate": 0.5, "learning_rate": 0.3},
-            "privacy": {"epsilon": 50.0, "delta": 1e-2, "noise_multiplier": 1.0},
-            "strategy": {"name": "fedsvd", "weighting": "examples"},
-            "rounds": {"min_clients": 3},
-            "data": {"source": str(tmp_path / "data"), "clients": 3},
-        }
+    config = tiny_run(
+        tiny_base,
+        privacy={"epsilon": 50.0, "delta": 1e-2, "noise_multiplier": 1.0},
+        strategy={"name": "fedsvd", "weighting": "examples"},
+        rounds={"min_clients": 3},
+        data={"source": str(tmp_path / "data"), "clients": 3},
     )
     return build(completed(config), tmp_path / "run")
 

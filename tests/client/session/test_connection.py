@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from fedloom.client.policy import Policy
-from fedloom.client.session.api import CheckCancelled, Trained
 from fedloom.client.session.heartbeat import Timing
 from fedloom.client.session.participant import Participant
 from fedloom.client.transport import grpc as connection_module
@@ -21,7 +20,7 @@ from fedloom.client.transport.grpc import GrpcConnection
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ProtocolError, Unavailable
 from fedloom.core.limits import CHUNK_BYTES
-from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.proto.frames import SERVICE
 from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, upload_schema
 from fedloom.proto.v1 import federation_pb2 as pb
@@ -33,28 +32,13 @@ from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 from tests.faults import FaultProxy, fault_proxy
+from tests.support.trainers import Steady
 
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (8, 65_000)), TensorSpec("m.B", "m", Role.LORA_B, (65_000, 8))))
 PAYLOAD_BYTES = 4 * SCHEMA.size
 assert 3.9 * CHUNK_BYTES < PAYLOAD_BYTES < 4 * CHUNK_BYTES
 SLACK_BYTES = CHUNK_BYTES // 2
 """Room for calls without a payload, and for HTTP/2's own frames."""
-
-
-class Steady:
-    """Moves every value by one."""
-
-    declared_examples = 1
-    schema = SCHEMA
-
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors, check_cancelled: CheckCancelled) -> Trained:
-        return Trained({s.name: np.ones(s.shape, np.float32) for s in upload_schema(SCHEMA, assignment).tensors}, None)
-
-    def release(self, charge: int | None, digest: str) -> None:
-        pass
-
-    def drop(self, why: str | None) -> bool:
-        return False
 
 
 def coordinator(store: Store, clients: int = 1, rounds: int = 1) -> Coordinator:
@@ -76,7 +60,7 @@ def site(address: str, name: str = "ann") -> Participant:
     )
 
     def prepare(_: Joined) -> Steady:
-        return Steady()
+        return Steady(SCHEMA)
 
     return Participant(GrpcConnection(address), policy, prepare, timing=Timing(backoff_s=(0.02, 0.2)))
 

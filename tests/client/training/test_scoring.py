@@ -15,6 +15,7 @@ from fedloom.client.eval.worker import scoring
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError, Unavailable
 from fedloom.strategies.start import starting_adapter
+from tests.support.runs import tiny_run
 
 
 @pytest.fixture
@@ -28,16 +29,11 @@ def source(tmp_path: Path, rows: Rows) -> Path:
 
 @pytest.fixture
 def config(tiny_base: Path) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "run": {"name": "tiny", "rounds": 2, "seed": 5},
-            "model": {"base": str(tiny_base), "labels": ["negative", "positive"], "max_length": 16},
-            "adapter": {"rank": 4, "alpha": 8},
-            "train": {"steps": 1, "sampling_rate": 0.5, "learning_rate": 0.3},
-            "privacy": {"enabled": False},
-            "data": {"source": "sentiment", "columns": {"text": "body"}, "max_examples": 7},
-            "evaluation": {"max_examples": 10},
-        }
+    return tiny_run(
+        tiny_base,
+        train={"steps": 1, "sampling_rate": 0.5, "learning_rate": 0.3},
+        data={"source": "sentiment", "columns": {"text": "body"}, "max_examples": 7},
+        evaluation={"max_examples": 10},
     )
 
 

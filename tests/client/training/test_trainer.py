@@ -3,8 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,18 +24,6 @@ from fedloom.core.privacy.gaussian import deviation, longest
 from fedloom.core.schema import LORA, Array, Role
 from fedloom.proto.messages import upload_schema
 from tests.client.rounds import ALL, Everyone, assignment, changed, start
-
-
-@pytest.fixture
-def plain(spec: Spec) -> Spec:
-    """The same run without privacy."""
-    return changed(spec, privacy={"enabled": False})
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Any:
-    with Ledger(tmp_path / "ledger", "sha256:" + "0" * 64) as opened:
-        yield opened
 
 
 def sampled(entropy: Seeded, count: int, rate: float) -> npt.NDArray[np.int64]:

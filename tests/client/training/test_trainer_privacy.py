@@ -1,8 +1,5 @@
 """What a round of training promises to a private data set."""
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -33,18 +30,6 @@ class NoOne(Everyone):
 
 class Killed(Exception):
     """Stands for the end of the process in the middle of a round."""
-
-
-@pytest.fixture
-def plain(spec: Spec) -> Spec:
-    """The same run without privacy."""
-    return changed(spec, privacy={"enabled": False})
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Any:
-    with Ledger(tmp_path / "ledger", "sha256:" + "0" * 64) as opened:
-        yield opened
 
 
 def test_a_private_round_is_charged_before_the_first_step(

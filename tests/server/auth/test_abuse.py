@@ -18,13 +18,12 @@ import pytest
 
 from fedloom.client.policy import Policy
 from fedloom.client.session import participant as participant_module
-from fedloom.client.session.api import CheckCancelled, Trained
 from fedloom.client.session.participant import Participant
 from fedloom.client.transport.grpc import GrpcConnection
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import Overloaded
 from fedloom.core.limits import CHUNK_BYTES
-from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
+from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.proto.messages import Assignment, Joined, UpdateHeader, upload_schema
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1.federation_pb2_grpc import FederationStub
@@ -39,6 +38,7 @@ from fedloom.server.rpc.uploads import Uploads
 from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
+from tests.support.trainers import Steady
 
 TIMEOUT_S = 60.0
 
@@ -217,22 +217,6 @@ def test_one_client_cannot_hold_every_call(tmp_path: Path) -> None:
             line.channel.close()
 
 
-class Steady:
-    """Moves every value by one."""
-
-    declared_examples = 1
-    schema = SCHEMA
-
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors, check_cancelled: CheckCancelled) -> Trained:
-        return Trained({s.name: np.ones(s.shape, np.float32) for s in upload_schema(SCHEMA, assignment).tensors}, None)
-
-    def release(self, charge: int | None, digest: str) -> None:
-        pass
-
-    def drop(self, why: str | None) -> bool:
-        return False
-
-
 def test_who_is_too_many_comes_back_when_told_and_sends_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +267,7 @@ def take_part(address: str, name: str) -> None:
     )
 
     def prepare(_: Joined) -> Steady:
-        return Steady()
+        return Steady(SCHEMA)
 
     line = GrpcConnection(address)
     Participant(line, policy, prepare).run(patience_s=TIMEOUT_S)
@@ -308,4 +292,4 @@ def test_a_busy_coordinator_does_not_run_out_of_patience(monkeypatch: pytest.Mon
     policy = Policy.model_validate({"client": {"name": "ann"}, "data": {"source": "none"}})
     busy: Any = Busy()
     with pytest.raises(KeyboardInterrupt):
-        Participant(busy, policy, lambda _: Steady()).run(patience_s=-1.0)
+        Participant(busy, policy, lambda _: Steady(SCHEMA)).run(patience_s=-1.0)

@@ -4,16 +4,14 @@ import asyncio
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fedloom.client.policy import Policy
-from fedloom.client.session.api import CheckCancelled, Trained
 from fedloom.client.session.participant import Participant
 from fedloom.client.transport.grpc import GrpcConnection
 from fedloom.core.config.run import RunConfig
-from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
-from fedloom.proto.messages import Answer, Assignment, Finished, Wait, upload_schema
+from fedloom.core.schema import Role, Schema, TensorSpec
+from fedloom.proto.messages import Answer, Finished, Wait
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.rpc import long_poll as polls
 from fedloom.server.rpc.load_shedding import Lane
@@ -22,6 +20,7 @@ from fedloom.server.rpc.server import serving
 from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
+from tests.support.trainers import Steady
 
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (1, 8)), TensorSpec("m.B", "m", Role.LORA_B, (8, 1))))
 EVERY_S = 10.0
@@ -68,22 +67,6 @@ def test_who_comes_when_too_many_wait_is_told_when_to_come_back(monkeypatch: pyt
     asyncio.run(main())
 
 
-class Still:
-    """Moves nothing."""
-
-    declared_examples = 1
-    schema = SCHEMA
-
-    def train(self, run: str, assignment: Assignment, broadcast: Tensors, check_cancelled: CheckCancelled) -> Trained:
-        return Trained({s.name: np.zeros(s.shape, np.float32) for s in upload_schema(SCHEMA, assignment).tensors}, None)
-
-    def release(self, charge: int | None, digest: str) -> None:
-        pass
-
-    def drop(self, why: str | None) -> bool:
-        return False
-
-
 class Noting(GrpcConnection):
     """The real line, with a note of every time to come back."""
 
@@ -116,7 +99,7 @@ def test_a_run_whose_clients_are_all_told_to_come_back_goes_on(tmp_path: Path, m
         policy = Policy.model_validate(
             {"client": {"name": name}, "data": {"source": "none"}, "privacy": {"allow_non_private": True}}
         )
-        ends.append(Participant(line, policy, lambda _: Still()).run(patience_s=60))
+        ends.append(Participant(line, policy, lambda _: Steady(SCHEMA, 0.0)).run(patience_s=60))
         line.close()
 
     with Store(tmp_path, durable=False) as store:

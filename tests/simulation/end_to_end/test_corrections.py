@@ -26,6 +26,7 @@ from fedloom.strategies.lowrank import refactorize
 from fedloom.strategies.start import starting_adapter
 from fedloom.strategies.state import state_from_bytes
 from fedloom.strategies.transforms.average import Sum, begin, fold, mean
+from tests.support.runs import tiny_run
 
 Acc = tuple[Sum, tuple[Update, ...]]
 
@@ -89,18 +90,11 @@ def flora(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def config(data: Path, tiny_base: Path) -> RunConfig:
     """Two clients, two rounds, not private."""
-    return RunConfig.model_validate(
-        {
-            "run": {"name": "tiny", "rounds": 2, "seed": 5},
-            "model": {"base": str(tiny_base), "labels": ["negative", "positive"], "max_length": 16},
-            "adapter": {"rank": 4, "alpha": 8},
-            "train": {"steps": 3, "sampling_rate": 0.5, "learning_rate": 0.3},
-            "privacy": {"enabled": False},
-            "strategy": {"name": "flora"},
-            "rounds": {"min_clients": 2},
-            "data": {"source": str(data), "clients": 2},
-            "engine": {"threads": 1},
-        }
+    return tiny_run(
+        tiny_base,
+        strategy={"name": "flora"},
+        rounds={"min_clients": 2},
+        data={"source": str(data), "clients": 2},
     )
 
 

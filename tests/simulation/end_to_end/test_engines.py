@@ -33,23 +33,18 @@ from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess
 from fedloom.simulation.simulate import simulate
 from fedloom.strategies.start import starting_adapter
+from tests.support.runs import tiny_run
 
 
 @pytest.fixture
 def config(data: Path, tiny_base: Path) -> RunConfig:
     """Three clients, two rounds, not private."""
-    return RunConfig.model_validate(
-        {
-            "run": {"name": "tiny", "rounds": 2, "seed": 5},
-            "model": {"base": str(tiny_base), "labels": ["negative", "positive"], "max_length": 16},
-            "adapter": {"rank": 4, "alpha": 8},
-            "train": {"steps": 3, "sampling_rate": 0.5, "learning_rate": 0.3},
-            "privacy": {"enabled": False, "epsilon": 20.0, "delta": 1e-2},
-            "strategy": {"name": "fedsvd", "weighting": "examples"},
-            "rounds": {"min_clients": 3},
-            "data": {"source": str(data), "clients": 3},
-            "engine": {"threads": 1},
-        }
+    return tiny_run(
+        tiny_base,
+        privacy={"enabled": False, "epsilon": 20.0, "delta": 1e-2},
+        strategy={"name": "fedsvd", "weighting": "examples"},
+        rounds={"min_clients": 3},
+        data={"source": str(data), "clients": 3},
     )
 
 

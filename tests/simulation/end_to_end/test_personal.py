@@ -17,6 +17,7 @@ from fedloom.simulation.simulate import simulate
 from fedloom.strategies.api import Plan, State, Update
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.transforms.average import Sum, fold
+from tests.support.runs import tiny_run
 
 
 class Keeping(FedAvg):
@@ -31,15 +32,9 @@ class Keeping(FedAvg):
 
 @pytest.fixture
 def config(data: Path, tiny_base: Path) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "run": {"name": "own", "rounds": 2, "seed": 5},
-            "model": {"base": str(tiny_base), "labels": ["negative", "positive"], "max_length": 16},
-            "adapter": {"rank": 4, "alpha": 8},
-            "train": {"steps": 3, "sampling_rate": 0.5, "learning_rate": 0.3},
-            "privacy": {"enabled": False},
-            "data": {"source": str(data), "clients": 3},
-        }
+    return tiny_run(
+        tiny_base,
+        data={"source": str(data), "clients": 3},
     )
 
 

@@ -21,6 +21,7 @@ from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.errors import ConfigError, ModelError, PolicyError
 from fedloom.simulation.federation import completed
 from fedloom.simulation.simulate import simulate
+from tests.support.runs import tiny_run
 
 PLUGINS = Path(__file__).parents[3] / "examples" / "plugins"
 INSTALLED = {
@@ -47,26 +48,15 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def config_of(data: Path, base: Path, **sections: Any) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "run": {"name": "tiny", "rounds": 2, "seed": 5},
-            "model": {"base": str(base), "labels": ["negative", "positive"], "max_length": 16},
-            "adapter": {"kind": "scale-shift", "targets": ["query", "value", "dense"]},
-            "train": {
-                "steps": 3,
-                "sampling_rate": 0.5,
-                "optimizer": "sign-sgd",
-                "learning_rate": 0.05,
-                "momentum": 0.5,
-            },
-            "privacy": {"epsilon": 20.0, "delta": 1e-2},
-            "strategy": {"name": "fedavg", "weighting": "examples"},
-            "rounds": {"min_clients": 2},
-            "data": {"source": str(data), "clients": 2},
-            "engine": {"threads": 1},
-        }
-        | sections
-    )
+    tables: dict[str, Any] = {
+        "adapter": {"kind": "scale-shift", "targets": ["query", "value", "dense"]},
+        "train": {"steps": 3, "sampling_rate": 0.5, "optimizer": "sign-sgd", "learning_rate": 0.05, "momentum": 0.5},
+        "privacy": {"epsilon": 20.0, "delta": 1e-2},
+        "strategy": {"name": "fedavg", "weighting": "examples"},
+        "rounds": {"min_clients": 2},
+        "data": {"source": str(data), "clients": 2},
+    }
+    return tiny_run(base, **tables | sections)
 
 
 @pytest.mark.e2e

@@ -13,24 +13,20 @@ from fedloom.server.monitoring.recorders.api import read_metrics
 from fedloom.server.privacy.user_ledger import spent
 from fedloom.simulation.federation import completed
 from fedloom.simulation.simulate import simulate
+from tests.support.runs import tiny_run
 
 
 @pytest.fixture
 def config(data: Path, tiny_base: Path) -> RunConfig:
     """Three clients and two rounds, private both ways."""
-    return RunConfig.model_validate(
-        {
-            "run": {"name": "tiny", "rounds": 2, "seed": 5},
-            "model": {"base": str(tiny_base), "labels": ["negative", "positive"], "max_length": 16},
-            "adapter": {"rank": 4, "alpha": 8},
-            "train": {"steps": 2, "sampling_rate": 0.5, "learning_rate": 0.3},
-            "privacy": {"epsilon": 20.0, "delta": 1e-2},
-            "strategy": {"name": "ffa"},
-            "user_level": {"enabled": True, "epsilon": 6.0, "delta": 1e-3, "clip_norm": 0.1, "cohort": 3},
-            "rounds": {"min_clients": 3},
-            "data": {"source": str(data), "clients": 3},
-            "engine": {"threads": 1},
-        }
+    return tiny_run(
+        tiny_base,
+        train={"steps": 2, "sampling_rate": 0.5, "learning_rate": 0.3},
+        privacy={"epsilon": 20.0, "delta": 1e-2},
+        strategy={"name": "ffa"},
+        user_level={"enabled": True, "epsilon": 6.0, "delta": 1e-3, "clip_norm": 0.1, "cohort": 3},
+        rounds={"min_clients": 3},
+        data={"source": str(data), "clients": 3},
     )
 
 
