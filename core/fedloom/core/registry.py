@@ -111,7 +111,7 @@ def entries(group: str) -> dict[str, Entry]:
     Raises:
         ConfigError: There is no such group, or two distributions register the same name.
     """
-    return {name: _entry(point) for name, point in _points(group).items()}
+    return {name: entry for name, (entry, _) in _points(group).items()}
 
 
 def load(group: str, name: str) -> Callable[..., Any]:
@@ -124,7 +124,7 @@ def load(group: str, name: str) -> Callable[..., Any]:
     kind, points = _group(group), _points(group)
     if name not in points:
         raise ConfigError(f"unknown {kind.noun} {name!r}; {_nearest(name, list(points))}")
-    entry, point = _entry(points[name]), points[name]
+    entry, point = points[name]
     try:
         made_by = point.load()
     except (ImportError, AttributeError, SyntaxError) as error:
@@ -158,7 +158,7 @@ def build(group: str, name: str, options: Mapping[str, Any]) -> Any:
     else:
         made = checked
     if lacking := _lacking(group, made):
-        value = _points(group)[name].value
+        value = entries(group)[name].value
         raise ConfigError(f"{value} is no {noun(group)}: it lacks {', '.join(lacking)}; implement them")
     return made
 
@@ -226,17 +226,19 @@ def _group(group: str) -> _Group:
     return _GROUPS[group]
 
 
-def _points(group: str) -> dict[str, EntryPoint]:
+def _points(group: str) -> dict[str, tuple[Entry, EntryPoint]]:
     return _found(group, tuple(sys.path))
 
 
 @cache
-def _found(group: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
-    # Looking through all packages on the path takes tens of milliseconds, and a codec's name comes with every message.
+def _found(group: str, path: tuple[str, ...]) -> dict[str, tuple[Entry, EntryPoint]]:
+    # Looking through all packages on the path, and reading who brings a component, takes tens of milliseconds; a
+    # codec's name comes with every message.
     kind = _group(group)
-    found: dict[str, EntryPoint] = {}
+    found: dict[str, tuple[Entry, EntryPoint]] = {}
     for point in entry_points(group=f"fedloom.{group}"):
-        first, other = _entry(found.setdefault(point.name, point)), _entry(point)
+        other = _entry(point)
+        first, _ = found.setdefault(point.name, (other, point))
         # The same distribution may be seen twice (an editable install next to its build); that is no conflict.
         if first.distribution != other.distribution:
             raise ConfigError(

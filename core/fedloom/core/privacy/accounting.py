@@ -358,13 +358,7 @@ def _repeated(once: "PrivacyLossDistribution", steps: int) -> "PrivacyLossDistri
 def _step(rate: float, noise: float, grid: float, adjacency: Adjacency) -> "PrivacyLossDistribution":
     """The privacy loss of one step; kept, since building it takes longer than composing it."""
     # Imported here: loading dp-accounting takes half a second, which commands that never account need not pay.
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+    from fedloom.core.privacy.gaussian_step import gaussian_step, replace_one_step
 
-    relation = {
-        "add or remove one": NeighboringRelation.ADD_OR_REMOVE_ONE,
-        "replace one": NeighboringRelation.REPLACE_ONE,
-    }[adjacency]
-    return from_gaussian_mechanism(
-        noise, value_discretization_interval=grid, sampling_prob=rate, neighboring_relation=relation
-    )
+    made = gaussian_step if adjacency == "add or remove one" else replace_one_step
+    return made(rate, noise, grid)
