@@ -37,6 +37,8 @@ from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
 from fedloom.core import registry
 from fedloom.core.config.run import AdapterSection, ModelSection, Spec
+from fedloom.simulation import processes
+from tests.support.preloaded import command
 
 # Tests assert behaviour, never times: a busy machine must not fail one.
 settings.register_profile("fedloom", deadline=None)
@@ -49,6 +51,12 @@ WORDS = ("good", "bad", "fine", "awful", "great", "poor", "happy", "sad", "the",
 def _own_anchors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test's ledgers leave no anchor among this user's own."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.fixture
+def preloaded_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gRPC engine's clients are processes that need not load torch first; see `tests.support.preloaded`."""
+    monkeypatch.setattr(processes, "CLIENT", [*command(), "client"])
 
 
 @pytest.fixture(scope="session")

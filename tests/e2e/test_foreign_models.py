@@ -14,6 +14,8 @@ from fedloom.core.errors import ModelError
 from fedloom.simulation.simulate import simulate
 from tests.families import FAMILIES, save_family
 
+pytestmark = pytest.mark.usefixtures("preloaded_clients")
+
 REFUSED = {
     ("bart", False): "is an encoder and a decoder",
     ("bart", True): "is an encoder and a decoder",

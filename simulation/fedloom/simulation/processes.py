@@ -14,7 +14,10 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.rpc.server import serving
 from fedloom.simulation.federation import Federation, check_alive, write_client
 
-__all__ = ["run_processes"]
+__all__ = ["CLIENT", "run_processes"]
+
+CLIENT = [sys.executable, "-m", "fedloom.cli.main", "client"]
+"""The command that starts one client, before its options."""
 
 _END_S = 60.0
 
@@ -65,8 +68,8 @@ def _start(
     compute = ComputePolicy(device="cpu", threads=threads)
     path = write_client(policy.model_copy(update={"compute": compute}), federation.clients[name], folder)
     log = stack.enter_context((folder / "client.log").open("wb"))
-    command = [sys.executable, "-m", "fedloom.cli.main", "client", "--server", address, "--policy", str(path)]
-    command.append("--insecure-loopback")  # one machine, one user, made-up clients
+    # One machine, one user, made-up clients: no certificates.
+    command = [*CLIENT, "--server", address, "--policy", str(path), "--insecure-loopback"]
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
     stack.callback(_end, process)
     return process

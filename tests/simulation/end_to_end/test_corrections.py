@@ -28,6 +28,8 @@ from fedloom.strategies.state import state_from_bytes
 from fedloom.strategies.transforms.average import Sum, begin, fold, mean
 from tests.support.runs import tiny_run
 
+pytestmark = pytest.mark.usefixtures("preloaded_clients")
+
 Acc = tuple[Sum, tuple[Update, ...]]
 
 

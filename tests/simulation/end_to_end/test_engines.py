@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -29,11 +30,14 @@ from fedloom.server.monitoring.recorders.api import read_metrics
 from fedloom.server.rounds.state import RoundClosed, UpdateAccepted
 from fedloom.server.rpc.server import serving
 from fedloom.server.storage.local import Store
+from fedloom.simulation import processes
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess
 from fedloom.simulation.simulate import simulate
 from fedloom.strategies.start import starting_adapter
 from tests.support.runs import tiny_run
+
+pytestmark = pytest.mark.usefixtures("preloaded_clients")
 
 
 @pytest.fixture
@@ -144,7 +148,10 @@ def test_a_secure_private_run_is_the_plain_one_up_to_the_step(config: RunConfig,
 
 
 @pytest.mark.e2e
-def test_processes_give_the_adapter_that_one_process_gives(config: RunConfig, tmp_path: Path) -> None:
+def test_processes_give_the_adapter_that_one_process_gives(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "CLIENT", [sys.executable, "-m", "fedloom.cli.main", "client"])
     one = simulate(config, tmp_path / "runs")
     engine = config.engine.model_copy(update={"kind": "grpc"})
     two = simulate(config.model_copy(update={"engine": engine}), tmp_path / "runs")

@@ -24,6 +24,8 @@ from fedloom.simulation.federation import shares as rows_of_clients
 from fedloom.simulation.simulate import simulate
 from fedloom.strategies.start import starting_adapter
 
+pytestmark = pytest.mark.usefixtures("preloaded_clients")
+
 
 @pytest.fixture
 def data(tmp_path: Path, rows: Rows) -> Path:

@@ -23,6 +23,8 @@ from fedloom.simulation.federation import completed
 from fedloom.simulation.simulate import simulate
 from tests.support.runs import tiny_run
 
+pytestmark = pytest.mark.usefixtures("preloaded_clients")
+
 PLUGINS = Path(__file__).parents[3] / "examples" / "plugins"
 INSTALLED = {
     "scale-shift": ("adapters", "fedloom_scale_shift:ScaleShift"),
