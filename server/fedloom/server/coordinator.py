@@ -10,8 +10,17 @@ from contextlib import ExitStack, contextmanager
 
 from fedloom.core.errors import ConfigError, ProtocolError, StrategyError, UpdateRejected
 from fedloom.core.privacy.spends import faint
-from fedloom.core.secagg.steps import StepMessage, StepResult
-from fedloom.proto.messages import REFUSED, Answer, Assignment, Joined, RoundStatus, UpdateHeader, Wait
+from fedloom.proto.messages import (
+    REFUSED,
+    Answer,
+    Assignment,
+    Joined,
+    RoundStatus,
+    StepMessage,
+    StepResult,
+    UpdateHeader,
+    Wait,
+)
 from fedloom.server.monitoring.waiting import refusal
 from fedloom.server.rounds.lifecycle import Course
 from fedloom.server.rounds.membership import Member

@@ -36,8 +36,7 @@ from fedloom.core.config.run import Spec
 from fedloom.core.errors import BudgetError, LedgerError, PolicyError, ProtocolError, Unavailable, UpdateRejected
 from fedloom.core.privacy.accounting import Spend, epsilon
 from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
-from fedloom.core.secagg.steps import StepMessage, StepResult
-from fedloom.proto.messages import Assignment, Joined, RoundStatus, UpdateHeader, Wait
+from fedloom.proto.messages import Assignment, Joined, RoundStatus, StepMessage, StepResult, UpdateHeader, Wait
 
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (1, 2)),))
 BROADCAST = codec("fp32").encode(SCHEMA, SCHEMA.zeros())

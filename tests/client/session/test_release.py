@@ -24,8 +24,16 @@ from fedloom.core.config.run import Spec
 from fedloom.core.errors import ModelError
 from fedloom.core.privacy.gaussian import Integers
 from fedloom.core.schema import Role
-from fedloom.core.secagg.steps import StepMessage, StepResult
-from fedloom.proto.messages import Answer, Assignment, Finished, Joined, RoundStatus, UpdateHeader
+from fedloom.proto.messages import (
+    Answer,
+    Assignment,
+    Finished,
+    Joined,
+    RoundStatus,
+    StepMessage,
+    StepResult,
+    UpdateHeader,
+)
 from fedloom.proto.v1 import federation_pb2 as pb
 
 ALL = frozenset({Role.LORA_A, Role.LORA_B, Role.HEAD})

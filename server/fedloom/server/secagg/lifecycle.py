@@ -9,8 +9,8 @@ from fedloom.core.codecs import codec
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ProtocolError
 from fedloom.core.secagg.keys import Place
-from fedloom.core.secagg.steps import Step, StepMessage, StepResult
-from fedloom.proto.messages import UpdateHeader
+from fedloom.core.secagg.steps import Step
+from fedloom.proto.messages import StepMessage, StepResult, UpdateHeader
 from fedloom.server.rounds.aggregation import SUM_CODEC
 from fedloom.server.rounds.run_log import History
 from fedloom.server.rounds.state import SumAccepted
