@@ -162,10 +162,12 @@ class Coordinator(Course):
                 if self._history.expected(header) is None:
                     return True  # it came twice, and the other one was quicker
                 landing.enter_context(self._history.arriving(header.digest))
-                order, update, limit = self._history.draft(client, self._members[client].declared_examples)
+                asked, upload, update, limit = self._history.draft(client, self._members[client].declared_examples)
                 state = self.state
             try:
-                update = decoded(self.config.strategy.name, self._strategy, state, order, payload, update, limit)
+                update = decoded(
+                    self.config.strategy.name, self._strategy, state, asked, upload, payload, update, limit
+                )
                 self._store.put_blob(payload, header.digest)
             except UpdateRejected as error:
                 rejection = why = error

@@ -53,14 +53,14 @@ def encodes(configure: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[[P
     strategy = Varied(change)
     state = strategy.init(SCHEMA, SCHEMA.zeros(), 0)
     broadcasts = Broadcasts(config, SCHEMA, strategy, state)
-    orders = [broadcasts.order(client) for client in CLIENTS]
-    for client, order in zip(CLIENTS, orders, strict=True):
+    assignments = [broadcasts.assignment(client) for client in CLIENTS]
+    for client, assignment in zip(CLIENTS, assignments, strict=True):
         sent = strategy.plan(state, 0, client)
-        start = broadcasts.start(order)
+        start = broadcasts.start(client)
         for name, each in sent.broadcast.items():
             assert np.array_equal(start[name].view(np.uint32), each.view(np.uint32)), "a client gets its own tensors"
-        assert dict(order.assignment.local) == dict(sent.local)
-    return count[0], len({order.assignment.broadcast_digest for order in orders})
+        assert dict(assignment.local) == dict(sent.local)
+    return count[0], len({each.broadcast_digest for each in assignments})
 
 
 def test_copies_are_encoded_once(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
