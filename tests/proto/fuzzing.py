@@ -33,7 +33,9 @@ from fedloom.core.secagg import keys as keys_module
 from fedloom.core.secagg import shamir as shamir_module
 from fedloom.core.secagg.keys import Advert, Place
 from fedloom.core.secagg.steps import Step
+from fedloom.proto import checks as checks_module
 from fedloom.proto import frames as frames_module
+from fedloom.proto import message_codec as codec_module
 from fedloom.proto import wire as wire_module
 from fedloom.proto.messages import (
     Assignment,
@@ -226,7 +228,7 @@ def _state_like(stored: bytes) -> Callable[[random.Random], bytes]:
 
 MODULES: tuple[ModuleType, ...] = (
     wire_module, frames_module, schema_module, tables_module, dense_module, fixed_module, shamir_module,
-    state_module, spool_module,
+    state_module, spool_module, checks_module, codec_module,
 )  # fmt: skip
 
 
@@ -260,7 +262,8 @@ def _reads(node: ast.FunctionDef) -> bool:
     """Whether a function is on the way in: by its name, or because it is called there."""
     inward = (
         "from_", "decode", "unframed", "read_", "parse", "_parts", "_digest", "_size", "_roles", "_upload_codec",
-        "words", "mean", "combine", "secret_bytes", "_scalars", "_read", "kept", "explain", "_keys_at", "__post_init__",
+        "words", "mean", "checked", "_score", "_local", "_step", "_oldest", "_epoch", "_wait", "combine",
+        "secret_bytes", "_scalars", "_read", "kept", "explain", "_keys_at", "__post_init__",
     )  # fmt: skip
     return any(part in node.name for part in inward)
 
