@@ -36,7 +36,7 @@ from fedloom.core.config.run import Spec
 from fedloom.core.errors import FedloomError
 from fedloom.core.schema import Array, Role, Schema
 from fedloom.proto.message_codec import checked
-from fedloom.proto.messages import Answer, Assignment, Joined, RoundStatus, StepMessage, StepResult, UpdateHeader
+from fedloom.proto.messages import Answer, Assignment, Joined, RoundStatus, UpdateHeader
 
 CASES = 100_000 if os.environ.get("FEDLOOM_PROVE") == "1" else 1_500
 ALL = frozenset({Role.LORA_A, Role.LORA_B, Role.HEAD})
@@ -114,7 +114,7 @@ class Script:
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:
         raise AssertionError("nothing is trained here")
 
-    def exchange(self, message: StepMessage) -> StepResult | None:
+    def exchange(self, message: object) -> None:
         raise AssertionError("nothing is summed here")
 
     def heartbeat(self) -> RoundStatus:
