@@ -33,6 +33,7 @@ from fedloom.core.secagg import keys as keys_module
 from fedloom.core.secagg import shamir as shamir_module
 from fedloom.core.secagg.keys import Advert, Place
 from fedloom.core.secagg.steps import Step
+from fedloom.flower.messages import Request, from_head
 from fedloom.proto import checks as checks_module
 from fedloom.proto import frames as frames_module
 from fedloom.proto import message_codec as codec_module
@@ -108,6 +109,8 @@ def from_peers() -> Iterator[Decoder]:
         of_messages(standing),
         parsed(pb.HeartbeatReply, partial(wire_module.from_wire, RoundStatus)),
     )
+    head = codec_module.to_json(Request(Joined("4f", 3, SPEC, SCHEMA), assignment)).decode()
+    yield "request in JSON", as_json(head), partial(from_head, Request)
     framed = [frames_module.framed(2, bytes(size)) for size in (0, 1, 200, 20_000)]
     yield "frame", of_bytes(*framed), lambda content: frames_module.unframed(2, content)
 

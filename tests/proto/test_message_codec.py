@@ -1,54 +1,23 @@
 """Each message is declared once: whatever field is added to it travels over both carriers, checked."""
 
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pytest
 from google.protobuf.message import Message
 
-from fedloom.core.config.run import Spec
 from fedloom.core.errors import ProtocolError
-from fedloom.core.schema import Role, Schema, TensorSpec
-from fedloom.core.secagg.steps import MASKED, Step
+from fedloom.core.secagg.steps import MASKED
 from fedloom.flower.messages import Reply, Request
 from fedloom.proto.message_codec import from_json, to_json
-from fedloom.proto.messages import (
-    Assignment,
-    Finished,
-    Joined,
-    RoundStatus,
-    StepMessage,
-    StepResult,
-    UpdateHeader,
-    Wait,
-)
+from fedloom.proto.messages import Finished, Joined, RoundStatus, Wait
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.wire import from_wire, to_wire
+from tests.proto.test_golden import DIGEST, JOINED, MASKED_HEADER, ORDER, STEP, STEP_RESULT
 
-DIGEST, OTHER = "ab" * 32, "cd" * 32
-SPEC = Spec.model_validate(
-    {
-        "run": {"name": "trial", "rounds": 3},
-        "model": {"base": "tiny", "labels": ["no", "yes"]},
-        "train": {"steps": 5, "sampling_rate": 0.1, "learning_rate": 0.5},
-    }
-)
-JOINED = Joined("4f", 3, SPEC, Schema((TensorSpec("m.A", "m", Role.LORA_A, (2, 3)),)))
-ASSIGNMENT = Assignment(
-    round=7,
-    train=frozenset({Role.LORA_B, Role.HEAD}),
-    broadcast_roles=frozenset({Role.LORA_A, Role.LORA_B}),
-    broadcast_digest=DIGEST,
-    broadcast_bytes=1234,
-    broadcast_codec="fp16",
-    upload_codec=MASKED,
-    personal=frozenset({Role.HEAD}),
-    rank=2,
-    base_rank=16,
-    local={"learning_rate": 0.25},
-)
-HEADER = UpdateHeader("ward-3", 7, DIGEST, "fp16", 24, OTHER, 2, (1.5, -2.0))
+ASSIGNMENT = replace(ORDER, upload_codec=MASKED)
+HEADER = replace(MASKED_HEADER, score=(1.5, -2.0))
 OF_BOTH: tuple[tuple[object, type[Message], frozenset[str]], ...] = (
     (JOINED, pb.JoinReply, frozenset()),
     (ASSIGNMENT, pb.Assignment, frozenset()),
@@ -58,8 +27,8 @@ OF_BOTH: tuple[tuple[object, type[Message], frozenset[str]], ...] = (
     (HEADER, pb.UpdateHeader, frozenset({"run", "epoch", "offset"})),
 )
 OF_GRPC: tuple[tuple[object, type[Message], frozenset[str]], ...] = (
-    (StepMessage(7, Step.SHARE, {"ann": b"sealed"}, 2), pb.ExchangeRequest, frozenset({"run", "epoch", "client"})),
-    (StepResult(2, {"ann": b"sealed"}), pb.ExchangeReply, frozenset({"waiting"})),
+    (STEP, pb.ExchangeRequest, frozenset({"run", "epoch", "client"})),
+    (STEP_RESULT, pb.ExchangeReply, frozenset({"waiting"})),
 )
 OF_FLOWER = (Request(JOINED, ASSIGNMENT, True), Reply("ward-3", 40, HEADER, "refused"))
 """Messages in which every field has another value than its default, with the protobuf field beside them."""

@@ -67,20 +67,6 @@ def test_an_answer_survives_the_wire(answer: Answer) -> None:
     assert answer_from_wire(pb.WorkReply.FromString(sent)) == answer
 
 
-def test_a_join_reply_survives_the_wire() -> None:
-    joined = Joined(run="4f", epoch=3, spec=SPEC, schema=SCHEMA)
-
-    sent = to_wire(pb.JoinReply, joined).SerializeToString()
-
-    assert from_wire(Joined, pb.JoinReply.FromString(sent)) == joined
-
-
-def test_a_header_survives_the_wire() -> None:
-    sent = header_to_wire(HEADER, "4f", 3).SerializeToString()
-
-    assert header_from_wire(pb.UpdateHeader.FromString(sent)) == (HEADER, "4f", 3)
-
-
 def test_a_masked_update_is_addressed_to_its_attempt() -> None:
     masked = replace(HEADER, codec=MASKED, attempt=3)
 

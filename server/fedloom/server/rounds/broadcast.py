@@ -139,7 +139,7 @@ class Broadcasts:
             personal=plan.personal,
             rank=plan.rank,
             base_rank=base_rank(self._schema, plan.broadcast),
-            local=dict(plan.local),
+            local={name: float(value) for name, value in plan.local.items()},
         )
         digest = self._digest(plan, asked)
         return replace(asked, broadcast_digest=digest, broadcast_bytes=len(self._payloads[digest]))
