@@ -14,7 +14,7 @@ from fedloom.proto.frames import CHUNK_FIELD, framed
 from fedloom.proto.messages import Answer, Joined, RoundStatus
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
-from fedloom.proto.wire import answer_to_wire, joined_to_wire, standing_to_wire
+from fedloom.proto.wire import answer_to_wire, to_wire
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Scripted(rpc.FederationServicer):
 
     def Join(self, request: pb.JoinRequest, context: Any) -> pb.JoinReply:
         self._hear(request)
-        return joined_to_wire(self.joined)
+        return to_wire(pb.JoinReply, self.joined)
 
     def Work(self, request: pb.WorkRequest, context: Any) -> pb.WorkReply:
         self._hear(request)
@@ -77,7 +77,7 @@ class Scripted(rpc.FederationServicer):
     def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatReply:
         self.beats.add(request.SerializeToString(deterministic=True))
         self.beaten.set()
-        return standing_to_wire(RoundStatus(0, True, 0))
+        return to_wire(pb.HeartbeatReply, RoundStatus(0, True, 0))
 
     def Leave(self, request: pb.LeaveRequest, context: Any) -> pb.LeaveReply:
         self._hear(request)

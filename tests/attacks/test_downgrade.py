@@ -28,10 +28,10 @@ from fedloom.core.errors import FedloomError, PolicyError, ProtocolError
 from fedloom.core.privacy.accounting import Spend
 from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.core.secagg.keys import Advert, Place, check_advert
-from fedloom.core.secagg.steps import ALL, MASKED, Step, StepMessage, StepResult
+from fedloom.core.secagg.steps import ALL, MASKED, Step
 from fedloom.flower.messages import Request
 from fedloom.flower.resident_trainer import Resident
-from fedloom.proto.messages import Answer, Assignment, Joined, RoundStatus, UpdateHeader
+from fedloom.proto.messages import Answer, Assignment, Joined, RoundStatus, StepMessage, StepResult, UpdateHeader
 
 SCHEMA = Schema((TensorSpec("m.A", "m", Role.LORA_A, (1, 8)),))
 BROADCAST = codec("fp32").encode(SCHEMA, SCHEMA.zeros())

@@ -25,10 +25,12 @@ from fedloom.client.transport import admin as operator
 from fedloom.client.transport.grpc import GrpcConnection
 from fedloom.core.errors import FedloomError, ProtocolError
 from fedloom.core.text import clean, clean_lines
-from fedloom.flower.messages import Reply, reply_to_json
+from fedloom.flower.messages import Reply
 from fedloom.flower.rounds import Answered, _Site, _take
+from fedloom.proto.message_codec import to_json
+from fedloom.proto.messages import Joined
 from fedloom.proto.v1 import federation_pb2 as pb
-from fedloom.proto.wire import RETRY_AFTER, joined_from_wire
+from fedloom.proto.wire import RETRY_AFTER, from_wire
 from fedloom.server.storage.audit_log import Audit, AuditRecord
 from tests.dashboard.stage import Stage, stage
 from tests.support import preloaded
@@ -191,7 +193,7 @@ def test_a_client_s_terminal_and_log_obey_no_coordinator(tmp_path: Path, form: s
 
 def test_a_run_without_a_name_that_can_be_printed_is_not_joined() -> None:
     with pytest.raises(ProtocolError) as caught:
-        joined_from_wire(pb.JoinReply(run=HOSTILE, epoch=1))
+        from_wire(Joined, pb.JoinReply(run=HOSTILE, epoch=1))
 
     assert str(caught.value).isprintable()
 
@@ -240,7 +242,7 @@ def test_a_node_of_flower_writes_no_line_of_the_coordinator_s_log(caplog: pytest
     """Another framework's log: nothing of ours formats it."""
     caplog.set_level(logging.INFO)
     unused: Any = None
-    refusing = Answered("m", reply_to_json(Reply("ann", refusal="x\n\x1b[2J[bold]")), b"")
+    refusing = Answered("m", to_json(Reply("ann", refusal="x\n\x1b[2J[bold]")), b"")
     for answered in (refusing, Answered("m", b"", b"", HOSTILE), Answered("m", HOSTILE.encode(), b"")):
         _take({}, _Site(1), answered, unused)
 

@@ -12,10 +12,8 @@ import pytest
 
 from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.errors import ConfigError, UpdateRejected
-from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.proto.messages import Assignment, Finished
 from fedloom.server.build import build_strategy
-from fedloom.server.rounds.broadcast import Order
 from fedloom.server.rounds.update_norm import largest_norm
 from fedloom.server.storage.local import Store
 from fedloom.strategies.ffa import FFA
@@ -128,12 +126,6 @@ def test_a_plan_that_no_client_would_take_is_an_error_of_the_coordinators(store:
         federation.work("bo")
 
 
-def order(values: int, **local: float) -> Order:
-    schema = Schema((TensorSpec("head", "head", Role.HEAD, (values,)),))
-    roles = frozenset({Role.HEAD})
-    return Order(Assignment(0, roles, roles, "", 0, local=local), schema, schema)
-
-
 def private(**train: Any) -> RunConfig:
     return config(
         train={"steps": 10, "sampling_rate": 0.02, "learning_rate": 4.0, **train},
@@ -162,7 +154,7 @@ def simulated(run: RunConfig, values: int, declared: int, true: int, seed: int) 
 @pytest.mark.parametrize(("declared", "true"), [(1, 1), (10, 30), (3000, 3300), (100, 500)])
 def test_what_an_honest_client_sends_is_always_within(values: int, momentum: float, declared: int, true: int) -> None:
     run = private(momentum=momentum)
-    most = largest_norm(run, order(values), declared)
+    most = largest_norm(run, {}, values, declared)
 
     norms = [simulated(run, values, declared, true, seed) for seed in range(50)]
 
@@ -172,21 +164,21 @@ def test_what_an_honest_client_sends_is_always_within(values: int, momentum: flo
 
 
 def test_the_bound_follows_the_runs_numbers() -> None:
-    one = largest_norm(private(), order(10_000), 3000)
+    one = largest_norm(private(), {}, 10_000, 3000)
 
     assert one == pytest.approx(10 * 10 * 4.0 * 0.5 * (1 + (1 + 0.6 * 100) / 60))
-    assert largest_norm(private(), order(10_000, learning_rate=8.0), 3000) == pytest.approx(2 * one)
-    assert largest_norm(private(head_learning_rate=8.0), order(10_000), 3000) == pytest.approx(2 * one)
-    assert largest_norm(private(momentum=0.5), order(10_000), 3000) == pytest.approx(2 * one)
-    assert largest_norm(private(proximal_mu=0.25), order(10_000), 3000) == pytest.approx(one)
-    assert largest_norm(private(proximal_mu=0.75), order(10_000), 3000) == pytest.approx(2**10 * one)
-    assert largest_norm(private(proximal_mu=1e4, steps=1000), order(10_000), 3000) == float("inf")
-    assert largest_norm(private(optimizer="adam"), order(10_000), 1) == pytest.approx(10 * 10 * 3.2 * 4.0 * 100)
-    assert largest_norm(config(), order(10_000), 0) == pytest.approx(10 * 0.1 * 1000)
+    assert largest_norm(private(), {"learning_rate": 8.0}, 10_000, 3000) == pytest.approx(2 * one)
+    assert largest_norm(private(head_learning_rate=8.0), {}, 10_000, 3000) == pytest.approx(2 * one)
+    assert largest_norm(private(momentum=0.5), {}, 10_000, 3000) == pytest.approx(2 * one)
+    assert largest_norm(private(proximal_mu=0.25), {}, 10_000, 3000) == pytest.approx(one)
+    assert largest_norm(private(proximal_mu=0.75), {}, 10_000, 3000) == pytest.approx(2**10 * one)
+    assert largest_norm(private(proximal_mu=1e4, steps=1000), {}, 10_000, 3000) == float("inf")
+    assert largest_norm(private(optimizer="adam"), {}, 10_000, 1) == pytest.approx(10 * 10 * 3.2 * 4.0 * 100)
+    assert largest_norm(config(), {}, 10_000, 0) == pytest.approx(10 * 0.1 * 1000)
 
 
 @pytest.mark.parametrize("name", ["sentiment", "newsgroups", "images", "instruct"])
 def test_the_examples_have_a_bound_that_means_something(name: str, request: pytest.FixtureRequest) -> None:
     run = load_run(request.config.rootpath / "examples" / f"{name}.toml", ("privacy.noise_multiplier=0.6",))
 
-    assert 1 < largest_norm(run, order(300_000), 1000) < 1e5
+    assert 1 < largest_norm(run, {}, 300_000, 1000) < 1e5

@@ -15,9 +15,10 @@ import pytest
 
 from fedloom.client.policy import Policy
 from fedloom.core.errors import ConfigError, ProtocolError, Unavailable
-from fedloom.flower.messages import Request, reply_from_json, request_to_json
+from fedloom.flower.messages import Reply, Request, from_head
 from fedloom.flower.resident_process import run, serve
 from fedloom.flower.unix_socket import ask, listening, receive, send, socket_path
+from fedloom.proto.message_codec import to_json
 from tests.flower.conftest import BROADCAST, Site
 
 
@@ -109,7 +110,7 @@ def served(site: Site, short: Path) -> Iterator[Path]:
 
 
 def test_the_same_bytes_go_to_whoever_asks_again(served: Path, site: Site, work: Callable[[int], Request]) -> None:
-    head = request_to_json(work(0))
+    head = to_json(work(0))
 
     first, second = (ask(served, NOBODY, head, BROADCAST) for _ in range(2))
 
@@ -120,7 +121,7 @@ def test_the_same_bytes_go_to_whoever_asks_again(served: Path, site: Site, work:
 def test_one_who_leaves_in_the_middle_keeps_nobody_else_from_an_answer(
     served: Path, site: Site, work: Callable[[int], Request]
 ) -> None:
-    head = request_to_json(work(0))
+    head = to_json(work(0))
     for sent in (b"", b"nonsense" * 4, struct.pack(">8sIQ", b"fedloom1", len(head), len(BROADCAST)) + head + BROADCAST):
         with closing(socket.socket(socket.AF_UNIX)) as line:
             line.connect(str(served))
@@ -128,7 +129,7 @@ def test_one_who_leaves_in_the_middle_keeps_nobody_else_from_an_answer(
 
     answer, update = ask(served, NOBODY, head, BROADCAST)
 
-    assert reply_from_json(answer).header is not None
+    assert from_head(Reply, answer).header is not None
     assert update
     assert site.trainers[0].calls.count("train 0") == 1, "what was made for the one who left is kept"
 
@@ -136,7 +137,7 @@ def test_one_who_leaves_in_the_middle_keeps_nobody_else_from_an_answer(
 def test_a_request_that_is_none_is_refused(served: Path) -> None:
     head, payload = ask(served, NOBODY, b"{}", b"")
 
-    assert (reply_from_json(head).refusal, payload) == ("refused", b"")
+    assert (from_head(Reply, head).refusal, payload) == ("refused", b"")
 
 
 def test_a_trainer_ends_with_its_parent_or_when_idle_and_leaves_no_socket(policy: Policy, short: Path) -> None:

@@ -9,15 +9,8 @@ import pytest
 
 from fedloom.core.errors import CodecError, FedloomError, ProtocolError
 from fedloom.core.schema import Role
-from fedloom.flower.messages import (
-    MAX_HEAD_BYTES,
-    Reply,
-    Request,
-    reply_from_json,
-    reply_to_json,
-    request_from_json,
-    request_to_json,
-)
+from fedloom.flower.messages import MAX_HEAD_BYTES, Reply, Request, from_head
+from fedloom.proto.message_codec import to_json
 from fedloom.proto.messages import UpdateHeader
 
 HEADER = UpdateHeader("site-a", 3, "a" * 64, "fp32", 32, "b" * 64, score=(1.5, -2.0, 1e-17))
@@ -31,12 +24,12 @@ def test_a_request_comes_back_as_it_was(work: Callable[[int], Request]) -> None:
     )
 
     for request in (asked, Request(asked.joined), Request(asked.joined, over=True), Request(asked.joined, full)):
-        assert request_from_json(request_to_json(request)) == request
+        assert from_head(Request, to_json(request)) == request
 
 
 def test_a_reply_comes_back_as_it_was() -> None:
     for reply in (Reply("site-a", 40), Reply("site-a", 40, HEADER), Reply("", refusal="refused")):
-        assert reply_from_json(reply_to_json(reply)) == reply
+        assert from_head(Reply, to_json(reply)) == reply
 
 
 def edited(head: bytes, *path: str, value: Any) -> bytes:
@@ -72,11 +65,11 @@ def edited(head: bytes, *path: str, value: Any) -> bytes:
 def test_a_hostile_request_is_refused(
     work: Callable[[int], Request], path: tuple[str, ...], value: Any, error: type[FedloomError]
 ) -> None:
-    head = request_to_json(work(0))
-    request_from_json(head)
+    head = to_json(work(0))
+    from_head(Request, head)
 
     with pytest.raises(error):
-        request_from_json(edited(head, *path, value=value))
+        from_head(Request, edited(head, *path, value=value))
 
 
 @pytest.mark.parametrize(
@@ -93,10 +86,10 @@ def test_a_hostile_request_is_refused(
 )
 def test_a_hostile_reply_is_refused(path: tuple[str, ...], value: Any) -> None:
     with pytest.raises(ProtocolError):
-        reply_from_json(edited(reply_to_json(Reply("site-a", 40, HEADER)), *path, value=value))
+        from_head(Reply, edited(to_json(Reply("site-a", 40, HEADER)), *path, value=value))
 
 
 @pytest.mark.parametrize("head", [b"", b"\xff\xfe", b"[]", b"[" * 100_000, b" " * (MAX_HEAD_BYTES + 1)])
 def test_what_is_not_a_head_is_one_clear_error(head: bytes) -> None:
     with pytest.raises(ProtocolError, match=r"compatible versions|are allowed"):
-        request_from_json(head)
+        from_head(Request, head)

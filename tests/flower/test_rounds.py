@@ -9,9 +9,10 @@ import pytest
 from fedloom.client.policy import Policy
 from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.schema import Schema, Tensors
-from fedloom.flower.messages import Reply, Request, reply_to_json, request_from_json
+from fedloom.flower.messages import Reply, Request, from_head
 from fedloom.flower.resident_trainer import Resident
 from fedloom.flower.rounds import Answered, coordinate
+from fedloom.proto.message_codec import to_json
 from fedloom.proto.messages import Joined
 from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
@@ -36,7 +37,7 @@ class Sites:
 
     def ask(self, node: int, head: bytes, payload: bytes, *, work: bool) -> str:
         name = f"message-{len(self.asked)}"
-        request = request_from_json(head)
+        request = from_head(Request, head)
         assert work == (request.assignment is not None)
         self.asked.append((node, request))
         self.waiting[name] = node, head, payload
@@ -45,7 +46,7 @@ class Sites:
     def answers(self, messages: Collection[str]) -> Iterable[Answered]:
         for name in sorted(messages, reverse=True):  # the last asked is the first to answer
             node, head, payload = self.waiting.pop(name)
-            request = request_from_json(head)
+            request = from_head(Request, head)
             changed = self.change(node, request)
             if isinstance(changed, str):
                 yield Answered(name, b"", b"", changed)
@@ -53,7 +54,7 @@ class Sites:
                 yield Answered(name, *changed)
             else:
                 reply, update = self.residents[node].answer(request, payload)
-                yield Answered(name, reply_to_json(reply), update)
+                yield Answered(name, to_json(reply), update)
 
     def rounds_of(self, node: int) -> list[int]:
         return [request.assignment.round for each, request in self.asked if each == node and request.assignment]
@@ -172,7 +173,7 @@ def test_a_site_that_refuses_is_not_asked_again_and_the_round_goes_on_without_it
 
     def change(node: int, request: Request) -> tuple[bytes, bytes] | None:
         if node == 0 and request.assignment is not None:
-            return reply_to_json(Reply("client-2", refusal="refused")), b""
+            return to_json(Reply("client-2", refusal="refused")), b""
         return None
 
     sites.change = change
@@ -209,7 +210,7 @@ def test_an_update_that_is_not_what_it_says_is_not_taken(
     def change(node: int, request: Request) -> tuple[bytes, bytes] | None:
         if node == 0 and request.assignment is not None:
             reply, update = sites.residents[0].answer(request, payloads[0])
-            return forged((reply_to_json(reply), update))
+            return forged((to_json(reply), update))
         return None
 
     sites.ask, sites.change = remembered, change  # type: ignore[method-assign]
@@ -267,7 +268,7 @@ def test_a_site_that_declares_nothing_is_left_out_of_a_run_that_weighs_by_exampl
 ) -> None:
 
     def change(node: int, request: Request) -> tuple[bytes, bytes] | None:
-        return (reply_to_json(Reply("client-2")), b"") if node == 0 else None
+        return (to_json(Reply("client-2")), b"") if node == 0 else None
 
     sites.change = change
     log = run(sites, needing(config, 2))

@@ -32,10 +32,22 @@ from fedloom.core.secagg import fixed_point as fixed_module
 from fedloom.core.secagg import keys as keys_module
 from fedloom.core.secagg import shamir as shamir_module
 from fedloom.core.secagg.keys import Advert, Place
-from fedloom.core.secagg.steps import Step, StepMessage, StepResult
+from fedloom.core.secagg.steps import Step
+from fedloom.flower.messages import Request, from_head
+from fedloom.proto import checks as checks_module
 from fedloom.proto import frames as frames_module
+from fedloom.proto import message_codec as codec_module
 from fedloom.proto import wire as wire_module
-from fedloom.proto.messages import Assignment, Finished, Joined, RoundStatus, UpdateHeader, Wait
+from fedloom.proto.messages import (
+    Assignment,
+    Finished,
+    Joined,
+    RoundStatus,
+    StepMessage,
+    StepResult,
+    UpdateHeader,
+    Wait,
+)
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.server.rounds import state as rounds_module
 from fedloom.strategies import state as state_module
@@ -81,16 +93,24 @@ def from_peers() -> Iterator[Decoder]:
     assignment = Assignment(7, sent | kept, sent, DIGEST, 99, "fp16", "fp32", kept, 2, 16, {"learning_rate": 0.25})
     answers = [wire_module.answer_to_wire(each) for each in (assignment, Wait(1.5), Finished(9, "fp32", DIGEST, 56))]
     yield "work reply", of_messages(*answers), parsed(pb.WorkReply, wire_module.answer_from_wire)
-    joined = wire_module.joined_to_wire(Joined(run="4f", epoch=3, spec=SPEC, schema=SCHEMA))
-    yield "join reply", of_messages(joined), parsed(pb.JoinReply, wire_module.joined_from_wire)
+    joined = wire_module.to_wire(pb.JoinReply, Joined(run="4f", epoch=3, spec=SPEC, schema=SCHEMA))
+    yield "join reply", of_messages(joined), parsed(pb.JoinReply, partial(wire_module.from_wire, Joined))
     header = wire_module.header_to_wire(UpdateHeader("ward-3", 7, DIGEST, "fp16", 24, "cd" * 32), "4f", 3)
     yield "update header", of_messages(header), parsed(pb.UpdateHeader, wire_module.header_from_wire)
-    step = wire_module.step_to_wire(StepMessage(7, Step.SHARE, {"": b"abc", "ann": b"x"}, 2), "ben", "4f", 3)
-    yield "step", of_messages(step), parsed(pb.ExchangeRequest, wire_module.step_from_wire)
+    step = wire_module.to_wire(
+        pb.ExchangeRequest, StepMessage(7, Step.SHARE, {"": b"abc", "ann": b"x"}, 2), client="ben", run="4f", epoch=3
+    )
+    yield "step", of_messages(step), parsed(pb.ExchangeRequest, partial(wire_module.from_wire, StepMessage))
     result = wire_module.result_to_wire(StepResult(2, {"ann": b"abc"}))
     yield "step result", of_messages(result), parsed(pb.ExchangeReply, wire_module.result_from_wire)
-    standing = wire_module.standing_to_wire(RoundStatus(7, True, 3))
-    yield "heartbeat reply", of_messages(standing), parsed(pb.HeartbeatReply, wire_module.standing_from_wire)
+    standing = wire_module.to_wire(pb.HeartbeatReply, RoundStatus(7, True, 3))
+    yield (
+        "heartbeat reply",
+        of_messages(standing),
+        parsed(pb.HeartbeatReply, partial(wire_module.from_wire, RoundStatus)),
+    )
+    head = codec_module.to_json(Request(Joined("4f", 3, SPEC, SCHEMA), assignment)).decode()
+    yield "request in JSON", as_json(head), partial(from_head, Request)
     framed = [frames_module.framed(2, bytes(size)) for size in (0, 1, 200, 20_000)]
     yield "frame", of_bytes(*framed), lambda content: frames_module.unframed(2, content)
 
@@ -211,7 +231,7 @@ def _state_like(stored: bytes) -> Callable[[random.Random], bytes]:
 
 MODULES: tuple[ModuleType, ...] = (
     wire_module, frames_module, schema_module, tables_module, dense_module, fixed_module, shamir_module,
-    state_module, spool_module,
+    state_module, spool_module, checks_module, codec_module,
 )  # fmt: skip
 
 
@@ -245,7 +265,8 @@ def _reads(node: ast.FunctionDef) -> bool:
     """Whether a function is on the way in: by its name, or because it is called there."""
     inward = (
         "from_", "decode", "unframed", "read_", "parse", "_parts", "_digest", "_size", "_roles", "_upload_codec",
-        "words", "mean", "combine", "secret_bytes", "_scalars", "_read", "kept", "explain", "_keys_at", "__post_init__",
+        "words", "mean", "checked", "_score", "_local", "_step", "_oldest", "_epoch", "_wait", "combine",
+        "secret_bytes", "_scalars", "_read", "kept", "explain", "_keys_at", "__post_init__",
     )  # fmt: skip
     return any(part in node.name for part in inward)
 

@@ -7,6 +7,7 @@ was there changes, an older peer no longer understands this one, and PROTOCOL_VE
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,28 @@ from google.protobuf.message import Message
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import ProtocolError
 from fedloom.core.schema import Role, Schema, TensorSpec
-from fedloom.core.secagg.steps import MASKED, Step, StepMessage, StepResult
+from fedloom.core.secagg.steps import MASKED, Step
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, framed, unframed
-from fedloom.proto.messages import Assignment, Finished, Joined, RoundStatus, UpdateHeader, Wait
+from fedloom.proto.messages import (
+    Assignment,
+    Finished,
+    Joined,
+    RoundStatus,
+    StepMessage,
+    StepResult,
+    UpdateHeader,
+    Wait,
+)
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.wire import (
     answer_from_wire,
     answer_to_wire,
+    from_wire,
     header_from_wire,
     header_to_wire,
-    joined_from_wire,
-    joined_to_wire,
     result_from_wire,
     result_to_wire,
-    standing_from_wire,
-    standing_to_wire,
-    step_from_wire,
-    step_to_wire,
+    to_wire,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -69,7 +75,7 @@ STEP_RESULT = StepResult(2, {"ben": b"sealed"})
 
 def join_reply() -> pb.JoinReply:
     """The spec as an earlier build wrote it: a later one has more keys, with defaults, and must read this."""
-    reply = joined_to_wire(JOINED)
+    reply = to_wire(pb.JoinReply, JOINED)
     reply.spec = SPEC_TEXT
     return reply
 
@@ -91,12 +97,12 @@ MESSAGES: dict[str, Message] = {
     "SubmitReply": pb.SubmitReply(),
     "SubmitReply duplicate": pb.SubmitReply(duplicate=True),
     "SubmitReply missing": pb.SubmitReply(missing_bytes=8),
-    "ExchangeRequest": step_to_wire(STEP, "ward-3", "4f", 3),
+    "ExchangeRequest": to_wire(pb.ExchangeRequest, STEP, client="ward-3", run="4f", epoch=3),
     "ExchangeReply": result_to_wire(STEP_RESULT),
     "ExchangeReply waiting": result_to_wire(None),
     "HeartbeatRequest": pb.HeartbeatRequest(**ADDRESS),
     "HeartbeatReply": pb.HeartbeatReply(round=7, open=True),
-    "HeartbeatReply oldest": standing_to_wire(RoundStatus(7, True, 3)),
+    "HeartbeatReply oldest": to_wire(pb.HeartbeatReply, RoundStatus(7, True, 3)),
     "LeaveRequest": pb.LeaveRequest(reason="run over", **ADDRESS),
     "LeaveReply": pb.LeaveReply(),
     "EnrollRequest": pb.EnrollRequest(signing_request=b"request"),
@@ -128,7 +134,7 @@ MESSAGES: dict[str, Message] = {
 """One message of each kind, named by its type and what tells it from others of the type."""
 
 READ: dict[str, tuple[Callable[[Any], object], object]] = {
-    "JoinReply": (joined_from_wire, JOINED),
+    "JoinReply": (partial(from_wire, Joined), JOINED),
     "WorkReply assignment": (answer_from_wire, ORDER),
     "WorkReply wait": (answer_from_wire, Wait(1.5)),
     "WorkReply finished": (answer_from_wire, Finished(9, "fp32", DIGEST, 56)),
@@ -137,11 +143,11 @@ READ: dict[str, tuple[Callable[[Any], object], object]] = {
     "SubmitRequest header that goes on": (lambda message: message.header.offset, 16),
     "SubmitRequest header with figures": (lambda message: header_from_wire(message.header), (SCORED_HEADER, "4f", 3)),
     "SubmitReply missing": (lambda message: message.missing_bytes, 8),
-    "ExchangeRequest": (step_from_wire, STEP),
+    "ExchangeRequest": (partial(from_wire, StepMessage), STEP),
     "ExchangeReply": (result_from_wire, STEP_RESULT),
     "ExchangeReply waiting": (result_from_wire, None),
-    "HeartbeatReply": (standing_from_wire, RoundStatus(7, True, 0)),
-    "HeartbeatReply oldest": (standing_from_wire, RoundStatus(7, True, 3)),
+    "HeartbeatReply": (partial(from_wire, RoundStatus), RoundStatus(7, True, 0)),
+    "HeartbeatReply oldest": (partial(from_wire, RoundStatus), RoundStatus(7, True, 3)),
 }
 """What this build makes of the bytes, where it makes more of them than protobuf does."""
 
@@ -250,7 +256,7 @@ def test_an_answer_or_a_step_of_a_later_build_is_refused_in_plain_words() -> Non
     later = pb.ExchangeRequest(**ADDRESS)
     later.step = 99  # type: ignore[assignment]  # an enum is open on the wire
     with pytest.raises(ProtocolError, match="step 99 of a secure sum; 1 to 5 are known"):
-        step_from_wire(pb.ExchangeRequest.FromString(later.SerializeToString()))
+        from_wire(StepMessage, pb.ExchangeRequest.FromString(later.SerializeToString()))
 
 
 def broken(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:

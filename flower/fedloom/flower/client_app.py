@@ -12,9 +12,10 @@ from flwr.clientapp import ClientApp
 
 from fedloom.client.policy import load_policy
 from fedloom.core.errors import ConfigError
-from fedloom.flower.messages import Reply, reply_to_json
+from fedloom.flower.messages import Reply
 from fedloom.flower.records import packed, unpacked
 from fedloom.flower.unix_socket import ask, socket_path
+from fedloom.proto.message_codec import to_json
 from fedloom.proto.messages import REFUSED
 
 __all__ = ["answer", "app"]
@@ -28,7 +29,7 @@ def answer(message: Message, context: Context) -> Message:
         head, payload = _asked(message, context)
     except Exception:
         log.exception("the resident trainer was not asked")
-        head, payload = reply_to_json(Reply("", refusal=REFUSED)), b""
+        head, payload = to_json(Reply("", refusal=REFUSED)), b""
     return Message(packed(head, payload), reply_to=message)
 
 

@@ -13,9 +13,10 @@ from fedloom.client.policy import Policy
 from fedloom.client.session.send_times import Pace
 from fedloom.core.errors import FedloomError
 from fedloom.core.runtime.durable import make_folder
-from fedloom.flower.messages import Reply, reply_to_json, request_from_json
+from fedloom.flower.messages import Reply, Request, from_head
 from fedloom.flower.resident_trainer import Resident
 from fedloom.flower.unix_socket import listening, receive, send, socket_path
+from fedloom.proto.message_codec import to_json
 from fedloom.proto.messages import REFUSED
 
 __all__ = ["run", "serve"]
@@ -88,13 +89,13 @@ def serve(server: socket.socket, resident: Resident, idle_s: float, ended: Calla
 def _answer(line: socket.socket, resident: Resident) -> None:
     head, payload = receive(line)
     try:
-        request = request_from_json(head)
+        request = from_head(Request, head)
     except FedloomError as error:
         log.warning("a request is refused: %s", error)
-        send(line, reply_to_json(Reply("", refusal=REFUSED)), b"")
+        send(line, to_json(Reply("", refusal=REFUSED)), b"")
         return
     reply, update = resident.answer(request, payload)
-    send(line, reply_to_json(reply), update)
+    send(line, to_json(reply), update)
 
 
 @contextmanager

@@ -16,9 +16,18 @@ from fedloom.client.session.api import Training
 from fedloom.client.session.participant import Participant
 from fedloom.client.session.send_times import AT_ONCE, Pace
 from fedloom.core.errors import CodecError, FedloomError, PolicyError, ProtocolError, Unavailable
-from fedloom.core.secagg.steps import StepMessage, StepResult
 from fedloom.flower.messages import Reply, Request
-from fedloom.proto.messages import REFUSED, Answer, Assignment, Finished, Joined, RoundStatus, UpdateHeader
+from fedloom.proto.messages import (
+    REFUSED,
+    Answer,
+    Assignment,
+    Finished,
+    Joined,
+    RoundStatus,
+    StepMessage,
+    StepResult,
+    UpdateHeader,
+)
 
 __all__ = ["Resident"]
 

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from fedloom.core.errors import ConfigError, FedloomError, ProtocolError, StoreError, StrategyError
 from fedloom.core.text import clean
-from fedloom.flower.messages import Reply, Request, reply_from_json, request_to_json
+from fedloom.flower.messages import Reply, Request, from_head
+from fedloom.proto.message_codec import to_json
 from fedloom.proto.messages import Assignment, Joined
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.rpc.local import LocalConnection
@@ -69,7 +70,7 @@ class _Site:
         if self._asked is None or self._asked[0] != request:
             self.tries = 0
         self._asked = request, payload
-        self.message = nodes.ask(self.node, request_to_json(request), payload, work=request.assignment is not None)
+        self.message = nodes.ask(self.node, to_json(request), payload, work=request.assignment is not None)
 
 
 def coordinate(
@@ -146,7 +147,7 @@ def _take(sites: dict[int, _Site], site: _Site, answered: Answered, coordinator:
         _failed(site, answered.error)
         return
     try:
-        reply = reply_from_json(answered.head)
+        reply = from_head(Reply, answered.head)
         if reply.refusal:
             _dismiss(site, f"refused: {reply.refusal}")
         elif site.line is None:
@@ -200,7 +201,7 @@ def _dismiss(site: _Site, reason: str) -> None:
 def _end(sites: dict[int, _Site], joined: Joined, nodes: Nodes, pause: Callable[[], None]) -> None:
     """Tell every site that the run is over, so that it forgets what it would have to send again."""
     waiting = {
-        nodes.ask(site.node, request_to_json(Request(joined, over=True)), b"", work=False)
+        nodes.ask(site.node, to_json(Request(joined, over=True)), b"", work=False)
         for site in sites.values()
         if site.line is not None
     }

@@ -1,10 +1,36 @@
-"""What a client and a coordinator tell each other, whatever carries it: a socket or a function call."""
+"""What a client and a coordinator tell each other, whatever carries it: a socket, a framework or a function call.
 
-from collections.abc import Mapping
+Each message is declared once. Its fields have the names they have in the `.proto` file, and types of `checks` that say
+what must hold of one that came from a peer; `message_codec` derives the rest.
+"""
+
 from dataclasses import dataclass, field
 
-from fedloom.core.config.run import Spec
+from pydantic import with_config
+
 from fedloom.core.schema import Schema
+from fedloom.proto.checks import (
+    STRICT,
+    Codec,
+    Digest,
+    Epoch,
+    Figures,
+    LocalValues,
+    Natural,
+    OldestRound,
+    Parts,
+    Rank,
+    RetryAfter,
+    Round,
+    SchemaDigest,
+    SchemaText,
+    Size,
+    SpecText,
+    StepNumber,
+    Trained,
+    UploadCodec,
+    Words,
+)
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -14,6 +40,8 @@ __all__ = [
     "Finished",
     "Joined",
     "RoundStatus",
+    "StepMessage",
+    "StepResult",
     "UpdateHeader",
     "Wait",
     "broadcast_schema",
@@ -27,83 +55,115 @@ REFUSED = "refused"
 """All that a peer hears of why a client does not take part. One word, whatever the reason: reasons are about data."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Joined:
     """The coordinator's answer to Join."""
 
     run: str
-    epoch: int
-    spec: Spec
-    schema: Schema
+    epoch: Epoch
+    spec: SpecText
+    schema: SchemaText
+    schema_digest: SchemaDigest = ""
+    """The schema's, whatever is given here; a peer's must be the same, or the versions are not compatible."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schema_digest", self.schema.digest)
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Assignment:
     """One round's work for one client."""
 
-    round: int
-    train: frozenset[str]
+    round: Round
+    train: Trained
     """What is trained: roles and names of tensors, see `Schema.select`. So for the two below."""
-    broadcast_roles: frozenset[str]
-    broadcast_digest: str
+    broadcast_roles: Words
+    broadcast_digest: Digest
     """SHA-256 of the broadcast payload, hex; the address to fetch it by."""
-    broadcast_bytes: int
-    broadcast_codec: str = "fp32"
-    upload_codec: str = "fp32"
-    personal: frozenset[str] = frozenset()
-    rank: int | None = None
-    base_rank: int = 0
-    local: Mapping[str, float] = field(default_factory=dict)
+    broadcast_bytes: Size
+    broadcast_codec: Codec = "fp32"
+    upload_codec: UploadCodec = "fp32"
+    personal: Words = frozenset()
+    rank: Rank = None
+    base_rank: Natural = 0
+    local: LocalValues = field(default_factory=dict)
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Wait:
     """Nothing to do now."""
 
-    retry_after_s: float
+    retry_after_s: RetryAfter
     """Seconds to stay away: 0 after a long poll, more in place of one."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Finished:
     """The run is over; the final adapter can be fetched under the whole schema."""
 
-    rounds: int
-    codec: str
-    digest: str
-    bytes: int
-    base_rank: int = 0
+    rounds: Natural
+    codec: Codec
+    digest: Digest
+    bytes: Size
+    base_rank: Natural = 0
     """Rank of the correction of the frozen weights that comes with it; 0 for none."""
 
 
 Answer = Assignment | Wait | Finished
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class RoundStatus:
     """How the run stands, for a client that trains."""
 
-    round: int
+    round: Natural
     """The round that is open or comes next."""
     open: bool
-    oldest: int
+    oldest: OldestRound
     """The oldest round whose updates are still taken; `round` itself, but for buffered rounds."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class UpdateHeader:
     """What precedes an update's payload."""
 
     client: str
-    round: int
-    schema_digest: str
-    codec: str
-    payload_bytes: int
-    digest: str
-    attempt: int = 0
+    round: Natural
+    schema_digest: Digest
+    codec: UploadCodec
+    payload_bytes: Size
+    digest: Digest
+    attempt: Natural = 0
     """Attempt of the secure sum that a masked update belongs to; 0 for others."""
-    score: tuple[float, ...] = ()
+    score: Figures = ()
     """What the client's evaluation of its held-out rows releases; empty where the round has none."""
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class StepMessage:
+    """What a client sends in one step of a secure sum. Sent again unchanged, it asks for the result."""
+
+    round: Natural
+    step: StepNumber
+    parts: Parts
+    attempt: Natural = 0
+    """Number of the attempt, from the result of the first step; 0 in the first step, which belongs to any."""
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class StepResult:
+    """What a client gets once a step is closed, or that it has to begin again: then `attempt` is another."""
+
+    attempt: Natural
+    parts: Parts
 
 
 def broadcast_schema(schema: Schema, assignment: Assignment) -> Schema:

@@ -10,8 +10,17 @@ from contextlib import ExitStack, contextmanager
 
 from fedloom.core.errors import ConfigError, ProtocolError, StrategyError, UpdateRejected
 from fedloom.core.privacy.spends import faint
-from fedloom.core.secagg.steps import StepMessage, StepResult
-from fedloom.proto.messages import REFUSED, Answer, Assignment, Joined, RoundStatus, UpdateHeader, Wait
+from fedloom.proto.messages import (
+    REFUSED,
+    Answer,
+    Assignment,
+    Joined,
+    RoundStatus,
+    StepMessage,
+    StepResult,
+    UpdateHeader,
+    Wait,
+)
 from fedloom.server.monitoring.waiting import refusal
 from fedloom.server.rounds.lifecycle import Course
 from fedloom.server.rounds.membership import Member
@@ -153,10 +162,12 @@ class Coordinator(Course):
                 if self._history.expected(header) is None:
                     return True  # it came twice, and the other one was quicker
                 landing.enter_context(self._history.arriving(header.digest))
-                order, update, limit = self._history.draft(client, self._members[client].declared_examples)
+                asked, upload, update, limit = self._history.draft(client, self._members[client].declared_examples)
                 state = self.state
             try:
-                update = decoded(self.config.strategy.name, self._strategy, state, order, payload, update, limit)
+                update = decoded(
+                    self.config.strategy.name, self._strategy, state, asked, upload, payload, update, limit
+                )
                 self._store.put_blob(payload, header.digest)
             except UpdateRejected as error:
                 rejection = why = error

@@ -13,8 +13,8 @@ from fedloom.core.config.run import Spec
 from fedloom.core.errors import FedloomError, ProtocolError, Unavailable
 from fedloom.core.schema import Schema
 from fedloom.core.secagg.keys import Place
-from fedloom.core.secagg.steps import ALL, MASKED, Step, StepMessage, StepResult
-from fedloom.proto.messages import Answer, Joined, RoundStatus, UpdateHeader
+from fedloom.core.secagg.steps import ALL, MASKED, Step
+from fedloom.proto.messages import Answer, Joined, RoundStatus, StepMessage, StepResult, UpdateHeader
 
 NAMES = ("ann", "ben", "cat", "dan", "eve", "fay")
 UPDATE = np.arange(1000, dtype="<u4").tobytes()

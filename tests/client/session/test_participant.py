@@ -36,7 +36,6 @@ from fedloom.core.errors import (
 )
 from fedloom.core.privacy.accounting import Spend, epsilon
 from fedloom.core.schema import Role, Schema, Tensors
-from fedloom.core.secagg.steps import StepMessage, StepResult
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, RoundStatus, UpdateHeader, Wait, upload_schema
 
 FINISHED = Finished(rounds=2, codec="fp32", digest="0" * 64, bytes=0)
@@ -84,7 +83,7 @@ class Script:
             raise failure
         return False
 
-    def exchange(self, message: StepMessage) -> StepResult | None:
+    def exchange(self, message: object) -> None:
         raise AssertionError("no secure sum here")
 
     def heartbeat(self) -> RoundStatus:

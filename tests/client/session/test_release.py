@@ -24,7 +24,6 @@ from fedloom.core.config.run import Spec
 from fedloom.core.errors import ModelError
 from fedloom.core.privacy.gaussian import Integers
 from fedloom.core.schema import Role
-from fedloom.core.secagg.steps import StepMessage, StepResult
 from fedloom.proto.messages import Answer, Assignment, Finished, Joined, RoundStatus, UpdateHeader
 from fedloom.proto.v1 import federation_pb2 as pb
 
@@ -61,7 +60,7 @@ class Recorder:
         self.payloads.append(payload)
         return False
 
-    def exchange(self, message: StepMessage) -> StepResult | None:
+    def exchange(self, message: object) -> None:
         raise AssertionError("no secure sum here")
 
     def heartbeat(self) -> RoundStatus:

@@ -53,14 +53,14 @@ def encodes(configure: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[[P
     strategy = Varied(change)
     state = strategy.init(SCHEMA, SCHEMA.zeros(), 0)
     broadcasts = Broadcasts(config, SCHEMA, strategy, state)
-    orders = [broadcasts.order(client) for client in CLIENTS]
-    for client, order in zip(CLIENTS, orders, strict=True):
+    assignments = [broadcasts.assignment(client) for client in CLIENTS]
+    for client, assignment in zip(CLIENTS, assignments, strict=True):
         sent = strategy.plan(state, 0, client)
-        start = broadcasts.start(order)
+        start = broadcasts.start(client)
         for name, each in sent.broadcast.items():
             assert np.array_equal(start[name].view(np.uint32), each.view(np.uint32)), "a client gets its own tensors"
-        assert dict(order.assignment.local) == dict(sent.local)
-    return count[0], len({order.assignment.broadcast_digest for order in orders})
+        assert dict(assignment.local) == dict(sent.local)
+    return count[0], len({each.broadcast_digest for each in assignments})
 
 
 def test_copies_are_encoded_once(configure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,3 +91,20 @@ def test_a_zero_with_a_sign_is_another_value(configure: Any, monkeypatch: pytest
         return replace(plan, broadcast=shifted(plan.broadcast, "m.B", 7, -0.0 if k % 2 else 0.0))
 
     assert encodes(configure, monkeypatch, change) == (2, 2)
+
+
+def test_the_same_bytes_under_other_names_are_another_broadcast(configure: Any) -> None:
+    schema = Schema((TensorSpec("m.A", "m", Role.LORA_A, (2, 40)), TensorSpec("m.B", "m", Role.LORA_B, (40, 2))))
+
+    def change(plan: Plan, k: int) -> Plan:
+        name = "m.B" if k % 2 else "m.A"
+        return replace(plan, broadcast={name: plan.broadcast[name]})
+
+    strategy = Varied(change)
+    broadcasts = Broadcasts(configure(1), schema, strategy, strategy.init(schema, schema.zeros(), 0))
+
+    even, odd = (broadcasts.assignment(client) for client in CLIENTS[:2])
+
+    assert even.broadcast_digest == odd.broadcast_digest
+    assert (set(even.broadcast_roles), set(odd.broadcast_roles)) == ({Role.LORA_A}, {Role.LORA_B})
+    assert [set(broadcasts.start(client)) for client in CLIENTS[:2]] == [{"m.A"}, {"m.B"}]

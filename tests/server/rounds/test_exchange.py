@@ -7,7 +7,8 @@ from fedloom.core.config.run import SecureAggregationSection
 from fedloom.core.errors import ProtocolError
 from fedloom.core.secagg.keys import ADVERT_BYTES, SEALED_BYTES, SIGNATURE_BYTES, Place
 from fedloom.core.secagg.shamir import SHARE_BYTES
-from fedloom.core.secagg.steps import ALL, Step, StepMessage, StepResult
+from fedloom.core.secagg.steps import ALL, Step
+from fedloom.proto.messages import StepMessage, StepResult
 from fedloom.server.secagg.protocol import Exchange
 
 NAMES = ("ann", "ben", "cat", "dan", "eve", "fay")

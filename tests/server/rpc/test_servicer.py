@@ -18,7 +18,7 @@ from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.proto.messages import Assignment, Finished, Joined, UpdateHeader, Wait, upload_schema
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1.federation_pb2_grpc import FederationStub
-from fedloom.proto.wire import answer_from_wire, header_to_wire, joined_from_wire
+from fedloom.proto.wire import answer_from_wire, from_wire, header_to_wire
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.rounds.state import Event
 from fedloom.server.rpc.server import serving
@@ -58,7 +58,7 @@ class Client:
 
     def join(self) -> Joined:
         request = pb.JoinRequest(client=self.name, protocol=1)
-        self.joined = joined_from_wire(self.stub.Join(request, timeout=TIMEOUT_S))
+        self.joined = from_wire(Joined, self.stub.Join(request, timeout=TIMEOUT_S))
         return self.joined
 
     def work(self) -> Assignment | Wait | Finished:

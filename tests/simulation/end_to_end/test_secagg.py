@@ -19,8 +19,7 @@ from fedloom.core.config.run import RunConfig, SecureAggregationSection
 from fedloom.core.errors import ConfigError, PolicyError, ProtocolError, StoreError
 from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.core.secagg.fixed_point import FixedPoint, Words, words
-from fedloom.core.secagg.steps import StepMessage
-from fedloom.proto.messages import Assignment, Wait
+from fedloom.proto.messages import Assignment, StepMessage, Wait
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.rounds.aggregation import SUM, NextState
 from fedloom.server.rounds.run_log import History

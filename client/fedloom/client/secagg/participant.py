@@ -37,8 +37,8 @@ from fedloom.core.secagg.keys import (
 )
 from fedloom.core.secagg.masks import KEY_BYTES, add_masks
 from fedloom.core.secagg.shamir import SHARE_BYTES, share_to_bytes, split
-from fedloom.core.secagg.steps import ALL, MASKED, Step, StepMessage, StepResult, needed
-from fedloom.proto.messages import Assignment, Joined, UpdateHeader
+from fedloom.core.secagg.steps import ALL, MASKED, Step, needed
+from fedloom.proto.messages import Assignment, Joined, StepMessage, StepResult, UpdateHeader
 
 if TYPE_CHECKING:
     from fedloom.client.transport.grpc import Connection

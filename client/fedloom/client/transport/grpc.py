@@ -24,22 +24,20 @@ from fedloom.core.errors import (
 )
 from fedloom.core.limits import LONG_POLL_S, TRANSFER_S
 from fedloom.core.runtime.failpoints import failpoint, reach
-from fedloom.core.secagg.steps import StepMessage, StepResult
 from fedloom.core.text import clean
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, SERVICE, frames, unframed
-from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, RoundStatus, UpdateHeader
+from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, RoundStatus, StepMessage, StepResult, UpdateHeader
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
 from fedloom.proto.wire import (
     RETRY_AFTER,
     STATUS,
     answer_from_wire,
+    from_wire,
     header_to_wire,
-    joined_from_wire,
     overloaded,
     result_from_wire,
-    standing_from_wire,
-    step_to_wire,
+    to_wire,
 )
 
 __all__ = ["Connection", "GrpcConnection", "translated"]
@@ -144,7 +142,7 @@ class GrpcConnection:
             ProtocolError: It refuses this client.
         """
         request = pb.JoinRequest(client=client, protocol=PROTOCOL_VERSION, declared_examples=declared_examples)
-        joined = joined_from_wire(self._call(self._stub.Join, request, _CALL_S))
+        joined = from_wire(Joined, self._call(self._stub.Join, request, _CALL_S))
         self._client, self._run, self._epoch = client, joined.run, joined.epoch
         return joined
 
@@ -220,14 +218,14 @@ class GrpcConnection:
 
     def exchange(self, message: StepMessage) -> StepResult | None:
         """Send a step of a secure sum and get its result, or None to be asked again."""
-        request = step_to_wire(message, self._client, self._run, self._epoch)
+        request = to_wire(pb.ExchangeRequest, message, client=self._client, run=self._run, epoch=self._epoch)
         return result_from_wire(self._call(self._stub.Exchange, request, LONG_POLL_S + 10))
 
     @failpoint("line.heartbeat")
     def heartbeat(self) -> RoundStatus:
         """Say that this client is alive, and learn how the run stands."""
         request = pb.HeartbeatRequest(run=self._run, epoch=self._epoch, client=self._client)
-        return standing_from_wire(self._call(self._stub.Heartbeat, request, _CALL_S))
+        return from_wire(RoundStatus, self._call(self._stub.Heartbeat, request, _CALL_S))
 
     def ping(self, client: str) -> None:
         """Ask, without joining, whether a coordinator is there that knows this client. It changes nothing there.

@@ -1,11 +1,9 @@
-"""The steps of a secure sum and what clients and the coordinator send in each."""
+"""The steps of a secure sum, and what a client sends and gets in each."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 
-__all__ = ["ALL", "MASKED", "Step", "StepMessage", "StepResult", "needed"]
+__all__ = ["ALL", "MASKED", "Step", "needed"]
 
 MASKED = "secagg32"
 """Name of the payload of a masked update: one little-endian word modulo 2^32 for each value of the upload schema. Not
@@ -28,25 +26,6 @@ class Step(IntEnum):
     """Sends {ALL: signature over the survivors}; gets the signatures, by name."""
     UNMASK = 5
     """Sends one share of each peer that has shared, by its name; gets nothing."""
-
-
-@dataclass(frozen=True)
-class StepMessage:
-    """What a client sends in one step. Sent again unchanged, it asks for the result."""
-
-    round: int
-    step: Step
-    parts: Mapping[str, bytes]
-    attempt: int = 0
-    """Number of the attempt, from the result of the first step; 0 in the first step, which belongs to any."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a client gets once a step is closed, or that it has to begin again: then `attempt` is another."""
-
-    attempt: int
-    parts: Mapping[str, bytes]
 
 
 def needed(clients: int, threshold: float) -> int:

@@ -150,7 +150,7 @@ class Aggregation:
         """An accepted update, or the mean of them all, from its blob."""
         accepted = rounds.updates[rounds.folding[0] if client == SUM else client]
         broadcasts = version(accepted.round)
-        order = broadcasts.order(accepted.client)
         payload = self._store.get_blob(accepted.digest)
-        delta = codec(SUM_CODEC if client == SUM else order.assignment.upload_codec).decode(order.upload, payload)
-        return Update(client, accepted.weight, broadcasts.start(order), delta)
+        name = SUM_CODEC if client == SUM else broadcasts.assignment(accepted.client).upload_codec
+        delta = codec(name).decode(broadcasts.upload_schema(accepted.client), payload)
+        return Update(client, accepted.weight, broadcasts.start(accepted.client), delta)

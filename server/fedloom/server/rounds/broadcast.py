@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from fedloom.server.strategy_errors import blamed
 from fedloom.strategies.api import Plan, State, Strategy
 from fedloom.strategies.result import base_rank, result_schema
 
-__all__ = ["FINAL_CODEC", "Broadcasts", "Order", "final"]
+__all__ = ["FINAL_CODEC", "Broadcasts", "final"]
 
 FINAL_CODEC = "fp32"
 """Codec of the final adapter: it is what the run is for, so nothing of it is rounded away."""
@@ -30,26 +30,8 @@ _PROBED = 8
 """Values of each tensor that are looked at before all are."""
 
 
-@dataclass(frozen=True)
-class Order:
-    """What one client is asked to do, with the schemas of both directions."""
-
-    assignment: Assignment
-    broadcast: Schema
-    upload: Schema
-
-
-@dataclass(frozen=True)
-class _Body:
-    """Tensors that were encoded."""
-
-    schema: Schema
-    tensors: Tensors
-    digest: str
-
-
 class Broadcasts:
-    """The orders and broadcast payloads of one round. Everything here is a function of its arguments alone.
+    """The assignments and broadcast payloads of one round. Everything here is a function of its arguments alone.
 
     Args:
         config: The run file.
@@ -64,15 +46,15 @@ class Broadcasts:
         self._strategy = strategy
         self._state = state
         self._names = schema.names()
-        self._orders: dict[str, Order] = {}
+        self._assignments: dict[str, Assignment] = {}
         self._payloads: dict[str, bytes] = {}
-        self._starts: dict[str, Tensors] = {}
-        self._planned: dict[object, tuple[Plan, Order]] = {}
-        self._distinct: dict[object, Order] = {}
-        self._bodies: dict[object, list[_Body]] = {}
+        self._starts: dict[object, Tensors] = {}
+        self._planned: dict[object, tuple[Plan, Assignment]] = {}
+        self._distinct: dict[object, Assignment] = {}
+        self._digests: dict[object, list[tuple[Tensors, str]]] = {}
         self._uploads: dict[object, Schema] = {}
 
-    def order(self, client: str) -> Order:
+    def assignment(self, client: str) -> Assignment:
         """What `client` is asked to do; the same object for every client with the same plan.
 
         Raises:
@@ -81,14 +63,14 @@ class Broadcasts:
             StrategyError: The strategy fails.
             CodecError: The broadcast cannot be represented under [wire] broadcast.
         """
-        if client not in self._orders:
+        if client not in self._assignments:
             doing = f"plan for client {client!r}"
             with blamed(self._config.strategy.name, doing, CodecError, ConfigError, SchemaError):
                 plan = self._strategy.plan(self._state, self._state.round, client)
                 key = _identity(plan)
-                order = self._planned[key][1] if key in self._planned else self._encoded(plan)
-            self._orders[client] = order
-        return self._orders[client]
+                asked = self._planned[key][1] if key in self._planned else self._encoded(plan)
+            self._assignments[client] = asked
+        return self._assignments[client]
 
     @failpoint("broadcast.prepare")
     def prepare(self, clients: Iterable[str]) -> CodecError | None:
@@ -99,79 +81,80 @@ class Broadcasts:
         """
         try:
             for client in clients:
-                self.order(client)
+                self.assignment(client)
         except CodecError as error:
             return error
         except (ConfigError, SchemaError, StrategyError):
             pass
         return None
 
-    def payload(self, order: Order) -> bytes:
-        """The broadcast's bytes."""
-        return self._payloads[order.assignment.broadcast_digest]
+    def payload(self, client: str) -> bytes:
+        """The bytes of the client's broadcast."""
+        return self._payloads[self.assignment(client).broadcast_digest]
 
-    def start(self, order: Order) -> Tensors:
+    def start(self, client: str) -> Tensors:
         """What the client starts from: the broadcast as it reads it, after the codec's rounding."""
-        digest = order.assignment.broadcast_digest
-        if digest not in self._starts:
-            name = order.assignment.broadcast_codec
-            self._starts[digest] = codec(name).decode(order.broadcast, self._payloads[digest])
-        return self._starts[digest]
+        asked = self.assignment(client)
+        if (key := _address(asked)) not in self._starts:
+            derived = broadcast_schema(self._schema, asked)
+            self._starts[key] = codec(asked.broadcast_codec).decode(derived, self._payloads[asked.broadcast_digest])
+        return self._starts[key]
 
-    def _encoded(self, plan: Plan) -> Order:
-        """The order of a plan; that of an earlier one if they differ in nothing but where their tensors lie."""
+    def upload_schema(self, client: str) -> Schema:
+        """The schema of the client's update; derived once for all that are asked for the same."""
+        asked = self.assignment(client)
+        if (key := (asked.train, asked.personal, asked.rank)) not in self._uploads:
+            self._uploads[key] = upload_schema(self._schema, asked)
+        return self._uploads[key]
+
+    def _encoded(self, plan: Plan) -> Assignment:
+        """The assignment of a plan; that of an earlier one if they differ in nothing but where their tensors lie."""
         self._check(plan)
-        body = self._body(plan)
-        distinct = plan.train, plan.personal, plan.rank, frozenset(plan.local.items()), body.digest
+        asked = self._converted(plan)
+        instructions = asked.train, asked.personal, asked.rank, frozenset(asked.local.items())
+        distinct = *instructions, _address(asked)
         if distinct in self._distinct:
             return self._distinct[distinct]
-        wire, secure = self._config.wire, self._config.secure_aggregation.enabled
-        if secure and self._distinct:
+        if self._config.secure_aggregation.enabled and self._distinct:
             raise ConfigError(
                 "the strategy asks different things of different clients, whose updates cannot be summed unseen; "
                 "set secure_aggregation.enabled = false or choose another strategy"
             )
-        assignment = replace(
-            self._draft(plan),
-            broadcast_digest=body.digest,
-            broadcast_bytes=len(self._payloads[body.digest]),
-            upload_codec=MASKED if secure else wire.upload,
-        )
-        back = plan.train - plan.personal, plan.rank
-        if back not in self._uploads:
-            self._uploads[back] = upload_schema(self._schema, assignment)
-        order = self._distinct[distinct] = Order(assignment, body.schema, self._uploads[back])
-        # The plan is kept with the order: while its arrays live, their identities are not used again.
-        self._planned[_identity(plan)] = plan, order
-        return order
+        self._distinct[distinct] = asked
+        # The plan is kept with its assignment: while its arrays live, their identities are not used again.
+        self._planned[_identity(plan)] = plan, asked
+        return asked
 
-    def _draft(self, plan: Plan) -> Assignment:
-        return Assignment(
+    def _converted(self, plan: Plan) -> Assignment:
+        """The plan as a message, in which the payload's address stands for the tensors."""
+        wire, secure = self._config.wire, self._config.secure_aggregation.enabled
+        asked = Assignment(
             round=self._state.round,
             train=plan.train,
             broadcast_roles=self._schema.words(plan.broadcast) | _correction_roles(plan.broadcast.keys() - self._names),
             broadcast_digest="",
             broadcast_bytes=0,
-            broadcast_codec=self._config.wire.broadcast,
-            upload_codec="",
+            broadcast_codec=wire.broadcast,
+            upload_codec=MASKED if secure else wire.upload,
             personal=plan.personal,
             rank=plan.rank,
             base_rank=base_rank(self._schema, plan.broadcast),
-            local=dict(plan.local),
+            local={name: float(value) for name, value in plan.local.items()},
         )
+        digest = self._digest(plan, asked)
+        return replace(asked, broadcast_digest=digest, broadcast_bytes=len(self._payloads[digest]))
 
-    def _body(self, plan: Plan) -> "_Body":
-        """The plan's tensors, encoded and hashed unless equal ones were before."""
-        bodies = self._bodies.setdefault((plan.rank, _probe(plan.broadcast)), [])
-        for body in bodies:
-            if all(_same(plan.broadcast[name], each) for name, each in body.tensors.items()):
-                return body
-        derived = broadcast_schema(self._schema, self._draft(plan))
-        payload = codec(self._config.wire.broadcast).encode(derived, plan.broadcast)
+    def _digest(self, plan: Plan, asked: Assignment) -> str:
+        """The digest of the plan's tensors, which are encoded and hashed unless equal ones were before."""
+        known = self._digests.setdefault((plan.rank, _probe(plan.broadcast)), [])
+        for tensors, digest in known:
+            if all(_same(plan.broadcast[name], each) for name, each in tensors.items()):
+                return digest
+        payload = codec(asked.broadcast_codec).encode(broadcast_schema(self._schema, asked), plan.broadcast)
         digest = hashlib.sha256(payload).hexdigest()
         self._payloads[digest] = payload
-        bodies.append(_Body(derived, plan.broadcast, digest))
-        return bodies[-1]
+        known.append((plan.broadcast, digest))
+        return digest
 
     def _check(self, plan: Plan) -> None:
         added = {name: each for name, each in plan.broadcast.items() if name not in self._names}
@@ -210,6 +193,11 @@ def final(schema: Schema, rounds: int, model: Tensors) -> tuple[Finished, bytes]
 def _correction_roles(names: Iterable[str]) -> frozenset[str]:
     """The roles of what the schema does not know: it can only be a correction's factors."""
     return frozenset(Role.BASE_A if name.endswith(".base_A") else Role.BASE_B for name in names)
+
+
+def _address(assignment: Assignment) -> object:
+    """Equal for the same broadcast. The digest alone is not: zeros of other names or shapes have the same bytes."""
+    return assignment.broadcast_digest, assignment.broadcast_roles, assignment.rank, assignment.base_rank
 
 
 def _identity(plan: Plan) -> object:

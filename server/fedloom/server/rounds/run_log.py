@@ -17,7 +17,7 @@ from fedloom.core.schema import Schema, Tensors
 from fedloom.proto.messages import Assignment, Finished, RoundStatus, UpdateHeader
 from fedloom.server.privacy.user_ledger import check_opening, check_strategy, eligible, participations
 from fedloom.server.rounds.aggregation import Aggregation, NextState
-from fedloom.server.rounds.broadcast import Broadcasts, Order, final
+from fedloom.server.rounds.broadcast import Broadcasts, final
 from fedloom.server.rounds.scheduling import asking, decision
 from fedloom.server.rounds.state import (
     AdapterCommitted,
@@ -162,20 +162,15 @@ class History:
             self._askable = seen, eligible(self._config.user_level, self._taken, live)
         return decision(self.rounds, self._askable[1], self._config, elapsed_s, expect)
 
-    def order(self, client: str) -> Order:
-        """What this client is asked to do in the open round.
-
-        Raises:
-            ConfigError: The strategy plans what the run file rules out.
-        """
-        return self._version(self.rounds.started(client)).order(client)
-
-    def draft(self, client: str, declared_examples: int) -> tuple[Order, Update, float]:
-        """What this client was asked to do, its update but for the change, and the bound on that change's norm."""
-        order = self.order(client)
+    def draft(self, client: str, declared_examples: int) -> tuple[Assignment, Schema, Update, float]:
+        """What this client was asked to do, the schema of its update, the update but for the change, and its bound."""
+        broadcasts = self._asked_in(client)
+        asked, upload = broadcasts.assignment(client), broadcasts.upload_schema(client)
         weight = float(declared_examples) if self._config.strategy.weighting == "examples" else 1.0
-        limit = self._config.rounds.max_update_norm or largest_norm(self._config, order, declared_examples)
-        return order, Update(client, weight, self._version(self.rounds.started(client)).start(order), {}), limit
+        limit = self._config.rounds.max_update_norm or largest_norm(
+            self._config, asked.local, upload.size, declared_examples
+        )
+        return asked, upload, Update(client, weight, broadcasts.start(client), {}), limit
 
     @contextmanager
     def arriving(self, digest: str) -> Iterator[None]:
@@ -195,10 +190,8 @@ class History:
             return payload if digest == ending.digest else None
         if self.rounds.phase != "open" or client not in self.rounds.cohort:
             return None
-        order = self.order(client)
-        if digest != order.assignment.broadcast_digest:
-            return None
-        return self._version(self.rounds.started(client)).payload(order)
+        broadcasts = self._asked_in(client)
+        return broadcasts.payload(client) if digest == broadcasts.assignment(client).broadcast_digest else None
 
     def expected(self, header: UpdateHeader) -> int | None:
         """The exact length in bytes of the payload that must follow; None when exactly this update is accepted already.
@@ -214,7 +207,10 @@ class History:
             return None
         check_address(header, self.rounds)
         check_score(header, self._config)
-        return expected_bytes(header, self.order(header.client))
+        broadcasts = self._asked_in(header.client)
+        return expected_bytes(
+            header, broadcasts.assignment(header.client).upload_codec, broadcasts.upload_schema(header.client)
+        )
 
     def assign(self, client: str) -> Assignment | None:
         """What a client that asks for work is to do; in a buffered round, the decision that it is asked is recorded.
@@ -225,7 +221,7 @@ class History:
         if event := asking(self.rounds, client, self._config.rounds):
             self.record(event)
         asked = self.rounds.takes_from(client) and self.rounds.started(client) == self.rounds.round
-        return self.order(client).assignment if asked else None
+        return self._asked_in(client).assignment(client) if asked else None
 
     def failing(self, client: str, error: StrategyError | ConfigError) -> None:
         """Note that the strategy fails for a client of the open round.
@@ -284,6 +280,10 @@ class History:
         self.record(AdapterCommitted(self.rounds.round, after.digest))
         reach("history.committed")
         self.state, self.broadcasts = after.state, after.broadcasts
+
+    def _asked_in(self, client: str) -> Broadcasts:
+        """The broadcasts of the round in which this client was asked."""
+        return self._version(self.rounds.started(client))
 
     def _version(self, number: int) -> Broadcasts:
         """The broadcasts of the round that is open, or of an earlier one that clients are still at work for."""

@@ -1,12 +1,12 @@
 """How far an honest client's round can move its tensors, from the run's own numbers."""
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from fedloom.core.config.run import RunConfig, TrainSection
 from fedloom.proto.checks import overridden
-from fedloom.server.rounds.broadcast import Order
 
 __all__ = ["largest_norm"]
 
@@ -17,7 +17,7 @@ _GRADIENT = 1000.0
 """L2 norm of a mean gradient that is not clipped; a model that trains has 0.1 to 100."""
 
 
-def largest_norm(config: RunConfig, order: Order, declared_examples: int) -> float:
+def largest_norm(config: RunConfig, local: Mapping[str, float], values: int, declared_examples: int) -> float:
     """L2 norm over all tensors that an update is refused beyond when the run file sets no rounds.max_update_norm.
 
     Ten times what the run's optimiser comes to if every step goes the same way. For d trained values, rate q, n
@@ -27,15 +27,16 @@ def largest_norm(config: RunConfig, order: Order, declared_examples: int) -> flo
 
     Args:
         config: The run file, its noise multiplier filled in.
-        order: What the client was asked to do.
+        local: What of [train] the assignment overrides.
+        values: d.
         declared_examples: n; below 1 it counts as 1.
 
     Returns:
         A positive number, infinite where the pull explodes.
     """
-    train, privacy = overridden(config.train, order.assignment.local), config.privacy
+    train, privacy = overridden(config.train, local), config.privacy
     optimizer = _optimizer(train.model_dump_json())
-    rate, values = max(train.learning_rate, train.head_learning_rate or 0.0), order.upload.size
+    rate = max(train.learning_rate, train.head_learning_rate or 0.0)
     gradient = _GRADIENT
     if privacy.enabled and privacy.noise_multiplier is not None:
         batch = train.sampling_rate * max(1, declared_examples)

@@ -10,11 +10,10 @@ from fedloom.core.codecs import codec
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import CodecError, Overloaded, ProtocolError, SchemaError, UpdateRejected
 from fedloom.core.runtime.failpoints import failpoint
-from fedloom.core.schema import Tensors
+from fedloom.core.schema import Schema, Tensors
 from fedloom.core.secagg.fixed_point import masked_bytes
 from fedloom.core.secagg.steps import MASKED
-from fedloom.proto.messages import UpdateHeader
-from fedloom.server.rounds.broadcast import Order
+from fedloom.proto.messages import Assignment, UpdateHeader
 from fedloom.server.rounds.state import Rounds, UpdateAccepted
 from fedloom.server.strategy_errors import check_update
 from fedloom.strategies.api import State, Strategy, Update
@@ -103,21 +102,20 @@ def check_result_score(client: str, score: tuple[float, ...], spec: Spec, finish
         )
 
 
-def expected_bytes(header: UpdateHeader, order: Order) -> int:
-    """The payload's exact length, from what the client was asked to do.
+def expected_bytes(header: UpdateHeader, wanted: str, upload: Schema) -> int:
+    """The payload's exact length, from the codec and the schema that the client was asked for.
 
     Raises:
         ProtocolError: Schema, codec or announced length differ from that.
     """
-    wanted = order.assignment.upload_codec
-    if header.schema_digest != order.upload.digest:
+    if header.schema_digest != upload.digest:
         raise ProtocolError(
             f"client {header.client!r} sends schema {header.schema_digest[:12]}, it was asked for "
-            f"{order.upload.digest[:12]}; send exactly the trained roles at the assigned rank"
+            f"{upload.digest[:12]}; send exactly the trained roles at the assigned rank"
         )
     if header.codec != wanted:
         raise ProtocolError(f"client {header.client!r} sends codec {header.codec[:32]!r}; this run takes {wanted!r}")
-    size_bytes = masked_bytes(order.upload) if wanted == MASKED else codec(wanted).encoded_size(order.upload)
+    size_bytes = masked_bytes(upload) if wanted == MASKED else codec(wanted).encoded_size(upload)
     if header.payload_bytes != size_bytes:
         raise ProtocolError(
             f"client {header.client!r} announces {header.payload_bytes} bytes; the schema in {wanted} is {size_bytes}"
@@ -140,7 +138,14 @@ def check_payload(header: UpdateHeader, payload: bytes, size_bytes: int) -> None
 
 @failpoint("submission.decode")
 def decoded(
-    name: str, strategy: Strategy, state: State, order: Order, payload: bytes, update: Update, max_norm: float
+    name: str,
+    strategy: Strategy,
+    state: State,
+    assignment: Assignment,
+    upload: Schema,
+    payload: bytes,
+    update: Update,
+    max_norm: float,
 ) -> Update:
     """The update with the payload's values, once it is sure that they may be folded.
 
@@ -148,7 +153,8 @@ def decoded(
         name: The strategy's, as the run file names it.
         strategy: Refuses what it cannot fold, see `Strategy.check`.
         state: Its state in the round that the update would count in.
-        order: What the client was asked to do.
+        assignment: What the client was asked to do.
+        upload: The schema of the answer.
         payload: The encoded change, of the right length.
         update: Client, weight and start; the payload's values take the place of its `delta`.
         max_norm: Bound on the L2 norm over all tensors.
@@ -159,11 +165,11 @@ def decoded(
         StrategyError: The strategy fails on them.
     """
     try:
-        delta = codec(order.assignment.upload_codec).decode(order.upload, payload)
+        delta = codec(assignment.upload_codec).decode(upload, payload)
         update = replace(update, delta=delta)
         _check_size(update, max_norm)
-        check(order.upload, update)
-        _check_sendable(codec(order.assignment.broadcast_codec).largest, state.adapter, update)
+        check(upload, update)
+        _check_sendable(codec(assignment.broadcast_codec).largest, state.adapter, update)
     except (CodecError, SchemaError) as error:
         raise UpdateRejected(str(error)) from error
     check_update(name, strategy, state, update)

@@ -1,7 +1,6 @@
 """A client's line to a coordinator in the same process; whoever has clients on another carrier makes one for each."""
 
-from fedloom.core.secagg.steps import StepMessage, StepResult
-from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, RoundStatus, UpdateHeader
+from fedloom.proto.messages import PROTOCOL_VERSION, Answer, Joined, RoundStatus, StepMessage, StepResult, UpdateHeader
 from fedloom.server.coordinator import Coordinator
 
 __all__ = ["LocalConnection"]

@@ -16,19 +16,10 @@ from fedloom.core.errors import Overloaded, ProtocolError, StoreError, StrategyE
 from fedloom.core.limits import LONG_POLL_S
 from fedloom.core.runtime.failpoints import failpoint, reach
 from fedloom.proto.frames import SERVICE
-from fedloom.proto.messages import UpdateHeader, Wait
+from fedloom.proto.messages import StepMessage, UpdateHeader, Wait
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as pb_grpc
-from fedloom.proto.wire import (
-    RETRY_AFTER,
-    STATUS,
-    answer_to_wire,
-    header_from_wire,
-    joined_to_wire,
-    result_to_wire,
-    standing_to_wire,
-    step_from_wire,
-)
+from fedloom.proto.wire import RETRY_AFTER, STATUS, answer_to_wire, from_wire, header_from_wire, result_to_wire, to_wire
 from fedloom.server.auth.gate import Gate
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.rpc.load_shedding import Clients, Lane
@@ -171,7 +162,7 @@ class Servicer(pb_grpc.FederationServicer):
         """See federation.proto."""
         asked = request.client, request.protocol, request.declared_examples
         with self._clients.call(request.client):
-            return joined_to_wire(await self._calls.run(partial(self._coordinator.join, *asked)))
+            return to_wire(pb.JoinReply, await self._calls.run(partial(self._coordinator.join, *asked)))
 
     @guarded
     @failpoint("rpc.work")
@@ -186,7 +177,7 @@ class Servicer(pb_grpc.FederationServicer):
     async def Exchange(self, request: pb.ExchangeRequest, context: Context) -> pb.ExchangeReply:
         """See federation.proto."""
         asked = request.client, request.run, request.epoch
-        exchange = partial(self._coordinator.exchange, step_from_wire(request), *asked)
+        exchange = partial(self._coordinator.exchange, from_wire(StepMessage, request), *asked)
         with self._clients.call(request.client):
             return result_to_wire(await self._polls.poll(asked, exchange, lambda result: result is None))
 
@@ -233,7 +224,7 @@ class Servicer(pb_grpc.FederationServicer):
         """See federation.proto."""
         asked = request.client, request.run, request.epoch
         with self._clients.call(request.client):
-            return standing_to_wire(await self._calls.run(partial(self._coordinator.heartbeat, *asked)))
+            return to_wire(pb.HeartbeatReply, await self._calls.run(partial(self._coordinator.heartbeat, *asked)))
 
     @guarded
     @failpoint("rpc.leave")

@@ -9,8 +9,8 @@ from fedloom.core.codecs import codec
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ProtocolError
 from fedloom.core.secagg.keys import Place
-from fedloom.core.secagg.steps import Step, StepMessage, StepResult
-from fedloom.proto.messages import UpdateHeader
+from fedloom.core.secagg.steps import Step
+from fedloom.proto.messages import StepMessage, StepResult, UpdateHeader
 from fedloom.server.rounds.aggregation import SUM_CODEC
 from fedloom.server.rounds.run_log import History
 from fedloom.server.rounds.state import SumAccepted
@@ -27,7 +27,7 @@ class Secure:
 
     Args:
         config: The run file, already checked.
-        history: The run; its rounds and orders are read, and the sum is recorded there.
+        history: The run; its rounds and broadcasts are read, and the sum is recorded there.
         store: Its state directory.
 
     Attributes:
@@ -98,9 +98,9 @@ class Secure:
         except ProtocolError as error:
             _log.error("round %d: %s; the secure sum begins anew", given.place.round + 1, error)
             return None
-        order = self._history.broadcasts.order(given.survivors[0])
-        mean = self._section.fixed_point.mean(order.upload, total, len(given.survivors))
-        digest = self._store.put_blob(codec(SUM_CODEC).encode(order.upload, mean))
+        upload = self._history.broadcasts.upload_schema(given.survivors[0])
+        mean = self._section.fixed_point.mean(upload, total, len(given.survivors))
+        digest = self._store.put_blob(codec(SUM_CODEC).encode(upload, mean))
         return SumAccepted(given.place.round, given.survivors, digest)
 
     def settle(self, given: Unmasking, event: SumAccepted | None) -> None:
@@ -127,6 +127,6 @@ class Secure:
             raise ProtocolError(f"client {client!r} was not asked to train in round {number + 1}; ask for work")
         if self._exchange is None:
             place = Place(self._history.run, self._store.epoch, number)
-            values = self._history.broadcasts.order(client).upload.size
+            values = self._history.broadcasts.upload_schema(client).size
             self._exchange = Exchange(place, self._section, self._min_clients, values)
         return self._exchange

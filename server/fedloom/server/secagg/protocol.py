@@ -27,7 +27,8 @@ from fedloom.core.secagg.keys import (
 )
 from fedloom.core.secagg.masks import add_masks
 from fedloom.core.secagg.shamir import SHARE_BYTES, combine, secret_bytes, share_from_bytes
-from fedloom.core.secagg.steps import ALL, Step, StepMessage, StepResult, needed
+from fedloom.core.secagg.steps import ALL, Step, needed
+from fedloom.proto.messages import StepMessage, StepResult
 
 __all__ = ["Exchange", "Unmasking", "unmasked"]
 

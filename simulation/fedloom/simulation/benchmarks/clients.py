@@ -29,10 +29,10 @@ from fedloom.core.runtime.memory import keep_freed_memory
 from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.core.security.certificates import read_ca
 from fedloom.proto.frames import DATA_FIELD, SERVICE, frames
-from fedloom.proto.messages import PROTOCOL_VERSION, Assignment, Finished, UpdateHeader, upload_schema
+from fedloom.proto.messages import PROTOCOL_VERSION, Assignment, Finished, Joined, UpdateHeader, upload_schema
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.v1 import federation_pb2_grpc as rpc
-from fedloom.proto.wire import answer_from_wire, header_to_wire, joined_from_wire
+from fedloom.proto.wire import answer_from_wire, from_wire, header_to_wire
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.rpc.server import serve
 from fedloom.server.storage.local import Store
@@ -179,7 +179,7 @@ class _Site:
     async def join(self) -> None:
         """Learn about the run."""
         request = pb.JoinRequest(client=self.name, protocol=PROTOCOL_VERSION)
-        joined = joined_from_wire(await self.stub.Join(request, timeout=_CALL_S))
+        joined = from_wire(Joined, await self.stub.Join(request, timeout=_CALL_S))
         self.run, self.epoch, self.schema = joined.run, joined.epoch, joined.schema
 
     async def live(self, training_s: float) -> None:
