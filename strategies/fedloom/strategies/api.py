@@ -117,7 +117,7 @@ class Strategy(Protocol):
 
     @property
     def traits(self) -> Traits:
-        """What it declares; a class attribute will do."""
+        """What it declares. A class attribute will do as well, but pyright wants a property."""
         return Traits()
 
     @abstractmethod

@@ -89,7 +89,7 @@ class Task(Section):
         """One row as it would be written: what `read` makes the same row of."""
         return {"text": rows.texts[index], "label": rows.label_names[rows.labels[index]]}
 
-    def sample(self, index: int) -> dict[Column, object]:
+    def sample(self, index: int) -> Mapping[str, object]:
         """A made-up row with any label, for checks that need some."""
         return {"text": made_up_text(index), "label": self.labels[index % len(self.labels)]}
 
