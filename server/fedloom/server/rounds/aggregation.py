@@ -15,6 +15,7 @@ from fedloom.core.errors import StoreError
 from fedloom.core.runtime.failpoints import failpoint, reach
 from fedloom.core.schema import Schema
 from fedloom.server.rounds.broadcast import Broadcasts
+from fedloom.server.rounds.evaluation import client_metrics
 from fedloom.server.rounds.state import Rounds
 from fedloom.server.storage.api import Storage
 from fedloom.server.strategy_errors import blamed
@@ -153,4 +154,6 @@ class Aggregation:
         order = broadcasts.order(accepted.client)
         payload = self._store.get_blob(accepted.digest)
         delta = codec(SUM_CODEC if client == SUM else order.assignment.upload_codec).decode(order.upload, payload)
-        return Update(client, accepted.weight, broadcasts.start(order), delta)
+        # As in `History.draft`, whose update is folded if this process has accepted it itself.
+        metrics = client_metrics(self._config, accepted.score)
+        return Update(client, accepted.weight, broadcasts.start(order), delta, metrics=metrics)

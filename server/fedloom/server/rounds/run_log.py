@@ -18,6 +18,7 @@ from fedloom.proto.messages import Assignment, Finished, RoundStatus, UpdateHead
 from fedloom.server.privacy.user_ledger import check_opening, check_strategy, eligible, participations
 from fedloom.server.rounds.aggregation import Aggregation, NextState
 from fedloom.server.rounds.broadcast import Broadcasts, Order, final
+from fedloom.server.rounds.evaluation import client_metrics
 from fedloom.server.rounds.scheduling import asking, decision
 from fedloom.server.rounds.state import (
     AdapterCommitted,
@@ -170,12 +171,16 @@ class History:
         """
         return self._version(self.rounds.started(client)).order(client)
 
-    def draft(self, client: str, declared_examples: int) -> tuple[Order, Update, float]:
-        """What this client was asked to do, its update but for the change, and the bound on that change's norm."""
-        order = self.order(client)
+    def draft(self, header: UpdateHeader, declared_examples: int) -> tuple[Order, Update, float]:
+        """What a client was asked to do, its update but for the change, and the bound on that change's norm."""
+        client, order = header.client, self.order(header.client)
         weight = float(declared_examples) if self._config.strategy.weighting == "examples" else 1.0
         limit = self._config.rounds.max_update_norm or largest_norm(self._config, order, declared_examples)
-        return order, Update(client, weight, self._version(self.rounds.started(client)).start(order), {}), limit
+        start, metrics = (
+            self._version(self.rounds.started(client)).start(order),
+            client_metrics(self._config, header.score),
+        )
+        return order, Update(client, weight, start, {}, metrics=metrics), limit
 
     @contextmanager
     def arriving(self, digest: str) -> Iterator[None]:
