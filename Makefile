@@ -55,6 +55,7 @@ check: setup
 	ruff format --check .
 	ruff check .
 	mypy
+	pyright
 	lint-imports
 	python docs/make_reference.py --check
 	python docs/make_mutations.py --check

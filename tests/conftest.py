@@ -234,7 +234,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         distribution: str, name: str, target: str, group: str = "strategies", *, extra: str = "", code: str = ""
     ) -> None:
         (site / "slow_federation.py").write_text(code)
-        folder = site / f"{distribution}-1.5.dist-info"
+        # By the part before the first hyphen distributions are told apart: fedloom-norms must not hide fedloom.
+        folder = site / f"{distribution.replace('-', '_')}-1.5.dist-info"
         folder.mkdir(exist_ok=True)
         provides = f"Provides-Extra: {extra}\n" if extra else ""
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5\n{provides}")

@@ -259,5 +259,5 @@ def test_a_local_strategy_goes_into_no_file_and_over_no_grpc() -> None:
 
     with pytest.raises(ConfigError, match=advice):
         run.to_toml()
-    with pytest.raises(ConfigError, match=f'engine.kind = "grpc" needs an installed strategy, and {advice}'):
+    with pytest.raises(ConfigError, match=f'engine.kind = "grpc" needs what is installed, and {advice}'):
         fl.simulate(run.replace({"engine.kind": "grpc"}), {"a": [], "b": []})

@@ -6,32 +6,46 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from fedloom.client.tasks.api import Task
 from fedloom.core import registry
 from fedloom.core.config.parsing import Section
 from fedloom.core.config.run import StrategySection
 from fedloom.core.errors import ConfigError
 from fedloom.strategies.api import Strategy
 
-__all__ = ["adapter_table", "strategy_table", "task_table"]
+__all__ = ["Local", "adapter_table", "not_installed", "strategy_table", "task_table"]
+
+Local = dict[tuple[str, str], type]
+"""Classes that are installed nowhere, by group and name, see `registry.locally`."""
 
 
-def task_table(task: Any) -> dict[str, Any]:
-    """The keys of [model] that a task sets.
-
-    Raises:
-        ConfigError: It is no installed task.
-    """
-    table = {"task": _name("tasks", task, "fl.TextClassification(labels=[...])"), **_options(task)}
-    return {"head": "frozen", **table} if task.traits.generates else table
-
-
-def adapter_table(adapter: Any) -> dict[str, Any]:
-    """[adapter], from an adapter.
+def task_table(task: Any) -> tuple[dict[str, Any], Local]:
+    """The keys of [model] that a task sets, and its class if it is installed nowhere.
 
     Raises:
-        ConfigError: It is no installed kind.
+        ConfigError: It is no task.
     """
-    return {"kind": _name("adapters", adapter, "fl.LoRA(rank=8)"), **_options(adapter)}
+    name, local = _named("tasks", task, "fl.TextClassification(labels=[...])", Task)
+    table = {"task": name, **_options(task)}
+    return {"head": "frozen", **table} if task.traits.generates else table, local
+
+
+def adapter_table(adapter: Any) -> tuple[dict[str, Any], Local]:
+    """[adapter], from an adapter, and its class if it is installed nowhere.
+
+    Raises:
+        ConfigError: It is no adapter.
+    """
+    name, local = _named("adapters", adapter, "fl.LoRA(rank=8)", Section)
+    return {"kind": name, **_options(adapter)}, local
+
+
+def not_installed(group: str, kind: type) -> str:
+    """What to do about a class that only this process has."""
+    return (
+        f"{kind.__name__} is defined in this process only; install it at both ends, in a package that registers it "
+        f"under the entry-point group fedloom.{group}, see `fedloom components new {group} NAME`"
+    )
 
 
 def strategy_table(strategy: "str | StrategySection | Strategy") -> tuple[dict[str, Any], "Strategy | None"]:
@@ -74,22 +88,23 @@ def _scalars(strategy: object) -> Iterator[tuple[str, Any]]:
             yield field.name, value
 
 
-def _name(group: str, component: Any, example: str) -> str:
-    """The name under which a component's class is installed.
+def _named(group: str, component: Any, example: str, base: type[Section]) -> tuple[str, Local]:
+    """The name under which a component's class is installed, or that of the class and the class itself.
 
     Raises:
-        ConfigError: It is no object of an installed class.
+        ConfigError: It is no object of a class that fits.
     """
     noun, kind = registry.noun(group), type(component)
     if (found := _installed_as(group, component)) is not None:
-        return found
-    if isinstance(component, type) or not isinstance(component, Section):
-        shown = f"the class {component.__name__}" if isinstance(component, type) else repr(component)
-        raise ConfigError(f"{noun} is {shown}; give an object such as {example}")
-    raise ConfigError(
-        f"{noun} {kind.__name__} is defined in this process only; register it under the entry-point group "
-        f"fedloom.{group} of a package that is installed here, see `fedloom components new {group} NAME`"
-    )
+        return found, {}
+    lacking = registry.lacking(group, component)
+    if isinstance(component, base) and not lacking:
+        return kind.__name__, {(group, kind.__name__): kind}
+    if isinstance(component, Section):
+        why = f"it lacks {', '.join(lacking)}" if lacking else f"it is no subclass of {base.__name__}"
+        raise ConfigError(f"{kind.__name__} is no {noun}: {why}; see `fedloom components new {group} NAME`")
+    shown = f"the class {component.__name__}" if isinstance(component, type) else repr(component)
+    raise ConfigError(f"{noun} is {shown}; give an object such as {example}")
 
 
 def _installed_as(group: str, component: object) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.api.run import Run
+from fedloom.core import registry
 
 if TYPE_CHECKING:
     import pandas
@@ -114,7 +115,8 @@ class Result:
         model = self.run.config.model
         base = resolve_base(model.base)
         folder = next(path for name in ("adapter", "merged") if (path := self.folder / name).is_dir())
-        return load_exported(base, folder, len(model.labels), model.task, model.image_size)
+        with registry.locally(self.run.local):
+            return load_exported(base, folder, len(model.labels), model.task, model.image_size)
 
     def __repr__(self) -> str:
         """The figures that matter, in one line."""

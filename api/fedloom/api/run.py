@@ -8,7 +8,8 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel
 
-from fedloom.api.components import adapter_table, strategy_table, task_table
+from fedloom.api.components import Local, adapter_table, not_installed, strategy_table, task_table
+from fedloom.core import registry
 from fedloom.core.config.data import DataSection
 from fedloom.core.config.evaluation import EvaluationSection, FederatedEvaluationSection
 from fedloom.core.config.parsing import FileName, Section, parse, put
@@ -28,7 +29,7 @@ from fedloom.core.config.start import StartSection
 from fedloom.core.errors import ConfigError
 from fedloom.strategies.api import Strategy
 
-__all__ = ["Model", "Run", "load", "not_installed"]
+__all__ = ["Model", "Run", "load"]
 
 
 class Model(Section):
@@ -47,7 +48,8 @@ class Model(Section):
 class Run:
     """What a run file says, as an object. It does not change; `replace` makes another.
 
-    A strategy that is defined in this process works in it; to go into a file or over gRPC it must be installed.
+    A task, an adapter or a strategy of a class that is defined in this process works in it; to go into a file or over
+    gRPC it must be installed.
 
     Args:
         model: The base model: a folder, an asset's name, or `Model`.
@@ -96,7 +98,10 @@ class Run:
         data: DataSection | None = None,
     ) -> None:
         base = model if isinstance(model, Model) else Model(base=str(model))
-        strategy_section, local = strategy_table(strategy)
+        strategy_section, own = strategy_table(strategy)
+        task_keys, local = task_table(task)
+        adapter_keys, of_adapter = ({}, {}) if adapter is None else adapter_table(adapter)
+        local |= of_adapter
         sections: dict[str, BaseModel | None] = {
             "train": train,
             "privacy": PrivacySection(enabled=False) if privacy is None else privacy,
@@ -112,15 +117,15 @@ class Run:
         }
         tables = {
             "run": {"name": name, "rounds": rounds, "seed": seed},
-            "model": {**task_table(task), **_written(base)},
-            "adapter": {} if adapter is None else adapter_table(adapter),
+            "model": {**task_keys, **_written(base)},
+            "adapter": adapter_keys,
             "strategy": strategy_section,
             **{key: _enabled(section) for key, section in sections.items() if section is not None},
         }
-        self._set(_parsed(tables), local)
+        self._set(_parsed(tables, local), own, local)
 
-    def _set(self, config: RunConfig, local: "Strategy | None") -> None:
-        self._config, self._local = config, local
+    def _set(self, config: RunConfig, own: "Strategy | None", local: Local) -> None:
+        self._config, self._own, self._local = config, own, local
 
     @property
     def config(self) -> RunConfig:
@@ -130,7 +135,18 @@ class Run:
     @property
     def local_strategy(self) -> "Strategy | None":
         """The strategy, if it is installed nowhere; None if the run names an installed one."""
+        return self._own
+
+    @property
+    def local(self) -> Local:
+        """The classes of its task and its adapter that are installed nowhere, by group and name."""
         return self._local
+
+    def not_installed(self) -> str | None:
+        """What it has that is installed nowhere, and what to do about it; None if there is nothing."""
+        if self._own is not None:
+            return not_installed("strategies", type(self._own))
+        return next((not_installed(group, kind) for (group, _), kind in self._local.items()), None)
 
     def replace(self, changes: Mapping[str, object]) -> "Run":
         """Another run, with some keys changed.
@@ -142,19 +158,23 @@ class Run:
         Raises:
             ConfigError: A key is unknown or a value wrong.
         """
-        tables, local = _written(self._config), self._local
+        tables, own, local = _written(self._config), self._own, dict(self._local)
         for path, value in changes.items():
             if path == "strategy":
-                tables["strategy"], local = strategy_table(value)  # type: ignore[arg-type]  # which checks it
+                tables["strategy"], own = strategy_table(value)  # type: ignore[arg-type]  # which checks it
             elif path == "task":
                 base = {key: tables["model"][key] for key in ("base", "digest") if key in tables["model"]}
-                tables["model"] = {**base, **task_table(value)}
+                keys, more = task_table(value)
+                tables["model"], local = {**base, **keys}, local | more
             elif path == "adapter":
-                tables["adapter"] = adapter_table(value)
+                tables["adapter"], more = adapter_table(value)
+                local |= more
             else:
                 put(tables, path, _enabled(value) if isinstance(value, BaseModel) else value)
-                local = _with_option(local, path, value)
-        return _made(_parsed(tables), local)
+                own = _with_option(own, path, value)
+        named = ("tasks", tables["model"].get("task")), ("adapters", tables.get("adapter", {}).get("kind"))
+        local = {each: kind for each, kind in local.items() if each in named}
+        return _made(_parsed(tables, local), own, local)
 
     def to_toml(self, path: str | Path | None = None) -> str:
         """The run file, with the keys that were set; `load` reads it back to an equal run.
@@ -163,10 +183,10 @@ class Run:
             path: Where to write it too.
 
         Raises:
-            ConfigError: The strategy is defined in this process only, or the file cannot be written.
+            ConfigError: Something of it is defined in this process only, or the file cannot be written.
         """
-        if self._local is not None:
-            raise ConfigError(f"a run file names an installed strategy, and {not_installed(self._local)}")
+        if (why := self.not_installed()) is not None:
+            raise ConfigError(f"a run file names what is installed, and {why}")
         text = tomli_w.dumps(_written(self._config))
         if path is not None:
             try:
@@ -179,7 +199,7 @@ class Run:
         """Whether both say the same."""
         if not isinstance(other, Run):
             return NotImplemented
-        return self._config == other._config and self._local == other._local
+        return (self._config, self._own, self._local) == (other._config, other._own, other._local)
 
     __hash__ = None  # type: ignore[assignment]  # a section may hold a dict
 
@@ -194,30 +214,23 @@ def load(path: str | Path) -> Run:
     Raises:
         ConfigError: The file is missing or wrong; the message names the key and the nearest valid one.
     """
-    return _made(load_run(Path(path)), None)
+    return _made(load_run(Path(path)), None, {})
 
 
-def not_installed(strategy: object) -> str:
-    """What to do about a strategy that only this process has."""
-    return (
-        f"{type(strategy).__name__} is defined in this process only; install it at both ends, in a package that "
-        "registers it under the entry-point group fedloom.strategies, see docs/tutorial-strategy.md"
-    )
-
-
-def _parsed(tables: dict[str, Any]) -> RunConfig:
+def _parsed(tables: dict[str, Any], local: Local) -> RunConfig:
     """A run file's tables, checked with the components they name, as `load_run` does."""
-    config = parse(RunConfig, tables, source="fl.Run")
-    try:
-        config.check_components()
-    except ConfigError as error:
-        raise ConfigError(f"fl.Run: {error}") from error
+    with registry.locally(local):
+        config = parse(RunConfig, tables, source="fl.Run")
+        try:
+            config.check_components()
+        except ConfigError as error:
+            raise ConfigError(f"fl.Run: {error}") from error
     return config
 
 
-def _made(config: RunConfig, local: "Strategy | None") -> Run:
+def _made(config: RunConfig, own: "Strategy | None", local: Local) -> Run:
     run = Run.__new__(Run)
-    run._set(config, local)
+    run._set(config, own, local)
     return run
 
 
@@ -232,17 +245,17 @@ def _enabled(section: BaseModel) -> dict[str, Any]:
     return {**on, **_written(section)}
 
 
-def _with_option(local: "Strategy | None", path: str, value: object) -> "Strategy | None":
+def _with_option(own: "Strategy | None", path: str, value: object) -> "Strategy | None":
     """A local strategy after one key of the run file has changed.
 
     Raises:
         ConfigError: It has no such option.
     """
-    if local is None or path == "strategy.name":
+    if own is None or path == "strategy.name":
         return None
     if not path.startswith("strategy.options."):
-        return local
+        return own
     option = path.removeprefix("strategy.options.")
-    if not is_dataclass(local) or option not in {field.name for field in fields(local)}:
-        raise ConfigError(f"{type(local).__name__} has no field {option!r}; give a new object for 'strategy'")
-    return replace(local, **{option: value})
+    if not is_dataclass(own) or option not in {field.name for field in fields(own)}:
+        raise ConfigError(f"{type(own).__name__} has no field {option!r}; give a new object for 'strategy'")
+    return replace(own, **{option: value})

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedloom.api.result import Result
-from fedloom.api.run import Run, not_installed
+from fedloom.api.run import Run
+from fedloom.core import registry
 from fedloom.core.config.file_format import Form
 from fedloom.core.errors import ConfigError, DataError
 from fedloom.simulation.callbacks import SoFar
@@ -54,13 +55,13 @@ def simulate(
         The adapter, metrics and what each client has spent.
 
     Raises:
-        ConfigError: The run cannot work, or has a strategy that it needs installed.
+        ConfigError: The run cannot work, or has a component that it needs installed.
         DataError: Rows are missing or malformed; the message has the client and the number of the row, from 1.
         FedloomError: Anything else that stops the run; nothing is left that looks like a finished run.
     """
     config, own = run.config, run.local_strategy
-    if own is not None and config.engine.kind == "grpc":
-        raise ConfigError(f'engine.kind = "grpc" needs an installed strategy, and {not_installed(own)}')
+    if config.engine.kind == "grpc" and (why := run.not_installed()) is not None:
+        raise ConfigError(f'engine.kind = "grpc" needs what is installed, and {why}')
     if data is None and (test is not None or form is not None):
         raise ConfigError("test and form are for data that are given; name them in the run's [data] section instead")
     # Loads torch, which takes seconds: a mistake above should not have to wait for it.
@@ -68,10 +69,6 @@ def simulate(
     from fedloom.simulation.simulate import Watcher
     from fedloom.simulation.simulate import simulate as run_simulation
 
-    given = None
-    if data is not None:
-        given = _given(run, data, test, form or Form())
-        config = config.model_copy(update={"data": None})
     each = tuple(callbacks)
 
     def after_round(so_far: SoFar) -> None:
@@ -80,7 +77,11 @@ def simulate(
 
     console = Console()
     seen = console.is_terminal or console.is_jupyter
-    with progress_bar(console, disable=not (progress and seen)) as moved:
+    with registry.locally(run.local), progress_bar(console, disable=not (progress and seen)) as moved:
+        given = None
+        if data is not None:
+            given = _given(run, data, test, form or Form())
+            config = config.model_copy(update={"data": None})
         watcher = Watcher(moved=moved, after_round=after_round)
         return Result(run, run_simulation(config, Path(out), watcher, given=given, own=own))
 

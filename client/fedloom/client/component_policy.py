@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 
 from fedloom.core.config.parsing import Section
-from fedloom.core.registry import OURS, entries, noun
+from fedloom.core.registry import HERE, OURS, entries, noun
 
 __all__ = ["ComponentsPolicy", "component_problems"]
 
@@ -45,8 +45,8 @@ def component_problems(mine: ComponentsPolicy, asked: Mapping[str, Iterable[str]
                 problems.append(f"{noun(group)} {name!r}, which is not installed here (installed: {', '.join(found)})")
             elif not {"*", name, *([OURS] if entry.ours else [])} & set(allowed):
                 shown = json.dumps(list(allowed))
+                origin = HERE if entry.distribution == HERE else f"the package {entry.distribution}"
                 problems.append(
-                    f"{noun(group)} {name!r} of the package {entry.distribution} (components.{group} = {shown}; add "
-                    f'"{name}" to allow it)'
+                    f'{noun(group)} {name!r} of {origin} (components.{group} = {shown}; add "{name}" to allow it)'
                 )
     return problems

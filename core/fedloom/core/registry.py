@@ -4,13 +4,15 @@ A component is an object whose fields are its options and whose methods do the w
 it: a class (a dataclass or a pydantic model) or a function with annotated parameters. The first line of its docstring
 is its summary, and the "Args:" part of the docstring describes its options.
 
-Listing imports nothing. A name in a file or from a peer is only ever looked up among what is installed.
+Listing imports nothing. A name in a file or from a peer is only ever looked up among what is installed, and what this
+process has let in by itself for a while, see `locally`.
 """
 
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, entry_points
@@ -25,13 +27,16 @@ from fedloom.core.errors import ConfigError
 
 __all__ = [
     "GROUPS",
+    "HERE",
     "OURS",
     "Entry",
     "build",
     "check_options",
     "entries",
     "faults",
+    "lacking",
     "load",
+    "locally",
     "noun",
     "options_model",
     "refresh",
@@ -39,6 +44,9 @@ __all__ = [
 
 OURS = "fedloom"
 """The distribution of what comes with fedloom."""
+
+HERE = "this process"
+"""What stands for the distribution of a component that `locally` has let in; no package's name has spaces."""
 
 
 class _Group(NamedTuple):
@@ -60,6 +68,8 @@ _GROUPS = {
 
 GROUPS: tuple[str, ...] = tuple(_GROUPS)
 """Groups of components, by the last part of their entry-point group: "codecs" is `fedloom.codecs`."""
+
+_local: list[Mapping[tuple[str, str], Callable[..., Any]]] = []
 
 # The annotations of plain scalars: a value of another type needs no more explanation than the list of options.
 _WRONG_TYPE = frozenset({"bool_type", "float_type", "int_from_float", "int_type", "literal_error", "string_type"})
@@ -96,6 +106,32 @@ def refresh() -> None:
     _found.cache_clear()
 
 
+@contextmanager
+def locally(components: Mapping[tuple[str, str], Callable[..., Any]]) -> Iterator[None]:
+    """Until the block ends, these classes are looked up as installed ones are, in every thread.
+
+    It takes the classes themselves: nothing that a file or a peer says can open the block. A site's policy does not
+    allow them unless it names them.
+
+    Args:
+        components: Classes by group and name, such as ("tasks", "MyTask").
+
+    Raises:
+        ConfigError: There is no such group, or an installed component has the name.
+    """
+    for group, name in components:
+        if name in (taken := _points(group)):
+            raise ConfigError(
+                f"there is an installed {noun(group)} {name!r}, of {taken[name][0].distribution}; rename the class"
+            )
+    _local.append(components)
+    try:
+        yield
+    finally:
+        # By identity: another thread's block may hold equal ones.
+        del _local[next(index for index, each in enumerate(_local) if each is components)]
+
+
 def noun(group: str) -> str:
     """What one component of a group is called in messages: "strategy", "data source".
 
@@ -106,12 +142,13 @@ def noun(group: str) -> str:
 
 
 def entries(group: str) -> dict[str, Entry]:
-    """Every installed component of a group by name, in order. Nothing is imported.
+    """Every installed component of a group by name, in order, and local ones. Nothing is imported.
 
     Raises:
         ConfigError: There is no such group, or two distributions register the same name.
     """
-    return {name: entry for name, (entry, _) in _points(group).items()}
+    here = {name: Entry(name, HERE, "0", _value(make)) for name, make in _here(group).items()}
+    return {name: entry for name, (entry, _) in _points(group).items()} | here
 
 
 def load(group: str, name: str) -> Callable[..., Any]:
@@ -121,9 +158,11 @@ def load(group: str, name: str) -> Callable[..., Any]:
         ConfigError: The group or name is unknown, the name is taken twice, or what is registered cannot be imported
             or called.
     """
-    kind, points = _group(group), _points(group)
+    kind, points, here = _group(group), _points(group), _here(group)
+    if name in here:
+        return here[name]
     if name not in points:
-        raise ConfigError(f"unknown {kind.noun} {name!r}; {_nearest(name, list(points))}")
+        raise ConfigError(f"unknown {kind.noun} {name!r}; {_nearest(name, [*points, *here])}")
     entry, point = points[name]
     try:
         made_by = point.load()
@@ -157,9 +196,9 @@ def build(group: str, name: str, options: Mapping[str, Any]) -> Any:
             raise ConfigError(f"{noun(group)} {name!r} refuses its options {dict(options)}: {error}") from error
     else:
         made = checked
-    if lacking := _lacking(group, made):
+    if lacks := lacking(group, made):
         value = entries(group)[name].value
-        raise ConfigError(f"{value} is no {noun(group)}: it lacks {', '.join(lacking)}; implement them")
+        raise ConfigError(f"{value} is no {noun(group)}: it lacks {', '.join(lacks)}; implement them")
     return made
 
 
@@ -212,8 +251,8 @@ def faults(group: str, name: str) -> list[str]:
         model.model_json_schema()
         if not any(field.is_required() for field in model.model_fields.values()):
             build(group, name, {})
-        elif isinstance(make, type) and (lacking := _lacking(group, make)):
-            return [f"{noun(group)} {name!r} lacks {', '.join(lacking)}; implement them"]
+        elif isinstance(make, type) and (lacks := lacking(group, make)):
+            return [f"{noun(group)} {name!r} lacks {', '.join(lacks)}; implement them"]
     except Exception as error:  # whatever another package's module raises while it is imported or built
         text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
         return [text if repr(name) in text else f"{noun(group)} {name!r}: {text}"]
@@ -224,6 +263,15 @@ def _group(group: str) -> _Group:
     if group not in _GROUPS:
         raise ConfigError(f"unknown group of components {group!r}; {_nearest(group, list(_GROUPS))}")
     return _GROUPS[group]
+
+
+def _here(group: str) -> dict[str, Callable[..., Any]]:
+    """What `locally` has let in, by name."""
+    return {name: make for each in tuple(_local) for (of, name), make in each.items() if of == group}
+
+
+def _value(make: Callable[..., Any]) -> str:
+    return f"{make.__module__}:{make.__qualname__}"
 
 
 def _points(group: str) -> dict[str, tuple[Entry, EntryPoint]]:
@@ -262,10 +310,11 @@ def _remedy(point: EntryPoint, error: Exception) -> str:
     return "reinstall that package"
 
 
-def _lacking(group: str, made: object) -> list[str]:
+def lacking(group: str, made: object) -> list[str]:
+    """Methods and attributes that a component of this group needs and this object does not have."""
     kind = _group(group)
-    lacking = [name for name in kind.methods if not callable(getattr(made, name, None))]
-    return lacking + [name for name in kind.attributes if not hasattr(made, name)]
+    methods = [name for name in kind.methods if not callable(getattr(made, name, None))]
+    return methods + [name for name in kind.attributes if not hasattr(made, name)]
 
 
 def _annotation(parameter: inspect.Parameter) -> Any:

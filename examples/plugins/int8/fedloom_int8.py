@@ -1,8 +1,6 @@
 """One byte a value by stochastic rounding (QSGD, Alistarh et al., NeurIPS 2017, arXiv 1610.02132, with 127 levels)."""
 
 import hashlib
-from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -13,7 +11,6 @@ from fedloom.core.schema import Array, Schema, Tensors
 __all__ = ["Int8"]
 
 
-@dataclass(frozen=True)
 class Int8:
     """A float32 step for each tensor, then one byte a value, rounded up or down at random: unbiased.
 
@@ -21,9 +18,9 @@ class Int8:
     noised already, and so changes no guarantee.
     """
 
-    name: ClassVar[str] = "int8"
-    largest: ClassVar[float] = 1e38
-    traits: ClassVar[CodecTraits] = CodecTraits(unbiased=True, linear=False, max_error=1 / 127)
+    name = "int8"
+    largest = 1e38
+    traits = CodecTraits(unbiased=True, linear=False, max_error=1 / 127)
 
     def encoded_size(self, schema: Schema) -> int:
         """Four bytes a tensor and one a value."""

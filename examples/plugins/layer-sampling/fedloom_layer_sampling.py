@@ -1,7 +1,6 @@
 """Random layers in each round, after LISA (Pan et al., NeurIPS 2024, arXiv 2403.17919), on low-rank pairs."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 
@@ -25,7 +24,6 @@ class LayerSampling(Strategy):
         train_head: Whether the head is trained, in every round; it is broadcast either way.
     """
 
-    traits: ClassVar[Traits] = Traits(linear=True)
     layers: int = 2
     train_head: bool = True
 
@@ -33,6 +31,11 @@ class LayerSampling(Strategy):
         """Refuse a round without layers."""
         if self.layers < 1:
             raise ConfigError(f"layers is {self.layers}; set a number of layers from 1 up")
+
+    @property
+    def traits(self) -> Traits:
+        """Every client has the same plan; the tensors change from round to round."""
+        return Traits(linear=True)
 
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
         """The starting adapter; refuses one without pairs."""

@@ -15,14 +15,14 @@ from fedloom.core.config.parsing import Section
 from fedloom.core.errors import ModelError
 from fedloom.core.schema import Start, TensorSpec
 
-__all__ = ["ScaleShift"]
+__all__ = ["ScaleShift", "plain"]
 
 
 class _Scaled(nn.Module):
-    def __init__(self, inner: nn.Module, weight: torch.Tensor, width: int) -> None:
+    def __init__(self, inner: nn.Module, bias: torch.Tensor) -> None:
         super().__init__()
-        self.inner = inner
-        self.scale, self.shift = (nn.Parameter(torch.zeros(width, device=weight.device)) for _ in range(2))
+        self.inner, start = inner, torch.zeros_like(bias, dtype=torch.float32)
+        self.scale, self.shift = nn.Parameter(start), nn.Parameter(start.clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.inner(x)
@@ -47,22 +47,31 @@ class ScaleShift(Section):
         model = carrier(host, self.targets)
         for name in names:
             layer = host.base.get_submodule(name)
-            host.base.set_submodule(name, _Scaled(layer, layer.base_layer.weight, len(layer.base_layer.bias)))
+            host.base.set_submodule(name, _Scaled(layer, plain(layer).bias))
         return model
 
     def slots(self, model: PeftModel) -> list[Slot]:
-        found = [(name, each) for name, each in model.get_base_model().named_modules() if isinstance(each, _Scaled)]
         return [
             Slot(TensorSpec(f"{name}.{role}", name, role, tuple(each.shape), Start.ZERO), each)
-            for name, module in found
+            for name, module in _scaled(model)
             for role, each in module.named_parameters(recurse=False)
         ]
 
     @torch.no_grad()
     def merge(self, model: PeftModel) -> None:
-        base = model.get_base_model()
-        for name, module in [each for each in base.named_modules() if isinstance(each[1], _Scaled)]:
-            layer, factor = module.inner.base_layer, 1 + module.scale
+        for name, module in _scaled(model):
+            layer, factor = plain(module.inner), 1 + module.scale
             layer.weight.mul_(factor if isinstance(layer, Conv1D) else factor[:, None])
             layer.bias.mul_(factor).add_(module.shift)
-            base.set_submodule(name, module.inner)
+            model.get_base_model().set_submodule(name, module.inner)
+
+
+def plain(layer: nn.Module) -> nn.Linear | Conv1D:
+    """The base model's own layer, inside PEFT's carrier."""
+    inside = layer.get_submodule("base_layer")
+    assert isinstance(inside, nn.Linear | Conv1D)  # the carrier takes no others
+    return inside
+
+
+def _scaled(model: PeftModel) -> list[tuple[str, _Scaled]]:
+    return [(name, each) for name, each in model.get_base_model().named_modules() if isinstance(each, _Scaled)]

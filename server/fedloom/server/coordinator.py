@@ -162,7 +162,7 @@ class Coordinator(Course):
                 if self._history.expected(header) is None:
                     return True  # it came twice, and the other one was quicker
                 landing.enter_context(self._history.arriving(header.digest))
-                asked, upload, update, limit = self._history.draft(client, self._members[client].declared_examples)
+                asked, upload, update, limit = self._history.draft(header, self._members[client].declared_examples)
                 state = self.state
             try:
                 update = decoded(

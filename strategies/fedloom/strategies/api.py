@@ -71,6 +71,13 @@ class Update:
     """Trained value minus start, float32, for the trained tensors that are not personal."""
     staleness: int = 0
     """Commits since that start; above 0 only with `rounds.mode = "buffered"`."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the client's own evaluation says of what it started from, where `[federated_evaluation]` asks for one:
+    held_out_rows, accuracy in [0, 1] and loss in nats, each a mean over these rows; with `personalised` also
+    personalised_accuracy and personalised_loss, after its own training. In a private run all of them are noised, the
+    rows too, and the client's ledger has been charged for them. Empty where the round has no evaluation or the client
+    trained it anew, where the rows drown in the noise, and for an update that stands for several clients. Clients can
+    lie here as they can about weights."""
 
     def value(self, name: str) -> Array:
         """The client's trained tensor, start + delta, in float64."""
@@ -117,7 +124,7 @@ class Strategy(Protocol):
 
     @property
     def traits(self) -> Traits:
-        """What it declares; a class attribute will do."""
+        """What it declares. A class attribute will do as well, but pyright wants a property."""
         return Traits()
 
     @abstractmethod

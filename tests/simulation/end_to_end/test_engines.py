@@ -152,18 +152,17 @@ def test_processes_give_the_adapter_that_one_process_gives(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "CLIENT", [sys.executable, "-m", "fedloom.cli.main", "client"])
-    one = simulate(config, tmp_path / "runs")
-    engine = config.engine.model_copy(update={"kind": "grpc"})
-    two = simulate(config.model_copy(update={"engine": engine}), tmp_path / "runs")
+    over_grpc = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "grpc"})})
+    one, two = (simulate(each, tmp_path / "runs") for each in (config, over_grpc))
 
     adapters = [load_file(result.folder / "adapter" / "adapter_model.safetensors") for result in (one, two)]
     assert two.folder.name == "tiny-2"
     assert largest_difference(*adapters) < 1e-5
     assert one.agreement == two.agreement == 1.0
-    logs = sorted((two.folder / "clients").glob("*/client.log"))
+    logs = [log.read_text() for log in (two.folder / "clients").glob("*/client.log")]
     assert len(logs) == 3
-    assert all("run over after 2 rounds; trained 2" in log.read_text() for log in logs)
-    assert all(": round 1/2 sent\n" in log.read_text() and ": round 2/2 sent\n" in log.read_text() for log in logs)
+    said = ("run over after 2 rounds; trained 2", ": round 1/2 sent\n", ": round 2/2 sent\n")
+    assert all(each in log for log in logs for each in said)
 
 
 @pytest.mark.parametrize("engine", ["inprocess", pytest.param("grpc", marks=pytest.mark.e2e)])

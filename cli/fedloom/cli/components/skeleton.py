@@ -24,6 +24,14 @@ class _Shape(NamedTuple):
     """What tests it, likewise."""
     subject: str
     """The battery's method that gives it."""
+    methods: tuple[str, ...] = ()
+    """What is to be written of a class that has defaults for all it does; () is what is abstract, or all there is."""
+    traits: str = ""
+    """What its class declares about itself, to be changed; the class is then a `Section`."""
+    battery_name: bool = False
+    """The battery looks the component up by its name."""
+    arguments: str = ""
+    """Options with which it is tested."""
 
 
 _SHAPES = {
@@ -31,7 +39,19 @@ _SHAPES = {
         "fedloom.strategies.api:Strategy", "fedloom.strategies.conformance:StrategyConformance", "strategy"
     ),
     "adapters": _Shape(
-        "fedloom.client.adapters.api:Adapter", "fedloom.conformance.adapters:AdapterConformance", "adapter"
+        "fedloom.client.adapters.api:Adapter",
+        "fedloom.conformance.adapters:AdapterConformance",
+        "adapter",
+        traits="Traits()",
+    ),
+    "tasks": _Shape(
+        "fedloom.client.tasks.api:Task",
+        "fedloom.conformance.tasks:TaskConformance",
+        "task",
+        methods=("read", "document", "sample", "loss", "right"),
+        traits='Traits("text and label", "AutoModelForSequenceClassification", "SEQ_CLS")',
+        battery_name=True,
+        arguments='labels=("a", "b")',
     ),
     "optimizers": _Shape(
         "fedloom.client.optimizers.api:Optimizer", "fedloom.conformance.optimizers:OptimizerConformance", "optimizer"
@@ -75,14 +95,13 @@ _MODULE = '''"""{kind}: say in one line what it is, with the paper."""
 __all__ = ["{kind}"]
 
 
-@dataclass
-class {kind}{base}:
+{decorator}class {kind}{base}:
     """Say in one line what it does; `fedloom components list` shows this line.
 
-    Annotated fields here, such as `rate: float = 0.5`, are its options; describe each below "Args:".
+    Annotated fields here, such as `rate: float = 0.5`, are its options; describe each {where}.
     """
 
-{methods}
+{traits}{methods}
 '''
 
 _TEST = '''"""{kind} passes fedloom's battery."""
@@ -96,9 +115,9 @@ from fedloom.core.registry import faults
 class Test{kind}({battery_kind}):
     """What holds for every {noun}."""
 
-    def {subject}(self) -> {kind}:
+{attributes}    def {subject}(self) -> {kind}:
         """The {noun} under test."""
-        return {kind}()
+        return {kind}({arguments})
 
 
 def test_it_is_found_by_name() -> None:
@@ -118,17 +137,23 @@ def write_package(group: str, name: str, folder: Path) -> Path:
         raise ConfigError(f"{name!r} cannot name a {what}; lower-case letters, digits and single hyphens are allowed")
     if name in taken:
         raise ConfigError(f"there is a {what} {name!r} already, of {taken[name].distribution}; choose another name")
-    if group not in _SHAPES:
-        raise ConfigError(f"there is no skeleton for a {what} yet; {', '.join(_SHAPES)} have one")
     home = folder / f"fedloom-{name}"
     if home.exists():
         raise ConfigError(f"{home} exists; move it away, or choose another --out")
     shape, kind, module = _SHAPES[group], "".join(map(str.capitalize, name.split("-"))), f"fedloom_{name}"
     module = module.replace("-", "_")
-    imports, base, methods = _bodies(shape.protocol)
+    imports, base, methods = _bodies(shape)
+    is_section = bool(shape.traits)
     battery_module, _, battery = shape.battery.partition(":")
     words = {"name": name, "group": group, "noun": what, "module": module, "kind": kind, "subject": shape.subject}
     words |= {"battery": f"from {battery_module} import {battery}", "battery_kind": battery}
+    words |= {
+        "arguments": shape.arguments,
+        "attributes": f'    name = "{name}"\n\n' if shape.battery_name else "",
+        "decorator": "" if is_section else "@dataclass\n",
+        "where": "in a string below it" if is_section else 'below "Args:"',
+        "traits": f"    traits: ClassVar[Traits] = {shape.traits}\n\n" if is_section else "",
+    }
     home.mkdir(parents=True)
     (home / "pyproject.toml").write_text(_PYPROJECT.format(**words), encoding="utf-8")
     (home / f"{module}.py").write_text(
@@ -138,28 +163,35 @@ def write_package(group: str, name: str, folder: Path) -> Path:
     return home
 
 
-def _bodies(protocol: str) -> tuple[str, str, str]:
+def _bodies(shape: _Shape) -> tuple[str, str, str]:
     """The imports, the base class and the methods of a class that fits a protocol."""
-    module_name, _, kind = protocol.partition(":")
+    module_name, _, kind = shape.protocol.partition(":")
     module = importlib.import_module(module_name)
     source = ast.parse(inspect.getsource(module))
     methods = list(_methods(getattr(module, kind), module))
     # A protocol that implements some of its methods is to be inherited from; what is abstract is left to write.
-    abstract = [each for each in methods if "abstractmethod" in map(ast.unparse, each.decorator_list)]
-    base = kind if abstract else ""
+    abstract = [
+        each
+        for each in methods
+        if each.name in shape.methods or "abstractmethod" in map(ast.unparse, each.decorator_list)
+    ]
+    base = kind if abstract else "Section" if shape.traits else ""
     for each in methods:
         each.decorator_list = [one for one in each.decorator_list if ast.unparse(one) != "abstractmethod"]
     text = " ".join(ast.unparse(part) for each in abstract or methods for part in (each.args, each.returns) if part)
-    used = {base, *re.findall(r"\w+", text)}
-    lines = {"from dataclasses import dataclass", *_imports(source.body, used)}
+    used = {base, *re.findall(r"\w+", text), *(("ClassVar", "Traits") if shape.traits else ())}
+    lines = {*([] if shape.traits else ["from dataclasses import dataclass"]), *_imports(source.body, used)}
     defined = {node.name for node in source.body if isinstance(node, ast.ClassDef)}
     defined |= {ast.unparse(node.targets[0]) for node in source.body if isinstance(node, ast.Assign)}
+    if base == "Section":
+        lines.add("from fedloom.core.config.parsing import Section")
     if defined & used:
         lines.add(f"from {module_name} import {', '.join(sorted(defined & used))}")
     guarded = [line for node in source.body if isinstance(node, ast.If) for line in _imports(node.body, used)]
+    guarded.sort(key=lambda line: "fedloom" in line)
     if guarded:
-        lines.add("from typing import " + ", ".join(["TYPE_CHECKING", *(["Any"] if "Any" in used else [])]))
-        lines.discard("from typing import Any")
+        lines = {line for line in lines if not line.startswith("from typing ")}
+        lines.add("from typing import " + ", ".join(["TYPE_CHECKING", *sorted({"Any", "ClassVar"} & used)]))
     ours = sorted(line for line in lines if "fedloom" in line)
     blocks = [sorted(lines - set(ours)), ours, ["if TYPE_CHECKING:", *(f"    {line}" for line in guarded)]]
     imports = "\n\n".join("\n".join(block) for block in blocks if block and block != ["if TYPE_CHECKING:"])

@@ -89,7 +89,7 @@ class Task(Section):
         """One row as it would be written: what `read` makes the same row of."""
         return {"text": rows.texts[index], "label": rows.label_names[rows.labels[index]]}
 
-    def sample(self, index: int) -> dict[Column, object]:
+    def sample(self, index: int) -> Mapping[str, object]:
         """A made-up row with any label, for checks that need some."""
         return {"text": made_up_text(index), "label": self.labels[index % len(self.labels)]}
 
@@ -180,13 +180,18 @@ def made_up_text(index: int) -> str:
     return _SAMPLES[index % len(_SAMPLES)]
 
 
-@functools.lru_cache(maxsize=256)
 def task_named(name: str, labels: tuple[str, ...] = (), max_length: int = 64, image_size: int | None = None) -> Task:
     """The installed task of this name, with those of these options that it has.
 
     Raises:
         ConfigError: There is none, or it cannot be loaded.
     """
+    return _made(registry.load("tasks", name), name, labels, max_length, image_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _made(kind: object, name: str, labels: tuple[str, ...], max_length: int, image_size: int | None) -> Task:
+    # By the class too: in a notebook, which defines a class anew, a name does not stand for the same one for long.
     given = {"labels": labels, "max_length": max_length, "image_size": image_size}
     taken = registry.options_model("tasks", name).model_fields.keys() & given.keys()
     made: Task = registry.build("tasks", name, {key: given[key] for key in taken})

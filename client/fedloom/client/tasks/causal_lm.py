@@ -49,7 +49,7 @@ class CausalLM(Task):
         text, prompt = rows.texts[index], rows.prompts[index]
         return {"prompt": prompt, "completion": text[len(prompt) :]} if prompt else {"text": text}
 
-    def sample(self, index: int) -> dict[Column, object]:
+    def sample(self, index: int) -> Mapping[str, object]:
         """A made-up text."""
         return {"text": made_up_text(index)}
 

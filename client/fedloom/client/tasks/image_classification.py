@@ -48,7 +48,7 @@ class ImageClassification(Task):
 
         return picture_settings(folder, self.image_size)
 
-    def sample(self, index: int) -> dict[Column, object]:
+    def sample(self, index: int) -> Mapping[str, object]:
         """An image of noise."""
         from fedloom.client.data.images import noise_picture
 

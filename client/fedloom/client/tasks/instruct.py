@@ -51,7 +51,7 @@ class Instruct(Task):
         """The turns."""
         return {"messages": [{"role": role, "content": content} for role, content in rows.turns[index]]}
 
-    def sample(self, index: int) -> dict[Column, object]:
+    def sample(self, index: int) -> Mapping[str, object]:
         """A made-up answer to one question."""
         return {"prompt": "What happened?", "completion": made_up_text(index)}
 

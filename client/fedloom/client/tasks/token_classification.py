@@ -42,7 +42,7 @@ class TokenClassification(Task):
         """Words and the names of their labels."""
         return {"tokens": list(rows.words[index]), "tags": [rows.label_names[tag] for tag in rows.tags[index]]}
 
-    def sample(self, index: int) -> dict[Column, object]:
+    def sample(self, index: int) -> Mapping[str, object]:
         """The words of a made-up text; labels go round."""
         words = made_up_text(index).split()
         return {"tokens": words, "tags": [self.labels[place % len(self.labels)] for place in range(len(words))]}

@@ -1,15 +1,16 @@
 """Codecs by name: those of the entry-point group `fedloom.codecs`. Both sides look a name up; nothing else decodes."""
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from fedloom.core.codecs.api import Codec, CodecTraits
 from fedloom.core.errors import CodecError, ConfigError
-from fedloom.core.registry import build, entries
+from fedloom.core.registry import build, entries, load
 
 __all__ = ["Codec", "CodecTraits", "codec", "installed"]
 
 
-@cache
 def codec(name: str) -> Codec:
     """The codec called `name`, made once for a process.
 
@@ -20,7 +21,17 @@ def codec(name: str) -> Codec:
     'fp16'
     """
     try:
-        found: Codec = build("codecs", installed(name), {})
+        return _made(load("codecs", name), name)
+    except ConfigError as error:
+        installed(name)
+        raise CodecError(str(error)) from error
+
+
+@cache
+def _made(kind: Callable[..., Any], name: str) -> Codec:
+    # By the class too: a local one is another codec once its block has ended.
+    try:
+        found: Codec = build("codecs", name, {})
     except ConfigError as error:
         raise CodecError(str(error)) from error
     if found.name != name:

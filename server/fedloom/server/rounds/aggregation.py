@@ -15,6 +15,7 @@ from fedloom.core.errors import StoreError
 from fedloom.core.runtime.failpoints import failpoint, reach
 from fedloom.core.schema import Schema
 from fedloom.server.rounds.broadcast import Broadcasts
+from fedloom.server.rounds.evaluation import client_metrics
 from fedloom.server.rounds.state import Rounds
 from fedloom.server.storage.api import Storage
 from fedloom.server.strategy_errors import blamed
@@ -153,4 +154,6 @@ class Aggregation:
         payload = self._store.get_blob(accepted.digest)
         name = SUM_CODEC if client == SUM else broadcasts.assignment(accepted.client).upload_codec
         delta = codec(name).decode(broadcasts.upload_schema(accepted.client), payload)
-        return Update(client, accepted.weight, broadcasts.start(accepted.client), delta)
+        # As in `History.draft`, whose update is folded if this process has accepted it itself.
+        metrics = client_metrics(self._config, accepted.score)
+        return Update(client, accepted.weight, broadcasts.start(accepted.client), delta, metrics=metrics)

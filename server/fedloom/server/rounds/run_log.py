@@ -18,6 +18,7 @@ from fedloom.proto.messages import Assignment, Finished, RoundStatus, UpdateHead
 from fedloom.server.privacy.user_ledger import check_opening, check_strategy, eligible, participations
 from fedloom.server.rounds.aggregation import Aggregation, NextState
 from fedloom.server.rounds.broadcast import Broadcasts, final
+from fedloom.server.rounds.evaluation import client_metrics
 from fedloom.server.rounds.scheduling import asking, decision
 from fedloom.server.rounds.state import (
     AdapterCommitted,
@@ -162,15 +163,16 @@ class History:
             self._askable = seen, eligible(self._config.user_level, self._taken, live)
         return decision(self.rounds, self._askable[1], self._config, elapsed_s, expect)
 
-    def draft(self, client: str, declared_examples: int) -> tuple[Assignment, Schema, Update, float]:
-        """What this client was asked to do, the schema of its update, the update but for the change, and its bound."""
-        broadcasts = self._asked_in(client)
+    def draft(self, header: UpdateHeader, declared_examples: int) -> tuple[Assignment, Schema, Update, float]:
+        """What a client was asked to do, the schema of its update, the update but for the change, and its bound."""
+        client, broadcasts = header.client, self._asked_in(header.client)
         asked, upload = broadcasts.assignment(client), broadcasts.upload_schema(client)
         weight = float(declared_examples) if self._config.strategy.weighting == "examples" else 1.0
         limit = self._config.rounds.max_update_norm or largest_norm(
             self._config, asked.local, upload.size, declared_examples
         )
-        return asked, upload, Update(client, weight, broadcasts.start(client), {}), limit
+        metrics = client_metrics(self._config, header.score)
+        return asked, upload, Update(client, weight, broadcasts.start(client), {}, metrics=metrics), limit
 
     @contextmanager
     def arriving(self, digest: str) -> Iterator[None]:

@@ -96,7 +96,7 @@ class UpdateAccepted:
     digest: str
     weight: float
     score: tuple[float, ...] = ()
-    """What the client's evaluation released with it; nothing is decided by it."""
+    """What the client's evaluation released with it; no round depends on it but through `Update.metrics`."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def effective(schema: Schema, tensors: Tensors) -> dict[str, Array]:
 
 
 def respond(schema: Schema, plan: Plan, client: str, stream: int) -> Update:
-    """The update of a client that follows `plan` and moves every uploaded tensor at random.
+    """The update of a client that follows `plan` and moves every uploaded tensor at random; odd ones have metrics.
 
     Args:
         schema: Schema of the global adapter.
@@ -55,7 +55,9 @@ def respond(schema: Schema, plan: Plan, client: str, stream: int) -> Update:
     uploaded = at_rank.select(plan.train, but=plan.personal)
     draw = np.random.Generator(np.random.Philox(key=[11, stream]))
     delta = {spec.name: draw.normal(0, 0.3, spec.shape).astype(np.float32) for spec in uploaded.tensors}
-    return Update(client, float(1 + len(client) % 3), plan.broadcast, delta)
+    accuracy, loss = draw.random(2).tolist()
+    metrics = {"held_out_rows": 40.0, "accuracy": accuracy, "loss": loss} if stream % 2 else {}
+    return Update(client, float(1 + len(client) % 3), plan.broadcast, delta, metrics=metrics)
 
 
 def run_round(strategy: Strategy, state: State, updates: Iterable[Update]) -> State:
