@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
 import fedloom.api as fl
@@ -67,6 +68,10 @@ def test_its_options_have_a_schema_a_page_and_a_place_in_the_run_file() -> None:
     page = components("show", "adapters", "norms")
     assert "Whether the norms' biases are trained too." in page
     assert "slow_federation:Norms, of fedloom-norms 1.5" in page
+
+    run_file = Draft202012Validator(json.loads(components("schema")))
+    assert list(run_file.iter_errors(RUN)) == []
+    assert [error.absolute_path[-1] for error in run_file.iter_errors(RUN | {"adapter": {"kind": "norms", "bias": 1}})]
 
     config = RunConfig.model_validate(RUN)
     config.check_components()

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fedloom.cli.console import Json, failed, out, print_json
 
-__all__ = ["app", "check", "list_", "new", "show"]
+__all__ = ["app", "check", "list_", "new", "schema", "show"]
 
 app = typer.Typer(help="Strategies, codecs and all else that can be named in a run, ours and others'.")
 
@@ -67,6 +67,17 @@ def show(group: Group, name: Name, json_only: Json = False) -> None:
             table.add_row(key, _type(spec), default, spec.get("description", ""))
         out.print()
         out.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a run file with all that is installed, for an editor: names, options and their ranges.
+
+    Example: fedloom components schema > run.schema.json
+    """
+    from fedloom.core.config.json_schema import run_file_schema
+
+    print_json(run_file_schema())
 
 
 @app.command()
