@@ -11,7 +11,7 @@ CLIENTS ?= 4
 IDS := $(shell id -u):$(shell id -g)
 export FEDLOOM_USER ?= $(if $(filter 0:%,$(IDS)),10001:10001,$(IDS))
 
-.PHONY: setup flower demo test prove chaos check fix proto docs bench study-small compose compose-test image-wheels lock wheels wheels-test clean
+.PHONY: setup flower demo test test-slow prove chaos check fix proto docs bench study-small compose compose-test image-wheels lock wheels wheels-test clean
 
 setup: $(VENV)/.ready
 
@@ -37,8 +37,14 @@ demo: setup
 	fedloom simulate examples/sentiment.toml
 
 # A worker for each core, with one thread of torch; a file's tests share its fixtures, and therefore a worker.
+PYTEST := OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4
+
 test: setup flower
-	OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow"
+
+# What takes longest: whole federations that are killed, foreign models, tutorials, notebooks. CI runs both.
+test-slow: setup flower
+	$(PYTEST) --dist worksteal -m slow
 
 # Everything that is too heavy for every change, at full size.
 # The attacks write their report as chaos does.

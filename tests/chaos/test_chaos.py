@@ -44,6 +44,7 @@ def test_the_grid_has_every_failpoint_in_every_phase_and_way() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_every_failpoint_the_run_comes_to_the_same() -> None:
     found = report("kill grid")
@@ -53,6 +54,7 @@ def test_killed_at_every_failpoint_the_run_comes_to_the_same() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_random_times_the_coordinator_comes_to_the_same() -> None:
     figures = report("random kills")["figures"].values()
@@ -61,6 +63,7 @@ def test_killed_at_random_times_the_coordinator_comes_to_the_same() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_random_times_everybody_together_comes_to_the_same() -> None:
     figures = report("storms")["figures"].values()
@@ -69,6 +72,7 @@ def test_killed_at_random_times_everybody_together_comes_to_the_same() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_rounds_close_without_those_who_die_in_them() -> None:
     (figures,) = report("dropout")["figures"].values()
@@ -80,12 +84,14 @@ def test_rounds_close_without_those_who_die_in_them() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_of_two_coordinators_on_one_state_only_one_writes() -> None:
     assert report("split brain")["trials"] == 1
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(faults.COMPILER is None, reason="needs a C compiler for the library that moves the clock")
 def test_no_clock_that_jumps_decides_anything() -> None:
@@ -95,6 +101,7 @@ def test_no_clock_that_jumps_decides_anything() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_many_clients_come_back_to_a_coordinator_that_was_killed() -> None:
     (figures,) = report("many clients")["figures"].values()
@@ -103,6 +110,7 @@ def test_many_clients_come_back_to_a_coordinator_that_was_killed() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_what_is_too_much_is_told_when_to_come_back_and_gets_through() -> None:
     (figures,) = report("overload")["figures"].values()
@@ -112,6 +120,7 @@ def test_what_is_too_much_is_told_when_to_come_back_and_gets_through() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_rounds_that_go_on_take_no_more_files_and_threads() -> None:
     (figures,) = report("soak")["figures"].values()

@@ -17,6 +17,7 @@ from fedloom.cli.main import app
 from fedloom.client.data.rows import Rows
 from fedloom.core.errors import ConfigError, DataError, ModelError, StoreError
 from fedloom.server.monitoring.recorders.api import read_metrics
+from tests.support import preloaded
 
 COMMAND = [sys.executable, "-u", "-m", "fedloom.cli.main"]
 POLICY = (
@@ -82,7 +83,7 @@ def served(*options: str, meanwhile: Callable[["subprocess.Popen[str]"], None] =
         meanwhile(server)
         clients = []
         for name in ("a", "b"):
-            command = [*COMMAND, "client", "--server", address, "--policy", f"{name}.toml", *open_line]
+            command = [*preloaded.command(), "client", "--server", address, "--policy", f"{name}.toml", *open_line]
             output = stack.enter_context(Path(f"{name}.log").open("w"))
             client = stack.enter_context(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
             stack.callback(client.kill)

@@ -65,7 +65,7 @@ def test_its_options_have_a_schema_a_page_and_a_place_in_the_run_file() -> None:
         "title": "Biases",
         "type": "boolean",
     }
-    page = components("show", "adapters", "norms")
+    page = " ".join(components("show", "adapters", "norms").split())
     assert "Whether the norms' biases are trained too." in page
     assert "slow_federation:Norms, of fedloom-norms 1.5" in page
 
