@@ -21,6 +21,7 @@ def test_nothing_that_was_printed_is_committed(path: Path) -> None:
         assert cell.cell_type == "markdown" or (cell.execution_count is None and cell.outputs == [])
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(1200)  # whole runs; a busy machine must not fail one
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of the kernel's client

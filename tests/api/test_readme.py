@@ -26,6 +26,7 @@ def test_it_is_ten_lines() -> None:
     assert len(lines) <= 10
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(900)  # a whole run; a busy machine must not fail it
 def test_it_makes_a_private_adapter(tmp_path: Path) -> None:

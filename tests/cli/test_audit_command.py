@@ -68,6 +68,7 @@ def result(lower: float, seen: bool = True) -> Audit:
     return Audit((check,), 1e-5, 1.0, 0.7, 10)
 
 
+@pytest.mark.slow
 def test_a_run_is_audited_and_the_figures_are_printed(run_file: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["audit", str(run_file), "--policy", policy(tmp_path, 0.5), "--trials", "300"])
 

@@ -305,6 +305,7 @@ def test_the_rounds_benchmark_ends_with_its_figures() -> None:
     assert (document["clients"], document["rounds"]) == (64, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(900)  # it measures, and a busy machine must not fail it
 def test_the_step_benchmark_ends_with_its_figures() -> None:

@@ -82,6 +82,7 @@ def test_check_has_a_line_for_each_fault(install: Callable[..., None]) -> None:
     assert "codec 'silent' has no docstring" in faults[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_new_package_is_whole_and_fails_its_battery(group: str, tmp_path: Path) -> None:
     said = fedloom("new", group, "my-own", "--out", str(tmp_path)).stdout

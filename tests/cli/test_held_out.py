@@ -94,6 +94,7 @@ def served(*options: str, meanwhile: Callable[["subprocess.Popen[str]"], None] =
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_what_a_coordinator_scores_is_what_evaluate_says(site: Path) -> None:
     said = served("--held-out", "held_out.csv")
@@ -130,6 +131,7 @@ def test_what_a_coordinator_scores_is_what_evaluate_says(site: Path) -> None:
         evaluated(*data, "--set", "train.steps=4")
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_scorer_that_dies_stops_nobody(site: Path) -> None:
     def kill(server: "subprocess.Popen[str]") -> None:

@@ -88,6 +88,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return quiet | paths | {"COLUMNS": "120", "TOKENIZERS_PARALLELISM": "false"}
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(1200)  # whole runs; a busy machine must not fail one
 @pytest.mark.parametrize("page", PAGES)

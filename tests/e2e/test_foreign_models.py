@@ -14,7 +14,7 @@ from fedloom.core.errors import ModelError
 from fedloom.simulation.simulate import simulate
 from tests.families import FAMILIES, save_family
 
-pytestmark = pytest.mark.usefixtures("preloaded_clients")
+pytestmark = [pytest.mark.usefixtures("preloaded_clients"), pytest.mark.slow]
 
 REFUSED = {
     ("bart", False): "is an encoder and a decoder",

@@ -124,6 +124,7 @@ def chosen(points: list[Point]) -> Iterator[tuple[Point, str]]:
                     yield point, fault
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.e2e
 @pytest.mark.prove

@@ -74,6 +74,7 @@ def damaged(content: bytes, name: str) -> Iterator[tuple[str, bytes]]:
         yield f"cut to {at}", content[:at]
 
 
+@pytest.mark.slow
 @pytest.mark.prove
 @pytest.mark.timeout(3 * 3600)
 @pytest.mark.parametrize("image", ["killed", "closed"])

@@ -17,6 +17,7 @@ from fedloom.simulation.simulate import simulate
 from tests.flower.federation import FLOWER, WAIT_S, superlink, write_run
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.e2e,
     pytest.mark.timeout(900),  # under a minute alone, and many processes to start on a busy machine
     pytest.mark.skipif(

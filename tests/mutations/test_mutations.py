@@ -97,6 +97,7 @@ def test_the_source_as_it_is_passes_every_named_test(run: Runner, tree: Path) ->
     assert answer == {"status": 0, "failed": []}
 
 
+@pytest.mark.slow
 @pytest.mark.prove
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutation", CHOSEN, ids=lambda each: each["name"])

@@ -19,6 +19,8 @@ from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.accounting import epsilon
 from fedloom.core.privacy.gaussian import UNITS
 
+pytestmark = pytest.mark.slow
+
 DELTA = 1e-5
 FULL = bool(os.environ.get("FEDLOOM_PROVE"))
 SEEDS = range(100) if FULL else range(1)

@@ -89,6 +89,7 @@ def prv(spends: tuple[Spend, ...], delta: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
+@pytest.mark.slow
 @pytest.mark.prove
 @pytest.mark.filterwarnings("ignore:Optimal order is the")  # both of Opacus's use Renyi bounds at fixed orders
 @pytest.mark.parametrize(("spends", "delta"), SETTINGS)
