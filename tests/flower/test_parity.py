@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from fedloom.client.data.rows import Rows, digest
-from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.trainer import Trainer
 from fedloom.flower.resident_trainer import Resident
@@ -20,12 +19,9 @@ from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess
 from fedloom.strategies.start import starting_adapter
-from tests.flower.test_rounds import NAMES, Sites, coordinated
+from tests.flower.test_rounds import NAMES, Sites, coordinated, coordinator_of
+from tests.support.engines import entropy_of
 from tests.support.runs import tiny_run
-
-
-def entropy_of(name: str, round: int) -> Entropy:
-    return Seeded(99, round, *name.encode())
 
 
 @pytest.fixture
@@ -78,7 +74,7 @@ def test_a_private_run_is_the_same_in_process_and_over_nodes(
         expected = coordinator.state.adapter
 
     with Store(tmp_path / "nodes", durable=False) as store:
-        adapter = coordinated(sites, config, schema, store)
+        adapter = coordinated(sites, coordinator_of(config, schema, store), store)
         closed = [event.clients for event in store.events() if isinstance(event, RoundClosed)]
 
     assert max(float(np.abs(expected[name] - starting[name]).max()) for name in expected) > 1e-2

@@ -95,18 +95,21 @@ def run(tmp_path: Path) -> Run:
 
     def go(sites: Sites, config: RunConfig) -> list[Event]:
         with Store(tmp_path / "state", durable=False) as store:
-            coordinated(sites, config, SCHEMA, store)
+            coordinated(sites, coordinator_of(config, SCHEMA, store), store)
             return store.events()
 
     return go
 
 
-def coordinated(sites: Sites, config: RunConfig, schema: Schema, store: Store) -> Tensors:
-    """The adapter after all rounds."""
+def coordinator_of(config: RunConfig, schema: Schema, store: Store) -> Coordinator:
     starting = starting_adapter(schema, config.run.seed)
-    coordinator = Coordinator(config, schema, build_strategy(config), store, starting=starting)
+    return Coordinator(config, schema, build_strategy(config), store, starting=starting)
+
+
+def coordinated(sites: Sites, coordinator: Coordinator, store: Store) -> Tensors:
+    """The adapter after all rounds."""
     (created,) = [event for event in store.events() if isinstance(event, RunCreated)]
-    joined = Joined(created.run, coordinator.epoch, config.spec, schema)
+    joined = Joined(created.run, coordinator.epoch, coordinator.config.spec, coordinator.state.schema)
     looks = iter(range(200))
 
     def pause() -> None:

@@ -343,3 +343,21 @@ def test_evaluation_counts_right_answers(tiny_model: AdapterModel, rows: Rows) -
     assert score.examples == 40
     assert score.accuracy == float((scores.argmax(1) == batch["labels"]).double().mean())
     assert score.loss == pytest.approx(float(F.cross_entropy(scores, batch["labels"])), rel=1e-5)
+
+
+def test_a_broadcast_without_a_correction_is_trained_on_the_pretrained_weights(
+    tiny_model: AdapterModel, rows: Rows, plain: Spec, policy: Policy
+) -> None:
+    """Whoever trained before on this model, for another client or in an earlier round, may have left one."""
+    trainer = Trainer(tiny_model, rows, plain, policy, None, entropy_for=lambda round: Seeded(3, round))
+    values = start(tiny_model)
+    corrected = tiny_model.schema.with_base(2)
+    factors = {s.name: np.ones(s.shape, np.float32) for s in corrected.tensors if s.name not in values}
+    order = assignment(base_rank=2, broadcast_roles=corrected.roles)
+
+    clean = trainer.train("run", assignment(), values).delta
+    other = trainer.train("run", order, {**values, **factors}).delta
+    again = trainer.train("run", assignment(), values).delta
+
+    assert any(not np.array_equal(clean[name], other[name]) for name in clean)
+    assert all(np.array_equal(clean[name], again[name]) for name in clean)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import sys
-import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,28 +12,20 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedloom.client.data.rows import digest
-from fedloom.client.models.load import load_model
-from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded
-from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.session.participant import Participant
-from fedloom.client.training.trainer import Trainer
-from fedloom.client.transport.grpc import GrpcConnection
 from fedloom.core.config.run import RunConfig, SecureAggregationSection
 from fedloom.core.errors import BudgetError, ConfigError, DataError, FedloomError, ModelError, PolicyError
-from fedloom.core.schema import Tensors
 from fedloom.proto.messages import UpdateHeader
 from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.monitoring.recorders.api import read_metrics
 from fedloom.server.rounds.state import RoundClosed, UpdateAccepted
-from fedloom.server.rpc.server import serving
 from fedloom.server.storage.local import Store
 from fedloom.simulation import processes
-from fedloom.simulation.federation import Federation, build, completed
+from fedloom.simulation.federation import build, completed
 from fedloom.simulation.inprocess import run_inprocess
 from fedloom.simulation.simulate import simulate
 from fedloom.strategies.start import starting_adapter
+from tests.support.engines import entropy_of, largest_difference, over_sockets
 from tests.support.runs import tiny_run
 
 pytestmark = pytest.mark.usefixtures("preloaded_clients")
@@ -54,45 +45,6 @@ def config(data: Path, tiny_base: Path) -> RunConfig:
 
 def private(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"privacy": config.privacy.model_copy(update={"enabled": True})})
-
-
-def entropy_of(name: str, round: int) -> Entropy:
-    return Seeded(99, round, *name.encode())
-
-
-def over_sockets(federation: Federation, coordinator: Coordinator) -> None:
-    """Every client in a thread with a base model of its own, over real gRPC."""
-    failures: list[BaseException] = []
-
-    # Loaded here: warnings filters, which the loading sets, belong to the process and not to a thread.
-    models = {name: load_model(federation.config.model, federation.config.adapter) for name in federation.clients}
-
-    def life(name: str, address: str) -> None:
-        policy, rows, model = federation.policies[name], federation.clients[name], models[name]
-        try:
-            with Ledger(policy.client.state / "socket-ledger", digest(rows)) as ledger:
-                trainer = Trainer(
-                    model, rows, federation.config.spec, policy, ledger, entropy_for=lambda r: entropy_of(name, r)
-                )
-                connection = GrpcConnection(address)
-                Participant(connection, policy, lambda _: trainer).run(patience_s=20)
-                connection.close()
-        except BaseException as error:
-            failures.append(error)
-            raise
-
-    with serving(coordinator) as address:
-        threads = [threading.Thread(target=life, args=(name, address)) for name in federation.clients]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
-    assert not failures
-
-
-def largest_difference(one: Tensors, two: Tensors) -> float:
-    assert one.keys() == two.keys()
-    return max(float(np.abs(one[name] - two[name]).max()) for name in one)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedsvd"])

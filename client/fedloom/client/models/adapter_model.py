@@ -76,13 +76,18 @@ class AdapterModel:
                 if f"{pair.module}.base_A" in tensors:
                     self._correct(pair.module, tensors)
 
-    def show(self, result: Tensors) -> None:
-        """Be the model of a run's result: frozen weights that it does not correct have their pretrained values."""
+    def show(self, tensors: Tensors, rank: int | None = None) -> None:
+        """Be the model of a broadcast or a result: frozen weights it does not correct have their pretrained values.
+
+        Args:
+            tensors: Values and corrections by name; of the adapter, names left out keep their value.
+            rank: As for `load`.
+        """
         with torch.no_grad():
             for module, pretrained in self._base_weights.items():
                 self.model.get_submodule(f"base_model.model.{module}").base_layer.weight.copy_(pretrained)
         self.corrections = {}
-        self.load(result)
+        self.load(tensors, rank)
 
     def reset(self, words: Iterable[str], rank: int | None = None) -> None:
         """Put the tensors that `words` select back to the values they had when the model was loaded, cut to `rank`."""

@@ -152,7 +152,7 @@ class Trainer:
         if assignment.personal:
             # Another trainer of this process may have left its own personal values in the shared model.
             self.model.reset(assignment.personal, assignment.rank)
-        self.model.load(broadcast, assignment.rank)
+        self.model.show(broadcast, assignment.rank)
         self.model.load(self.personal(run), assignment.rank)
         scores = [self._row_scores()] if evaluating else []
         parameters = self.model.trainable(assignment.train)

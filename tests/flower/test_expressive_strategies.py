@@ -1,0 +1,120 @@
+"""What a strategy may express gives one result in one process, over gRPC and over Flower's nodes.
+
+Corrections of frozen weights, a rank for each client, and tensors that stay with their client.
+"""
+
+import shutil
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from fedloom.client.data.rows import Rows
+from fedloom.client.privacy.ledger.account import personal_folder
+from fedloom.client.training.trainer import Trainer
+from fedloom.core.schema import LORA, Role, Schema, Tensors
+from fedloom.flower.resident_trainer import Resident
+from fedloom.proto.messages import Joined
+from fedloom.server.coordinator import Coordinator
+from fedloom.server.storage.local import Store
+from fedloom.simulation.federation import Federation, build, completed
+from fedloom.simulation.inprocess import run_inprocess
+from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
+from fedloom.strategies.start import starting_adapter
+from fedloom.strategies.transforms.average import Sum, apply_mean_delta, begin, fold
+from tests.flower.test_rounds import NAMES, Sites, coordinated
+from tests.simulation.end_to_end.test_corrections import FLoRA
+from tests.simulation.end_to_end.test_personal import Keeping
+from tests.support.engines import entropy_of, largest_difference, over_sockets
+from tests.support.runs import tiny_run
+
+
+@dataclass(frozen=True)
+class Ranked(Strategy):
+    """HetLoRA's cut and padding (arXiv 2401.06432): the k-th client works at rank k + 1, and what it lacks is zero."""
+
+    traits: ClassVar[Traits] = Traits(same_tensors=True)
+
+    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
+        return begin(schema, adapter, seed)
+
+    def plan(self, state: State, round: int, client: str) -> Plan:
+        specs = state.schema.with_rank(rank := NAMES.index(client) + 1).tensors
+        cut = {spec.name: state.adapter[spec.name][tuple(map(slice, spec.shape))] for spec in specs}
+        return Plan(train=LORA | {Role.HEAD}, broadcast=cut, rank=rank)
+
+    def fold(self, state: State, acc: Sum | None, update: Update) -> Sum:
+        whole = state.schema.zeros()
+        for name, delta in update.delta.items():
+            whole[name][tuple(map(slice, delta.shape))] = delta
+        return fold(state.schema, acc, replace(update, delta=whole))
+
+    def commit(self, state: State, acc: Sum | None) -> State:
+        return replace(state, adapter=apply_mean_delta(state.adapter, acc), round=state.round + 1)
+
+
+@pytest.fixture
+def federation(tmp_path: Path, tiny_base: Path, rows: Rows) -> Federation:
+    """Three clients, two rounds, not private."""
+    lines = [f'{{"text": "{text}", "label": {label}}}\n' for text, label in zip(rows.texts, rows.labels, strict=True)]
+    (tmp_path / "data").mkdir()
+    for name, part in (("train", lines[:30]), ("test", lines[30:])):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(part))
+    config = tiny_run(tiny_base, rounds={"min_clients": 3}, data={"source": str(tmp_path / "data"), "clients": 3})
+    return build(completed(config), tmp_path / "run")
+
+
+def over_nodes(federation: Federation, coordinator: Coordinator, store: Store) -> None:
+    sites = Sites({})
+    for node, name in enumerate(reversed(NAMES)):
+
+        def prepare(joined: Joined, name: str = name) -> Trainer:
+            policy = federation.policies[name]
+            return Trainer(
+                federation.model,
+                federation.clients[name],
+                joined.spec,
+                policy,
+                None,
+                personal=personal_folder(policy),
+                entropy_for=partial(entropy_of, name),
+            )
+
+        policy = federation.policies[name]
+        sites.residents[node] = Resident(policy, prepare, policy.client.state / "node-spool")
+    sites.up = set(sites.residents)
+    try:
+        coordinated(sites, coordinator, store)
+    finally:
+        for resident in sites.residents.values():
+            resident.close()
+
+
+@pytest.mark.parametrize("strategy", [FLoRA(), Ranked(), Keeping()], ids=lambda strategy: type(strategy).__name__)
+def test_every_engine_gives_one_result(strategy: Strategy, federation: Federation, tmp_path: Path) -> None:
+    schema = federation.model.schema
+    starting = starting_adapter(schema, 0)
+    seams = {name: partial(entropy_of, name) for name in NAMES}
+    results = {}
+    for engine in ("one process", "sockets", "nodes"):
+        with Store(tmp_path / engine, durable=False) as store:
+            coordinator = Coordinator(federation.config, schema, strategy, store, starting=starting, expect=3)
+            if engine == "one process":
+                for _ in run_inprocess(federation, coordinator, entropy=seams):  # type: ignore[arg-type]
+                    pass
+            elif engine == "sockets":
+                over_sockets(federation, coordinator)
+            else:
+                over_nodes(federation, coordinator, store)
+            assert coordinator.state.round == 2
+            results[engine] = strategy.result(coordinator.state)
+        for policy in federation.policies.values():  # an engine begins with nothing kept by another
+            shutil.rmtree(personal_folder(policy), ignore_errors=True)
+
+    first = results["one process"]
+    assert max(float(np.abs(first[name] - starting[name]).max()) for name in starting) > 1e-2
+    for engine, found in results.items():
+        assert largest_difference(first, found) < 1e-5, engine
