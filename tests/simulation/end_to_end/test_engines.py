@@ -100,6 +100,7 @@ def test_a_secure_private_run_is_the_plain_one_up_to_the_step(config: RunConfig,
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_processes_give_the_adapter_that_one_process_gives(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
