@@ -29,7 +29,7 @@ from tests.flower.test_rounds import NAMES, Sites, coordinated
 from tests.simulation.end_to_end.test_corrections import FLoRA
 from tests.simulation.end_to_end.test_personal import Keeping
 from tests.support.engines import entropy_of, largest_difference, over_sockets
-from tests.support.runs import tiny_run
+from tests.support.runs import tiny_run, write_rows
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,8 @@ class Ranked(Strategy):
 @pytest.fixture
 def federation(tmp_path: Path, tiny_base: Path, rows: Rows) -> Federation:
     """Three clients, two rounds, not private."""
-    lines = [f'{{"text": "{text}", "label": {label}}}\n' for text, label in zip(rows.texts, rows.labels, strict=True)]
-    (tmp_path / "data").mkdir()
-    for name, part in (("train", lines[:30]), ("test", lines[30:])):
-        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(part))
-    config = tiny_run(tiny_base, rounds={"min_clients": 3}, data={"source": str(tmp_path / "data"), "clients": 3})
+    data = write_rows(tmp_path / "data", rows)
+    config = tiny_run(tiny_base, rounds={"min_clients": 3}, data={"source": str(data), "clients": 3})
     return build(completed(config), tmp_path / "run")
 
 

@@ -21,22 +21,19 @@ from fedloom.simulation.inprocess import run_inprocess
 from fedloom.strategies.start import starting_adapter
 from tests.flower.test_rounds import NAMES, Sites, coordinated, coordinator_of
 from tests.support.engines import entropy_of
-from tests.support.runs import tiny_run
+from tests.support.runs import tiny_run, write_rows
 
 
 @pytest.fixture
 def federation(tmp_path: Path, tiny_base: Path, rows: Rows) -> Federation:
     """Three private clients, two rounds."""
-    lines = [f'{{"text": "{text}", "label": {label}}}\n' for text, label in zip(rows.texts, rows.labels, strict=True)]
-    (tmp_path / "data").mkdir()
-    for name, part in (("train", lines[:30]), ("test", lines[30:])):
-        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(part))
+    data = write_rows(tmp_path / "data", rows)
     config = tiny_run(
         tiny_base,
         privacy={"epsilon": 50.0, "delta": 1e-2, "noise_multiplier": 1.0},
         strategy={"name": "fedsvd", "weighting": "examples"},
         rounds={"min_clients": 3},
-        data={"source": str(tmp_path / "data"), "clients": 3},
+        data={"source": str(data), "clients": 3},
     )
     return build(completed(config), tmp_path / "run")
 

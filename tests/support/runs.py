@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from fedloom.client.data.rows import Rows
 from fedloom.core.config.run import RunConfig
 
-__all__ = ["tiny_run"]
+__all__ = ["tiny_run", "write_rows"]
 
 
 def tiny_run(base: Path, **sections: dict[str, Any]) -> RunConfig:
@@ -26,3 +27,12 @@ def tiny_run(base: Path, **sections: dict[str, Any]) -> RunConfig:
             **sections,
         }
     )
+
+
+def write_rows(folder: Path, rows: Rows) -> Path:
+    """Write 30 rows to train.jsonl and the others to test.jsonl in a new folder, labels as numbers."""
+    lines = [f'{{"text": "{text}", "label": {label}}}\n' for text, label in zip(rows.texts, rows.labels, strict=True)]
+    folder.mkdir()
+    for name, part in (("train", lines[:30]), ("test", lines[30:])):
+        (folder / f"{name}.jsonl").write_text("".join(part))
+    return folder
