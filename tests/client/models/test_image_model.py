@@ -26,7 +26,7 @@ from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.auditing.audit import _through_the_model
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
-from fedloom.client.privacy.dp_sgd.rng import System
+from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import AdapterSection, ModelSection, Spec
@@ -128,7 +128,7 @@ def test_a_model_of_pictures_that_mixes_a_batch_is_refused(
 
 
 def test_the_audit_takes_a_run_on_pictures(model: AdapterModel, section: ModelSection) -> None:
-    assert _through_the_model(model, spec_of(section), System(), 1e-3, 0.99).verdict == "consistent"
+    assert _through_the_model(model, spec_of(section), Seeded(1), 1e-3, 0.99).verdict == "consistent"
 
 
 def test_evaluation_and_the_export_agree_with_plain_hugging_face(

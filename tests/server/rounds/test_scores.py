@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedloom.client.privacy.dp_sgd.rng import System
+from fedloom.client.privacy.dp_sgd.rng import Seeded, System
 from fedloom.client.training.local_eval import released
 from fedloom.core.config.evaluation import largest_loss
 from fedloom.core.config.run import RunConfig, SecureAggregationSection, UserLevelSection
@@ -62,12 +62,13 @@ def test_every_row_of_every_client_counts_the_same() -> None:
 def test_every_figure_has_an_interval_that_holds_it_or_is_null() -> None:
     """195 held-out rows, whose loss was told to 1.3 nats as if it were exact."""
     config, rng = run_of(noise_multiplier=10.0, personalised=True), np.random.default_rng(7)
+    noise = Seeded(7)
     assert largest_loss(config) == pytest.approx(2 * math.log(2))
     truth = {"accuracy": 0.8, "loss": 0.25 * largest_loss(config)}
     inside = dict.fromkeys(truth, 0)
     for _ in range(400):
         table = rows_of(rng, 400, 0.8)
-        found = federated_score(config, [released([table, table], 10.0, System()) for _ in range(3)])
+        found = federated_score(config, [released([table, table], 10.0, noise) for _ in range(3)])
         assert found is not None
         assert {f"{name}_margin" for name in found if not name.endswith(("margin", "error"))} < found.keys()
         for name, value in truth.items():
@@ -93,10 +94,10 @@ def test_the_largest_loss_is_twice_that_of_guessing(labels: list[str], largest: 
 
 
 def test_the_standard_error_is_that_of_the_figure() -> None:
-    config, rng = run_of(noise_multiplier=10.0), np.random.default_rng(2)
+    config, rng, noise = run_of(noise_multiplier=10.0), np.random.default_rng(2), Seeded(2)
     found = []
     for _ in range(2000):
-        found.append(federated_score(config, [released([rows_of(rng, 500, 0.8)], 10.0, System()) for _ in range(3)]))
+        found.append(federated_score(config, [released([rows_of(rng, 500, 0.8)], 10.0, noise) for _ in range(3)]))
     accuracies = np.array([each["accuracy"] for each in found if each is not None])
     errors = np.array([each["standard_error"] for each in found if each is not None])
     assert len(accuracies) == 2000
@@ -105,8 +106,8 @@ def test_the_standard_error_is_that_of_the_figure() -> None:
 
 
 def test_figures_that_drown_in_noise_are_not_shown() -> None:
-    config, rng = run_of(noise_multiplier=10.0), np.random.default_rng(3)
-    few = [released([rows_of(rng, 5, 0.8)], 10.0, System())]
+    config, rng, noise = run_of(noise_multiplier=10.0), np.random.default_rng(3), Seeded(3)
+    few = [released([rows_of(rng, 5, 0.8)], 10.0, noise)]
     assert federated_score(config, few) is None
     assert federated_score(config, []) is None
     assert federated_score(run_of(private=False), [released([np.zeros((0, 2))], None, System())]) is None
