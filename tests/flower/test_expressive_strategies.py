@@ -4,10 +4,8 @@ Corrections of frozen weights, a rank for each client, and tensors that stay wit
 """
 
 import shutil
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,45 +13,23 @@ import pytest
 from fedloom.client.data.rows import Rows
 from fedloom.client.privacy.ledger.account import personal_folder
 from fedloom.client.training.trainer import Trainer
-from fedloom.core.schema import LORA, Role, Schema, Tensors
 from fedloom.flower.resident_trainer import Resident
 from fedloom.proto.messages import Joined
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess
-from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
+from fedloom.strategies.api import Strategy
+from fedloom.strategies.fedsvd import FedSVD
+from fedloom.strategies.personal.fedsa import FedSALoRA
+from fedloom.strategies.ranks.hetlora import HetLoRA
+from fedloom.strategies.stacking.flora import FLoRA
 from fedloom.strategies.start import starting_adapter
-from fedloom.strategies.transforms.average import Sum, apply_mean_delta, begin, fold
 from tests.flower.test_rounds import NAMES, Sites, coordinated
-from tests.simulation.end_to_end.test_corrections import FLoRA
-from tests.simulation.end_to_end.test_personal import Keeping
 from tests.support.engines import entropy_of, largest_difference, over_sockets
 from tests.support.runs import tiny_run, write_rows
 
-
-@dataclass(frozen=True)
-class Ranked(Strategy):
-    """HetLoRA's cut and padding (arXiv 2401.06432): the k-th client works at rank k + 1, and what it lacks is zero."""
-
-    traits: ClassVar[Traits] = Traits(same_tensors=True)
-
-    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
-        return begin(schema, adapter, seed)
-
-    def plan(self, state: State, round: int, client: str) -> Plan:
-        specs = state.schema.with_rank(rank := NAMES.index(client) + 1).tensors
-        cut = {spec.name: state.adapter[spec.name][tuple(map(slice, spec.shape))] for spec in specs}
-        return Plan(train=LORA | {Role.HEAD}, broadcast=cut, rank=rank)
-
-    def fold(self, state: State, acc: Sum | None, update: Update) -> Sum:
-        whole = state.schema.zeros()
-        for name, delta in update.delta.items():
-            whole[name][tuple(map(slice, delta.shape))] = delta
-        return fold(state.schema, acc, replace(update, delta=whole))
-
-    def commit(self, state: State, acc: Sum | None) -> State:
-        return replace(state, adapter=apply_mean_delta(state.adapter, acc), round=state.round + 1)
+RANKS = {name: rank + 1 for rank, name in enumerate(NAMES)}
 
 
 @pytest.fixture
@@ -90,7 +66,11 @@ def over_nodes(federation: Federation, coordinator: Coordinator, store: Store) -
             resident.close()
 
 
-@pytest.mark.parametrize("strategy", [FLoRA(), Ranked(), Keeping()], ids=lambda strategy: type(strategy).__name__)
+@pytest.mark.parametrize(
+    "strategy",
+    [FLoRA(ranks=RANKS), HetLoRA(ranks=RANKS), FedSALoRA(), FedSVD(refresh=1)],
+    ids=lambda strategy: type(strategy).__name__,
+)
 def test_every_engine_gives_one_result(strategy: Strategy, federation: Federation, tmp_path: Path) -> None:
     schema = federation.model.schema
     starting = starting_adapter(schema, 0)

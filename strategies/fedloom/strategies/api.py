@@ -105,6 +105,11 @@ class Traits:
     moments: bool = False
     """`commit` moves the adapter by a step made from the mean and from moments in the tensors' coordinates, as a
     server optimizer does. One client's model is then not the next adapter."""
+    linear_moments: bool = False
+    """All moments are linear in the changes, as momentum is, and lie in `memory` under "server_optimizer/first/" and
+    the tensor's name: what rewrites coordinates can turn them along."""
+    lossy: bool = False
+    """`commit` leaves out part of what even a single client learnt, as a cut by energy does."""
     keeps_updates: bool = False
     """`fold` keeps every update until `commit`, which must see all of them. Memory is then O(clients), one float32
     copy of each. They come in canonical client order as to every strategy."""

@@ -6,19 +6,17 @@ factors of an SVD differently: those cases are compared by their values.
 """
 
 import hashlib
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from fedloom.core.schema import Array, Role, Schema, Tensors, TensorSpec
+from fedloom.strategies.alternating.rolora import RoLoRA
 from fedloom.strategies.api import State, Strategy, Update
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedpeft import FedPEFT
@@ -35,7 +33,6 @@ from fedloom.strategies.transforms.norm_bound import NormBound
 from fedloom.strategies.transforms.user_level_dp import UserLevel
 
 HERE = Path(__file__).parent
-PLUGIN = HERE.parents[2] / "examples/plugins/rolora/src/fedloom_rolora/__init__.py"
 DIGESTS, FACTORS = HERE / "digests.json", HERE / "factors.safetensors"
 ROUNDS = 5
 WEIGHTS = (3.0, 250.5, 1.0, 17.0, 0.25, 40.0, 8.0)
@@ -82,19 +79,6 @@ BARE, MIXED = Schema(_PAIRS, 1.0), Schema((*_BIAS, *_PAIRS, *_HEAD), 2.0)
 BIASES, HEADS = Schema((*_BIAS, *_HEAD)), Schema(_HEAD)
 
 
-def rolora(**options: Any) -> Strategy:
-    """The strategy of the example package, which need not be installed."""
-    name = "fedloom_rolora"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, PLUGIN)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    made: Strategy = sys.modules[name].RoLoRA(**options)
-    return made
-
-
 def cases() -> list[Case]:
     """Every case, by a name that no other has."""
     found = [
@@ -117,8 +101,8 @@ def cases() -> list[Case]:
         Case("fedpeft/bias", lambda: FedPEFT(kind="bias"), BIASES),
         Case("fedpeft/bias of mixed", lambda: FedPEFT(kind="bias", train_head=False), MIXED),
         Case("fedpeft/head", lambda: FedPEFT(kind="head"), MIXED, 5),
-        Case("rolora/pairs", rolora, PAIRS),
-        Case("rolora/unequal", lambda: rolora(train_head=False), UNEQUAL, 3),
+        Case("rolora/pairs", RoLoRA, PAIRS),
+        Case("rolora/unequal", lambda: RoLoRA(train_head=False), UNEQUAL, 3),
     ]
     for name, rule in (
         ("median", MEDIAN),

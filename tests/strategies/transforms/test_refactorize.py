@@ -7,11 +7,13 @@ import pytest
 
 from fedloom.core.errors import ConfigError
 from fedloom.core.schema import LORA, Role
-from fedloom.strategies.api import Plan, State, Strategy
+from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.conformance import StrategyConformance, run_round
 from fedloom.strategies.fedavg import FedAvg
+from fedloom.strategies.fedopt import FedOpt
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.robust.krum import krum
+from fedloom.strategies.start import starting_adapter
 from fedloom.strategies.transforms.average import Average, select
 from fedloom.strategies.transforms.norm_bound import NormBound
 from fedloom.strategies.transforms.refactorize import OrthonormalStart, Refactorize
@@ -25,6 +27,8 @@ class TestAround(StrategyConformance):
             lambda: Refactorize(FedAvg(), 2),
             lambda: Refactorize(krum(inner="fedavg")),
             lambda: NormBound(Refactorize(OrthonormalStart(FedAvg(train_head=False))), 1e3),
+            lambda: FedSVD(server_momentum=0.9),
+            lambda: FedSVD(singular_values="both"),
         ],
     )
     def _make(self, request: pytest.FixtureRequest) -> None:
@@ -78,6 +82,72 @@ def test_what_would_stay_in_the_old_coordinates_is_refused() -> None:
         strategy.plan(state, 0, "ada")
     with pytest.raises(ConfigError, match="refactorization period is 0; set a number of rounds from 1 up"):
         FedSVD(period=0)
+
+
+def test_roots_of_the_singular_values_go_to_both_factors() -> None:
+    battery, strategy = TestAround(), FedSVD(singular_values="both")
+    schema = battery.schema()
+    state = strategy.init(schema, starting_adapter(schema, 3), 3)
+    for _ in range(3):
+        updates = battery.updates(strategy, state)
+        averaged = run_round(Average(select(Role.LORA_B)), state, updates).adapter
+
+        state = run_round(strategy, state, updates)
+
+        for pair in schema.pairs:
+            b, a = (state.adapter[name].astype(np.float64) for name in (pair.b, pair.a))
+            product = averaged[pair.b].astype(np.float64) @ averaged[pair.a]
+            sigma = np.linalg.svd(product, compute_uv=False)[:3]
+            np.testing.assert_allclose(b @ a, product, atol=1e-6)
+            np.testing.assert_allclose(b.T @ b, np.diag(sigma), atol=1e-5)
+            np.testing.assert_allclose(a @ a.T, np.diag(sigma), atol=1e-5)
+
+
+def test_a_direction_without_a_singular_value_can_still_be_trained() -> None:
+    battery, strategy = TestAround(), FedSVD(singular_values="both")
+    schema = battery.schema()
+    state = strategy.init(schema, starting_adapter(schema, 3), 3)
+    updates = battery.updates(strategy, state)
+    for update in updates:
+        for pair in schema.pairs:
+            update.delta[pair.b][:, 1:] = 0  # type: ignore[index]
+
+    state = run_round(strategy, state, updates)
+
+    for pair in schema.pairs:
+        np.testing.assert_allclose(np.linalg.norm(state.adapter[pair.a][1:], axis=1), 1.0, atol=1e-6)
+        assert not state.adapter[pair.b][:, 1:].any()
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_momentum_turns_along_with_the_basis(period: int) -> None:
+    """FedSVD with momentum on the coordinator is FFA with the same, seen in another basis; left behind, it is not."""
+    schema = TestAround().schema().select(LORA)
+    svd = FedSVD(server_momentum=0.9, period=period)
+    ffa = FedOpt("momentum", 1.0, beta1=0.9)
+    start = OrthonormalStart(ffa).init(schema, starting_adapter(schema, 3), 3)
+    states = {svd: start, ffa: start}
+    draw = np.random.default_rng(5)
+    for _ in range(5):
+        moves = {pair: draw.normal(0, 0.1, start.adapter[pair.b].shape) for pair in schema.pairs}
+        for strategy, state in states.items():
+            # The same change of the product, written in this strategy's basis: D A_0 = (D A_0 A^T) A.
+            turns = {p: start.adapter[p.a].astype(np.float64) @ state.adapter[p.a].T for p in schema.pairs}
+            delta = {p.b: (move @ turns[p]).astype(np.float32) for p, move in moves.items()}
+            states[strategy] = run_round(strategy, state, [Update("ada", 1.0, state.adapter, delta)])
+
+        for pair in schema.pairs:
+            ours, theirs = (state.adapter[pair.b] @ state.adapter[pair.a] for state in states.values())
+            np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    turned = np.abs(states[svd].adapter[pair.a] - states[ffa].adapter[pair.a]).max()
+    assert turned > 0.1, "the bases are far apart"
+
+
+def test_second_moments_and_roots_are_not_turned() -> None:
+    with pytest.raises(ConfigError, match="FedOpt keeps second moments in the coordinates of A and B"):
+        Refactorize(FedOpt("adam"))
+    with pytest.raises(ConfigError, match=r"momentum, which turns along only where the rows of A are orthonormal"):
+        FedSVD(server_momentum=0.5, singular_values="both")
 
 
 def test_alternating_factors_may_be_rewritten_between_their_turns() -> None:

@@ -153,7 +153,7 @@ class Undeclared(ServerOptimizer):
         (lambda: ServerOptimizer(krum(), "adam", 0.1), "Robust does not declare the trait linear"),
         (lambda: ServerOptimizer(FedOpt(), "adam", 0.1), "FedOpt has a server optimizer already"),
         (lambda: FedOpt(inner="fedsvd"), "FedSVD rewrites its coordinates"),
-        (lambda: Refactorize(FedOpt()), "FedOpt keeps moments in the coordinates of A and B"),
+        (lambda: Refactorize(FedOpt()), "FedOpt keeps second moments in the coordinates of A and B"),
         (lambda: Schedule((FedOpt(), FedSVD()), turn=lambda round: 0), "rewrites the coordinates that another keeps"),
         (
             lambda: UserLevel(FedOpt(), bytes(32), 3, 1.0, 1.0, "tree"),

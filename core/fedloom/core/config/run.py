@@ -207,8 +207,8 @@ class StrategySection(Section):
     small site has the most noise; uniform in others, in secure sums, and where the strategy takes no weights."""
     norm_bound: float | None = Field(default=None, ge=1e-6, le=1e30)
     """Longest change of one client over all trained tensors together; a longer one is scaled down. None bounds none."""
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Keyword arguments of the strategy."""
+    options: dict[str, bool | int | float | str | dict[str, bool | int | float | str]] = Field(default_factory=dict)
+    """Keyword arguments of the strategy: values, and tables of values."""
 
 
 class RoundsSection(Section):

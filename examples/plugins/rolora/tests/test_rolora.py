@@ -51,5 +51,5 @@ class TestRoLoRA(StrategyConformance):
 
 
 def test_it_is_found_by_name() -> None:
-    assert build("strategies", "rolora", {"train_head": False}) == RoLoRA(train_head=False)
-    assert entries("strategies")["rolora"].distribution == "fedloom-rolora"
+    assert build("strategies", "my-rolora", {"train_head": False}) == RoLoRA(train_head=False)
+    assert entries("strategies")["my-rolora"].distribution == "fedloom-rolora"

@@ -1,17 +1,21 @@
 """Low-rank pairs rewritten on the coordinator: the same products, in other coordinates."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from fedloom.core.errors import ConfigError
 from fedloom.core.schema import LORA, Array, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Strategy, Traits
-from fedloom.strategies.lowrank import orthonormal_rows, refactorize
+from fedloom.strategies.lowrank import RANK_TOLERANCE, orthonormal_rows, refactorize
+from fedloom.strategies.transforms.server_optimizer import FIRST_MOMENT
 from fedloom.strategies.transforms.transform import Transform
 
-__all__ = ["OrthonormalStart", "Refactorize"]
+__all__ = ["OrthonormalStart", "Refactorize", "SingularValues"]
+
+SingularValues = Literal["B", "both"]
+"""Where the singular values go: into B (algorithm 1 of FedSVD), or their roots into both factors."""
 
 
 @dataclass(frozen=True)
@@ -22,26 +26,39 @@ class Refactorize(Transform):
     is touched, so it costs no privacy. It happens on the coordinator and A is broadcast, because singular vectors
     that clients recompute need not agree.
 
+    Momentum on the coordinator turns along: with A' the new basis, m_B <- m_B A A'^T is the same direction of the
+    product, m_B A, since the rows of A lie in the span of those of A'.
+
     Args:
-        inner: Any strategy whose memory holds nothing in the coordinates of a pair.
+        inner: Any strategy whose memory holds nothing in the coordinates of a pair but momentum.
         period: Rounds from one rewriting to the next, at least 1.
+        singular_values: "B" leaves the rows of A orthonormal; "both" gives B = U S^(1/2), A = S^(1/2) V^T.
 
     Raises:
-        ConfigError: `period` is below 1, or the inner strategy keeps moments.
+        ConfigError: `period` is below 1, or the inner strategy keeps moments that cannot be turned.
     """
 
     inner: Strategy
     period: int = 1
+    singular_values: SingularValues = "B"
 
     def __post_init__(self) -> None:
         """Refuse a period that never comes, and moments that would be left in the old coordinates."""
+        who, traits = type(self.inner).__name__, self.inner.traits
         if self.period < 1:
             raise ConfigError(f"refactorization period is {self.period}; set a number of rounds from 1 up")
-        if self.inner.traits.moments:
+        if self.singular_values not in get_args(SingularValues):
+            raise ConfigError(f"singular values go to {self.singular_values!r}; choose B or both")
+        if traits.moments and not traits.linear_moments:
             raise ConfigError(
-                f"{type(self.inner).__name__} keeps moments in the coordinates of A and B, and a refactorization turns "
-                "these: the moments would belong to other directions. Leave out the server optimizer or the "
-                "refactorization"
+                f"{who} keeps second moments in the coordinates of A and B, and a refactorization turns these: the "
+                "squares of other directions cannot be had from them. Use momentum, or leave out the server optimizer "
+                "or the refactorization"
+            )
+        if traits.moments and self.singular_values == "both":
+            raise ConfigError(
+                f"{who} keeps momentum, which turns along only where the rows of A are orthonormal; "
+                'set singular_values = "B" or leave out the momentum'
             )
 
     @property
@@ -67,7 +84,20 @@ class Refactorize(Transform):
     def commit(self, state: State, acc: Any) -> State:
         """What the inner strategy commits, with its pairs rewritten if their round has come."""
         after = self.inner.commit(state, acc)
-        return replace(after, adapter=_rewritten(after)) if after.round % self.period == 0 else after
+        return self._rewritten(after) if after.round % self.period == 0 else after
+
+    def _rewritten(self, state: State) -> State:
+        adapter, memory = dict(state.adapter), dict(state.memory)
+        for pair in state.schema.pairs:
+            old = adapter[pair.a].astype(np.float64)
+            b, a = refactorize(adapter[pair.b], old)
+            if self.singular_values == "both":
+                roots = _roots(b)
+                b, a = b / roots, a * roots[:, None]
+            adapter[pair.b], adapter[pair.a] = b.astype(np.float32), a.astype(np.float32)
+            if (moment := FIRST_MOMENT + pair.b) in memory:
+                memory[moment] = memory[moment] @ (old @ a.T)
+        return replace(state, adapter=adapter, memory=memory)
 
 
 @dataclass(frozen=True)
@@ -97,9 +127,10 @@ class OrthonormalStart(Transform):
         return replace(state, adapter={**state.adapter, **rotated})
 
 
-def _rewritten(state: State) -> dict[str, Array]:
-    adapter = dict(state.adapter)
-    for pair in state.schema.pairs:
-        b, a = refactorize(adapter[pair.b], adapter[pair.a])
-        adapter[pair.b], adapter[pair.a] = b.astype(np.float32), a.astype(np.float32)
-    return adapter
+def _roots(b: Array) -> Array:
+    """Square roots of the column norms of B, which are the singular values; 1 for those that are zero.
+
+    A row of A that its zero singular value would shrink to nothing could never be trained again.
+    """
+    lengths = np.linalg.norm(b, axis=0)
+    return np.sqrt(np.where(lengths > RANK_TOLERANCE * lengths.max(), lengths, 1.0))

@@ -46,6 +46,8 @@ class Schedule(Strategy):
             linear=all(each.linear for each in found),
             rewrites=any(each.rewrites for each in found),
             moments=any(each.moments for each in found),
+            linear_moments=all(each.linear_moments for each in found if each.moments),
+            lossy=any(each.lossy for each in found),
             keeps_updates=any(each.keeps_updates for each in found),
             unweighted=any(each.unweighted for each in found),
             least_updates=max(each.least_updates for each in found),

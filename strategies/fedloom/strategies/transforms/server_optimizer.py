@@ -13,12 +13,14 @@ from fedloom.strategies.api import State, Strategy, Traits, Update
 from fedloom.strategies.transforms.average import Sum, fold, mean, uploaded
 from fedloom.strategies.transforms.transform import Transform
 
-__all__ = ["Optimizer", "ServerOptimizer"]
+__all__ = ["FIRST_MOMENT", "Optimizer", "ServerOptimizer"]
 
 Float64 = npt.NDArray[np.float64]
 Optimizer = Literal["momentum", "adagrad", "adam", "yogi"]
 
-_FIRST, _SECOND = "server_optimizer/first/", "server_optimizer/second/"
+FIRST_MOMENT = "server_optimizer/first/"
+"""What stands before a tensor's name where `memory` holds its first moment."""
+_SECOND = "server_optimizer/second/"
 _ANYONE = ""
 """The client whose plan everybody gets: the inner strategy is linear, so its plan does not depend on it."""
 _SECOND_MOMENT: dict[str, Callable[[Float64, Float64, float], Float64]] = {
@@ -83,7 +85,7 @@ class ServerOptimizer(Transform):
         if traits.rewrites:
             raise ConfigError(
                 f"strategy {who} rewrites its coordinates, and moments of the old ones belong to other directions; "
-                "choose fedavg, ffa or fedpeft"
+                "choose fedavg, ffa or fedpeft, or fedsvd with its option server_momentum"
             )
         if traits.moments:
             raise ConfigError(f"strategy {who} has a server optimizer already; leave one out")
@@ -91,7 +93,7 @@ class ServerOptimizer(Transform):
     @property
     def traits(self) -> Traits:
         """The inner strategy's, and that there are moments."""
-        return replace(self.inner.traits, moments=True)
+        return replace(self.inner.traits, moments=True, linear_moments=self.name == "momentum")
 
     def fold(self, state: State, acc: Sum | None, update: Update) -> Sum:
         """Add one weighted update, see `average.fold`.
@@ -111,7 +113,7 @@ class ServerOptimizer(Transform):
         moments: dict[str, Array] = {}
         step: dict[str, Array] = {}
         for name, change in mean(acc).items():
-            first = state.memory.get(_FIRST + name, np.zeros(change.shape))
+            first = state.memory.get(FIRST_MOMENT + name, np.zeros(change.shape))
             if self.name == "momentum":
                 first = self.beta1 * first + change
                 step[name] = self.learning_rate * first
@@ -121,7 +123,7 @@ class ServerOptimizer(Transform):
                 second = _SECOND_MOMENT[self.name](second.astype(np.float64), change**2, self.beta2)
                 step[name] = self.learning_rate * first / (np.sqrt(second) + self.tau)
                 moments[_SECOND + name] = second
-            moments[_FIRST + name] = first
+            moments[FIRST_MOMENT + name] = first
         start = self.inner.plan(state, state.round, _ANYONE).broadcast
         one = Update(f"step of {self.name}", 1.0, start, {n: each.astype(np.float32) for n, each in step.items()})
         after = self.inner.commit(state, self.inner.fold(state, None, one))

@@ -1,0 +1,1 @@
+"""Strategies that train one factor of a pair at a time."""

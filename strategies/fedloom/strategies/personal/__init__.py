@@ -1,0 +1,1 @@
+"""Strategies in which part of the adapter stays with its client."""

@@ -1,0 +1,1 @@
+"""Strategies in which each client works at a rank of its own."""
