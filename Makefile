@@ -65,6 +65,7 @@ check: setup
 	lint-imports
 	python docs/make_reference.py --check
 	python docs/make_mutations.py --check
+	python docs/make_papers.py --check
 	$(MAKE) --no-print-directory proto
 	git diff --exit-code -- proto
 
@@ -79,6 +80,7 @@ proto: setup
 docs: setup
 	python docs/make_reference.py
 	python docs/make_mutations.py
+	python docs/make_papers.py
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --site-dir site
 
 bench: setup

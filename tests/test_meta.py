@@ -155,8 +155,9 @@ def test_every_command_error_and_component_is_in_the_reference() -> None:
             assert mark.format(name) in text
 
 
-def test_the_reference_is_current() -> None:
-    command = [sys.executable, "docs/make_reference.py", "--check"]
+@pytest.mark.parametrize("page", ["reference", "papers"])
+def test_what_is_made_from_the_code_is_current(page: str) -> None:
+    command = [sys.executable, f"docs/make_{page}.py", "--check"]
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
 

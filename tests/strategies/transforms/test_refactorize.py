@@ -9,6 +9,7 @@ from fedloom.core.errors import ConfigError
 from fedloom.core.schema import LORA, Role
 from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.conformance import StrategyConformance, run_round
+from fedloom.strategies.fedask import FedASK
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedopt import FedOpt
 from fedloom.strategies.fedsvd import FedSVD
@@ -84,8 +85,9 @@ def test_what_would_stay_in_the_old_coordinates_is_refused() -> None:
         FedSVD(period=0)
 
 
-def test_roots_of_the_singular_values_go_to_both_factors() -> None:
-    battery, strategy = TestAround(), FedSVD(singular_values="both")
+@pytest.mark.parametrize("strategy", [FedSVD(singular_values="both"), FedASK()], ids=["fedsvd", "fedask"])
+def test_roots_of_the_singular_values_go_to_both_factors(strategy: Strategy) -> None:
+    battery = TestAround()
     schema = battery.schema()
     state = strategy.init(schema, starting_adapter(schema, 3), 3)
     for _ in range(3):
@@ -110,7 +112,7 @@ def test_a_direction_without_a_singular_value_can_still_be_trained() -> None:
     updates = battery.updates(strategy, state)
     for update in updates:
         for pair in schema.pairs:
-            update.delta[pair.b][:, 1:] = 0  # type: ignore[index]
+            update.delta[pair.b][:, 1:] = 0
 
     state = run_round(strategy, state, updates)
 

@@ -12,7 +12,7 @@ from fedloom.strategies.lowrank import refactorize
 from fedloom.strategies.stacking.stack import Float64, Kept, Stack, corrected, keep, shares, stack, unpaired
 from fedloom.strategies.transforms.average import begin, trained
 
-__all__ = ["FedEx"]
+__all__ = ["FedEx", "averaged"]
 
 
 @dataclass(frozen=True)
