@@ -77,6 +77,27 @@ def dp_step(
 
 
 @app.command()
+def commit(
+    strategy: Annotated[str, typer.Option(help="Name of a registered strategy.")] = "fedsvd",
+    width: Annotated[int, typer.Option(help="Inputs and outputs of a layer.", min=16)] = 4096,
+    rank: Annotated[int, typer.Option(help="Rank of every pair.", min=1)] = 16,
+    layers: Annotated[int, typer.Option(help="Layers whose commit is timed.", min=1)] = 16,
+    json_line: Json = False,
+) -> None:
+    """Time a strategy's commit against the SVD of a dense product, and compare its memory for 10 and 200 clients.
+
+    For memory it needs Linux.
+
+    Example: fedloom bench commit --strategy flexlora --json
+    """
+    if 2 * rank > width:
+        raise typer.BadParameter(f"a rank of {rank} on layers of {width}; at most half the width is allowed")
+    from fedloom.simulation.benchmarks.commit import bench_commit
+
+    _report("commit", bench_commit(strategy=strategy, width=width, rank=rank, layers=layers), json_line)
+
+
+@app.command()
 def secagg(
     rounds: Annotated[int, typer.Option(help="Rounds of each kind, in turn, after two to warm up.", min=3)] = 15,
     clients: Annotated[int, typer.Option(help="Client processes.", min=3, max=256)] = 16,

@@ -1,0 +1,56 @@
+"""No strategy forms a product of two factors: a round takes far less memory than one dense layer."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from fedloom.core.registry import build, entries
+from fedloom.core.schema import Role, Schema, TensorSpec
+from fedloom.strategies.api import Strategy
+from fedloom.strategies.conformance import respond, run_round
+from fedloom.strategies.start import starting_adapter
+
+WIDTH, RANK = 4096, 2
+SCHEMA = Schema(
+    (
+        TensorSpec("m.lora_A", "m", Role.LORA_A, (RANK, WIDTH)),
+        TensorSpec("m.lora_B", "m", Role.LORA_B, (WIDTH, RANK)),
+        TensorSpec("classifier.weight", "classifier", Role.HEAD, (2, 4)),
+    )
+)
+
+
+def _peak_of_two_rounds(strategy: Strategy) -> int:
+    state = strategy.init(SCHEMA, starting_adapter(SCHEMA, 1), 1)
+    clients = [f"client-{index}" for index in range(max(3, strategy.traits.least_updates))]
+    tracemalloc.start()
+    try:
+        for _ in range(2):
+            updates = [
+                respond(SCHEMA, strategy.plan(state, state.round, client), client, index)
+                for index, client in enumerate(clients)
+            ]
+            state = run_round(strategy, state, updates)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", list(entries("strategies")))
+def test_a_round_takes_less_than_a_tenth_of_a_dense_layer(name: str) -> None:
+    strategy: Strategy = build("strategies", name, {"train_head": True})
+
+    assert _peak_of_two_rounds(strategy) < WIDTH * WIDTH * 4 / 10
+
+
+def test_a_product_would_be_seen() -> None:
+    strategy: Strategy = build("strategies", "fedavg", {"train_head": True})
+    tracemalloc.start()
+    state = strategy.init(SCHEMA, starting_adapter(SCHEMA, 1), 1)
+    product = state.adapter["m.lora_B"] @ state.adapter["m.lora_A"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert product.nbytes == np.prod(product.shape) * 4
+    assert peak > WIDTH * WIDTH * 4
