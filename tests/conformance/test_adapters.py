@@ -9,7 +9,10 @@ from torch import nn
 from fedloom.client.adapters.api import Traits
 from fedloom.client.adapters.bias import Bias
 from fedloom.client.adapters.head_only import HeadOnly
+from fedloom.client.adapters.layer_norm import LayerNorm
 from fedloom.client.adapters.lora import LoRA
+from fedloom.client.adapters.scaling.ia3 import IA3
+from fedloom.client.adapters.scaling.ssf import SSF
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, recording, rule, scale
 from fedloom.conformance.adapters import AdapterConformance
@@ -29,6 +32,21 @@ class TestBias(AdapterConformance):
 class TestHeadOnly(AdapterConformance):
     def adapter(self) -> HeadOnly:
         return HeadOnly()
+
+
+class TestLayerNorm(AdapterConformance):
+    def adapter(self) -> LayerNorm:
+        return LayerNorm()
+
+
+class TestIA3(AdapterConformance):
+    def adapter(self) -> IA3:
+        return IA3(targets=("key", "value", "dense"), feedforward=("dense",))
+
+
+class TestSSF(AdapterConformance):
+    def adapter(self) -> SSF:
+        return SSF(targets=("query", "dense"))
 
 
 class NotPrivate(LoRA):

@@ -48,9 +48,10 @@ def attach(host: Host, kind: str, adapter: Adapter) -> tuple[PeftModel, list[Slo
         # transformers 5 deprecates an attribute that peft still reads; nothing a user can act on.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         model = adapter.attach(host)
-    slots = adapter.slots(model)
+    heads = head.slots(model, host.head)
+    taken = {slot.parameter for slot in heads}  # a head is trained whole, whatever of it the kind would train too
+    slots = [slot for slot in adapter.slots(model) if slot.parameter not in taken] + heads
     model.requires_grad_(False)
-    slots += head.slots(model, host.head)
     if not slots:
         raise ModelError(
             f"{type(host.base).__name__} has nothing that adapter.kind = {kind!r} trains; choose another kind, see "

@@ -64,21 +64,24 @@ class LoRA(Section):
         """Nothing: PEFT merges pairs."""
 
 
-def carrier(host: Host, targets: Targets, bias: str = "none") -> PeftModel:
+def carrier(host: Host, targets: Targets, bias: str = "none", saved: tuple[str, ...] = ()) -> PeftModel:
     """A PeftModel for kinds that PEFT does not know: rank-1 pairs whose B stays zero. It loads anywhere.
 
     Args:
         host: The base model.
         targets: Layers that get such a pair; PEFT needs one.
         bias: Which biases PEFT saves with it, none or all.
+        saved: Full names of modules beside the head of which PEFT saves a copy, which takes their place.
 
     Raises:
         ModelError: No layer has one of the target names.
     """
-    return with_pairs(host, targets, 1, 1.0, bias)
+    return with_pairs(host, targets, 1, 1.0, bias, saved)
 
 
-def with_pairs(host: Host, targets: Targets, rank: int, alpha: float, bias: str = "none") -> PeftModel:
+def with_pairs(
+    host: Host, targets: Targets, rank: int, alpha: float, bias: str = "none", saved: tuple[str, ...] = ()
+) -> PeftModel:
     """A PeftModel with one pair on every target layer, which saves the head with them.
 
     Raises:
@@ -95,7 +98,7 @@ def with_pairs(host: Host, targets: Targets, rank: int, alpha: float, bias: str 
         lora_dropout=0.0,
         bias=bias,
         task_type=host.task_type,
-        modules_to_save=heads or None,
+        modules_to_save=[*heads, *saved] or None,
         fan_in_fan_out=transposed,
     )
     with warnings.catch_warnings():
