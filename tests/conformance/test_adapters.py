@@ -11,8 +11,11 @@ from fedloom.client.adapters.bias import Bias
 from fedloom.client.adapters.head_only import HeadOnly
 from fedloom.client.adapters.layer_norm import LayerNorm
 from fedloom.client.adapters.lora import LoRA
+from fedloom.client.adapters.miss import MiSS
 from fedloom.client.adapters.scaling.ia3 import IA3
 from fedloom.client.adapters.scaling.ssf import SSF
+from fedloom.client.adapters.spectral.lora_sb import LoRASB
+from fedloom.client.adapters.spectral.svfit import SVFit
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, recording, rule, scale
 from fedloom.conformance.adapters import AdapterConformance
@@ -47,6 +50,21 @@ class TestIA3(AdapterConformance):
 class TestSSF(AdapterConformance):
     def adapter(self) -> SSF:
         return SSF(targets=("query", "dense"))
+
+
+class TestMiSS(AdapterConformance):
+    def adapter(self) -> MiSS:
+        return MiSS(rank=5, targets=("query", "dense"))  # 32 inputs are six shards of 5 and a rest
+
+
+class TestLoRASB(AdapterConformance):
+    def adapter(self) -> LoRASB:
+        return LoRASB(rank=3, alpha=6, targets=("query", "dense"))
+
+
+class TestSVFit(AdapterConformance):
+    def adapter(self) -> SVFit:
+        return SVFit(rank=4, targets=("query", "dense"))
 
 
 class NotPrivate(LoRA):

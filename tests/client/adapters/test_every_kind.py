@@ -17,6 +17,9 @@ from tests.conftest import TARGETS, make_model
 KINDS: dict[str, dict[str, Any]] = {
     "ia3": {"kind": "ia3", "feedforward": ("c_fc",)},
     "ssf": {"kind": "ssf"},
+    "miss": {"kind": "miss"},
+    "lora-sb": {"kind": "lora-sb"},
+    "svfit": {"kind": "svfit"},
 }
 BATCH = {
     "input_ids": torch.tensor([[5, 17, 40, 7], [9, 9, 12, 30], [33, 2, 8, 8]]),

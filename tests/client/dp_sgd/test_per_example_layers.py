@@ -210,7 +210,7 @@ def tiny_bert() -> BertForSequenceClassification:
 REFUSED = {
     "embedding": (LoraConfig(r=2, target_modules=["word_embeddings"]), "out of adapter.targets"),
     "dora": (LoraConfig(r=2, target_modules=["query"], use_dora=True), "without DoRA"),
-    "ia3": (IA3Config(target_modules=["key"], feedforward_modules=[], task_type="SEQ_CLS"), "IA3.*use the adapter kind ia3"),
+    "ia3": (IA3Config(target_modules=["key"], feedforward_modules=[], task_type="SEQ_CLS"), "IA3.*adapter kind ia3"),
     "prompt": (PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"), "prompt tokens.*use LoRA"),
 }
 
