@@ -27,6 +27,16 @@ class TestLoRA(AdapterConformance):
         return LoRA(rank=3, alpha=6, targets=("query", "dense"))
 
 
+class TestRsLoRA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=4, alpha=6, targets=("query", "dense"), rslora=True)
+
+
+class TestDoRA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), dora=True)
+
+
 class TestBias(AdapterConformance):
     def adapter(self) -> Bias:
         return Bias()

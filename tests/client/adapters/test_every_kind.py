@@ -15,6 +15,8 @@ from fedloom.core.config.run import AdapterSection, ModelSection
 from tests.conftest import TARGETS, make_model
 
 KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"kind": "lora", "dora": True},
+    "rslora": {"kind": "lora", "rslora": True},
     "ia3": {"kind": "ia3", "feedforward": ("c_fc",)},
     "ssf": {"kind": "ssf"},
     "miss": {"kind": "miss"},

@@ -219,6 +219,8 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("by", [recording, hooked])
 def test_an_adapter_without_exact_gradients_is_refused_with_the_remedy(kind: str, by: Callable[..., object]) -> None:
+    if kind == "dora" and by is recording:
+        return  # its gradients are those of a loop, see the battery of adapter kinds
     config, remedy = REFUSED[kind]
     model = get_peft_model(tiny_bert(), config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -6,11 +6,12 @@ from peft import PeftModel
 
 from fedloom.client.adapters import head
 from fedloom.client.adapters.api import Adapter, Host
+from fedloom.client.adapters.lora import LoRA
 from fedloom.client.adapters.slot import Slot
 from fedloom.core.config.run import AdapterSection, Spec
 from fedloom.core.errors import ModelError
 
-__all__ = ["adapter_of", "attach", "check_private"]
+__all__ = ["adapter_of", "attach", "check_private", "scale_of"]
 
 
 def adapter_of(section: AdapterSection) -> Adapter:
@@ -21,6 +22,11 @@ def adapter_of(section: AdapterSection) -> Adapter:
     """
     made: Adapter = section.built()
     return made
+
+
+def scale_of(section: AdapterSection, adapter: Adapter) -> float:
+    """The scale of every pair; of a kind without pairs, for which it means nothing, alpha over rank."""
+    return adapter.scale if isinstance(adapter, LoRA) else section.alpha / section.rank
 
 
 def check_private(spec: Spec) -> None:

@@ -37,6 +37,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -149,8 +151,26 @@ def _layer_norm(module: nn.LayerNorm, tape: Tape, x: torch.Tensor) -> torch.Tens
     return shift(scale(normalised, module.weight, tape), module.bias, tape)
 
 
-LAYERS: dict[type[nn.Module], Forward] = {nn.Linear: _linear, Conv1D: _conv1d, nn.LayerNorm: _layer_norm}
-"""The recorded forward of each kind of layer; Conv1D is GPT-2's linear layer, whose weight is (in, out)."""
+def _dora(module: DoraLinearLayer, tape: Tape, x: torch.Tensor, **given: Any) -> torch.Tensor:
+    """What PEFT adds to a layer's result, as it computes it: m ⊙ V x / ‖V‖ - W0 x.
+
+    ‖V‖ is a constant to the gradient, as in section 4.3 of the paper, and the same for every example.
+    """
+    layer, scaling, a, b = (given[name] for name in ("base_layer", "scaling", "lora_A", "lora_B"))
+    weight, pair = dequantize_module_weight(layer), (b.weight @ a.weight).detach()
+    norms = module.get_weight_norm(weight.to(x.dtype), pair.to(x.dtype), scaling).detach()
+    plain: torch.Tensor = given["base_result"] if layer.bias is None else given["base_result"] - layer.bias
+    return scale((plain + scaling * b(a(x))) / norms, module.weight, tape) - plain
+
+
+LAYERS: dict[type[nn.Module], Forward] = {
+    nn.Linear: _linear,
+    Conv1D: _conv1d,
+    nn.LayerNorm: _layer_norm,
+    DoraLinearLayer: _dora,
+}
+"""The recorded forward of each kind of layer. Conv1D is GPT-2's linear layer, whose weight is (in, out); PEFT's layer
+has DoRA's magnitudes, and the pair beside it is recorded by itself."""
 
 
 def rule(kind: type[nn.Module]) -> Forward | None:
