@@ -11,9 +11,13 @@ from fedloom.client.adapters.bias import Bias
 from fedloom.client.adapters.head_only import HeadOnly
 from fedloom.client.adapters.layer_norm import LayerNorm
 from fedloom.client.adapters.lora import LoRA
+from fedloom.client.adapters.low_rank.hydra import Hydra
+from fedloom.client.adapters.low_rank.tucker import Tucker
+from fedloom.client.adapters.low_rank.vera import VeRA
 from fedloom.client.adapters.miss import MiSS
 from fedloom.client.adapters.scaling.ia3 import IA3
 from fedloom.client.adapters.scaling.ssf import SSF
+from fedloom.client.adapters.sparse import Sparse
 from fedloom.client.adapters.spectral.lora_sb import LoRASB
 from fedloom.client.adapters.spectral.svfit import SVFit
 from fedloom.client.models.adapter_model import AdapterModel
@@ -75,6 +79,26 @@ class TestLoRASB(AdapterConformance):
 class TestSVFit(AdapterConformance):
     def adapter(self) -> SVFit:
         return SVFit(rank=4, targets=("query", "dense"))
+
+
+class TestSparse(AdapterConformance):
+    def adapter(self) -> Sparse:
+        return Sparse(share=0.1, targets=("query", "dense"))
+
+
+class TestVeRA(AdapterConformance):
+    def adapter(self) -> VeRA:
+        return VeRA(rank=3, targets=("query", "dense"))
+
+
+class TestHydra(AdapterConformance):
+    def adapter(self) -> Hydra:
+        return Hydra(rank=3, targets=("query", "dense"))
+
+
+class TestTucker(AdapterConformance):
+    def adapter(self) -> Tucker:
+        return Tucker(rank=3, targets=("query", "dense"))
 
 
 class NotPrivate(LoRA):

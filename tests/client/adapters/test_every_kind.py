@@ -22,6 +22,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "miss": {"kind": "miss"},
     "lora-sb": {"kind": "lora-sb"},
     "svfit": {"kind": "svfit"},
+    "sparse": {"kind": "sparse", "share": 0.2},
+    "vera": {"kind": "vera"},
+    "hydra": {"kind": "hydra"},
+    "tucker": {"kind": "tucker"},
 }
 BATCH = {
     "input_ids": torch.tensor([[5, 17, 40, 7], [9, 9, 12, 30], [33, 2, 8, 8]]),

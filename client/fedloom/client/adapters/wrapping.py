@@ -83,18 +83,21 @@ def wrappers(model: PeftModel) -> list[tuple[str, Wrapper]]:
     return [(name, module) for name, module in named if isinstance(module, Wrapper)]
 
 
-def wrapped_slots(model: PeftModel, axes: Mapping[str, int] | None = None) -> list[Slot]:
-    """The parameters that wrappers own, in model order; each starts at zero.
+def wrapped_slots(
+    model: PeftModel, starts: Mapping[str, Start] | None = None, axes: Mapping[str, int] | None = None
+) -> list[Slot]:
+    """The parameters that wrappers own, in model order.
 
     Args:
         model: The model with its wrappers.
+        starts: What tensors are before the first round, by role; zero if it is not here.
         axes: The axis that is the rank, by role; a role that is not here has none.
     """
     found: list[Slot] = []
     for name, module in wrappers(model):
         for role, each in module.named_parameters(recurse=False):
-            axis = (axes or {}).get(role)
-            found.append(Slot(TensorSpec(f"{name}.{role}", name, role, tuple(each.shape), Start.ZERO, axis), each))
+            start, axis = (starts or {}).get(role, Start.ZERO), (axes or {}).get(role)
+            found.append(Slot(TensorSpec(f"{name}.{role}", name, role, tuple(each.shape), start, axis), each))
     return found
 
 
