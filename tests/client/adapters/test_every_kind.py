@@ -1,17 +1,22 @@
 """Each adapter kind on models that the battery's BERT is unlike: transposed weights, and no biases or layer norms."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedloom.client.adapters.attach import adapter_of
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import load_exported, save_result
 from fedloom.client.models.load import load_model
+from fedloom.client.policy import ComputePolicy
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
+from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.training.trainer import batch_loss
 from fedloom.core.config.run import AdapterSection, ModelSection
+from fedloom.core.errors import ModelError
 from tests.conftest import TARGETS, make_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -83,3 +88,25 @@ def test_its_gradients_of_examples_equal_a_naive_loop(model: AdapterModel) -> No
         tape.finish()
 
         torch.testing.assert_close(tape.flat, torch.stack(alone), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not adapter_of(options(kind, "llama")).traits.trains_base])
+def test_it_trains_on_a_base_model_of_half_precision(small_bases: dict[str, Path], kind: str) -> None:
+    """Its own values are float32, the sensitivity probe passes, and scores are the float32 model's but for rounding."""
+    section = ModelSection(base=str(small_bases["llama"]), labels=("no", "yes"), max_length=16)
+    whole = make_model(section, options(kind, "llama"))
+    half = load_model(section, options(kind, "llama"), ComputePolicy(device="cpu", dtype="bfloat16"))
+    half.load(whole.read(whole.schema))
+
+    assert {slot.parameter.dtype for slot in half.slots.values()} == {torch.float32}
+    torch.testing.assert_close(scores(half.model).float(), scores(whole.model), rtol=0.1, atol=0.1)
+    probe(half, partial(batch_loss, half), 16)
+    assert half.probed
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if adapter_of(options(kind, "llama")).traits.trains_base])
+def test_it_says_that_it_needs_float32(small_bases: dict[str, Path], kind: str) -> None:
+    section = ModelSection(base=str(small_bases["llama"]), labels=("no", "yes"), max_length=16)
+
+    with pytest.raises(ModelError, match="needs all of it in float32"):
+        load_model(section, options(kind, "llama"), ComputePolicy(device="cpu", dtype="bfloat16"))

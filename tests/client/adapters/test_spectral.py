@@ -9,7 +9,6 @@ import torch
 from fedloom.client.adapters.spectral.basis import leading_singular
 from fedloom.client.adapters.wrapping import plain
 from fedloom.client.models.load import load_model
-from fedloom.client.policy import ComputePolicy
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 from tests.conftest import make_model
@@ -85,10 +84,3 @@ def test_a_weight_with_equal_singular_values_is_refused(weight: torch.Tensor) ->
 def test_a_rank_above_the_layers_size_is_refused(model_section: ModelSection) -> None:
     with pytest.raises(ModelError, match=r"query: adapter\.rank = 33 is above its 32 singular values"):
         load_model(model_section, AdapterSection(kind="svfit", rank=33))
-
-
-@pytest.mark.parametrize("kind", ["lora-sb", "svfit"])
-def test_weights_of_few_bits_are_refused(model_section: ModelSection, kind: str) -> None:
-    """Rounding them gives other singular vectors than those of the other clients."""
-    with pytest.raises(ModelError, match="or makes its own of them, which needs all of it in float32"):
-        load_model(model_section, AdapterSection(kind=kind), ComputePolicy(device="cpu", dtype="bfloat16"))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets
 from fedloom.client.adapters.slot import Slot
-from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, unwrap, wrapped_slots
+from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, sizes, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, product
 from fedloom.core.config.parsing import Section
 from fedloom.core.limits import MAX_RANK
@@ -28,7 +28,7 @@ class _Sharded(Wrapper):
 
     def __init__(self, inner: nn.Module, rank: int) -> None:
         super().__init__(inner)
-        outputs, inputs = matrix(inner).shape
+        outputs, inputs = sizes(inner)
         if rank > inputs:
             raise ValueError(f"adapter.rank = {rank} is above its {inputs} inputs; lower it, or name other layers")
         self.miss_block = nn.Parameter(torch.zeros(rank, outputs))

@@ -19,7 +19,7 @@ from fedloom.client.privacy.dp_sgd.grad_sample import Tape
 from fedloom.core.errors import ModelError
 from fedloom.core.schema import Start, TensorSpec
 
-__all__ = ["Wrapper", "attach_around", "matrix", "plain", "unwrap", "wrapped_slots", "wrappers"]
+__all__ = ["Wrapper", "attach_around", "matrix", "plain", "sizes", "unwrap", "wrapped_slots", "wrappers"]
 
 _UNRECORDED = Tape([])
 
@@ -112,6 +112,15 @@ def unwrap(model: PeftModel) -> None:
 def plain(layer: nn.Module) -> Any:
     """The base model's own layer, with a weight and perhaps a bias; PEFT's carrier may be around it."""
     return getattr(layer, "base_layer", layer)
+
+
+def sizes(layer: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer, whose weight may be packed into 4 bits."""
+    inside = plain(layer)
+    if isinstance(inside, Conv1D):
+        inputs, outputs = inside.weight.shape
+        return outputs, inputs
+    return inside.out_features, inside.in_features
 
 
 def matrix(layer: nn.Module) -> torch.Tensor:

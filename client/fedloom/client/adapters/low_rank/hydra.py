@@ -13,7 +13,7 @@ from torch import nn
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets
 from fedloom.client.adapters.slot import Slot
-from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, plain, unwrap, wrapped_slots
+from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, plain, sizes, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, product
 from fedloom.core.config.parsing import Section
 from fedloom.core.limits import MAX_RANK
@@ -30,7 +30,7 @@ class _Branches(Wrapper):
 
     def __init__(self, inner: nn.Module, rank: int) -> None:
         super().__init__(inner)
-        outputs, inputs = matrix(inner).shape
+        outputs, inputs = sizes(inner)
         self.parallel_A = nn.Parameter(torch.zeros(rank, inputs))
         self.parallel_B = nn.Parameter(torch.zeros(outputs, rank))
         self.sequential_A = nn.Parameter(torch.zeros(rank, outputs))

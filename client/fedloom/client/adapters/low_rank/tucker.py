@@ -14,7 +14,7 @@ from torch import nn
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets
 from fedloom.client.adapters.slot import Slot
-from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, unwrap, wrapped_slots
+from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, sizes, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, product
 from fedloom.core.config.parsing import Section
 from fedloom.core.limits import MAX_RANK
@@ -30,7 +30,7 @@ class _Decomposed(Wrapper):
 
     def __init__(self, inner: nn.Module, rank: int, scale: float) -> None:
         super().__init__(inner)
-        outputs, inputs = matrix(inner).shape
+        outputs, inputs = sizes(inner)
         self.scale = scale
         self.tucker_V = nn.Parameter(torch.zeros(rank, inputs))
         self.tucker_G = nn.Parameter(torch.zeros(rank, rank))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets, linear_targets
 from fedloom.client.adapters.slot import Slot
-from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, unwrap, wrapped_slots
+from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, sizes, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, scale
 from fedloom.core.config.parsing import Section
 from fedloom.core.limits import MAX_RANK
@@ -33,7 +33,7 @@ class _ScaledPair(Wrapper):
 
     def __init__(self, inner: nn.Module, right: torch.Tensor, left: torch.Tensor, start: float) -> None:
         super().__init__(inner)
-        outputs, inputs = matrix(inner).shape
+        outputs, inputs = sizes(inner)
         rank, self.start = len(right), start
         # Kaiming-uniform at each layer's own size, as in the paper.
         self.register_buffer("right", math.sqrt(6 / inputs) * right[:, :inputs], persistent=False)
@@ -75,7 +75,7 @@ class VeRA(Section):
             ModelError: No layer has one of the target names.
         """
         names = linear_targets(host.base, self.targets, host.head)
-        shapes = [matrix(host.base.get_submodule(name)).shape for name in names]
+        shapes = [sizes(host.base.get_submodule(name)) for name in names]
         right = _uniform(self.seed, 0, (max(inputs for _, inputs in shapes), self.rank)).t()
         left = _uniform(self.seed, 1, (max(outputs for outputs, _ in shapes), self.rank))
         return attach_around(host, self.targets, lambda layer: _ScaledPair(layer, right, left, self.d_initial))

@@ -12,7 +12,7 @@ from torch import nn
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets, linear_targets
 from fedloom.client.adapters.slot import Slot
-from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, plain, unwrap, wrapped_slots
+from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, plain, sizes, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, scale
 from fedloom.core.config.parsing import Section
 from fedloom.core.errors import ModelError
@@ -25,7 +25,7 @@ class _Outputs(Wrapper):
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__(inner)
-        self.ia3_l = nn.Parameter(torch.zeros(len(matrix(inner))))
+        self.ia3_l = nn.Parameter(torch.zeros(sizes(inner)[0]))
 
     def recorded(self, tape: Tape, x: torch.Tensor) -> torch.Tensor:
         y = self.given(x)
@@ -42,7 +42,7 @@ class _Inputs(Wrapper):
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__(inner)
-        self.ia3_l = nn.Parameter(torch.zeros(matrix(inner).shape[1]))
+        self.ia3_l = nn.Parameter(torch.zeros(sizes(inner)[1]))
 
     def recorded(self, tape: Tape, x: torch.Tensor) -> torch.Tensor:
         return self.given((x + scale(x, self.ia3_l, tape)).to(x.dtype))

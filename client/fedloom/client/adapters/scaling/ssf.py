@@ -11,7 +11,7 @@ from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.layer_norm import layer_norms
 from fedloom.client.adapters.lora import Targets
 from fedloom.client.adapters.slot import Slot
-from fedloom.client.adapters.wrapping import Wrapper, attach_around, plain, unwrap, wrapped_slots
+from fedloom.client.adapters.wrapping import Wrapper, attach_around, plain, sizes, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, scale, shift
 from fedloom.core.config.parsing import Section
 
@@ -27,7 +27,7 @@ class _ScaleShift(Wrapper):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__(inner)
         layer = plain(inner)
-        size = layer.weight.shape[1] if isinstance(layer, Conv1D) else layer.weight.shape[0]
+        size = len(layer.weight) if isinstance(layer, nn.LayerNorm) else sizes(layer)[0]
         self.scale = nn.Parameter(torch.zeros(size))
         self.shift = None if layer.bias is None else nn.Parameter(torch.zeros(size))
 
