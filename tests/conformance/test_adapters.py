@@ -9,7 +9,17 @@ from torch import nn
 from fedloom.client.adapters.api import Traits
 from fedloom.client.adapters.bias import Bias
 from fedloom.client.adapters.head_only import HeadOnly
+from fedloom.client.adapters.layer_norm import LayerNorm
 from fedloom.client.adapters.lora import LoRA
+from fedloom.client.adapters.low_rank.hydra import Hydra
+from fedloom.client.adapters.low_rank.tucker import Tucker
+from fedloom.client.adapters.low_rank.vera import VeRA
+from fedloom.client.adapters.miss import MiSS
+from fedloom.client.adapters.scaling.ia3 import IA3
+from fedloom.client.adapters.scaling.ssf import SSF
+from fedloom.client.adapters.sparse import Sparse
+from fedloom.client.adapters.spectral.lora_sb import LoRASB
+from fedloom.client.adapters.spectral.svfit import SVFit
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, recording, rule, scale
 from fedloom.conformance.adapters import AdapterConformance
@@ -21,6 +31,16 @@ class TestLoRA(AdapterConformance):
         return LoRA(rank=3, alpha=6, targets=("query", "dense"))
 
 
+class TestRsLoRA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=4, alpha=6, targets=("query", "dense"), rslora=True)
+
+
+class TestDoRA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), dora=True)
+
+
 class TestBias(AdapterConformance):
     def adapter(self) -> Bias:
         return Bias()
@@ -29,6 +49,56 @@ class TestBias(AdapterConformance):
 class TestHeadOnly(AdapterConformance):
     def adapter(self) -> HeadOnly:
         return HeadOnly()
+
+
+class TestLayerNorm(AdapterConformance):
+    def adapter(self) -> LayerNorm:
+        return LayerNorm()
+
+
+class TestIA3(AdapterConformance):
+    def adapter(self) -> IA3:
+        return IA3(targets=("key", "value", "dense"), feedforward=("dense",))
+
+
+class TestSSF(AdapterConformance):
+    def adapter(self) -> SSF:
+        return SSF(targets=("query", "dense"))
+
+
+class TestMiSS(AdapterConformance):
+    def adapter(self) -> MiSS:
+        return MiSS(rank=5, targets=("query", "dense"))  # 32 inputs are six shards of 5 and a rest
+
+
+class TestLoRASB(AdapterConformance):
+    def adapter(self) -> LoRASB:
+        return LoRASB(rank=3, alpha=6, targets=("query", "dense"))
+
+
+class TestSVFit(AdapterConformance):
+    def adapter(self) -> SVFit:
+        return SVFit(rank=4, targets=("query", "dense"))
+
+
+class TestSparse(AdapterConformance):
+    def adapter(self) -> Sparse:
+        return Sparse(share=0.1, targets=("query", "dense"))
+
+
+class TestVeRA(AdapterConformance):
+    def adapter(self) -> VeRA:
+        return VeRA(rank=3, targets=("query", "dense"))
+
+
+class TestHydra(AdapterConformance):
+    def adapter(self) -> Hydra:
+        return Hydra(rank=3, targets=("query", "dense"))
+
+
+class TestTucker(AdapterConformance):
+    def adapter(self) -> Tucker:
+        return Tucker(rank=3, targets=("query", "dense"))
 
 
 class NotPrivate(LoRA):

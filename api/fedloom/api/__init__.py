@@ -48,11 +48,23 @@ from fedloom.strategies.ffa import FFA
 if TYPE_CHECKING:
     from fedloom.client.adapters.bias import Bias
     from fedloom.client.adapters.head_only import HeadOnly as Head
+    from fedloom.client.adapters.layer_norm import LayerNorm
     from fedloom.client.adapters.lora import LoRA
+    from fedloom.client.adapters.low_rank.hydra import Hydra
+    from fedloom.client.adapters.low_rank.tucker import Tucker
+    from fedloom.client.adapters.low_rank.vera import VeRA
+    from fedloom.client.adapters.miss import MiSS
+    from fedloom.client.adapters.scaling.ia3 import IA3
+    from fedloom.client.adapters.scaling.ssf import SSF
+    from fedloom.client.adapters.sparse import Sparse
+    from fedloom.client.adapters.spectral.lora_sb import LoRASB
+    from fedloom.client.adapters.spectral.svfit import SVFit
 
 __all__ = [
     "DP",
     "FFA",
+    "IA3",
+    "SSF",
     "Bias",
     "CausalLM",
     "Checkpoint",
@@ -66,15 +78,21 @@ __all__ = [
     "FedloomError",
     "Form",
     "Head",
+    "Hydra",
     "ImageClassification",
     "Instruct",
+    "LayerNorm",
     "LoRA",
+    "LoRASB",
+    "MiSS",
     "Model",
     "Result",
     "RoundRules",
     "Run",
+    "SVFit",
     "SecureAggregation",
     "SoFar",
+    "Sparse",
     "Start",
     "StopRun",
     "Strategy",
@@ -83,7 +101,9 @@ __all__ = [
     "TokenClassification",
     "Train",
     "Trial",
+    "Tucker",
     "UserLevel",
+    "VeRA",
     "Wire",
     "load",
     "simulate",
@@ -93,7 +113,17 @@ __all__ = [
 _WITH_TORCH = {
     "Bias": ("fedloom.client.adapters.bias", "Bias"),
     "Head": ("fedloom.client.adapters.head_only", "HeadOnly"),
+    "Hydra": ("fedloom.client.adapters.low_rank.hydra", "Hydra"),
+    "IA3": ("fedloom.client.adapters.scaling.ia3", "IA3"),
+    "LayerNorm": ("fedloom.client.adapters.layer_norm", "LayerNorm"),
     "LoRA": ("fedloom.client.adapters.lora", "LoRA"),
+    "LoRASB": ("fedloom.client.adapters.spectral.lora_sb", "LoRASB"),
+    "MiSS": ("fedloom.client.adapters.miss", "MiSS"),
+    "SSF": ("fedloom.client.adapters.scaling.ssf", "SSF"),
+    "SVFit": ("fedloom.client.adapters.spectral.svfit", "SVFit"),
+    "Sparse": ("fedloom.client.adapters.sparse", "Sparse"),
+    "Tucker": ("fedloom.client.adapters.low_rank.tucker", "Tucker"),
+    "VeRA": ("fedloom.client.adapters.low_rank.vera", "VeRA"),
 }
 
 

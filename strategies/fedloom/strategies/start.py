@@ -60,7 +60,7 @@ def stored_start(config: RunConfig, schema: Schema) -> dict[str, Array]:
     if schema.pairs and theirs.scale != schema.scale:
         raise ConfigError(
             f"start.adapter has scale {theirs.scale:g}, and the run's is {schema.scale:g}; "
-            f"set adapter.alpha = {theirs.scale * schema.rank:g}"
+            f"set adapter.alpha = {config.adapter.alpha * theirs.scale / schema.scale:g}"
         )
     check_origin(json.loads(about.get("fedloom", "{}")), config.model.digest, config.model.labels)
     return beginning(found, schema, fresh, config.wire.broadcast)

@@ -210,7 +210,7 @@ def tiny_bert() -> BertForSequenceClassification:
 REFUSED = {
     "embedding": (LoraConfig(r=2, target_modules=["word_embeddings"]), "out of adapter.targets"),
     "dora": (LoraConfig(r=2, target_modules=["query"], use_dora=True), "without DoRA"),
-    "ia3": (IA3Config(target_modules=["key"], feedforward_modules=[], task_type="SEQ_CLS"), "IA3.*use LoRA"),
+    "ia3": (IA3Config(target_modules=["key"], feedforward_modules=[], task_type="SEQ_CLS"), "IA3.*adapter kind ia3"),
     "prompt": (PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"), "prompt tokens.*use LoRA"),
 }
 
@@ -219,6 +219,8 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("by", [recording, hooked])
 def test_an_adapter_without_exact_gradients_is_refused_with_the_remedy(kind: str, by: Callable[..., object]) -> None:
+    if kind == "dora" and by is recording:
+        return  # its gradients are those of a loop, see the battery of adapter kinds
     config, remedy = REFUSED[kind]
     model = get_peft_model(tiny_bert(), config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2Model
 
+from fedloom.client.adapters.lora import MAGNITUDE
 from fedloom.client.assets.fetch import fetch
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
@@ -119,3 +120,49 @@ def test_bias_tuning_works_on_transposed_layers_without_a_warning(gpt2_base: Pat
 def test_an_unknown_target_is_answered_with_the_transposed_layers_too(gpt2_base: Path) -> None:
     with pytest.raises(ModelError, match=r"no such linear layer; it has c_attn, c_fc, c_proj; name some"):
         load(gpt2_base, AdapterSection(rank=2, targets=("query",)))
+
+
+def options(**values: object) -> AdapterSection:
+    return AdapterSection.model_validate({"rank": 4, "alpha": 6, "targets": TARGETS} | values)
+
+
+def test_rslora_divides_alpha_by_the_root_of_the_rank(gpt2_base: Path, rows: Rows, tmp_path: Path) -> None:
+    """alpha / sqrt(4) is a plain alpha of twice as much over 4; a correction that is exported keeps that scale."""
+    model, plain = load(gpt2_base, options(rslora=True)), load(gpt2_base, options(alpha=12))
+    values = random_adapter(model)
+    model.load(values)
+    plain.load(values)
+
+    assert model.schema.scale == 3.0
+    torch.testing.assert_close(logits(model, rows), logits(plain, rows), rtol=1e-6, atol=1e-7)
+
+    rng = np.random.default_rng(4)
+    corrected = model.schema.with_base(2)
+    model.load({s.name: rng.normal(0, 0.3, s.shape).astype(np.float32) for s in corrected.tensors})
+    save_adapter(model, tmp_path / "out", {"labels": ["negative", "positive"]})
+    loaded = load_exported(gpt2_base, tmp_path / "out", 2)
+    batch = collate(encode(rows, model.tokenizer, 16), np.arange(6), model.tokenizer.pad_token_id)
+    with torch.inference_mode():
+        scores = loaded(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(scores, logits(model, rows), rtol=1e-4, atol=1e-5)
+
+
+def test_dora_gives_every_row_of_the_weight_its_length(gpt2_base: Path) -> None:
+    """W = m V / ||V|| with V = W0 + s B A (equation 5 of the paper), on a transposed layer, in numpy."""
+    model = load(gpt2_base, options(dora=True))
+    values = random_adapter(model)
+    name = model.schema.pairs[0].module
+    weight = model.model.get_submodule(f"base_model.model.{name}").base_layer.weight.detach().double().numpy().T
+    a, b, change = (
+        values[f"base_model.model.{name}.lora_{each}"] for each in ("A.weight", "B.weight", "magnitude_vector")
+    )
+    model.load(values)
+    merged = model.model.merge_and_unload().get_submodule(name).weight.detach().numpy().T
+
+    v = weight + 1.5 * b @ a
+    length = np.linalg.norm(weight, axis=1) + change
+    np.testing.assert_allclose(merged, (length / np.linalg.norm(v, axis=1))[:, None] * v, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(merged, axis=1), np.abs(length), rtol=1e-5)
+    assert model.schema.select({MAGNITUDE}).size == sum(
+        spec.shape[0] for spec in model.schema.tensors if spec.role == "lora_B"
+    )

@@ -235,3 +235,30 @@ def test_an_adapter_without_a_head_goes_on_with_a_new_one(
     result = simulate(more(base, data, copy), tmp_path / "runs")
 
     assert result.agreement == 1.0
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{"kind": "lora", "dora": True}, {"kind": "lora", "rslora": True}, {"kind": "layernorm"}, {"kind": "lora-sb"}],
+    ids=["dora", "rslora", "layernorm", "lora-sb"],
+)
+def test_kinds_that_count_from_the_base_model_go_on_from_their_results(
+    tmp_path: Path, data: Path, earlier: tuple[Path, Path], adapter: dict[str, Any]
+) -> None:
+    """What PEFT's file has is a value, and the run's tensor its change from the base model's own."""
+    base, _ = earlier
+    first = simulate(run_of(base, data, adapter=adapter), tmp_path / "runs")
+
+    second = simulate(more(base, data, first.exported, adapter=adapter), tmp_path / "runs")
+
+    assert second.start.loss == pytest.approx(first.final.loss, rel=1e-5)
+    assert second.final.loss != second.start.loss
+
+
+def test_magnitudes_do_not_begin_from_an_adapter_without_them(
+    tmp_path: Path, data: Path, earlier: tuple[Path, Path]
+) -> None:
+    base, adapter = earlier
+
+    with pytest.raises(ConfigError, match=r"use_dora = false, and the run has not; set adapter\.dora to the same"):
+        simulate(more(base, data, adapter, adapter={"dora": True}), tmp_path / "runs")

@@ -25,7 +25,7 @@ class Traits:
     exact_average: bool = False
     """The mean of the clients' tensors is the tensor of their mean model."""
     trains_base: bool = False
-    """It trains parameters of the base model itself, which then must be in float32."""
+    """It trains parameters of the base model itself, or makes its own of them: the base model must be in float32."""
     peft: bool = True
     """PEFT's own files hold it. Otherwise a run's result is a merged model, see `Adapter.merge`."""
 

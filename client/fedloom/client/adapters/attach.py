@@ -6,11 +6,12 @@ from peft import PeftModel
 
 from fedloom.client.adapters import head
 from fedloom.client.adapters.api import Adapter, Host
+from fedloom.client.adapters.lora import LoRA
 from fedloom.client.adapters.slot import Slot
 from fedloom.core.config.run import AdapterSection, Spec
 from fedloom.core.errors import ModelError
 
-__all__ = ["adapter_of", "attach", "check_private"]
+__all__ = ["adapter_of", "attach", "check_private", "scale_of"]
 
 
 def adapter_of(section: AdapterSection) -> Adapter:
@@ -21,6 +22,11 @@ def adapter_of(section: AdapterSection) -> Adapter:
     """
     made: Adapter = section.built()
     return made
+
+
+def scale_of(section: AdapterSection, adapter: Adapter) -> float:
+    """The scale of every pair; of a kind without pairs, for which it means nothing, alpha over rank."""
+    return adapter.scale if isinstance(adapter, LoRA) else section.alpha / section.rank
 
 
 def check_private(spec: Spec) -> None:
@@ -48,9 +54,10 @@ def attach(host: Host, kind: str, adapter: Adapter) -> tuple[PeftModel, list[Slo
         # transformers 5 deprecates an attribute that peft still reads; nothing a user can act on.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         model = adapter.attach(host)
-    slots = adapter.slots(model)
+    heads = head.slots(model, host.head)
+    taken = {slot.parameter for slot in heads}  # a head is trained whole, whatever of it the kind would train too
+    slots = [slot for slot in adapter.slots(model) if slot.parameter not in taken] + heads
     model.requires_grad_(False)
-    slots += head.slots(model, host.head)
     if not slots:
         raise ModelError(
             f"{type(host.base).__name__} has nothing that adapter.kind = {kind!r} trains; choose another kind, see "

@@ -147,12 +147,12 @@ def check_labels(head: Head, names: dict[int, str], labels: tuple[str, ...], fol
 
 
 def slots(model: PeftModel, head: Head) -> list[Slot]:
-    """The parameters of the modules that PEFT saves whole (modules_to_save), in model order."""
+    """The parameters of the head's modules, which PEFT saves whole (modules_to_save), in model order."""
     found: list[Slot] = []
     for name, parameter in model.named_parameters():
-        if ".modules_to_save.default." in name:
-            key = schema_name(name)
-            plain = key.removeprefix("base_model.model.")
+        key = schema_name(name)
+        plain = key.removeprefix("base_model.model.")
+        if ".modules_to_save.default." in name and any(plain.startswith(f"{each}.") for each in head.modules):
             # A new vector starts as the model's own code makes it: one for the weight of a norm, zero for a bias.
             drawn = plain in head.new and (parameter.dim() > 1 or not parameter.any())
             origin = None if drawn else parameter.detach().clone()

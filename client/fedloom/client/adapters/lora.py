@@ -1,11 +1,15 @@
 """LoRA: W = W0 + (alpha / r)·B·A on linear layers (Hu et al., ICLR 2022, arXiv 2106.09685).
 
+Two options are papers of their own: rsLoRA's scale alpha / sqrt(r) (Kalajdzievski, 2023, arXiv 2312.03732), and DoRA's
+magnitudes, W = m ⊙ V / ‖V‖ row by row with V = W0 + s·B·A and m starting as ‖W0‖ (Liu et al., ICML 2024, 2402.09353).
+
 GPT-2's Conv1D is a linear layer whose weight is stored transposed, (in, out). Its pair is like any other, A: r×in and
 B: out×r; PEFT notes the storage as fan_in_fan_out.
 """
 
+import math
 import warnings
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as _KNOWN
@@ -20,17 +24,24 @@ from fedloom.client.adapters.slot import Slot, schema_name
 from fedloom.core.config.parsing import Section
 from fedloom.core.errors import ModelError
 from fedloom.core.limits import MAX_RANK
-from fedloom.core.schema import Role, TensorSpec
+from fedloom.core.schema import Role, Start, TensorSpec
 
-__all__ = ["LoRA", "Targets", "carrier", "linear_targets", "with_pairs"]
+__all__ = ["MAGNITUDE", "LoRA", "Targets", "carrier", "linear_targets", "with_pairs"]
 
 
 Targets = tuple[str, ...] | Literal["auto", "all-linear"]
 """Names (suffixes) of linear layers, or which of them to take."""
 
+MAGNITUDE = "lora_magnitude"
+"""Role of DoRA's m, shape (out,), as its change from the norms of the rows of W0."""
+
 
 class LoRA(Section):
-    """A low-rank pair on every target layer: W = W0 + (alpha / rank) B A."""
+    """A low-rank pair on every target layer: W = W0 + (alpha / rank) B A.
+
+    Trained parameters: r for each input and each output of a target layer. The average of both factors is not that of
+    the models, unless a strategy trains one alone.
+    """
 
     traits: ClassVar[Traits] = Traits()
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
@@ -40,6 +51,16 @@ class LoRA(Section):
     targets: Targets = ("query", "value")
     """Names (suffixes) of the linear layers that get a pair. "all-linear": every linear layer but the head and the
     output. "auto": those that PEFT has for the base model's kind, and all where it has none."""
+    rslora: bool = False
+    """rsLoRA: the scale is alpha / sqrt(rank), under which high ranks learn as fast as low ones."""
+    dora: bool = False
+    """DoRA: the length of every row of W is trained beside the pair, one parameter for each output. Inexact under
+    averaging, whatever the strategy."""
+
+    @property
+    def scale(self) -> float:
+        """The s in W = W0 + s B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def attach(self, host: Host) -> PeftModel:
         """The base model with one pair on every target layer.
@@ -47,10 +68,10 @@ class LoRA(Section):
         Raises:
             ModelError: No layer has one of the target names, or a target is not a linear layer.
         """
-        return with_pairs(host, self.targets, self.rank, self.alpha)
+        return with_pairs(host, self.targets, self.rank, self.alpha, use_rslora=self.rslora, use_dora=self.dora)
 
     def slots(self, model: PeftModel) -> list[Slot]:
-        """The factors of every pair, A before B, in model order."""
+        """The factors of every pair, A before B, and then its magnitudes if there are any, in model order."""
         found: list[Slot] = []
         for name, parameter in model.named_parameters():
             for mark, role in ((".lora_A.", Role.LORA_A), (".lora_B.", Role.LORA_B)):
@@ -58,28 +79,43 @@ class LoRA(Section):
                     module = name.partition(mark)[0].removeprefix("base_model.model.")
                     spec = TensorSpec(schema_name(name), module, role, tuple(parameter.shape))
                     found.append(Slot(spec, parameter))
+            if (mark := ".lora_magnitude_vector.") in name:
+                module = name.partition(mark)[0].removeprefix("base_model.model.")
+                spec = TensorSpec(schema_name(name), module, MAGNITUDE, tuple(parameter.shape), Start.ZERO)
+                found.append(Slot(spec, parameter, origin=parameter.detach().clone()))
         return found
 
     def merge(self, model: PeftModel) -> None:
         """Nothing: PEFT merges pairs."""
 
 
-def carrier(host: Host, targets: Targets, bias: str = "none") -> PeftModel:
+def carrier(host: Host, targets: Targets, bias: str = "none", saved: tuple[str, ...] = ()) -> PeftModel:
     """A PeftModel for kinds that PEFT does not know: rank-1 pairs whose B stays zero. It loads anywhere.
 
     Args:
         host: The base model.
         targets: Layers that get such a pair; PEFT needs one.
         bias: Which biases PEFT saves with it, none or all.
+        saved: Full names of modules beside the head of which PEFT saves a copy, which takes their place.
 
     Raises:
         ModelError: No layer has one of the target names.
     """
-    return with_pairs(host, targets, 1, 1.0, bias)
+    return with_pairs(host, targets, 1, 1.0, saved, bias=bias)
 
 
-def with_pairs(host: Host, targets: Targets, rank: int, alpha: float, bias: str = "none") -> PeftModel:
+def with_pairs(
+    host: Host, targets: Targets, rank: int, alpha: float, saved: tuple[str, ...] = (), **options: Any
+) -> PeftModel:
     """A PeftModel with one pair on every target layer, which saves the head with them.
+
+    Args:
+        host: The base model.
+        targets: Layers that get a pair.
+        rank: r.
+        alpha: PEFT's alpha.
+        saved: As for `carrier`.
+        options: Further ones of PEFT's LoraConfig.
 
     Raises:
         ModelError: No layer has one of the target names, or a target is not a linear layer.
@@ -93,10 +129,10 @@ def with_pairs(host: Host, targets: Targets, rank: int, alpha: float, bias: str 
         lora_alpha=alpha,
         target_modules=names,
         lora_dropout=0.0,
-        bias=bias,
         task_type=host.task_type,
-        modules_to_save=heads or None,
+        modules_to_save=[*heads, *saved] or None,
         fan_in_fan_out=transposed,
+        **options,
     )
     with warnings.catch_warnings():
         # peft corrects the setting for each linear layer among Conv1D layers, and says so every time.

@@ -32,9 +32,15 @@ def schema_name(parameter_name: str) -> str:
 
     >>> schema_name("base_model.model.encoder.query.base_layer.bias")
     'base_model.model.encoder.query.base_layer.bias'
+
+    DoRA's magnitudes are saved under their module's name:
+
+    >>> schema_name("base_model.model.encoder.query.lora_magnitude_vector.default.weight")
+    'base_model.model.encoder.query.lora_magnitude_vector'
     """
     return (
         parameter_name.replace(".modules_to_save.default.", ".")
         .replace(".lora_A.default.", ".lora_A.")
         .replace(".lora_B.default.", ".lora_B.")
+        .replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
     )

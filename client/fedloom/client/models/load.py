@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from fedloom.client.adapters.api import Host
-from fedloom.client.adapters.attach import adapter_of, attach
+from fedloom.client.adapters.attach import adapter_of, attach, scale_of
 from fedloom.client.adapters.head import Head, check_labels, find_head
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_checks import check_base
@@ -81,7 +81,7 @@ def load_model(model: ModelSection, adapter: AdapterSection, compute: ComputePol
     keep_float32(peft_model, slots)
     if compute.gradient_checkpointing:
         recompute_layers(peft_model)
-    return AdapterModel(peft_model, tokenizer, slots, adapter.alpha / adapter.rank, device, task, head, kind)
+    return AdapterModel(peft_model, tokenizer, slots, scale_of(adapter, kind), device, task, head, kind)
 
 
 def load_base(folder: Path, task: Task, options: Mapping[str, Any] = _FLOAT32) -> Base:

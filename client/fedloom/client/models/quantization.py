@@ -35,8 +35,8 @@ def loading(compute: ComputePolicy, traits: Traits, device: torch.device) -> dic
         return {"dtype": torch.float32}
     if traits.trains_base:
         raise ModelError(
-            "this kind of adapter trains the base model's own parameters, which need the rest of it in float32; set "
-            'compute.dtype = "float32" and compute.quantization = "none"'
+            "this kind of adapter trains the base model's own parameters, or makes its own of them, which needs all of "
+            'it in float32; set compute.dtype = "float32" and compute.quantization = "none"'
         )
     dtype = _DTYPES[compute.dtype]
     if compute.quantization == "none":

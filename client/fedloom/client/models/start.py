@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fedloom.client.adapters.lora import MAGNITUDE
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig
@@ -17,7 +18,7 @@ from fedloom.strategies.start import starting_adapter, stored_start
 
 __all__ = ["start_of"]
 
-_PLAIN = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens")
+_PLAIN = ("lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens")
 """Settings of PEFT's LoRA under which an adapter is no plain pair of factors of one rank."""
 
 
@@ -36,7 +37,7 @@ def start_of(config: RunConfig, model: AdapterModel) -> dict[str, Array]:
     folder = Path(config.start.adapter)
     tensors = tensors_file(config.start)
     check_digest(tensors, config.start.digest)
-    _check_settings(read_json(folder / "adapter_config.json"), model.schema)
+    _check_settings(read_json(folder / "adapter_config.json"), model.schema, config.adapter.alpha)
     if (about := folder / "fedloom.json").is_file():
         check_origin(read_json(about), config.model.digest, config.model.labels)
     found, _ = read_tensors(tensors)
@@ -44,20 +45,25 @@ def start_of(config: RunConfig, model: AdapterModel) -> dict[str, Array]:
     return beginning(_changes(found, model), model.schema, fresh, config.wire.broadcast)
 
 
-def _check_settings(settings: dict[str, Any], schema: Schema) -> None:
-    """Refuse an adapter that is more than plain pairs at the run's scale."""
+def _check_settings(settings: dict[str, Any], schema: Schema, given: float) -> None:
+    """Refuse an adapter that is more than plain pairs at the run's scale, or has magnitudes where the run has none."""
     if settings.get("peft_type") != "LORA":
         raise ConfigError(f"start.adapter is of kind {settings.get('peft_type')}; only LORA can be gone on from")
     if odd := [key for key in _PLAIN if settings.get(key)]:
         raise ConfigError(
             f"start.adapter has {odd[0]} = {json.dumps(settings[odd[0]])}; only plain LoRA can be gone on from"
         )
+    if bool(settings.get("use_dora")) != (MAGNITUDE in schema.roles):
+        raise ConfigError(
+            f"start.adapter has use_dora = {json.dumps(bool(settings.get('use_dora')))}, and the run has not; set "
+            "adapter.dora to the same"
+        )
     rank, alpha = int(settings.get("r", 8)), float(settings.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     if schema.pairs and not math.isclose(scale, schema.scale, rel_tol=1e-6):
         raise ConfigError(
-            f"start.adapter has scale {scale:g} (lora_alpha over r), and the run's is {schema.scale:g}; "
-            f"set adapter.alpha = {scale * schema.rank:g}"
+            f"start.adapter has scale {scale:g} (lora_alpha over r, or its root), and the run's is {schema.scale:g}; "
+            f"set adapter.alpha = {given * scale / schema.scale:g}"
         )
 
 

@@ -30,5 +30,5 @@ def widen(folder: Path, schema: Schema, corrections: Tensors) -> None:
     save_file(tensors, path, {"format": "pt"})
     about = folder / "adapter_config.json"
     settings = json.loads(about.read_text(encoding="utf-8"))
-    settings |= {"r": rank, "lora_alpha": schema.scale * rank}
+    settings |= {"r": rank, "lora_alpha": schema.scale * rank, "use_rslora": False}
     about.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")

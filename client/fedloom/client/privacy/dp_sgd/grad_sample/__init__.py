@@ -10,8 +10,8 @@ silence, so everything that is on neither list is refused by name.
 """
 
 from fedloom.client.privacy.dp_sgd.grad_sample.hooks import hooked
-from fedloom.client.privacy.dp_sgd.grad_sample.layers import LAYERS, product, rule, scale, shift
+from fedloom.client.privacy.dp_sgd.grad_sample.layers import LAYERS, product, rule, scale, shift, sparse_product
 from fedloom.client.privacy.dp_sgd.grad_sample.recording import recording
 from fedloom.client.privacy.dp_sgd.grad_sample.tape import Tape
 
-__all__ = ["LAYERS", "Tape", "hooked", "product", "recording", "rule", "scale", "shift"]
+__all__ = ["LAYERS", "Tape", "hooked", "product", "recording", "rule", "scale", "shift", "sparse_product"]

@@ -1,11 +1,12 @@
 """How each kind of layer is recorded, and how to add one.
 
 A recorded forward computes what the layer's own forward computes, but each trained parameter enters it through one
-of three operations that put its per-example gradient on the tape:
+of four operations that put its per-example gradient on the tape:
 
     product(x, weight, tape)    y = x Wᵀ over the last axis
     scale(x, weight, tape)      y = x · w, element by element over the last axes
     shift(x, bias, tape)        y = x + b, likewise
+    sparse_product(x, entries, places, out, tape)   y = x Sᵀ, where S is zero but for some entries
 
 To add a layer, write its forward with them and list it under its exact type:
 
@@ -37,13 +38,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.client.privacy.dp_sgd.grad_sample.tape import Tape
 
-__all__ = ["LAYERS", "Forward", "product", "rule", "scale", "shift"]
+__all__ = ["LAYERS", "Forward", "product", "rule", "scale", "shift", "sparse_product"]
 
 Forward = Callable[..., torch.Tensor]
 """Called with the layer, the tape, and what the layer's own forward is called with."""
@@ -101,6 +104,35 @@ class _Shift(torch.autograd.Function):
         return (grad.to(ctx.dtype) if ctx.needs_input_grad[0] else None), None, None
 
 
+class _SparseProduct(torch.autograd.Function):
+    """y = x Sᵀ; the gradient of S's entries goes to the tape, example by example."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, entries: nn.Parameter, places: torch.Tensor, outputs: int, tape: Tape
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, entries, places)
+        ctx.tape, ctx.parameter, ctx.outputs = tape, entries, outputs
+        return F.linear(x, _dense(entries, places, outputs, x.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+        (grad,) = grads
+        x, entries, places = ctx.saved_tensors
+        # A dense matrix for one example at a time: all of them would take a batch's worth of weights.
+        lefts, rights = (each.float().reshape(len(each), -1, each.shape[-1]) for each in (grad, x))
+        rows = [(left.t() @ right).flatten()[places] for left, right in zip(lefts, rights, strict=True)]
+        ctx.tape.add(ctx.parameter, torch.stack(rows))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        return grad @ _dense(entries, places, ctx.outputs, x.shape[-1]), None, None, None, None
+
+
+def _dense(entries: torch.Tensor, places: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+    """The matrix (outputs, inputs) that has `entries` at `places`, counted row by row, and is zero elsewhere."""
+    return entries.new_zeros(outputs * inputs).index_put((places,), entries).view(outputs, inputs)
+
+
 def _summed(grad: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     """Sum within each example: (batch, ..., *parameter.shape) gives (batch, *parameter.shape)."""
     return grad.reshape(len(grad), -1, *parameter.shape).sum(1)
@@ -110,6 +142,7 @@ def _summed(grad: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
 _product: Any = _Product.apply
 _scale: Any = _Scale.apply
 _shift: Any = _Shift.apply
+_sparse: Any = _SparseProduct.apply
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, tape: Tape, *, transposed: bool = False) -> torch.Tensor:
@@ -134,6 +167,24 @@ def shift(x: torch.Tensor, bias: torch.Tensor | None, tape: Tape) -> torch.Tenso
     return result
 
 
+def sparse_product(
+    x: torch.Tensor, entries: torch.Tensor, places: torch.Tensor, outputs: int, tape: Tape
+) -> torch.Tensor:
+    """Give x Sᵀ over the last axis of `x`, shape (batch, ..., in); record it if the tape has `entries`.
+
+    Args:
+        x: Shape (batch, ..., in).
+        entries: The values of S that are not zero, shape (k,).
+        places: Where they are in S, counted row by row, shape (k,), int64, each at most once.
+        outputs: Rows of S.
+        tape: Where per-example gradients go.
+    """
+    if entries in tape.columns:
+        recorded: torch.Tensor = _sparse(x, entries, places, outputs, tape)
+        return recorded
+    return F.linear(x, _dense(entries, places, outputs, x.shape[-1]))
+
+
 def _linear(module: nn.Linear, tape: Tape, x: torch.Tensor) -> torch.Tensor:
     return shift(product(x, module.weight, tape), module.bias, tape)
 
@@ -149,8 +200,26 @@ def _layer_norm(module: nn.LayerNorm, tape: Tape, x: torch.Tensor) -> torch.Tens
     return shift(scale(normalised, module.weight, tape), module.bias, tape)
 
 
-LAYERS: dict[type[nn.Module], Forward] = {nn.Linear: _linear, Conv1D: _conv1d, nn.LayerNorm: _layer_norm}
-"""The recorded forward of each kind of layer; Conv1D is GPT-2's linear layer, whose weight is (in, out)."""
+def _dora(module: DoraLinearLayer, tape: Tape, x: torch.Tensor, **given: Any) -> torch.Tensor:
+    """What PEFT adds to a layer's result, as it computes it: m ⊙ V x / ‖V‖ - W0 x.
+
+    ‖V‖ is a constant to the gradient, as in section 4.3 of the paper, and the same for every example.
+    """
+    layer, scaling, a, b = (given[name] for name in ("base_layer", "scaling", "lora_A", "lora_B"))
+    weight, pair = dequantize_module_weight(layer), (b.weight @ a.weight).detach()
+    norms = module.get_weight_norm(weight.to(x.dtype), pair.to(x.dtype), scaling).detach()
+    plain: torch.Tensor = given["base_result"] if layer.bias is None else given["base_result"] - layer.bias
+    return scale((plain + scaling * b(a(x))) / norms, module.weight, tape) - plain
+
+
+LAYERS: dict[type[nn.Module], Forward] = {
+    nn.Linear: _linear,
+    Conv1D: _conv1d,
+    nn.LayerNorm: _layer_norm,
+    DoraLinearLayer: _dora,
+}
+"""The recorded forward of each kind of layer. Conv1D is GPT-2's linear layer, whose weight is (in, out); PEFT's layer
+has DoRA's magnitudes, and the pair beside it is recorded by itself."""
 
 
 def rule(kind: type[nn.Module]) -> Forward | None:

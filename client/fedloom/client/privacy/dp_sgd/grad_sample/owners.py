@@ -14,8 +14,8 @@ Owners = dict[str, nn.Module]
 
 _REMEDIES = (
     ("lora_embedding_", "LoRA on an embedding is not supported: leave the embedding out of adapter.targets"),
-    ("lora_magnitude_vector", "DoRA's magnitudes are not supported: use LoRA without DoRA"),
-    ("ia3_", "IA3 is not supported: use LoRA"),
+    ("lora_magnitude_vector", "DoRA's magnitudes are not supported by Opacus's hooks: use LoRA without DoRA"),
+    ("ia3_", "PEFT's IA3 is not supported: use the adapter kind ia3"),
     ("prompt", "every example's gradient goes through the same prompt tokens, so that clipping would take the whole "
      "batch for one example: use LoRA"),
     ("BatchNorm", "batch norm mixes the examples of a batch: use a model with layer norm"),

@@ -1,0 +1,1 @@
+"""Adapter kinds of low rank beside LoRA."""

@@ -1,0 +1,1 @@
+"""Adapter kinds that scale and shift what layers give."""

@@ -1,0 +1,1 @@
+"""Adapter kinds that train within the leading singular vectors of the pretrained weights."""

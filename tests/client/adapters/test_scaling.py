@@ -1,0 +1,103 @@
+"""(IA)³ against PEFT's own layer, SSF against the paper's formula, and LN-tuning against what PEFT loads."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import IA3Config, get_peft_model
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification
+
+from fedloom.client.adapters.wrapping import plain
+from fedloom.client.models.load import load_model
+from fedloom.core.config.run import AdapterSection, ModelSection
+from fedloom.core.errors import ModelError
+from tests.conftest import make_model
+
+IDS = torch.tensor([[101, 2204, 2143, 102], [101, 2919, 5436, 102]])
+LAYER = "bert.encoder.layer.1.attention"
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_ia3_is_pefts(model_section: ModelSection) -> None:
+    """The same scales give the same scores, of outputs as of a feed-forward block's inputs."""
+    targets, inputs = ("key", "value", "dense"), ("dense",)
+    model = make_model(
+        model_section, AdapterSection.model_validate({"kind": "ia3", "targets": targets, "feedforward": inputs})
+    )
+    values = model.read(model.schema)
+    base = AutoModelForSequenceClassification.from_pretrained(model_section.base, num_labels=2)
+    names = [name.removesuffix(".ia3_l") for name in values if name.endswith(".ia3_l")]
+    theirs = get_peft_model(
+        base, IA3Config(target_modules=names, feedforward_modules=[n for n in names if n.endswith("dense")])
+    ).eval()
+    with torch.no_grad():
+        for name in names:
+            scale: torch.Tensor = theirs.get_submodule(f"base_model.model.{name}").ia3_l["default"]
+            scale.copy_(1 + torch.from_numpy(values[f"{name}.ia3_l"]).view_as(scale))
+        for part in ("weight", "bias"):
+            head = theirs.get_submodule("base_model.model.classifier").get_parameter(part)
+            head.copy_(torch.from_numpy(values[f"base_model.model.classifier.{part}"]))
+
+        expected, found = theirs(input_ids=IDS).logits, model.model(input_ids=IDS).logits
+
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ia3_refuses_a_feedforward_layer_that_is_no_target(model_section: ModelSection) -> None:
+    adapter = AdapterSection.model_validate({"kind": "ia3", "targets": ("key",), "feedforward": ("dense",)})
+
+    with pytest.raises(ModelError, match="names dense, which is no target; the targets are key: name some"):
+        load_model(model_section, adapter)
+
+
+def test_ssf_scales_and_shifts_what_a_linear_layer_and_a_norm_give(model_section: ModelSection) -> None:
+    """Equation 2 of the paper, in numpy on the pretrained weights."""
+    model = make_model(model_section, AdapterSection(kind="ssf", targets=("query",)))
+    values, base = model.read(model.schema), model.model.get_base_model()
+    x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
+
+    for name in (f"{LAYER}.self.query", f"{LAYER}.output.LayerNorm"):
+        module = base.get_submodule(name)
+        layer = plain(module.inner)
+        with torch.no_grad():
+            found = module(x).numpy()
+            if name.endswith("query"):
+                y = x.numpy() @ layer.weight.numpy().T + layer.bias.numpy()
+            else:
+                y = F.layer_norm(x, (32,), layer.weight, layer.bias, layer.eps).numpy()
+        expected = (1 + values[f"{name}.scale"]) * y + values[f"{name}.shift"]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ssf_shifts_no_layer_without_a_bias(small_bases: dict[str, Path]) -> None:
+    """Its merged model has no place for it."""
+    section = ModelSection(base=str(small_bases["llama"]), labels=("no", "yes"), max_length=16)
+
+    model = load_model(section, AdapterSection(kind="ssf", targets=("q_proj",)))
+
+    assert model.schema.roles == {"scale", "head"}
+
+
+def test_ssf_can_leave_out_the_norms(model_section: ModelSection) -> None:
+    adapter = AdapterSection.model_validate({"kind": "ssf", "targets": ("query",), "norms": False})
+
+    model = load_model(model_section, adapter)
+
+    assert {spec.module.rpartition(".")[2] for spec in model.schema.tensors} == {"query", "classifier"}
+
+
+def test_layer_norms_are_counted_and_move_alone(model_section: ModelSection) -> None:
+    """Two layers of two norms and the embeddings' one, of 32 weights and biases each."""
+    model = load_model(model_section, AdapterSection(kind="layernorm"))
+
+    assert model.schema.select({"norm_weight", "norm_bias"}).size == 5 * 2 * 32
+    assert model.schema.roles == {"norm_weight", "norm_bias", "head"}
+
+
+def test_a_model_without_layer_norms_is_refused(small_bases: dict[str, Path]) -> None:
+    section = ModelSection(base=str(small_bases["llama"]), labels=("no", "yes"), max_length=16)
+
+    with pytest.raises(ModelError, match=r"has no torch\.nn\.LayerNorm \(RMS norms are other layers\)"):
+        load_model(section, AdapterSection(kind="layernorm", targets="auto"))
