@@ -3,6 +3,7 @@
 import pytest
 
 from fedloom.client.optimizers.adam import Adam
+from fedloom.client.optimizers.adamw import AdamW
 from fedloom.client.optimizers.sgd import SGD
 from fedloom.conformance.optimizers import OptimizerConformance
 
@@ -20,6 +21,16 @@ class TestMomentum(OptimizerConformance):
 class TestAdam(OptimizerConformance):
     def optimizer(self) -> Adam:
         return Adam()
+
+
+class TestAdamW(OptimizerConformance):
+    def optimizer(self) -> AdamW:
+        return AdamW(weight_decay=3.0)
+
+
+class TestCorrectedAdamW(OptimizerConformance):
+    def optimizer(self) -> AdamW:
+        return AdamW(noise_correction=True)
 
 
 def test_the_battery_sees_a_bound_that_is_too_small() -> None:
