@@ -4,7 +4,9 @@ import pytest
 
 from fedloom.client.optimizers.adam import Adam
 from fedloom.client.optimizers.adamw import AdamW
+from fedloom.client.optimizers.muon import Muon
 from fedloom.client.optimizers.sgd import SGD
+from fedloom.client.optimizers.spectrum import SpectrumSGD
 from fedloom.conformance.optimizers import OptimizerConformance
 
 
@@ -31,6 +33,21 @@ class TestAdamW(OptimizerConformance):
 class TestCorrectedAdamW(OptimizerConformance):
     def optimizer(self) -> AdamW:
         return AdamW(noise_correction=True)
+
+
+class TestMuon(OptimizerConformance):
+    def optimizer(self) -> Muon:
+        return Muon(momentum=0.9)
+
+
+class TestSpectrum(OptimizerConformance):
+    def optimizer(self) -> SpectrumSGD:
+        return SpectrumSGD()
+
+
+class TestSpectrumWithMomentum(OptimizerConformance):
+    def optimizer(self) -> SpectrumSGD:
+        return SpectrumSGD(momentum=0.9)
 
 
 def test_the_battery_sees_a_bound_that_is_too_small() -> None:

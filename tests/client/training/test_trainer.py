@@ -226,7 +226,7 @@ def test_personal_values_never_reach_another_client_of_the_same_model(
         np.testing.assert_array_equal(after[name], value)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 @pytest.mark.parametrize("private", [True, False])
 def test_rows_beyond_the_rank_stay_zero(
     private: bool,

@@ -12,7 +12,7 @@ from fedloom.core.config.run import Spec, TrainSection
 if TYPE_CHECKING:
     import torch  # a coordinator has none
 
-__all__ = ["Optimizer", "noise_std", "optimizer_of", "overshoot"]
+__all__ = ["Optimizer", "compounded", "noise_std", "optimizer_of", "overshoot"]
 
 _MOST_GROWTH = 500.0
 """Natural logarithm beyond which a growth counts as infinite; float64 ends at 709."""
@@ -58,6 +58,17 @@ def optimizer_of(train: TrainSection) -> Optimizer:
     """
     made: Optimizer = train.built()
     return made
+
+
+def compounded(steps: int, share: float) -> float:
+    """What a change of 1 in each step adds up to if each step also adds `share` of all before it: T for a share of 0.
+
+    ((1 + share)^T - 1) / share; infinite where float64 cannot hold it.
+    """
+    growth = steps * math.log1p(share)
+    if growth > _MOST_GROWTH:
+        return math.inf
+    return math.expm1(growth) / share if share else float(steps)
 
 
 def overshoot(steps: int, share: float) -> float:

@@ -150,7 +150,7 @@ class TrainSection(OpenSection):
     schedule: Literal["constant", "linear"] = "constant"
     """linear: both learning rates fall by equal steps from the first round's to the last's, which is 1/rounds of it."""
     momentum: float = Field(default=0.0, ge=0, le=0.9999)
-    """SGD momentum."""
+    """Momentum of the optimisers that have one: sgd, muon, spectrum."""
     proximal_mu: float = Field(default=0.0, ge=0, le=1e4)
     """FedProx: mu/2 times the squared distance to the broadcast adapter is added to the loss."""
     microbatch: int = Field(default=64, ge=1, le=1024)
