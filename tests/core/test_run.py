@@ -73,7 +73,7 @@ def test_a_file_reads_with_its_defaults(file: Path) -> None:
             r"option 'dirichlet_alpha' of partitioner '\w+' is 0 .*greater than 0",
         ),
         ("data.classes_per_client=3", r"unknown key 'data\.classes_per_client'; allowed with"),
-        ("train.zzz=3", r"unknown key 'train\.zzz'; allowed: head_learning_rate, learning_rate, .*steps"),
+        ("train.zzz=3", r"unknown key 'train\.zzz'; allowed: ema, head_learning_rate, .*steps, warmup"),
         ("run.rounds='many'", r"run\.rounds: .*valid integer.*received 'many'"),
         ("run.rounds=0", r"run\.rounds: .*greater than or equal to 1 \(received 0\)"),
         ("run.rounds=2.5", r"run\.rounds: .*integer.*received 2\.5"),

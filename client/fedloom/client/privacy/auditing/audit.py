@@ -327,7 +327,7 @@ def noisy_sum(
     """
     roles = model.schema.roles
     one = {"steps": 1, "sampling_rate": 1.0, "learning_rate": rate, "head_learning_rate": None, "optimizer": "sgd"}
-    still = {"schedule": "constant", "momentum": 0.0, "proximal_mu": 0.0, "microbatch": 2}
+    still = {"schedule": "constant", "warmup": 0, "ema": 0.0, "momentum": 0.0, "proximal_mu": 0.0, "microbatch": 2}
     # Without the options of the run's optimiser, which SGD has not.
     train = spec.train.model_dump(include=set(TrainSection.model_fields)) | one | still
     step = spec.model_copy(update={"train": TrainSection.model_validate(train)})
