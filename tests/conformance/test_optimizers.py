@@ -4,6 +4,7 @@ import pytest
 
 from fedloom.client.optimizers.adam import Adam
 from fedloom.client.optimizers.adamw import AdamW
+from fedloom.client.optimizers.galore import GaLore
 from fedloom.client.optimizers.muon import Muon
 from fedloom.client.optimizers.sgd import SGD
 from fedloom.client.optimizers.spectrum import SpectrumSGD
@@ -48,6 +49,11 @@ class TestSpectrum(OptimizerConformance):
 class TestSpectrumWithMomentum(OptimizerConformance):
     def optimizer(self) -> SpectrumSGD:
         return SpectrumSGD(momentum=0.9)
+
+
+class TestGaLore(OptimizerConformance):
+    def optimizer(self) -> GaLore:
+        return GaLore(projection_rank=2, period=2, scale=1.0)
 
 
 def test_the_battery_sees_a_bound_that_is_too_small() -> None:

@@ -80,7 +80,7 @@ def test_a_file_reads_with_its_defaults(file: Path) -> None:
         ("run=4", r"run: .*"),
         ("run.name='../up'", r"run\.name: .*received '\.\./up'"),
         ("train.sampling_rate=1.5", r"train\.sampling_rate: .*less than or equal to 1"),
-        ("train.optimizer='lion'", r"train: .*optimizer = 'lion': no such optimizer; allowed: adam, sgd"),
+        ("train.optimizer='lion'", r"train: .*optimizer = 'lion': no such optimizer; allowed: adam, .*sgd"),
         ("train.learning_rate=inf", r"train\.learning_rate: .*finite.*received inf"),
         ("privacy.clip_norm=nan", r"privacy\.clip_norm: .*received nan"),
         ("privacy.clip_norm=inf", r"privacy\.clip_norm: .*finite.*received inf"),

@@ -75,7 +75,7 @@ def moments(
         The mean, the root of the second moment, both in the gradient's shape, and what the mean is divided by because
         it began at zero. The step is mean / root / that.
     """
-    if not state:
+    if "mean" not in state:
         state |= {"step": 0, "mean": gradient.new_zeros(gradient.shape), "square": gradient.new_zeros(gradient.shape)}
     state["step"] += 1
     mean, square = state["mean"], state["square"]
