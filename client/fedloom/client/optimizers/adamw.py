@@ -18,15 +18,16 @@ _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
 
 class AdamW(Section):
-    """Adam, with decoupled weight decay (1711.05101) and a second moment corrected for the noise (2312.14334).
+    """Adam with decoupled weight decay, and without the noise's share of its second moment.
 
-    Decay pulls toward the round's start, not toward zero: what is sent is the change, whose length has a bound only
-    if it does not depend on where the round began. A round that begins at zero is the paper's AdamW.
+    Decay (Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101) pulls toward the round's start, not toward zero: what is
+    sent is the change, whose length has a bound only if it does not depend on where the round began. A round that
+    begins at zero is the paper's AdamW.
 
     The noise adds its variance s² to every squared gradient; with `noise_correction` it is taken out again, as
-    DP-AdamBC does: w <- w - r m / sqrt(max(v - s², floor v)), with m and v the bias-corrected moments. The paper's
-    floor is an absolute number; here it is a share of v, so that it has no unit and no step is longer than Adam's over
-    sqrt(floor). Without noise nothing is corrected.
+    DP-AdamBC does (Tang et al., AAAI 2024, arXiv 2312.14334): w <- w - r m / sqrt(max(v - s², floor v)), with m and v
+    the bias-corrected moments. The paper's floor is an absolute number; here it is a share of v, so that it has no unit
+    and no step is longer than Adam's over sqrt(floor). Without noise nothing is corrected.
     """
 
     weight_decay: float = Field(default=0.0, ge=0, le=1e4)

@@ -16,15 +16,16 @@ __all__ = ["GaLore"]
 
 
 class GaLore(Section):
-    """GaLore: for g of m <= n, w <- w - a r P Adam(Pᵀ g), where P is the first `projection_rank` left singular vectors.
+    """Adam in the leading singular directions of an earlier gradient of the round.
 
-    P comes from the gradient of the round's first step and of every `period` steps after, which is noised like all:
-    choosing it is post-processing. Moments stay when P changes, as in the paper's code. A matrix that is taller than
-    wide is projected on its right singular vectors. A matrix of no more rows or columns than the projection has, and a
-    tensor that is no matrix, take Adam's steps times a.
+    For g of m by n, m <= n: w <- w - a r P Adam(Pᵀ g), where P is the first `projection_rank` left singular vectors of
+    the gradient of the round's first step, and of every `period` steps after. That gradient is noised like all, so
+    choosing P is post-processing. Moments stay when P changes. A matrix that is taller than wide is projected on its
+    right singular vectors. A matrix of no more rows or columns than the projection has, and a tensor that is no matrix,
+    take Adam's steps times a.
 
-    Beyond what Adam's smaller moments save in memory, noise is kept out of all other directions. Where it hides the
-    gradient of one step, the directions are those of the noise, until the next P.
+    Moments take less memory than Adam's, and noise is kept out of all other directions. Where it hides the gradient of
+    one step, the directions are those of the noise, until the next P.
     """
 
     projection_rank: int = Field(default=4, ge=1, le=4096)

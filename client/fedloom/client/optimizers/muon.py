@@ -17,16 +17,18 @@ _RMS = 0.2
 
 
 class Muon(Section):
-    """Muon: v <- m v + g, w <- w - 0.2 r sqrt(max(rows, columns)) U Vᵀ, for U S Vᵀ = g + m v (Nesterov).
+    """Steps of the same length along every singular direction of a matrix of gradients.
 
-    All directions of a matrix get the same length, so one strong direction of the noised gradient does not hide the
-    others; neither does it stand out from noise. A tensor that is no matrix is one column: SGD with momentum whose
-    gradient is brought to norm 0.2 sqrt(rows). U Vᵀ is exact, by a singular value decomposition in float32: the
-    matrices of an adapter are thin, and five steps of Newton and Schulz leave singular values from about 0.5 to 1.5.
+    v <- m v + g, w <- w - 0.2 r sqrt(max(rows, columns)) U Vᵀ, for U S Vᵀ = g + m v (Nesterov).
+
+    One strong direction of the noised gradient does not hide the others; neither does it stand out from noise. A
+    tensor that is no matrix is one column: SGD with momentum whose gradient is brought to norm 0.2 sqrt(rows). U Vᵀ is
+    exact, by a singular value decomposition in float32: the matrices of an adapter are thin, and five steps of Newton
+    and Schulz leave singular values from about 0.5 to 1.5.
     """
 
     momentum: float = Field(default=0.0, ge=0, le=0.9999)
-    """Momentum m; the paper's is 0.95, of rounds with many more steps."""
+    """Momentum m; the paper's is 0.95, for runs of many more steps than a round has."""
 
     def make(self, groups: list[dict[str, Any]], noise_std: float) -> "torch.optim.Optimizer":
         """It does not correct for the noise, which turns the directions and has no say in their length."""

@@ -17,7 +17,9 @@ __all__ = ["SpectrumSGD"]
 
 
 class SpectrumSGD(Section):
-    """SGD with shrunken singular values: v <- m v + g, w <- w - r U f(S) Vᵀ, for U S Vᵀ = v.
+    """SGD whose gradients have no more of the singular values that noise alone would have.
+
+    v <- m v + g, w <- w - r U f(S) Vᵀ, for U S Vᵀ = v.
 
     Noise of standard deviation s alone gives an m by n matrix singular values up to s (sqrt(m) + sqrt(n)), the edge of
     Marchenko and Pastur: f is 0 up to there. A larger value y becomes
