@@ -3,7 +3,11 @@
 import pytest
 
 from fedloom.client.optimizers.adam import Adam
+from fedloom.client.optimizers.adamw import AdamW
+from fedloom.client.optimizers.galore import GaLore
+from fedloom.client.optimizers.muon import Muon
 from fedloom.client.optimizers.sgd import SGD
+from fedloom.client.optimizers.spectrum import SpectrumSGD
 from fedloom.conformance.optimizers import OptimizerConformance
 
 
@@ -20,6 +24,36 @@ class TestMomentum(OptimizerConformance):
 class TestAdam(OptimizerConformance):
     def optimizer(self) -> Adam:
         return Adam()
+
+
+class TestAdamW(OptimizerConformance):
+    def optimizer(self) -> AdamW:
+        return AdamW(weight_decay=3.0)
+
+
+class TestCorrectedAdamW(OptimizerConformance):
+    def optimizer(self) -> AdamW:
+        return AdamW(noise_correction=True)
+
+
+class TestMuon(OptimizerConformance):
+    def optimizer(self) -> Muon:
+        return Muon(momentum=0.9)
+
+
+class TestSpectrum(OptimizerConformance):
+    def optimizer(self) -> SpectrumSGD:
+        return SpectrumSGD()
+
+
+class TestSpectrumWithMomentum(OptimizerConformance):
+    def optimizer(self) -> SpectrumSGD:
+        return SpectrumSGD(momentum=0.9)
+
+
+class TestGaLore(OptimizerConformance):
+    def optimizer(self) -> GaLore:
+        return GaLore(projection_rank=2, period=2, scale=1.0)
 
 
 def test_the_battery_sees_a_bound_that_is_too_small() -> None:

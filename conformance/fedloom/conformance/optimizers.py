@@ -102,17 +102,23 @@ class OptimizerConformance:
             gradient=st.floats(1e-3, 100),
             pull=st.sampled_from([0.0, 0.1, 1.0, 3.0]),
             kind=st.sampled_from(["same", "turning", "drawn", "one value", "shrinking"]),
+            noise=st.sampled_from([0.0, 0.5, 2.0]),
         )
-        def bounded(steps: int, rate: float, gradient: float, pull: float, kind: str) -> None:
-            moved, size = self.moved(steps, rate, gradient, pull, kind)
+        def bounded(steps: int, rate: float, gradient: float, pull: float, kind: str, noise: float) -> None:
+            moved, size = self.moved(steps, rate, gradient, pull, kind, noise)
             most = self.optimizer().longest_move(steps, rate, gradient, size, pull)
             # Rounding of the values themselves, in float32, is no move.
             assert moved <= most * (1 + 1e-4) + 1e-5
 
         bounded()
 
-    def moved(self, steps: int, rate: float, gradient: float, pull: float, kind: str) -> tuple[float, int]:
-        """How long the change of all values is after so many steps, as an L2 norm, and how many values there are."""
+    def moved(
+        self, steps: int, rate: float, gradient: float, pull: float, kind: str, noise: float = 0.0
+    ) -> tuple[float, int]:
+        """How long the change of all values is after so many steps, as an L2 norm, and how many values there are.
+
+        The optimiser is told of noise whose length is that of the gradient times `noise`.
+        """
         parameters = _parameters(1)
         start = [each.detach().clone() for each in parameters]
         size = sum(each.numel() for each in parameters)
@@ -123,7 +129,8 @@ class OptimizerConformance:
             shaped = [part.view_as(each) for part, each in zip(parts, now, strict=True)]
             return [part + pull * (each.detach() - at) for part, each, at in zip(shaped, now, start, strict=True)]
 
-        self.run(parameters, pulled, [{"params": parameters, "lr": rate}], steps)
+        groups = [{"params": parameters, "lr": rate}]
+        self.run(parameters, pulled, groups, steps, noise_std=noise * gradient / size**0.5)
         change = torch.cat([(each.detach() - at).flatten() for each, at in zip(parameters, start, strict=True)])
         return float(change.double().norm()), size
 

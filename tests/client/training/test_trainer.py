@@ -226,7 +226,7 @@ def test_personal_values_never_reach_another_client_of_the_same_model(
         np.testing.assert_array_equal(after[name], value)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon", "galore"])
 @pytest.mark.parametrize("private", [True, False])
 def test_rows_beyond_the_rank_stay_zero(
     private: bool,
@@ -238,7 +238,8 @@ def test_rows_beyond_the_rank_stay_zero(
     policy: Policy,
     ledger: Ledger,
 ) -> None:
-    chosen = changed(spec if private else plain, train={"optimizer": optimizer, "learning_rate": 0.05})
+    options = {"galore": {"projection_rank": 3}}.get(optimizer, {})
+    chosen = changed(spec if private else plain, train={"optimizer": optimizer, "learning_rate": 0.05, **options})
     trainer = Trainer(tiny_model, rows, chosen, policy, ledger if private else None)
     order = assignment(rank=2)
 

@@ -8,10 +8,12 @@ from fedloom.core.config.parsing import Section
 if TYPE_CHECKING:
     import torch  # a coordinator has none
 
-__all__ = ["Adam"]
+__all__ = ["LONGEST_STEP", "Adam"]
 
-_STEP = 3.2
-"""A value moves by at most (1 - 0.9) / sqrt(1 - 0.999) learning rates in one step (section 2.1)."""
+LONGEST_STEP = 7.3
+"""A value moves by at most so many learning rates in one step: (1 - b1) / sqrt((1 - b2)(1 - b1²/b2)) at b1 = 0.9 and b2
+= 0.999, by Cauchy and Schwarz. Gradients that grow by b2/b1 come to it; section 2.1 of the paper has 3.2, for one
+gradient after many zeros."""
 
 
 class Adam(Section):
@@ -24,5 +26,5 @@ class Adam(Section):
         return Torch(groups)
 
     def longest_move(self, steps: int, rate: float, gradient: float, values: int, pull: float) -> float:
-        """3.2 T r sqrt(d), whatever the gradient."""
-        return steps * _STEP * rate * math.sqrt(values)
+        """7.3 T r sqrt(d), whatever the gradient."""
+        return steps * LONGEST_STEP * rate * math.sqrt(values)

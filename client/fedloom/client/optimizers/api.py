@@ -4,6 +4,7 @@ A component of the entry-point group `fedloom.optimizers`; its fields are keys o
 that are clipped and noised already, so its state is post-processing and costs no privacy.
 """
 
+import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedloom.core.config.run import Spec, TrainSection
@@ -11,7 +12,10 @@ from fedloom.core.config.run import Spec, TrainSection
 if TYPE_CHECKING:
     import torch  # a coordinator has none
 
-__all__ = ["Optimizer", "noise_std", "optimizer_of"]
+__all__ = ["Optimizer", "compounded", "noise_std", "optimizer_of", "overshoot"]
+
+_MOST_GROWTH = 500.0
+"""Natural logarithm beyond which a growth counts as infinite; float64 ends at 709."""
 
 
 class Optimizer(Protocol):
@@ -54,3 +58,23 @@ def optimizer_of(train: TrainSection) -> Optimizer:
     """
     made: Optimizer = train.built()
     return made
+
+
+def compounded(steps: int, share: float) -> float:
+    """What a change of 1 in each step adds up to if each step also adds `share` of all before it: T for a share of 0.
+
+    ((1 + share)^T - 1) / share; infinite where float64 cannot hold it.
+    """
+    growth = steps * math.log1p(share)
+    if growth > _MOST_GROWTH:
+        return math.inf
+    return math.expm1(growth) / share if share else float(steps)
+
+
+def overshoot(steps: int, share: float) -> float:
+    """How much a distance has grown after so many steps that each go `share` of the way back: 1 up to a share of 2.
+
+    Beyond 2 a step lands on the other side, farther away by share - 1; infinite where float64 cannot hold it.
+    """
+    growth = steps * math.log(max(1.0, share - 1))
+    return math.exp(growth) if growth <= _MOST_GROWTH else math.inf

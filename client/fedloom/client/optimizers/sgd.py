@@ -1,19 +1,16 @@
 """Stochastic gradient descent, with heavy-ball momentum (Polyak, 1964)."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from fedloom.client.optimizers.api import overshoot
 from fedloom.core.config.parsing import Section
 
 if TYPE_CHECKING:
     import torch  # a coordinator has none
 
 __all__ = ["SGD"]
-
-_MOST_GROWTH = 500.0
-"""Natural logarithm beyond which a growth counts as infinite; float64 ends at 709."""
 
 
 class SGD(Section):
@@ -30,7 +27,4 @@ class SGD(Section):
 
     def longest_move(self, steps: int, rate: float, gradient: float, values: int, pull: float) -> float:
         """T r g / (1 - m). A FedProx pull that overshoots, r mu above 2, grows by r mu - 1 in each step."""
-        growth = steps * math.log(max(1.0, rate * pull - 1))
-        if growth > _MOST_GROWTH:
-            return math.inf
-        return steps * rate * gradient / (1 - self.momentum) * math.exp(growth)
+        return steps * rate * gradient / (1 - self.momentum) * overshoot(steps, rate * pull)

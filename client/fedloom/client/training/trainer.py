@@ -24,8 +24,10 @@ from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.api import CheckCancelled, Trained
 from fedloom.client.session.assignment_checks import check_broadcast, check_order
 from fedloom.client.session.personal_tensors import Personal
+from fedloom.client.training.averaging import averaged
 from fedloom.client.training.local_eval import Table, released, row_scores, split
 from fedloom.client.training.microbatch import Microbatch, fitting
+from fedloom.client.training.schedules import share_of_rate
 from fedloom.core.config.evaluation import largest_loss
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.errors import DataError, PolicyError, ProtocolError
@@ -158,10 +160,9 @@ class Trainer:
         parameters = self.model.trainable(assignment.train)
         entropy = self._entropy_for(assignment.round)
         optimizer = self._optimizer(parameters, train, assignment.round)
-        if self.spec.privacy.enabled:
-            self._private_steps(optimizer, parameters, entropy, train.proximal_mu, check_cancelled)
-        else:
-            self._plain_steps(optimizer, parameters, entropy, train.proximal_mu, check_cancelled)
+        steps = self._private_steps if self.spec.privacy.enabled else self._plain_steps
+        with averaged(optimizer, parameters, train.ema):
+            steps(optimizer, parameters, entropy, train.proximal_mu, check_cancelled)
         if assignment.personal:
             self._personal.keep(run, self.model.read(self.model.schema.select(assignment.personal)))
         if evaluating and self.spec.federated_evaluation.personalised:
@@ -253,7 +254,7 @@ class Trainer:
 
     def _optimizer(self, parameters: list[nn.Parameter], train: TrainSection, round: int) -> torch.optim.Optimizer:
         rate = train.learning_rate
-        left = 1 - round / self.spec.run.rounds if train.schedule == "linear" else 1.0
+        left = share_of_rate(train, round, self.spec.run.rounds)
         head = self.model.parameters_of({Role.HEAD})
         groups = [
             {"params": [each for each in parameters if each not in head], "lr": left * rate},

@@ -10,6 +10,7 @@ from fedloom.core.config.data import DataSection
 from fedloom.core.config.evaluation import EvaluationSection, FederatedEvaluationSection
 from fedloom.core.config.parsing import FileName, OpenSection, Section, explain, parse, read_toml
 from fedloom.core.config.start import StartSection
+from fedloom.core.config.train import TrainSection
 from fedloom.core.errors import ConfigError
 from fedloom.core.limits import MAX_CLIENTS, MAX_RANK, MAX_ROUNDS, MAX_SPEC_BYTES
 from fedloom.core.secagg.fixed_point import FixedPoint
@@ -130,31 +131,6 @@ class AdapterSection(OpenSection):
     targets: tuple[str, ...] | Literal["auto", "all-linear"] = ("query", "value")
     """Names (suffixes) of the linear layers that get a pair. "all-linear": every linear layer but the head and the
     output. "auto": those that PEFT has for the base model's kind, and all where it has none."""
-
-
-class TrainSection(OpenSection):
-    """[train]: local training on each client in each round. Other keys are options of the optimiser."""
-
-    component: ClassVar[tuple[str, str]] = ("optimizers", "optimizer")
-    steps: int = Field(ge=1, le=100_000)
-    """Optimiser steps per round: public, the same for every client."""
-    sampling_rate: float = Field(ge=1e-9, le=1)
-    """Poisson rate q: each step includes each example with this probability. Public."""
-    optimizer: str = "sgd"
-    """Name of an installed local optimiser, see `fedloom components list optimizers`; its state starts anew each
-    round."""
-    learning_rate: float = Field(default=1.0, ge=1e-9, le=1e4)
-    """Local learning rate. With SGD the mean gradient of a step has norm at most clip_norm; Adam needs far less."""
-    head_learning_rate: float | None = Field(default=None, ge=1e-9, le=1e4)
-    """Learning rate of the head alone; None is learning_rate. A fresh head often needs a larger one."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """linear: both learning rates fall by equal steps from the first round's to the last's, which is 1/rounds of it."""
-    momentum: float = Field(default=0.0, ge=0, le=0.9999)
-    """SGD momentum."""
-    proximal_mu: float = Field(default=0.0, ge=0, le=1e4)
-    """FedProx: mu/2 times the squared distance to the broadcast adapter is added to the loss."""
-    microbatch: int = Field(default=64, ge=1, le=1024)
-    """Most examples in one forward pass; a client with less memory takes fewer. Only memory and speed depend on it."""
 
 
 class PrivacySection(Section):
@@ -303,6 +279,15 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Spec":
+        if self.train.warmup >= self.run.rounds:
+            raise ValueError(
+                f"train.warmup = {self.train.warmup} leaves no round at the whole learning rate; set it below "
+                f"run.rounds = {self.run.rounds}"
+            )
+        if self.train.schedule == "one-cycle" and not self.train.warmup:
+            raise ValueError(
+                'train.schedule = "one-cycle" rises before it falls; set train.warmup to the rounds that it rises for'
+            )
         if self.secure_aggregation.enabled and self.wire.upload != WireSection().upload:
             raise ValueError(
                 f'wire.upload = "{self.wire.upload}" with secure_aggregation.enabled = true, whose updates are sent as '

@@ -32,7 +32,7 @@ from fedloom.client.privacy.dp_sgd.rng import Entropy, System, poisson
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.file_format import Form
-from fedloom.core.config.run import Spec
+from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.accounting import Spend, epsilon
 from fedloom.core.privacy.gaussian import Integers
@@ -327,8 +327,10 @@ def noisy_sum(
     """
     roles = model.schema.roles
     one = {"steps": 1, "sampling_rate": 1.0, "learning_rate": rate, "head_learning_rate": None, "optimizer": "sgd"}
-    still = {"schedule": "constant", "momentum": 0.0, "proximal_mu": 0.0, "microbatch": 2}
-    step = spec.model_copy(update={"train": spec.train.model_copy(update=one | still)})
+    still = {"schedule": "constant", "warmup": 0, "ema": 0.0, "momentum": 0.0, "proximal_mu": 0.0, "microbatch": 2}
+    # Without the options of the run's optimiser, which SGD has not.
+    train = spec.train.model_dump(include=set(TrainSection.model_fields)) | one | still
+    step = spec.model_copy(update={"train": TrainSection.model_validate(train)})
     before = model.read(model.schema)
     with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder), "sha256:" + "0" * 64) as ledger:
         policy = Policy.model_validate(
