@@ -1,6 +1,5 @@
 """An ordinary PEFT adapter as the adapter that a run begins from."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig
 from fedloom.core.config.start import beginning, check_digest, check_origin, needs_base, read_tensors, tensors_file
 from fedloom.core.errors import ConfigError
+from fedloom.core.peft_settings import lora_scale, more_than_pairs
 from fedloom.core.schema import LORA, Array, Schema
 from fedloom.strategies.start import starting_adapter, stored_start
 
 __all__ = ["start_of"]
-
-_PLAIN = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens")
-"""Settings of PEFT's LoRA under which an adapter is no plain pair of factors of one rank."""
 
 
 def start_of(config: RunConfig, model: AdapterModel) -> dict[str, Array]:
@@ -48,12 +45,9 @@ def _check_settings(settings: dict[str, Any], schema: Schema) -> None:
     """Refuse an adapter that is more than plain pairs at the run's scale."""
     if settings.get("peft_type") != "LORA":
         raise ConfigError(f"start.adapter is of kind {settings.get('peft_type')}; only LORA can be gone on from")
-    if odd := [key for key in _PLAIN if settings.get(key)]:
-        raise ConfigError(
-            f"start.adapter has {odd[0]} = {json.dumps(settings[odd[0]])}; only plain LoRA can be gone on from"
-        )
-    rank, alpha = int(settings.get("r", 8)), float(settings.get("lora_alpha", 8))
-    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    if odd := more_than_pairs(settings):
+        raise ConfigError(f"start.adapter has {odd}; only plain LoRA can be gone on from")
+    scale = lora_scale(settings)
     if schema.pairs and not math.isclose(scale, schema.scale, rel_tol=1e-6):
         raise ConfigError(
             f"start.adapter has scale {scale:g} (lora_alpha over r), and the run's is {schema.scale:g}; "
