@@ -1,5 +1,6 @@
 """`fedloom merge`: what PEFT makes of the result, what a run that goes on from it does, and what is refused."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner
 
 from fedloom.cli.main import app
+from fedloom.client.data.rows import Rows
 from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.base_folder import base_digest
 from fedloom.client.models.export import load_exported, save_adapter
 from fedloom.client.models.load import load_model
 from fedloom.client.models.start import start_of
 from fedloom.core.config.run import AdapterSection, ModelSection, RunConfig
-from fedloom.core.errors import ConfigError, SchemaError
+from fedloom.core.errors import ConfigError, ModelError, SchemaError
 from fedloom.core.privacy.accounting import Spend, epsilon, statement
 from fedloom.strategies.start import starting_adapter
 
@@ -148,7 +151,8 @@ def test_what_is_told_beside_the_weights(build_model: Build, tmp_path: Path) -> 
     assert known["privacy"]["epsilon"] == pytest.approx(epsilon(spends, 1e-5, 1e-4))
     assert known["privacy"]["epsilon"] > max(each["epsilon"] for each in stated[1:])
     assert "for an example in all of them" in text
-    invoke(*folders, open_run, "--out", tmp_path / "other")
+    # Also of weight 0: a greedy soup has looked at what it leaves out.
+    invoke(*folders, open_run, "--out", tmp_path / "other", "--weights", "1,1,0")
     assert json.loads((tmp_path / "other" / "fedloom.json").read_text())["privacy"] is None
 
 
@@ -290,6 +294,66 @@ def test_a_folder_of_other_things_is_left_alone(pair: tuple[Path, Path], tmp_pat
         invoke(tmp_path / "thesis", "--out", tmp_path / "merged")
 
     assert [each.name for each in (tmp_path / "thesis").iterdir()] == ["chapter-1.tex"]
+
+
+@pytest.fixture
+def scored(tmp_path: Path, tiny_base: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a run file and held-out rows."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(
+        f"""
+        run = {{ name = "tiny", rounds = 1 }}
+        model = {{ base = "{tiny_base}", labels = ["negative", "positive"], max_length = 16 }}
+        adapter = {{ rank = 2, alpha = 4 }}
+        train = {{ steps = 1, sampling_rate = 0.5, learning_rate = 0.3 }}
+        """
+    )
+    with Path("held_out.csv").open("w", newline="") as file:
+        names = (rows.label_names[each] for each in rows.labels)
+        csv.writer(file).writerows([("text", "label"), *zip(rows.texts, names, strict=True)])
+    return tmp_path
+
+
+def accuracy(adapter: Path) -> float:
+    words = ["evaluate", "run.toml", "--adapter", str(adapter), "--data", "held_out.csv", "--json"]
+    return float(json.loads(CliRunner().invoke(app, words).stdout)["now"]["accuracy"])
+
+
+@pytest.mark.slow
+def test_a_greedy_soup_leaves_out_what_harms_it(build_model: Build, tiny_base: Path, scored: Path) -> None:
+    model, digest = build_model(AdapterSection(rank=2, alpha=4)), base_digest(tiny_base)
+    folders = [saved(model, scored / str(seed), seed, base_digest=digest) for seed in range(3)]
+    options = ["--method", "greedy-soup", "--run", "run.toml", "--score-on", "held_out.csv"]
+
+    document = json.loads(invoke(*folders, "--out", scored / "soup", *options, "--json"))
+
+    assert document["scores"] == [accuracy(folder) for folder in folders]
+    assert document["score"] == accuracy(scored / "soup") >= max(document["scores"])
+    taken = [each["weight"] for each in document["adapters"]]
+    assert set(taken) == {0.0, 1.0}
+    invoke(*(folder for folder, weight in zip(folders, taken, strict=True) if weight), "--out", scored / "plain")
+    assert accuracy(scored / "plain") == document["score"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "greedy-soup"], "give the run file that they were trained with as --run"),
+        (["--method", "greedy-soup", "--run", "run.toml"], r"run\.toml has no \[data\] section"),
+        (["--method", "greedy-soup", "--weights", "1,2"], "leave out --weights, or take soup"),
+        (["--score-on", "held_out.csv"], "soup scores nothing"),
+    ],
+)
+def test_a_score_needs_rows_and_somebody_who_uses_it(
+    options: list[str], said: str, pair: tuple[Path, Path], scored: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        invoke(*pair, "--out", scored / "merged", *options)
+
+
+def test_adapters_of_another_base_model_are_not_scored(pair: tuple[Path, Path], scored: Path) -> None:
+    with pytest.raises(ModelError, match="trained with base_digest 'sha256:000"):
+        invoke(*pair, "--out", "merged", "--method", "greedy-soup", "--run", "run.toml", "--score-on", "held_out.csv")
 
 
 def test_merging_loads_no_torch(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from fedloom.core.errors import ConfigError, SchemaError
 from fedloom.core.limits import MAX_RANK
 from fedloom.strategies.merging.adapter import FinishedAdapter, Float64, Product
+from fedloom.strategies.merging.greedy_soup import greedy_soup
 from fedloom.strategies.merging.merge import Rank, merge
 from fedloom.strategies.merging.methods.api import places
 from fedloom.strategies.merging.methods.lines import LiNeS
@@ -166,3 +167,20 @@ def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
 def test_a_rank_that_keeps_nothing_is_refused(most: int | None, energy: float) -> None:
     with pytest.raises(ConfigError, match="is needed"):
         Rank(most, energy)
+
+
+def test_a_greedy_soup_takes_what_does_not_harm() -> None:
+    """An adapter is a number here, and a soup is the better the nearer its mean comes to 1.1."""
+    values, target, tried = [0.9, 0.2, 1.3, 1.0, 1.15], 1.1, list[tuple[int, ...]]()
+
+    def score(chosen: tuple[int, ...]) -> float:
+        tried.append(chosen)
+        return -abs(sum(values[index] for index in chosen) / len(chosen) - target)
+
+    soup = greedy_soup(5, score)
+
+    # By themselves 4, 3, 2, 0 and 1 come nearest in this order. With 3 the soup is at 1.075, with 2 too it is at 1.15.
+    assert tried[5:] == [(4, 3), (4, 3, 2), (4, 3, 0), (4, 3, 1)]
+    assert soup.chosen == (4, 3)
+    assert soup.score == pytest.approx(-0.025)
+    assert soup.score >= max(soup.alone)

@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from fedloom.cli.console import Json, out, print_json
+from fedloom.cli.server.merge_scores import chosen_by_score
 from fedloom.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def merge(
     target: Annotated[Path, typer.Option("--out", help="Folder for the merged adapter; an earlier one is replaced.")],
     method: Annotated[
         str,
-        typer.Option(help="soup, task-arithmetic, ties, dare, breadcrumbs or lines."),
+        typer.Option(help="soup, greedy-soup, task-arithmetic, ties, dare, breadcrumbs or lines."),
     ] = "soup",
     weights: Annotated[
         str | None, typer.Option(help="One number for each adapter, with commas: 2,1,1. All 1 if not given.")
@@ -51,11 +52,22 @@ def merge(
     largest: Annotated[float | None, typer.Option(help="Share of large entries that breadcrumbs leaves out.")] = None,
     slope: Annotated[float | None, typer.Option(help="How much more lines adds in the last block.")] = None,
     seed: Annotated[int | None, typer.Option(help="Which entries dare drops.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Run file by which greedy-soup scores: base model, task and data.")
+    ] = None,
+    score_on: Annotated[
+        str | None,
+        typer.Option(
+            help="Held-out rows for greedy-soup: a file, a folder or a packaged data set; data.source of the "
+            "run file if not given."
+        ),
+    ] = None,
     json_only: Json = False,
 ) -> None:
     """Merge finished adapters of one base model into one, by what they add to each weight and not by their factors.
 
-    The result is an ordinary PEFT adapter. Heads and other tensors that an adapter has whole are averaged.
+    The result is an ordinary PEFT adapter. Heads and other tensors that an adapter has whole are averaged. A score has
+    no noise: do not let rows that are private choose an adapter that you give away.
 
     Example: fedloom merge runs/north/adapter runs/south/adapter --out merged
     """
@@ -65,16 +77,31 @@ def merge(
 
     asked = {"scaling": scaling, "density": density, "smallest": smallest, "largest": largest, "slope": slope}
     options = {name: value for name, value in {**asked, "seed": seed}.items() if value is not None}
-    chosen, wanted, numbers = method_named(method, options), _rank(rank, energy), _weights(weights, len(adapters))
-    folders = [read_folder(path) for path in adapters]
+    greedy = method == "greedy-soup"
+    chosen, wanted = method_named("soup" if greedy else method, options), _rank(rank, energy)
+    _check(method, weights, run, score_on)
+    folders, numbers = [read_folder(path) for path in adapters], _weights(weights, len(adapters))
+    scores: dict[str, Any] = {}
+    if greedy:
+        found = chosen_by_score(folders, wanted, run, score_on)
+        numbers = [float(index in found.chosen) for index in range(len(folders))]
+        scores = {"scores": list(found.alone), "score": found.score}
     merged = merge_folders(folders, chosen, numbers, wanted)
-    facts = merged_facts(target.resolve().name, folders, {"method": method, "options": options}, numbers)
+    facts = merged_facts(target.resolve().name, folders, {"method": method, "options": options, **scores}, numbers)
     write_folder(target, merged.adapter, folders[0], facts, len(folders))
     document = _document(target, merged, folders, facts)
     if json_only:
         print_json(document)
     else:
         _show(document, [each.adapter.rank for each in folders], merged)
+
+
+def _check(method: str, weights: str | None, run: Path | None, score_on: str | None) -> None:
+    """Refuse options that would do nothing."""
+    if method == "greedy-soup" and weights is not None:
+        raise ConfigError("greedy-soup weighs what it takes alike; leave out --weights, or take soup")
+    if method != "greedy-soup" and (run or score_on):
+        raise ConfigError(f"{method} scores nothing; leave out --run and --score-on, or take greedy-soup")
 
 
 def _rank(rank: str | None, energy: float | None) -> "Rank | None":
@@ -120,14 +147,14 @@ def _document(target: Path, merged: "Merged", folders: Sequence["PeftFolder"], f
 
 
 def _show(document: dict[str, Any], ranks: list[int], merged: "Merged") -> None:
-    table = Table("adapter", "weight", "rank", "epsilon", box=None, pad_edge=False)
-    for each, rank in zip(document["adapters"], ranks, strict=True):
-        stated = each["privacy"]
-        spent = f"{stated['epsilon']:.3f} at delta {stated['delta']:g}" if stated else "none promised"
-        table.add_row(each["adapter"], f"{each['weight']:g}", str(rank), spent)
-    joint = document["privacy"]
-    spent = f"{joint['epsilon']:.3f} at delta {joint['delta']:g}, for an example in all of them" if joint else "-"
-    table.add_row(document["method"], "", str(document["rank"]), spent)
+    scores = document.get("scores")
+    table = Table("adapter", "weight", "rank", "epsilon", *(["accuracy"] if scores else []), box=None, pad_edge=False)
+    for index, (each, rank) in enumerate(zip(document["adapters"], ranks, strict=True)):
+        shown = [f"{scores[index]:.1%}"] if scores else []
+        table.add_row(each["adapter"], f"{each['weight']:g}", str(rank), _epsilon(each["privacy"]), *shown)
+    joint = _epsilon(document["privacy"]) + (", for an example in all of them" if document["privacy"] else "")
+    shown = [f"{document['score']:.1%}"] if scores else []
+    table.add_row(document["method"], "", str(document["rank"]), joint, *shown)
     out.print(table)
     if merged.layers:
         worst = max(merged.layers, key=lambda each: each.error)
@@ -140,3 +167,11 @@ def _show(document: dict[str, Any], ranks: list[int], merged: "Merged") -> None:
     if document["averaged"]:
         out.print(f"averaged {', '.join(each.removeprefix(_PREFIX) for each in document['averaged'])}")
     out.print(f"adapter  {document['path']}")
+
+
+def _epsilon(stated: Any) -> str:
+    """What a statement in a fedloom.json promises, which anybody may have written."""
+    found = [stated.get(key) for key in ("epsilon", "delta")] if isinstance(stated, dict) else []
+    if not found or not all(isinstance(each, int | float) for each in found):
+        return "none promised"
+    return f"{found[0]:.4g} at delta {found[1]:.4g}"

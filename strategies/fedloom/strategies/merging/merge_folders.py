@@ -106,7 +106,8 @@ def joint_privacy(stated: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] 
     Merging looks at adapters only, so it costs nothing; but each of them may say something about the same example.
 
     Args:
-        stated: The statement of each adapter, None of one without privacy.
+        stated: The statement of each adapter, None of one without privacy; also of those with weight 0, which may have
+            been left out for what they are.
 
     Returns:
         The document of a statement at the largest delta of theirs; None if one of them promises nothing.
