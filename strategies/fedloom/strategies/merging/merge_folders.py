@@ -1,6 +1,6 @@
 """PEFT adapters in folders into one: whether they belong together, and what is to be said of the result."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedloom.core.errors import ConfigError
@@ -9,7 +9,7 @@ from fedloom.strategies.merging.methods.api import Method
 from fedloom.strategies.merging.methods.soup import Soup
 from fedloom.strategies.merging.peft_folder import PeftFolder
 
-__all__ = ["check_together", "joint_privacy", "merge_folders", "merged_facts"]
+__all__ = ["check_base", "check_together", "joint_privacy", "merge_folders", "merged_facts"]
 
 
 def merge_folders(
@@ -46,26 +46,32 @@ def check_together(folders: Sequence[PeftFolder]) -> None:
     """
     first = folders[0]
     for other in folders[1:]:
-        for what, one, two in _stated(first, other):
-            if one != two:
-                raise ConfigError(
-                    f"{first.path} was trained with {what} {one!r}, and {other.path} with {two!r}; merge adapters of "
-                    "one base model and task, with the same labels in the same order"
-                )
+        check_base(first, other)
+        for key in ("task_type", "bias", "fan_in_fan_out"):
+            _check_same(first, other, key, (first.settings.get(key), other.settings.get(key)))
+        if first.facts and other.facts:
+            for key in ("task", "labels"):
+                _check_same(first, other, key, (first.facts.get(key), other.facts.get(key)))
 
 
-def _stated(one: PeftFolder, two: PeftFolder) -> Iterator[tuple[str, Any, Any]]:
-    """What two adapters must have in common, and what each says; a digest is more than a name."""
-    for key in ("task_type", "bias", "fan_in_fan_out"):
-        yield key, one.settings.get(key), two.settings.get(key)
-    if one.facts and two.facts:
-        for key in ("task", "labels"):
-            yield key, one.facts.get(key), two.facts.get(key)
-    if one.facts.get("base_digest") and two.facts.get("base_digest"):
-        yield "base model", one.facts["base_digest"], two.facts["base_digest"]
-    else:
-        key = "base_model_name_or_path"
-        yield "base model", one.settings.get(key), two.settings.get(key)
+def check_base(one: PeftFolder, two: PeftFolder) -> None:
+    """Refuse adapters of different base models: by their digests if both are known, else by their names.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    digests = one.facts.get("base_digest"), two.facts.get("base_digest")
+    key = "base_model_name_or_path"
+    known = all(digests)
+    _check_same(one, two, "base model", digests if known else (one.settings.get(key), two.settings.get(key)))
+
+
+def _check_same(one: PeftFolder, two: PeftFolder, what: str, values: tuple[Any, Any]) -> None:
+    if values[0] != values[1]:
+        raise ConfigError(
+            f"{one.path} was trained with {what} {values[0]!r}, and {two.path} with {values[1]!r}; take adapters of "
+            "one base model and task, with the same labels in the same order"
+        )
 
 
 def merged_facts(
