@@ -23,6 +23,7 @@ PAGES = (
     "quickstart.md",
     "data.md",
     "api.md",
+    "merging.md",
     "tutorial-simulation.md",
     "tutorial-sites.md",
     "tutorial-strategy.md",

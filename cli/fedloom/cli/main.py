@@ -10,7 +10,7 @@ from fedloom.cli.client import client, data, doctor, identity, ledger, privacy
 from fedloom.cli.components import components
 from fedloom.cli.console import failed, version
 from fedloom.cli.logs import write_logs
-from fedloom.cli.server import certs, runs, server
+from fedloom.cli.server import certs, inspect, merge, runs, server
 from fedloom.cli.server import operate as operation
 from fedloom.cli.simulation import assets, audit, bench, evaluate, flower, init, simulate
 from fedloom.core.errors import FedloomError
@@ -46,6 +46,8 @@ app.command("server")(server.server)
 app.command("prepare")(server.prepare)
 app.command("export")(server.export)
 app.command("evaluate")(evaluate.evaluate)
+app.command("merge")(merge.merge)
+app.command("inspect")(inspect.inspect)
 app.command("client")(client.client)
 app.command("doctor")(doctor.doctor)
 app.command("identity")(identity.identity)

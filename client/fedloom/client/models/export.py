@@ -5,7 +5,6 @@ import errno
 import json
 import tempfile
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.privacy.accounting import Statement
 from fedloom.core.privacy.spends import run_statement
-from fedloom.core.runtime.durable import replacing_folder
+from fedloom.core.runtime.export_folder import replace_export
 from fedloom.core.schema import Tensors
 from fedloom.core.tensor_file import TENSORS, tensor_file
 from fedloom.strategies.result import result_schema
@@ -105,7 +104,7 @@ def save_result(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> Non
 def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
     """Write the adapter the model holds now: PEFT's files, a card, and `facts` as fedloom.json.
 
-    An adapter that is in the folder is replaced by a whole one or not at all, see `durable.replacing_folder`.
+    An adapter that is in the folder is replaced by a whole one or not at all, see `replace_export`.
 
     What the model adds to the frozen weights is in it, see `widen`.
 
@@ -118,7 +117,7 @@ def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
             f"PEFT does not know the adapter kind {type(model.adapter).__name__}; export with format merged or "
             "safetensors"
         )
-    _replace(folder, lambda draft: _write(model, draft, facts))
+    replace_export(folder, lambda draft: _write(model, draft, facts))
 
 
 def save_merged(model: AdapterModel, folder: Path, facts: dict[str, Any], *, keep: bool = False) -> None:
@@ -169,24 +168,7 @@ def save_merged(model: AdapterModel, folder: Path, facts: dict[str, Any], *, kee
             (draft / TENSORS).write_bytes(tensor_file(trained, result_schema(model.schema, trained), facts))
         (draft / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n")
 
-    _replace(folder, write)
-
-
-def _replace(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder that then takes the place of `folder`, which holds no other files."""
-    target = folder.resolve()
-    if Path.cwd().is_relative_to(target):
-        raise ConfigError(f"{target} is where this runs, and an export's folder is replaced whole; give one inside it")
-    try:
-        with replacing_folder(target) as draft:
-            write(draft)
-            if others := _names(target) - _names(draft):
-                raise ConfigError(
-                    f"{target} holds {', '.join(sorted(others)[:3])}, which is no part of an export, and would be "
-                    "replaced whole; give another folder, or move that away"
-                )
-    except OSError as error:
-        raise ConfigError(f"cannot export to {target}: {error}; free the disk or give another folder") from error
+    replace_export(folder, write)
 
 
 def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
@@ -218,11 +200,6 @@ def _settle(path: Path, base: str | None) -> None:
         if isinstance(value, list) and all(isinstance(each, str) for each in value):
             settings[key] = sorted(value)
     path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _names(folder: Path) -> set[str]:
-    """Of what is in a folder, if there is one."""
-    return {each.name for each in folder.iterdir()} if folder.is_dir() else set()
 
 
 def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path, rounds: int) -> None:

@@ -1,6 +1,5 @@
 """An ordinary PEFT adapter as the adapter that a run begins from."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,11 @@ from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig
 from fedloom.core.config.start import beginning, check_digest, check_origin, needs_base, read_tensors, tensors_file
 from fedloom.core.errors import ConfigError
+from fedloom.core.peft_settings import lora_scale, more_than_pairs
 from fedloom.core.schema import LORA, Array, Schema
 from fedloom.strategies.start import starting_adapter, stored_start
 
 __all__ = ["start_of"]
-
-_PLAIN = ("lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens")
-"""Settings of PEFT's LoRA under which an adapter is no plain pair of factors of one rank."""
 
 
 def start_of(config: RunConfig, model: AdapterModel) -> dict[str, Array]:
@@ -49,17 +46,14 @@ def _check_settings(settings: dict[str, Any], schema: Schema, given: float) -> N
     """Refuse an adapter that is more than plain pairs at the run's scale, or has magnitudes where the run has none."""
     if settings.get("peft_type") != "LORA":
         raise ConfigError(f"start.adapter is of kind {settings.get('peft_type')}; only LORA can be gone on from")
-    if odd := [key for key in _PLAIN if settings.get(key)]:
-        raise ConfigError(
-            f"start.adapter has {odd[0]} = {json.dumps(settings[odd[0]])}; only plain LoRA can be gone on from"
-        )
+    if odd := more_than_pairs({**settings, "use_dora": False}):
+        raise ConfigError(f"start.adapter has {odd}; only plain LoRA can be gone on from")
     if bool(settings.get("use_dora")) != (MAGNITUDE in schema.roles):
         raise ConfigError(
             f"start.adapter has use_dora = {json.dumps(bool(settings.get('use_dora')))}, and the run has not; set "
             "adapter.dora to the same"
         )
-    rank, alpha = int(settings.get("r", 8)), float(settings.get("lora_alpha", 8))
-    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    scale = lora_scale(settings)
     if schema.pairs and not math.isclose(scale, schema.scale, rel_tol=1e-6):
         raise ConfigError(
             f"start.adapter has scale {scale:g} (lora_alpha over r, or its root), and the run's is {schema.scale:g}; "
