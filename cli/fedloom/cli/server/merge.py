@@ -151,7 +151,7 @@ def _show(document: dict[str, Any], ranks: list[int], merged: "Merged") -> None:
     table = Table("adapter", "weight", "rank", "epsilon", *(["accuracy"] if scores else []), box=None, pad_edge=False)
     for index, (each, rank) in enumerate(zip(document["adapters"], ranks, strict=True)):
         shown = [f"{scores[index]:.1%}"] if scores else []
-        table.add_row(each["adapter"], f"{each['weight']:g}", str(rank), _epsilon(each["privacy"]), *shown)
+        table.add_row(str(each["adapter"]), f"{each['weight']:g}", str(rank), _epsilon(each["privacy"]), *shown)
     joint = _epsilon(document["privacy"]) + (", for an example in all of them" if document["privacy"] else "")
     shown = [f"{document['score']:.1%}"] if scores else []
     table.add_row(document["method"], "", str(document["rank"]), joint, *shown)

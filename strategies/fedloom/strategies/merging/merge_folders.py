@@ -123,7 +123,7 @@ def joint_privacy(stated: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] 
     """
     from fedloom.core.privacy.accounting import Spend, statement
 
-    known = [each for each in stated if each is not None]
+    known = [each for each in stated if isinstance(each, Mapping)]
     if not known or len(known) < len(stated) or any(each.get("adjacency") != "add or remove one" for each in known):
         return None
     try:
