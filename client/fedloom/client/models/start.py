@@ -1,5 +1,6 @@
 """An ordinary PEFT adapter as the adapter that a run begins from."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
