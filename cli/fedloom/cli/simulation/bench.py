@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedloom.cli.console import out
 
-__all__ = ["app", "clients", "dp_step", "round_", "rounds", "secagg"]
+__all__ = ["app", "clients", "commit", "dp_step", "round_", "rounds", "secagg"]
 
 app = typer.Typer(
     help="Measure this machine. With --json, a benchmark ends with one line of JSON.", no_args_is_help=True
