@@ -74,6 +74,8 @@ RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("train", "momentum"): (0, 0.9999),
     ("train", "proximal_mu"): (0, 1e4),
     ("train", "microbatch"): (1, 1024),
+    ("train", "warmup"): (0, 9_999),
+    ("train", "ema"): (0, 0.9999),
     ("privacy", "epsilon"): (1e-3, 1e4),
     ("privacy", "delta"): (1e-15, 1e-3),
     ("privacy", "clip_norm"): (1e-3, 1e3),
