@@ -1,12 +1,19 @@
-"""A client's policy, and the state directory of a run that has just begun."""
+"""A client's policy, the state directory of a run that has just begun, and tables as wide as a test asks."""
 
 from pathlib import Path
 
 import pytest
 
+from fedloom.cli import console
 from fedloom.server.rounds.state import RoundOpened, RunCreated, UpdateAccepted
 from fedloom.server.storage.audit_log import AuditRecord
 from fedloom.server.storage.local import Store
+
+
+@pytest.fixture(autouse=True)
+def _width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of pytest-xdist has COLUMNS=80, and a console keeps what it finds when it is made: let it ask anew."""
+    monkeypatch.setattr(console.out, "_width", None)
 
 
 @pytest.fixture

@@ -307,13 +307,13 @@ def test_the_rounds_benchmark_ends_with_its_figures() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux")
 def test_the_commit_benchmark_ends_with_its_figures() -> None:
-    document = figures("commit", "--width", "1024", "--layers", "2")
+    document = figures("commit", "--width", "512", "--layers", "2")
 
     assert document["speedup_vs_dense"] > 1
     assert document["commit_64_layers_s"] == pytest.approx(32 * document["commit_layers_s"])
     assert document["rss_ratio_200_to_10_clients"] < 1.5
     assert document["keeps_updates"] is False
-    kept = figures("commit", "--strategy", "fedex", "--width", "1024", "--layers", "2")
+    kept = figures("commit", "--strategy", "lora-fair", "--width", "512", "--layers", "2")
     assert kept["rss_ratio_200_to_10_clients"] > 3
 
 
