@@ -242,8 +242,8 @@ def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:
         rounds = rounds_left(ledger, spend, mine, _MOST_ROUNDS)
         count = f"{rounds} or more" if rounds == _MOST_ROUNDS else str(rounds)
         out.print(
-            f"the rest buys {count} more rounds of {spend.steps} steps at rate {spend.sampling_rate:g} and noise "
-            f"{spend.noise_multiplier:g}"
+            f"the rest buys {count} more {'round' if rounds == 1 else 'rounds'} of {spend.steps} steps at rate "
+            f"{spend.sampling_rate:g} and noise {spend.noise_multiplier:g}"
         )
     stated = ledger.statement(mine.delta, GRID)
     out.print(terms(stated))
