@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import annotated_types
+import numpy as np
 import pytest
 import tomli_w
 from hypothesis import HealthCheck, assume, given, settings
@@ -78,6 +79,21 @@ def test_an_object_says_what_the_file_says(tmp_path: Path) -> None:
     assert small() == fl.load(path)
     assert small().config == fl.load(path).config
     assert small() != small().replace({"run.seed": 8})
+
+
+def test_a_table_among_the_options_of_a_strategy_is_kept(tmp_path: Path) -> None:
+    run = small().replace({"strategy": fl.FlexLoRA(ranks={"phone-*": 2}), "secure_aggregation.enabled": False})
+
+    run.to_toml(tmp_path / "run.toml")
+
+    assert run.config.strategy.options == {"ranks": {"phone-*": 2}}
+    assert fl.load(tmp_path / "run.toml") == run
+    assert small().replace({"strategy": fl.FedEx()}).config.strategy.options == {}
+
+
+def test_an_option_that_no_file_can_hold_is_refused() -> None:
+    with pytest.raises(fl.FedloomError, match=r"the option energy of FLoRIST is .* a table of them"):
+        small().replace({"strategy": fl.FLoRIST(energy=np.float32(0.5))})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

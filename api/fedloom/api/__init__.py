@@ -40,10 +40,22 @@ from fedloom.core.config.run import WireSection as Wire
 from fedloom.core.config.start import StartSection as Start
 from fedloom.core.errors import FedloomError
 from fedloom.simulation.callbacks import SoFar, StopRun
+from fedloom.strategies.alternating.orthonormal import AlternatingOrthonormal
+from fedloom.strategies.alternating.rolora import RoLoRA
+from fedloom.strategies.fedask import FedASK
 from fedloom.strategies.fedavg import FedAvg
+from fedloom.strategies.fedopt import FedOpt
 from fedloom.strategies.fedpeft import FedPEFT
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
+from fedloom.strategies.personal.fedsa import FedSALoRA
+from fedloom.strategies.ranks.flexlora import FlexLoRA
+from fedloom.strategies.ranks.hetlora import HetLoRA
+from fedloom.strategies.ranks.raflora import RaFLoRA
+from fedloom.strategies.stacking.fedex import FedEx
+from fedloom.strategies.stacking.flora import FLoRA
+from fedloom.strategies.stacking.florist import FLoRIST
+from fedloom.strategies.stacking.lora_fair import LoRAFAIR
 
 if TYPE_CHECKING:
     from fedloom.client.adapters.bias import Bias
@@ -65,28 +77,40 @@ __all__ = [
     "FFA",
     "IA3",
     "SSF",
+    "AlternatingOrthonormal",
     "Bias",
     "CausalLM",
     "Checkpoint",
     "Data",
     "Engine",
     "Evaluation",
+    "FLoRA",
+    "FLoRIST",
+    "FedASK",
     "FedAvg",
+    "FedEx",
+    "FedOpt",
     "FedPEFT",
+    "FedSALoRA",
     "FedSVD",
     "FederatedEvaluation",
     "FedloomError",
+    "FlexLoRA",
     "Form",
     "Head",
+    "HetLoRA",
     "Hydra",
     "ImageClassification",
     "Instruct",
     "LayerNorm",
     "LoRA",
+    "LoRAFAIR",
     "LoRASB",
     "MiSS",
     "Model",
+    "RaFLoRA",
     "Result",
+    "RoLoRA",
     "RoundRules",
     "Run",
     "SVFit",

@@ -1,6 +1,6 @@
 """Tasks, adapters and strategies as objects, and the tables of a run file that they are written as."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
@@ -70,22 +70,36 @@ def strategy_table(strategy: "str | StrategySection | Strategy") -> tuple[dict[s
         )
     installed = _installed_as("strategies", strategy)
     if installed is None:
-        return {"name": kind.__name__, "options": dict(_scalars(strategy))}, strategy
+        options = {name: value for name, value in _changed(strategy) if _plain(value)}
+        return {"name": kind.__name__, "options": options}, strategy
     if not is_dataclass(strategy):
         raise ConfigError(
             f"the options of {kind.__name__} cannot be read off the object, which is no dataclass; give "
             f'fl.Strategy(name="{installed}", options={{...}})'
         )
-    return {"name": installed, "options": dict(_scalars(strategy))}, None
+    options = dict(_changed(strategy))
+    if strange := [name for name, value in options.items() if not _plain(value)]:
+        raise ConfigError(
+            f"the option {strange[0]} of {kind.__name__} is {options[strange[0]]!r}; give a truth value, a number, a "
+            "text or a table of them"
+        )
+    return {"name": installed, "options": options}, None
 
 
-def _scalars(strategy: object) -> Iterator[tuple[str, Any]]:
+def _changed(strategy: object) -> Iterator[tuple[str, Any]]:
     """Options that differ from their defaults, but for what the run file sets by model.head."""
     for field in fields(strategy) if is_dataclass(strategy) else ():
         value = getattr(strategy, field.name)
-        named = field.init and field.name != "train_head" and isinstance(value, bool | int | float | str)
-        if named and (field.default is MISSING or value != field.default):
-            yield field.name, value
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        unchanged = value is default or (_plain(value) and value == default)
+        if field.init and field.name != "train_head" and not unchanged:
+            yield field.name, dict(value) if isinstance(value, Mapping) else value
+
+
+def _plain(value: object) -> bool:
+    """Whether a run file can hold an option."""
+    each = [*value, *value.values()] if isinstance(value, Mapping) else [value]
+    return all(isinstance(one, bool | int | float | str) for one in each)
 
 
 def _named(group: str, component: Any, example: str, base: type[Section]) -> tuple[str, Local]:
