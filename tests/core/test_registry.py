@@ -135,7 +135,7 @@ def test_options_reach_the_component() -> None:
         ("fedsdv", {}, "unknown strategy 'fedsdv'; did you mean 'fedsvd'\\? available: .*fedavg"),
         ("fedloom.strategies.ffa:FFA", {}, "unknown strategy"),
         ("os:system", {}, "unknown strategy 'os:system'; available"),
-        ("fedsvd", {"periods": 1}, "no option 'periods'; did you mean 'period'\\?.*period: int = 1, train_head: bool"),
+        ("fedsvd", {"periods": 1}, "no option 'periods'; did you mean 'period'\\?.*period: int = 1, singular_values: "),
         ("fedsvd", {"period": "1"}, "option 'period' of strategy 'fedsvd' is '1'; allowed: period: int = 1"),
         ("fedsvd", {"period": True}, "is True"),
         ("fedsvd", {"period": 1.0}, "is 1.0"),
