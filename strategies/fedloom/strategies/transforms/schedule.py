@@ -46,7 +46,7 @@ class Schedule(Strategy):
             linear=all(each.linear for each in found),
             rewrites=any(each.rewrites for each in found),
             moments=any(each.moments for each in found),
-            linear_moments=all(each.linear_moments for each in found if each.moments),
+            linear_moments={each.linear_moments for each in found if each.moments} == {True},
             lossy=any(each.lossy for each in found),
             keeps_updates=any(each.keeps_updates for each in found),
             unweighted=any(each.unweighted for each in found),
