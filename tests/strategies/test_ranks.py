@@ -12,7 +12,7 @@ from fedloom.strategies.conformance import StrategyConformance, run_round
 from fedloom.strategies.ranks.flexlora import FlexLoRA
 from fedloom.strategies.ranks.hetlora import HetLoRA
 from fedloom.strategies.ranks.raflora import RaFLoRA
-from fedloom.strategies.ranks.table import rank_of
+from fedloom.strategies.ranks.ranked import rank_of
 
 RANKS = {"ada": 1, "b*": 2}
 METHODS = (FlexLoRA, RaFLoRA, HetLoRA)

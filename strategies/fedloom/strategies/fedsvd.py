@@ -46,7 +46,7 @@ class FedSVD(Composed):
         strategy: Strategy = Average(select(Role.LORA_B, head=self.train_head))
         if self.server_momentum:
             strategy = ServerOptimizer(strategy, "momentum", learning_rate=1.0, beta1=self.server_momentum)
-        strategy = Refactorize(strategy, self.period, self.singular_values)
+        rewritten = Refactorize(strategy, self.period, self.singular_values)
         if self.refresh and self.singular_values != "B":
             raise ConfigError('refresh puts orthonormal rows into A; set singular_values = "B" or refresh = 0')
-        return Refresh(strategy, self.refresh, self.period) if self.refresh else strategy
+        return Refresh(rewritten, self.refresh) if self.refresh else rewritten

@@ -1,6 +1,7 @@
 """Random directions in place of the weakest: the model stays, the basis is orthonormal, and the span moves."""
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fedloom.strategies.conformance import StrategyConformance, effective, run_r
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
 from fedloom.strategies.start import starting_adapter
+from fedloom.strategies.transforms.refactorize import Refactorize
 from fedloom.strategies.transforms.refresh import Refresh
 
 
@@ -76,7 +78,10 @@ def test_what_is_drawn_follows_from_seed_and_round() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Refresh(FFA(), 1), "FFA does not sort directions; put a refactorization inside the refresh"),
+        (
+            lambda: Refresh(cast(Refactorize, FFA()), 1),
+            "FFA does not sort directions; put a refactorization inside the refresh",
+        ),
         (lambda: FedSVD(refresh=-1), "refresh is -1; set a number of directions from 1 up, or 0 for none"),
         (lambda: FedSVD(refresh=1, singular_values="both"), "refresh puts orthonormal rows into A"),
     ],

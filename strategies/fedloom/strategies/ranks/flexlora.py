@@ -1,23 +1,21 @@
 """FlexLoRA (Bai et al., NeurIPS 2024, arXiv 2402.11505)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from fedloom.core.schema import LORA, Pair, Schema, Tensors
-from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
+from fedloom.core.schema import Pair
+from fedloom.strategies.api import State, Traits, Update
 from fedloom.strategies.lowrank import refactorize
-from fedloom.strategies.ranks.table import check_ranks, cut, rank_of
+from fedloom.strategies.ranks.ranked import Ranked
 from fedloom.strategies.stacking.stack import Kept, Stack, keep, stack, unpaired
-from fedloom.strategies.transforms.average import begin, trained
 
 __all__ = ["FlexLoRA"]
 
 
 @dataclass(frozen=True)
-class FlexLoRA(Strategy):
+class FlexLoRA(Ranked):
     """Every client works at its own rank; what it gets are the first singular vectors of the mean product.
 
     D = sum_k p_k B_k A_k = U S V^T, from the stacked factors and an SVD of their small core; a client at rank r gets
@@ -36,30 +34,6 @@ class FlexLoRA(Strategy):
     """
 
     traits: ClassVar[Traits] = Traits(same_tensors=True, keeps_updates=True, rewrites=True)
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    train_head: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse ranks that there are not."""
-        check_ranks(self.ranks)
-
-    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
-        """The state before the first round.
-
-        Raises:
-            SchemaError: There are no pairs, or the adapter does not fit.
-            ConfigError: A client's rank is above the adapter's.
-        """
-        self._trained(schema)
-        check_ranks(self.ranks, schema)
-        return begin(schema, adapter, seed)
-
-    def plan(self, state: State, round: int, client: str) -> Plan:
-        """Both factors at the client's rank, and the head."""
-        rank, words = self._rank(state, client), state.schema.words(self._trained(state.schema).names())
-        if rank == state.schema.rank:
-            return Plan(words, state.adapter)
-        return Plan(words, cut(state.schema, state.adapter, rank), rank)
 
     def fold(self, state: State, acc: Kept | None, update: Update) -> Kept:
         """Keep the update.
@@ -68,7 +42,7 @@ class FlexLoRA(Strategy):
             SchemaError: A tensor is missing, unexpected or of another shape.
             UpdateRejected: The change or the weight is not usable.
         """
-        return keep(self._trained(state.schema).with_rank(self._rank(state, update.client)), acc, update)
+        return keep(self.uploaded(state.schema, update.client), acc, update)
 
     def commit(self, state: State, acc: Kept | None) -> State:
         """The mean product at the adapter's rank.
@@ -89,9 +63,3 @@ class FlexLoRA(Strategy):
     def aggregated(self, kept: Kept, pair: Pair) -> Stack:
         """The factors of the product that clients share, of any rank."""
         return stack(kept, pair)
-
-    def _rank(self, state: State, client: str) -> int:
-        return rank_of(self.ranks, client, state.schema.rank)
-
-    def _trained(self, schema: Schema) -> Schema:
-        return trained(schema, LORA, head=self.train_head)

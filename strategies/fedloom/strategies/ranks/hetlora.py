@@ -1,22 +1,21 @@
 """HetLoRA (Cho et al., EMNLP 2024, arXiv 2401.06432)."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from fedloom.core.schema import LORA, Array, Schema, Tensors
-from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
-from fedloom.strategies.ranks.table import check_ranks, cut, padded, rank_of
-from fedloom.strategies.transforms.average import Sum, begin, check, mean, trained
+from fedloom.core.schema import Schema, Tensors
+from fedloom.strategies.api import State, Traits, Update
+from fedloom.strategies.ranks.ranked import Ranked, padded
+from fedloom.strategies.transforms.average import Sum, add, check, mean
 
 __all__ = ["HetLoRA"]
 
 
 @dataclass(frozen=True)
-class HetLoRA(Strategy):
+class HetLoRA(Ranked):
     """Every client works at its own rank, cut from the adapter; updates are padded with zeros and averaged.
 
     The factors' values are averaged, so that a client without a row counts as zero there, with the weights
@@ -35,31 +34,7 @@ class HetLoRA(Strategy):
     """
 
     traits: ClassVar[Traits] = Traits(same_tensors=True, rewrites=True)
-    ranks: Mapping[str, int] = field(default_factory=dict)
     by_norm: bool = True
-    train_head: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse ranks that there are not."""
-        check_ranks(self.ranks)
-
-    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
-        """The state before the first round.
-
-        Raises:
-            SchemaError: There are no pairs, or the adapter does not fit.
-            ConfigError: A client's rank is above the adapter's.
-        """
-        self._trained(schema)
-        check_ranks(self.ranks, schema)
-        return begin(schema, adapter, seed)
-
-    def plan(self, state: State, round: int, client: str) -> Plan:
-        """Both factors at the client's rank, and the head."""
-        rank, words = self._rank(state, client), state.schema.words(self._trained(state.schema).names())
-        if rank == state.schema.rank:
-            return Plan(words, state.adapter)
-        return Plan(words, cut(state.schema, state.adapter, rank), rank)
 
     def fold(self, state: State, acc: Sum | None, update: Update) -> Sum:
         """Add the update's values, padded, by its weight and norm.
@@ -68,12 +43,12 @@ class HetLoRA(Strategy):
             SchemaError: A tensor is missing, unexpected or of another shape.
             UpdateRejected: The change or the weight is not usable.
         """
-        schema = self._trained(state.schema)
-        check(schema.with_rank(self._rank(state, update.client)), update)
+        schema = self.trained(state.schema)
+        check(self.uploaded(state.schema, update.client), update)
         values = {spec.name: padded(update.value(spec.name), spec.shape) for spec in schema.tensors}
         # The smallest weight there is stands for a product of zero, so that clients who all send one have a mean.
         weight = update.weight * max(_norm(schema, values), 1e-12) if self.by_norm else update.weight
-        return _add(acc, weight, values)
+        return add(acc, weight, values)
 
     def commit(self, state: State, acc: Sum | None) -> State:
         """The mean of the values.
@@ -84,12 +59,6 @@ class HetLoRA(Strategy):
         moved = {name: value.astype(np.float32) for name, value in mean(acc).items()}
         return replace(state, adapter={**state.adapter, **moved}, round=state.round + 1)
 
-    def _rank(self, state: State, client: str) -> int:
-        return rank_of(self.ranks, client, state.schema.rank)
-
-    def _trained(self, schema: Schema) -> Schema:
-        return trained(schema, LORA, head=self.train_head)
-
 
 def _norm(schema: Schema, values: Tensors) -> float:
     """The Frobenius norm of all products together, by |B A|^2 = sum (B^T B) * (A A^T)."""
@@ -98,10 +67,3 @@ def _norm(schema: Schema, values: Tensors) -> float:
         a, b = values[pair.a], values[pair.b]
         squares += float(np.sum((b.T @ b) * (a @ a.T)))
     return math.sqrt(max(squares, 0.0))
-
-
-def _add(acc: Sum | None, weight: float, values: Mapping[str, Array]) -> Sum:
-    weighted = {name: np.multiply(weight, value, dtype=np.float64) for name, value in values.items()}
-    if acc is None:
-        return Sum(weight, weighted)
-    return Sum(acc.weight + weight, {name: total + weighted[name] for name, total in acc.total.items()})

@@ -6,17 +6,17 @@ from typing import ClassVar
 import numpy as np
 
 from fedloom.core.errors import ConfigError
-from fedloom.core.schema import LORA, Array, Pair, Schema, Tensors
-from fedloom.strategies.api import Plan, State, Strategy, Traits, Update, corrections
+from fedloom.core.schema import Array, Pair
+from fedloom.strategies.api import State, Traits, Update
 from fedloom.strategies.lowrank import refactorize
+from fedloom.strategies.stacking.both_factors import BothFactors
 from fedloom.strategies.stacking.stack import Float64, Kept, Stack, corrected, keep, shares, stack, unpaired
-from fedloom.strategies.transforms.average import begin, trained
 
 __all__ = ["FedEx", "averaged"]
 
 
 @dataclass(frozen=True)
-class FedEx(Strategy):
+class FedEx(BothFactors):
     """Average A and B one by one, and put what that misses into the frozen weights.
 
     W0 <- W0 + s (sum_k p_k B_k A_k - B A) with B and A the means (equation 10 of the paper): the model is the mean of
@@ -36,7 +36,6 @@ class FedEx(Strategy):
 
     traits: ClassVar[Traits] = Traits(same_tensors=True, keeps_updates=True)
     residual_rank: int = 0
-    train_head: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a rank that is none."""
@@ -45,20 +44,6 @@ class FedEx(Strategy):
                 f"strategy.options.residual_rank is {self.residual_rank}; set a rank, or 0 to cut nothing off"
             )
 
-    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
-        """The state before the first round.
-
-        Raises:
-            SchemaError: There are no pairs, or the adapter does not fit.
-        """
-        self._trained(schema)
-        return begin(schema, adapter, seed)
-
-    def plan(self, state: State, round: int, client: str) -> Plan:
-        """Both factors and the head, and the correction so far."""
-        words = state.schema.words(self._trained(state.schema).names())
-        return Plan(words, {**state.adapter, **corrections(state)})
-
     def fold(self, state: State, acc: Kept | None, update: Update) -> Kept:
         """Keep the update.
 
@@ -66,7 +51,7 @@ class FedEx(Strategy):
             SchemaError: A tensor is missing, unexpected or of another shape.
             UpdateRejected: The change or the weight is not usable.
         """
-        return keep(self._trained(state.schema), acc, update)
+        return keep(self.trained(state.schema), acc, update)
 
     def commit(self, state: State, acc: Kept | None) -> State:
         """The means, and the correction with this round's residual.
@@ -91,9 +76,6 @@ class FedEx(Strategy):
             return b, a
         b, a = refactorize(b, a)
         return b[:, : self.residual_rank], a[: self.residual_rank]
-
-    def _trained(self, schema: Schema) -> Schema:
-        return trained(schema, LORA, head=self.train_head)
 
 
 def averaged(kept: Kept, pair: Pair) -> tuple[Array, Array]:

@@ -1,23 +1,21 @@
 """FLoRA (Wang et al., NeurIPS 2024, arXiv 2409.05976)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from fedloom.core.schema import LORA, Pair, Schema, Tensors
-from fedloom.strategies.api import Plan, State, Strategy, Traits, Update, corrections
-from fedloom.strategies.ranks.table import check_ranks, cut, rank_of
+from fedloom.core.schema import LORA, Pair
+from fedloom.strategies.api import State, Traits, Update
+from fedloom.strategies.ranks.ranked import Ranked
 from fedloom.strategies.stacking.stack import Kept, Stack, corrected, keep, stack, unpaired
 from fedloom.strategies.start import starting_adapter
-from fedloom.strategies.transforms.average import begin, trained
 
 __all__ = ["FLoRA"]
 
 
 @dataclass(frozen=True)
-class FLoRA(Strategy):
+class FLoRA(Ranked):
     """Stack all clients' products, fold the stack into the frozen weights, and begin the next round with new pairs.
 
     B = [p_1 B_1, .., p_K B_K] and A = [A_1; ..; A_K] give B A = sum_k p_k B_k A_k exactly, whatever the clients' ranks
@@ -36,30 +34,6 @@ class FLoRA(Strategy):
     """
 
     traits: ClassVar[Traits] = Traits(keeps_updates=True, rewrites=True)
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    train_head: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse ranks that there are not."""
-        check_ranks(self.ranks)
-
-    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
-        """The state before the first round.
-
-        Raises:
-            SchemaError: There are no pairs, or the adapter does not fit.
-            ConfigError: A client's rank is above the adapter's.
-        """
-        self._trained(schema)
-        check_ranks(self.ranks, schema)
-        return begin(schema, adapter, seed)
-
-    def plan(self, state: State, round: int, client: str) -> Plan:
-        """Both factors and the head, at the client's rank, and the correction so far."""
-        rank = rank_of(self.ranks, client, state.schema.rank)
-        start = state.adapter if rank == state.schema.rank else cut(state.schema, state.adapter, rank)
-        words = state.schema.words(self._trained(state.schema).names())
-        return Plan(words, {**start, **corrections(state)}, rank if rank < state.schema.rank else None)
 
     def fold(self, state: State, acc: Kept | None, update: Update) -> Kept:
         """Keep the update.
@@ -68,8 +42,7 @@ class FLoRA(Strategy):
             SchemaError: A tensor is missing, unexpected or of another shape.
             UpdateRejected: The change or the weight is not usable.
         """
-        rank = rank_of(self.ranks, update.client, state.schema.rank)
-        return keep(self._trained(state.schema).with_rank(rank), acc, update)
+        return keep(self.uploaded(state.schema, update.client), acc, update)
 
     def commit(self, state: State, acc: Kept | None) -> State:
         """Fold the stacks, and draw new pairs.
@@ -86,9 +59,6 @@ class FLoRA(Strategy):
     def merged(self, kept: Kept, pair: Pair) -> Stack:
         """What is folded into the frozen weight of a pair's module."""
         return stack(kept, pair)
-
-    def _trained(self, schema: Schema) -> Schema:
-        return trained(schema, LORA, head=self.train_head)
 
 
 def _mixed(seed: int, round: int) -> int:

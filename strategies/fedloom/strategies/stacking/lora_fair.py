@@ -6,17 +6,16 @@ from typing import ClassVar
 import numpy as np
 
 from fedloom.core.errors import ConfigError
-from fedloom.core.schema import LORA, Schema, Tensors
-from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
+from fedloom.strategies.api import State, Traits, Update
+from fedloom.strategies.stacking.both_factors import BothFactors
 from fedloom.strategies.stacking.fedex import averaged
 from fedloom.strategies.stacking.stack import Kept, keep, stack, unpaired
-from fedloom.strategies.transforms.average import begin, trained
 
 __all__ = ["LoRAFAIR"]
 
 
 @dataclass(frozen=True)
-class LoRAFAIR(Strategy):
+class LoRAFAIR(BothFactors):
     """Average A and B, then move B so that B A comes as near to the mean of the products as a penalty lets it.
 
     With D = sum_k p_k B_k A_k the paper maximises a cosine similarity by gradient steps (equation 9). Here it is the
@@ -37,25 +36,11 @@ class LoRAFAIR(Strategy):
 
     traits: ClassVar[Traits] = Traits(same_tensors=True, keeps_updates=True)
     penalty: float = 0.01
-    train_head: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a penalty with which there may be no minimum."""
         if not 0 < self.penalty < np.inf:
             raise ConfigError(f"strategy.options.penalty is {self.penalty!r}; set a positive number")
-
-    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
-        """The state before the first round.
-
-        Raises:
-            SchemaError: There are no pairs, or the adapter does not fit.
-        """
-        self._trained(schema)
-        return begin(schema, adapter, seed)
-
-    def plan(self, state: State, round: int, client: str) -> Plan:
-        """Both factors and the head."""
-        return Plan(state.schema.words(self._trained(state.schema).names()), state.adapter)
 
     def fold(self, state: State, acc: Kept | None, update: Update) -> Kept:
         """Keep the update.
@@ -64,7 +49,7 @@ class LoRAFAIR(Strategy):
             SchemaError: A tensor is missing, unexpected or of another shape.
             UpdateRejected: The change or the weight is not usable.
         """
-        return keep(self._trained(state.schema), acc, update)
+        return keep(self.trained(state.schema), acc, update)
 
     def commit(self, state: State, acc: Kept | None) -> State:
         """The means, with B moved.
@@ -80,6 +65,3 @@ class LoRAFAIR(Strategy):
             move = np.linalg.solve(a @ a.T + self.penalty * np.eye(len(a)), missed.T).T
             adapter[pair.b], adapter[pair.a] = (b + move).astype(np.float32), a.astype(np.float32)
         return replace(state, adapter=adapter, round=state.round + 1)
-
-    def _trained(self, schema: Schema) -> Schema:
-        return trained(schema, LORA, head=self.train_head)

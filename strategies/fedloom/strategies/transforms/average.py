@@ -21,6 +21,7 @@ __all__ = [
     "Average",
     "Select",
     "Sum",
+    "add",
     "apply_mean_delta",
     "begin",
     "check",
@@ -187,13 +188,18 @@ def fold(schema: Schema, acc: Sum | None, update: Update) -> Sum:
         UpdateRejected: The change or the weight is not usable, see `check`. Likewise.
     """
     check(schema, update)
-    weighted = ((name, np.multiply(delta, update.weight, dtype=np.float64)) for name, delta in update.delta.items())
+    return add(acc, update.weight, update.delta)
+
+
+def add(acc: Sum | None, weight: float, values: Tensors) -> Sum:
+    """The sum after one more set of tensors, which nothing checks; the one given is used up."""
+    weighted = ((name, np.multiply(value, weight, dtype=np.float64)) for name, value in values.items())
     if acc is None:
-        return Sum(update.weight, dict(weighted))
+        return Sum(weight, dict(weighted))
     # In place and tensor by tensor: a second set of float64 arrays for every update costs more than the sums.
     for name, more in weighted:
         np.add(acc.total[name], more, out=acc.total[name])
-    return Sum(acc.weight + update.weight, acc.total)
+    return Sum(acc.weight + weight, acc.total)
 
 
 def mean(acc: Sum | None) -> dict[str, npt.NDArray[np.float64]]:

@@ -8,8 +8,9 @@ import numpy.typing as npt
 
 from fedloom.core.errors import ConfigError, SchemaError
 from fedloom.core.schema import Array, Schema, Tensors
-from fedloom.strategies.api import Plan, State, Strategy, Traits, corrections
+from fedloom.strategies.api import Plan, State, Traits, corrections
 from fedloom.strategies.stacking.stack import Stack, corrected
+from fedloom.strategies.transforms.refactorize import Refactorize
 from fedloom.strategies.transforms.server_optimizer import FIRST_MOMENT
 from fedloom.strategies.transforms.transform import Transform
 
@@ -27,23 +28,21 @@ class Refresh(Transform):
     round, and its rank grows by `directions` at each rewriting.
 
     Args:
-        inner: A strategy that rewrites pairs with orthonormal rows in A, sorted by their singular values.
+        inner: Rewrites pairs with orthonormal rows in A, sorted by their singular values.
         directions: Of each pair, at least 1 and below its rank.
-        period: Rounds between two rewritings of the inner strategy.
 
     Raises:
-        ConfigError: There are fewer than 1, or the inner strategy does not rewrite.
+        ConfigError: There are fewer than 1, or the inner strategy is none that rewrites.
     """
 
-    inner: Strategy
+    inner: Refactorize
     directions: int
-    period: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what has no last directions."""
         if self.directions < 1:
             raise ConfigError(f"refresh is {self.directions}; set a number of directions from 1 up, or 0 for none")
-        if not self.inner.traits.rewrites:
+        if not isinstance(self.inner, Refactorize):
             raise ConfigError(
                 f"{type(self.inner).__name__} does not sort directions; put a refactorization inside the refresh"
             )
@@ -75,7 +74,7 @@ class Refresh(Transform):
     def commit(self, state: State, acc: Any) -> State:
         """What the inner strategy commits, with new directions if it has just rewritten."""
         after = self.inner.commit(state, acc)
-        if after.round % self.period:
+        if after.round % self.inner.period:
             return after
         draw = np.random.Generator(np.random.Philox(key=[after.seed, after.round]))
         adapter, memory = dict(after.adapter), dict(after.memory)
