@@ -11,6 +11,7 @@ from fedloom.core.errors import SchemaError
 from fedloom.core.schema import Array, Role, Tensors
 from fedloom.strategies.api import State, Strategy, Traits
 from fedloom.strategies.conformance import StrategyConformance
+from fedloom.strategies.drift.scaffold import SCAFFOLD
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
@@ -83,6 +84,11 @@ def _by_turns() -> Schedule:
         (Claiming(Drifting(), Traits(moments=True)), "coordinates_stay_unless_declared"),
         (Claiming(median(), Traits()), "memory_does_not_grow_with_clients_unless_declared"),
         (Claiming(FedAvg(), Traits(keeps_updates=True)), "memory_does_not_grow_with_clients_unless_declared"),
+        (Claiming(FedAvg(), Traits(remembers_clients=True)), "state_does_not_remember_clients_unless_declared"),
+        (Claiming(SCAFFOLD(), Traits(plain_sgd=True)), "state_does_not_remember_clients_unless_declared"),
+        (Claiming(SCAFFOLD(), Traits(remembers_clients=True)), "rates_do_not_count_unless_declared"),
+        (Claiming(FedAvg(), Traits(plain_sgd=True)), "rates_do_not_count_unless_declared"),
+        (Claiming(SCAFFOLD(), Traits(linear=True)), "a_linear_strategy_needs_only_the_mean"),
         (Claiming(FedAvg(), Traits(unweighted=True)), "weights_do_not_count_if_declared"),
         (Claiming(FFA(), Traits(least_updates=2)), "fewer_updates_than_declared_are_refused"),
         (Otherwise(found=lambda state: {}), "what_is_exported_is_what_was_evaluated"),

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fedloom.core.errors import SchemaError
 from fedloom.core.limits import MAX_NAME_LENGTH, MAX_PAYLOAD_BYTES, MAX_SCHEMA_BYTES, MAX_TENSORS
 
-__all__ = ["LORA", "Array", "Pair", "Role", "Schema", "Start", "TensorSpec", "Tensors"]
+__all__ = ["LORA", "Array", "Pair", "Role", "Schema", "Start", "TensorSpec", "Tensors", "linear_name"]
 
 Array = npt.NDArray[np.floating]
 Tensors = Mapping[str, Array]
@@ -41,6 +41,8 @@ class Role:
     """Right factor of a correction to the frozen weight, W = W0 + scale * base_B @ base_A (FedEx, FLoRA)."""
     BASE_B: Final = "base_B"
     """Left factor of that correction, shape (out, k)."""
+    LINEAR: Final = "linear"
+    """A term that a client adds to the gradient of another tensor, of that one's shape (SCAFFOLD, FedDyn)."""
 
 
 class Start(StrEnum):
@@ -221,6 +223,11 @@ class Schema:
             ]
         return replace(self, tensors=self.tensors + tuple(extra))
 
+    def with_linear(self, words: Iterable[str]) -> "Schema":
+        """This schema plus a term for the gradient of each tensor that `words` select, named by `linear_name`."""
+        extra = (replace(spec, name=linear_name(spec.name), role=Role.LINEAR) for spec in self.select(words).tensors)
+        return replace(self, tensors=self.tensors + tuple(extra))
+
     def check(self, tensors: Tensors) -> None:
         """Refuse tensors that are not exactly this schema's.
 
@@ -269,6 +276,11 @@ class Schema:
         if schema.to_json() != text:
             raise SchemaError("schema document is not in canonical form; send what to_json writes")
         return schema
+
+
+def linear_name(name: str) -> str:
+    """What a broadcast calls the term that is added to the gradient of the tensor `name`."""
+    return f"{name}.{Role.LINEAR}"
 
 
 def _check_spec(spec: TensorSpec) -> None:

@@ -89,6 +89,8 @@ class Assignment:
     rank: Rank = None
     base_rank: Natural = 0
     local: LocalValues = field(default_factory=dict)
+    linear: Words = frozenset()
+    """Tensors that the broadcast carries a term for, which is added to their gradients in every step."""
 
 
 @with_config(STRICT)
@@ -171,7 +173,7 @@ def broadcast_schema(schema: Schema, assignment: Assignment) -> Schema:
     derived = schema.with_rank(assignment.rank) if assignment.rank else schema
     if assignment.base_rank:
         derived = derived.with_base(assignment.base_rank)
-    return derived.select(assignment.broadcast_roles)
+    return derived.select(assignment.broadcast_roles).with_linear(assignment.linear)
 
 
 def upload_schema(schema: Schema, assignment: Assignment) -> Schema:

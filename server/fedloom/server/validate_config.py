@@ -22,8 +22,9 @@ def check_config(config: RunConfig, strategy: Strategy) -> None:
 
     Raises:
         ConfigError: A cohort is smaller than the updates a round needs, or a round may close with fewer than the
-            strategy needs, or it ignores weights that are set. With secure aggregation: the strategy needs the updates
-            themselves, weights differ, or cohorts are too small or too large.
+            strategy needs, or it ignores weights that are set, or its clients must take other steps. With secure
+            aggregation: the strategy needs the updates themselves, weights differ, or cohorts are too small or too
+            large.
         CodecError: A codec is unknown.
     """
     codec(config.wire.upload)
@@ -41,6 +42,8 @@ def check_config(config: RunConfig, strategy: Strategy) -> None:
     if config.rounds.mode == "buffered":
         check_buffered(config, strategy)
     _check_counts(config, strategy)
+    if strategy.traits.plain_sgd:
+        _check_plain(config)
     if config.secure_aggregation.enabled:
         _check_secure(config, strategy)
     if config.user_level.enabled and config.federated_evaluation.enabled:
@@ -132,6 +135,18 @@ def _check_counts(config: RunConfig, strategy: Strategy) -> None:
             f'strategy.weighting = "{config.strategy.weighting}" with strategy {config.strategy.name!r}, which counts '
             'every client once whatever it declares; set it to "uniform"'
         )
+
+
+def _check_plain(config: RunConfig) -> None:
+    """Refuse local steps other than those of plain SGD."""
+    plain = {"optimizer": "sgd", "momentum": 0.0, "ema": 0.0, "proximal_mu": 0.0}
+    for key, value in plain.items():
+        if (asked := getattr(config.train, key)) != value:
+            raise ConfigError(
+                f"train.{key} = {asked!r} with strategy {config.strategy.name!r}, which takes the mean change of a "
+                f"step for a gradient; plain SGD alone has that: set it to {value!r} or choose another strategy, such "
+                "as feddyn or fedavg"
+            )
 
 
 def _check_secure(config: RunConfig, strategy: Strategy) -> None:

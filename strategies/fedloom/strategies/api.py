@@ -56,6 +56,10 @@ class Plan:
     local: Mapping[str, float] = field(default_factory=dict)
     """Local hyper-parameters that differ from the run file, by their name in [train]: learning_rate,
     momentum, proximal_mu. Privacy parameters are not among them."""
+    linear: Tensors = field(default_factory=dict)
+    """A term that the client adds to its gradient in every step, after clipping and noise: g + linear. By name of a
+    tensor that it uploads, float32, in that one's shape (at `rank`); tensors that are not named get none. It travels
+    with the broadcast and in its codec, and each different one is a broadcast of its own."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ class Update:
     """Trained value minus start, float32, for the trained tensors that are not personal."""
     staleness: int = 0
     """Commits since that start; above 0 only with `rounds.mode = "buffered"`."""
+    linear: Tensors = field(default_factory=dict)
+    """The term of its plan that the client added to its gradients, as its broadcast carried it."""
+    rate_sums: Mapping[str, float] = field(default_factory=dict)
+    """Sum of the learning rates of the client's steps by uploaded tensor, K eta: after K steps of plain SGD,
+    -delta / rate_sum is the mean of what they went along, noise and linear term included."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the client's own evaluation says of what it started from, where `[federated_evaluation]` asks for one:
     held_out_rows, accuracy in [0, 1] and loss in nats, each a mean over these rows; with `personalised` also
@@ -113,6 +122,12 @@ class Traits:
     keeps_updates: bool = False
     """`fold` keeps every update until `commit`, which must see all of them. Memory is then O(clients), one float32
     copy of each. They come in canonical client order as to every strategy."""
+    plain_sgd: bool = False
+    """It reads the mean gradient of a client off its change, see `Update.rate_sums`. A run whose clients take other
+    steps than those of plain SGD is refused."""
+    remembers_clients: bool = False
+    """`memory` holds something of every client that ever took part, one float32 copy of the trained tensors each, in
+    their coordinates and from their changes as they came: what rewrites the ones or scales the others is refused."""
     unweighted: bool = False
     """Every update counts once, whatever its weight; a run that weighs clients by examples is refused."""
     least_updates: int = 1

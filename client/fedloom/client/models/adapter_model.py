@@ -14,7 +14,7 @@ from fedloom.client.adapters.lora import LoRA
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.tasks.api import Task
 from fedloom.core.errors import ModelError
-from fedloom.core.schema import Array, Schema, Tensors
+from fedloom.core.schema import Array, Schema, Tensors, linear_name
 
 __all__ = ["AdapterModel"]
 
@@ -68,13 +68,25 @@ class AdapterModel:
         with torch.no_grad():
             for name, value in tensors.items():
                 if name in self.slots:
-                    slot = self.slots[name]
-                    target = torch.zeros_like(slot.parameter)
-                    target[tuple(slice(0, size) for size in value.shape)] = torch.from_numpy(np.array(value)).to(target)
+                    slot, target = self.slots[name], self.padded(name, value)
                     slot.parameter.copy_(target if slot.origin is None else slot.origin.to(target) + target)
             for pair in self.schema.pairs:
                 if f"{pair.module}.base_A" in tensors:
                     self._correct(pair.module, tensors)
+
+    def padded(self, name: str, value: Array) -> torch.Tensor:
+        """A value for the schema's tensor `name` as its parameter has it, with zeros beyond its own rank."""
+        target = torch.zeros_like(self.slots[name].parameter)
+        target[tuple(slice(0, size) for size in value.shape)] = torch.from_numpy(np.array(value)).to(target)
+        return target
+
+    def linear_terms(self, broadcast: Tensors) -> dict[nn.Parameter, torch.Tensor]:
+        """What a broadcast adds to the gradients of parameters, see `Assignment.linear`."""
+        return {
+            slot.parameter: self.padded(name, broadcast[linear_name(name)])
+            for name, slot in self.slots.items()
+            if linear_name(name) in broadcast
+        }
 
     def show(self, tensors: Tensors, rank: int | None = None) -> None:
         """Be the model of a broadcast or a result: frozen weights it does not correct have their pretrained values.

@@ -78,7 +78,7 @@ def final_schema(policy: Policy, schema: Schema, finished: Finished) -> Schema:
 
 
 def check_broadcast(policy: Policy, schema: Schema, tensors: Tensors) -> None:
-    """Refuse an adapter with values that no training comes to.
+    """Refuse an adapter, or terms for its gradients, with values that no training comes to.
 
     Each value is bounded, and so is each entry of what a pair and a correction add to a frozen weight: an entry of
     scale·B·A is at most scale times the longest row of B times the longest column of A. Both bounds are far above what
@@ -125,6 +125,12 @@ def _check_selections(schema: Schema, assignment: Assignment) -> None:
         raise ProtocolError(
             f"the coordinator asks to train {asked}; this adapter has {', '.join(sorted(schema.roles))}, and only what "
             "is trained can be kept"
+        )
+    added = schema.select(assignment.linear)
+    if schema.unknown(assignment.linear) or not added.names() <= trained.names() - kept.names():
+        raise ProtocolError(
+            f"the coordinator sends terms for the gradients of {', '.join(sorted(assignment.linear))[:200]}; only what "
+            "is trained and uploaded can have one"
         )
 
 

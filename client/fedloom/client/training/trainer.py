@@ -25,11 +25,12 @@ from fedloom.client.session.api import CheckCancelled, Trained
 from fedloom.client.session.assignment_checks import check_broadcast, check_order
 from fedloom.client.session.personal_tensors import Personal
 from fedloom.client.training.averaging import averaged
+from fedloom.client.training.gradient_terms import GradientTerms
 from fedloom.client.training.local_eval import Table, released, row_scores, split
 from fedloom.client.training.microbatch import Microbatch, fitting
-from fedloom.client.training.schedules import share_of_rate
 from fedloom.core.config.evaluation import largest_loss
 from fedloom.core.config.run import Spec, TrainSection
+from fedloom.core.config.schedules import learning_rates
 from fedloom.core.errors import DataError, PolicyError, ProtocolError
 from fedloom.core.privacy.spends import evaluation_spend, training_spend
 from fedloom.core.schema import Array, Role, Schema, Tensors
@@ -161,8 +162,9 @@ class Trainer:
         entropy = self._entropy_for(assignment.round)
         optimizer = self._optimizer(parameters, train, assignment.round)
         steps = self._private_steps if self.spec.privacy.enabled else self._plain_steps
+        terms = GradientTerms(parameters, train.proximal_mu, self.model.linear_terms(broadcast))
         with averaged(optimizer, parameters, train.ema):
-            steps(optimizer, parameters, entropy, train.proximal_mu, check_cancelled)
+            steps(optimizer, parameters, entropy, terms, check_cancelled)
         if assignment.personal:
             self._personal.keep(run, self.model.read(self.model.schema.select(assignment.personal)))
         if evaluating and self.spec.federated_evaluation.personalised:
@@ -253,12 +255,11 @@ class Trainer:
         return self.ledger.reserve(run, round, spend, budget=mine.epsilon, delta=mine.delta, evaluation=evaluation)
 
     def _optimizer(self, parameters: list[nn.Parameter], train: TrainSection, round: int) -> torch.optim.Optimizer:
-        rate = train.learning_rate
-        left = share_of_rate(train, round, self.spec.run.rounds)
+        rate, head_rate = learning_rates(train, round, self.spec.run.rounds)
         head = self.model.parameters_of({Role.HEAD})
         groups = [
-            {"params": [each for each in parameters if each not in head], "lr": left * rate},
-            {"params": [each for each in parameters if each in head], "lr": left * (train.head_learning_rate or rate)},
+            {"params": [each for each in parameters if each not in head], "lr": rate},
+            {"params": [each for each in parameters if each in head], "lr": head_rate},
         ]
         return optimizer_of(train).make(groups, noise_std(self.spec, self.policy.data.declared_examples))
 
@@ -277,7 +278,7 @@ class Trainer:
         base: torch.optim.Optimizer,
         parameters: list[nn.Parameter],
         entropy: Entropy,
-        prox: float,
+        terms: GradientTerms,
         check_cancelled: CheckCancelled,
     ) -> None:
         privacy, train = self.spec.privacy, self.spec.train
@@ -285,7 +286,6 @@ class Trainer:
         # Both were checked at construction and when the spec met the policy.
         assert privacy.noise_multiplier is not None
         assert declared is not None
-        start = [parameter.detach().clone() for parameter in parameters]
         with recording(self.model.model, parameters) as tape:
             optimizer = PrivateOptimizer(
                 base,
@@ -299,7 +299,7 @@ class Trainer:
             for _ in range(train.steps):
                 check_cancelled()
                 self._accumulate(optimizer, tape, entropy)
-                optimizer.release(_pull(parameters, start, prox))
+                optimizer.release(terms.now())
 
     def _accumulate(self, optimizer: PrivateOptimizer, tape: Tape, entropy: Entropy) -> None:
         # Drawn once: a step that is done again after running out of memory is a step on the same examples, whose noise
@@ -320,18 +320,20 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         parameters: list[nn.Parameter],
         entropy: Entropy,
-        prox: float,
+        terms: GradientTerms,
         check_cancelled: CheckCancelled,
     ) -> None:
-        start = [parameter.detach().clone() for parameter in parameters]
         for _ in range(self.spec.train.steps):
             check_cancelled()
             sample = self._sample(entropy)
-            if len(sample) == 0:
+            if len(sample) == 0 and not terms.linear:
                 continue
-            self.microbatch.attempt(len(sample), partial(self._mean, optimizer, sample))
-            for parameter, pull in zip(parameters, _pull(parameters, start, prox), strict=False):
-                parameter.grad = pull if parameter.grad is None else parameter.grad + pull
+            # A strategy counts on every step of its term, as a private client takes every step: this one is on no data.
+            optimizer.zero_grad(set_to_none=True)
+            if len(sample):
+                self.microbatch.attempt(len(sample), partial(self._mean, optimizer, sample))
+            for parameter, term in zip(parameters, terms.now(), strict=False):
+                parameter.grad = term if parameter.grad is None else parameter.grad + term
             optimizer.step()
 
     def _mean(self, optimizer: torch.optim.Optimizer, sample: Indices, size: int) -> None:
@@ -348,10 +350,3 @@ def batch_loss(model: AdapterModel, batch: dict[str, torch.Tensor]) -> torch.Ten
 
 def _system(_: int) -> Entropy:
     return System()
-
-
-def _pull(parameters: list[nn.Parameter], start: list[torch.Tensor], prox: float) -> list[torch.Tensor]:
-    """Gradient of FedProx's mu/2·|w - start|², no function of the data (Li et al., MLSys 2020); empty when mu is 0."""
-    if prox == 0.0:
-        return []
-    return [prox * (parameter.detach() - begin) for parameter, begin in zip(parameters, start, strict=True)]

@@ -1,7 +1,7 @@
 """A strategy's plans as assignments and bytes: each distinct broadcast of a round is encoded and hashed once."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +10,15 @@ import numpy.typing as npt
 
 from fedloom.core.codecs import codec
 from fedloom.core.config.run import RunConfig
+from fedloom.core.config.schedules import learning_rates
 from fedloom.core.errors import CodecError, ConfigError, ProtocolError, SchemaError, StrategyError
 from fedloom.core.runtime.failpoints import failpoint
-from fedloom.core.schema import Array, Role, Schema, Tensors
+from fedloom.core.schema import Array, Role, Schema, Tensors, linear_name
 from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.checks import overridden
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
 from fedloom.server.strategy_errors import blamed
-from fedloom.strategies.api import Plan, State, Strategy
+from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.result import base_rank, result_schema
 
 __all__ = ["FINAL_CODEC", "Broadcasts", "final"]
@@ -48,11 +49,12 @@ class Broadcasts:
         self._names = schema.names()
         self._assignments: dict[str, Assignment] = {}
         self._payloads: dict[str, bytes] = {}
-        self._starts: dict[object, Tensors] = {}
+        self._starts: dict[object, tuple[Tensors, Tensors]] = {}
         self._planned: dict[object, tuple[Plan, Assignment]] = {}
         self._distinct: dict[object, Assignment] = {}
         self._digests: dict[object, list[tuple[Tensors, str]]] = {}
         self._uploads: dict[object, Schema] = {}
+        self._rate_sums: dict[object, dict[str, float]] = {}
 
     def assignment(self, client: str) -> Assignment:
         """What `client` is asked to do; the same object for every client with the same plan.
@@ -94,11 +96,12 @@ class Broadcasts:
 
     def start(self, client: str) -> Tensors:
         """What the client starts from: the broadcast as it reads it, after the codec's rounding."""
-        asked = self.assignment(client)
-        if (key := _address(asked)) not in self._starts:
-            derived = broadcast_schema(self._schema, asked)
-            self._starts[key] = codec(asked.broadcast_codec).decode(derived, self._payloads[asked.broadcast_digest])
-        return self._starts[key]
+        return self._read(client)[0]
+
+    def update(self, client: str, weight: float, delta: Tensors, metrics: Mapping[str, float]) -> Update:
+        """What a strategy is shown of a client's answer to its assignment."""
+        start, linear = self._read(client)
+        return Update(client, weight, start, delta, linear=linear, rate_sums=self._steps(client), metrics=metrics)
 
     def upload_schema(self, client: str) -> Schema:
         """The schema of the client's update; derived once for all that are asked for the same."""
@@ -106,6 +109,28 @@ class Broadcasts:
         if (key := (asked.train, asked.personal, asked.rank)) not in self._uploads:
             self._uploads[key] = upload_schema(self._schema, asked)
         return self._uploads[key]
+
+    def _read(self, client: str) -> tuple[Tensors, Tensors]:
+        """What the client starts from, and the terms for its gradients."""
+        asked = self.assignment(client)
+        if (key := _address(asked)) not in self._starts:
+            derived = broadcast_schema(self._schema, asked)
+            start = codec(asked.broadcast_codec).decode(derived, self._payloads[asked.broadcast_digest])
+            added = self._schema.select(asked.linear).tensors
+            self._starts[key] = start, {spec.name: start.pop(linear_name(spec.name)) for spec in added}
+        return self._starts[key]
+
+    def _steps(self, client: str) -> dict[str, float]:
+        """The sum of the learning rates of the client's steps by tensor, see `Update.rate_sums`."""
+        asked = self.assignment(client)
+        if (key := (asked.train, asked.personal, frozenset(asked.local.items()))) not in self._rate_sums:
+            train = overridden(self._config.train, asked.local)
+            rate, head = learning_rates(train, asked.round, self._config.run.rounds)
+            self._rate_sums[key] = {
+                spec.name: train.steps * (head if spec.role == Role.HEAD else rate)
+                for spec in self.upload_schema(client).tensors
+            }
+        return self._rate_sums[key]
 
     def _encoded(self, plan: Plan) -> Assignment:
         """The assignment of a plan; that of an earlier one if they differ in nothing but where their tensors lie."""
@@ -140,20 +165,21 @@ class Broadcasts:
             rank=plan.rank,
             base_rank=base_rank(self._schema, plan.broadcast),
             local={name: float(value) for name, value in plan.local.items()},
+            linear=self._schema.words(plan.linear),
         )
-        digest = self._digest(plan, asked)
+        digest = self._digest(_sent(plan), asked)
         return replace(asked, broadcast_digest=digest, broadcast_bytes=len(self._payloads[digest]))
 
-    def _digest(self, plan: Plan, asked: Assignment) -> str:
-        """The digest of the plan's tensors, which are encoded and hashed unless equal ones were before."""
-        known = self._digests.setdefault((plan.rank, _probe(plan.broadcast)), [])
+    def _digest(self, sent: Tensors, asked: Assignment) -> str:
+        """The digest of a plan's tensors, which are encoded and hashed unless equal ones were before."""
+        known = self._digests.setdefault((asked.rank, _probe(sent)), [])
         for tensors, digest in known:
-            if all(_same(plan.broadcast[name], each) for name, each in tensors.items()):
+            if all(_same(sent[name], each) for name, each in tensors.items()):
                 return digest
-        payload = codec(asked.broadcast_codec).encode(broadcast_schema(self._schema, asked), plan.broadcast)
+        payload = codec(asked.broadcast_codec).encode(broadcast_schema(self._schema, asked), sent)
         digest = hashlib.sha256(payload).hexdigest()
         self._payloads[digest] = payload
-        known.append((plan.broadcast, digest))
+        known.append((sent, digest))
         return digest
 
     def _check(self, plan: Plan) -> None:
@@ -175,6 +201,14 @@ class Broadcasts:
                 f"the strategy plans to train {sorted(plan.train)} and keep {sorted(plan.personal)}, "
                 f"but the adapter has {sorted(self._schema.roles)}; choose another strategy or adapter kind"
             )
+        uploaded = trained.names() - self._schema.select(plan.personal).names()
+        for name, each in plan.linear.items():
+            if name not in uploaded or not np.isfinite(each).all():
+                raise StrategyError(
+                    f"strategy {self._config.strategy.name!r} plans a term for the gradient of {name!r}, which "
+                    f"{'has NaN or Inf' if name in uploaded else 'is not among what it trains and uploads'}. What is "
+                    "committed stays; correct the strategy, and start again with the same state directory"
+                )
         if Role.HEAD in trained.roles and self._config.model.head == "frozen":
             raise ConfigError('the strategy trains the head, but model.head = "frozen"; set it to "train"')
         try:
@@ -197,12 +231,18 @@ def _correction_roles(names: Iterable[str]) -> frozenset[str]:
 
 def _address(assignment: Assignment) -> object:
     """Equal for the same broadcast. The digest alone is not: zeros of other names or shapes have the same bytes."""
-    return assignment.broadcast_digest, assignment.broadcast_roles, assignment.rank, assignment.base_rank
+    asked = assignment
+    return asked.broadcast_digest, asked.broadcast_roles, asked.rank, asked.base_rank, asked.linear
+
+
+def _sent(plan: Plan) -> Tensors:
+    """All that a plan's broadcast carries, by the names it has there."""
+    return {**plan.broadcast, **{linear_name(name): each for name, each in plan.linear.items()}}
 
 
 def _identity(plan: Plan) -> object:
     """Equal for plans that surely are the same: equal instructions over the very same arrays."""
-    arrays = frozenset((name, id(tensor)) for name, tensor in plan.broadcast.items())
+    arrays = frozenset((name, id(tensor)) for name, tensor in _sent(plan).items())
     return plan.train, plan.personal, plan.rank, frozenset(plan.local.items()), arrays
 
 

@@ -168,11 +168,11 @@ class History:
         client, broadcasts = header.client, self._asked_in(header.client)
         asked, upload = broadcasts.assignment(client), broadcasts.upload_schema(client)
         weight = float(declared_examples) if self._config.strategy.weighting == "examples" else 1.0
+        update = broadcasts.update(client, weight, {}, client_metrics(self._config, header.score))
         limit = self._config.rounds.max_update_norm or largest_norm(
-            self._config, asked.local, upload.size, declared_examples
+            self._config, asked.local, upload.size, declared_examples, update.linear
         )
-        metrics = client_metrics(self._config, header.score)
-        return asked, upload, Update(client, weight, broadcasts.start(client), {}, metrics=metrics), limit
+        return asked, upload, update, limit
 
     @contextmanager
     def arriving(self, digest: str) -> Iterator[None]:

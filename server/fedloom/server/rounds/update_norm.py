@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from fedloom.core.config.run import RunConfig, TrainSection
+from fedloom.core.schema import Tensors
 from fedloom.proto.checks import overridden
 
 __all__ = ["largest_norm"]
@@ -17,19 +20,26 @@ _GRADIENT = 1000.0
 """L2 norm of a mean gradient that is not clipped; a model that trains has 0.1 to 100."""
 
 
-def largest_norm(config: RunConfig, local: Mapping[str, float], values: int, declared_examples: int) -> float:
+_NONE: Tensors = {}
+
+
+def largest_norm(
+    config: RunConfig, local: Mapping[str, float], values: int, declared_examples: int, linear: Tensors = _NONE
+) -> float:
     """L2 norm over all tensors that an update is refused beyond when the run file sets no rounds.max_update_norm.
 
     Ten times what the run's optimiser comes to if every step goes the same way. For d trained values, rate q, n
     declared examples, B = q·n, clip norm C and noise multiplier σ, a private gradient is at most
     C·(1 + (1 + σ·√d) / B) long: the clipped sum of B examples and one more, and the noise, over B. Without privacy it
-    counts as 1000.
+    counts as 1000. A term that the assignment adds to each gradient is known to the last bit and lengthens the steps
+    by its own length, once and not ten times.
 
     Args:
         config: The run file, its noise multiplier filled in.
         local: What of [train] the assignment overrides.
         values: d.
         declared_examples: n; below 1 it counts as 1.
+        linear: That term.
 
     Returns:
         A positive number, infinite where the pull explodes.
@@ -41,6 +51,7 @@ def largest_norm(config: RunConfig, local: Mapping[str, float], values: int, dec
     if privacy.enabled and privacy.noise_multiplier is not None:
         batch = train.sampling_rate * max(1, declared_examples)
         gradient = privacy.clip_norm * (1 + (1 + privacy.noise_multiplier * math.sqrt(values)) / batch)
+    gradient += math.sqrt(sum(float(np.square(each, dtype=np.float64).sum()) for each in linear.values())) / _FACTOR
     return _FACTOR * float(optimizer.longest_move(train.steps, rate, gradient, values, train.proximal_mu))
 
 

@@ -76,7 +76,7 @@ def _updates(strategy: Strategy, state: State, clients: int) -> Iterator[Update]
         plan = strategy.plan(state, state.round, name := f"client-{number}")
         specs = state.schema.select(plan.train, but=plan.personal).tensors
         delta = {spec.name: draw.standard_normal(spec.shape, np.float32) for spec in specs}
-        yield Update(name, 1.0, plan.broadcast, delta)
+        yield Update(name, 1.0, plan.broadcast, delta, linear=plan.linear, rate_sums=dict.fromkeys(delta, 1.0))
 
 
 def _commit_s(strategy: Strategy, state: State) -> float:

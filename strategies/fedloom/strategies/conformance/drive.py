@@ -57,7 +57,9 @@ def respond(schema: Schema, plan: Plan, client: str, stream: int) -> Update:
     delta = {spec.name: draw.normal(0, 0.3, spec.shape).astype(np.float32) for spec in uploaded.tensors}
     accuracy, loss = draw.random(2).tolist()
     metrics = {"held_out_rows": 40.0, "accuracy": accuracy, "loss": loss} if stream % 2 else {}
-    return Update(client, float(1 + len(client) % 3), plan.broadcast, delta, metrics=metrics)
+    rate_sums = dict.fromkeys(delta, 0.5)
+    weight = float(1 + len(client) % 3)
+    return Update(client, weight, plan.broadcast, delta, linear=plan.linear, rate_sums=rate_sums, metrics=metrics)
 
 
 def run_round(strategy: Strategy, state: State, updates: Iterable[Update]) -> State:
@@ -82,10 +84,15 @@ def broadcast_model(strategy: Strategy, state: State) -> dict[str, Array]:
 
 def assert_asks_the_same(one: Plan, two: Plan) -> None:
     """Equal instructions over equal values."""
-    told = [(plan.train, plan.personal, plan.rank, dict(plan.local), sorted(plan.broadcast)) for plan in (one, two)]
+    told = [
+        (plan.train, plan.personal, plan.rank, dict(plan.local), sorted(plan.broadcast), sorted(plan.linear))
+        for plan in (one, two)
+    ]
     assert told[0] == told[1], "a linear strategy asks the same of every client"
     for name in one.broadcast:
         np.testing.assert_array_equal(one.broadcast[name], two.broadcast[name])
+    for name in one.linear:
+        np.testing.assert_array_equal(one.linear[name], two.linear[name])
 
 
 def assert_plan_fits(schema: Schema, plan: Plan) -> None:
@@ -99,6 +106,8 @@ def assert_plan_fits(schema: Schema, plan: Plan) -> None:
     uploaded = {spec.name for spec in schema.select(plan.train, but=plan.personal).tensors}
     assert uploaded <= plan.broadcast.keys(), "a tensor that is uploaded must be broadcast: its change starts there"
     at_rank = schema.with_rank(plan.rank) if plan.rank else schema
+    assert_float32(at_rank.select(plan.linear), plan.linear)
+    assert plan.linear.keys() <= uploaded, "a term is added to the gradient of what is trained and uploaded"
     corrections = [tensor.shape[0] for name, tensor in plan.broadcast.items() if name.endswith(".base_A")]
     full = at_rank.with_base(max(corrections)) if corrections else at_rank
     roles = {spec.role for spec in full.tensors if spec.name in plan.broadcast}

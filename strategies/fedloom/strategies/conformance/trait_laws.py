@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fedloom.core.errors import ProtocolError
+from fedloom.strategies.api import corrections
 from fedloom.strategies.conformance.battery import Battery
 from fedloom.strategies.conformance.drive import (
     CLIENTS,
@@ -49,6 +50,31 @@ class TraitLaws(Battery):
             sizes.append(_held_bytes(acc))
 
         assert (sizes[-1] > sizes[0]) == kept, f"fold holds {sizes} bytes, and keeps_updates is {kept}"
+
+    def test_state_does_not_remember_clients_unless_declared(self) -> None:
+        """What `memory` holds beside corrections is no larger after many clients, or `remembers_clients` says so."""
+        strategy, state = self.begin()
+        few = self.clients(strategy)
+        many = sorted((*few, *(f"{name}-too" for name in few)))
+        sizes: list[int] = []
+        for clients in (few, many):
+            plans = [(name, strategy.plan(state, state.round, name)) for name in clients]
+            updates = [self.respond(state.schema, plan, name, index) for index, (name, plan) in enumerate(plans)]
+            after = run_round(strategy, state, updates)
+            sizes.append(_held_bytes(after.memory) - _held_bytes(corrections(after)))
+
+        remembers = strategy.traits.remembers_clients
+        assert (sizes[1] > sizes[0]) == remembers, f"memory holds {sizes} bytes, and remembers_clients is {remembers}"
+
+    def test_rates_do_not_count_unless_declared(self) -> None:
+        """A strategy whose result `Update.rate_sums` change says `plain_sgd`, and no other does."""
+        strategy, state = self.begin()
+        updates = self.updates(strategy, state)
+        others = [replace(update, rate_sums=dict.fromkeys(update.delta, 0.25)) for update in updates]
+
+        ends = {state_to_bytes(run_round(strategy, state, each)) for each in (updates, others)}
+
+        assert (len(ends) == 2) == strategy.traits.plain_sgd, "declare plain_sgd if rate_sums count, and only then"
 
     def test_a_linear_strategy_needs_only_the_mean(self) -> None:
         """What says that it is linear plans alike for all clients, and takes the mean update for all of them."""

@@ -26,11 +26,11 @@ class NormBound(Transform):
     clips by its own norm, takes it.
 
     Args:
-        inner: Any strategy.
+        inner: Any strategy that does not remember clients by their changes.
         bound: M, positive and finite.
 
     Raises:
-        ConfigError: `bound` is not.
+        ConfigError: `bound` is not, or the inner strategy will not do.
     """
 
     inner: Strategy
@@ -40,6 +40,11 @@ class NormBound(Transform):
         """Refuse a bound that is none."""
         if not 0 < self.bound < math.inf:
             raise ConfigError(f"norm bound is {self.bound!r}; set a positive finite number")
+        if self.inner.traits.remembers_clients:
+            raise ConfigError(
+                f"strategy {type(self.inner).__name__} reads a client's gradient off its change, which a norm bound "
+                "scales; leave strategy.norm_bound out, rounds.max_update_norm refuses longer updates instead"
+            )
 
     @property
     def traits(self) -> Traits:

@@ -35,7 +35,8 @@ class Refactorize(Transform):
         singular_values: "B" leaves the rows of A orthonormal; "both" gives B = U S^(1/2), A = S^(1/2) V^T.
 
     Raises:
-        ConfigError: `period` is below 1, or the inner strategy keeps moments that cannot be turned.
+        ConfigError: `period` is below 1, or the inner strategy keeps moments that cannot be turned, or remembers
+            clients.
     """
 
     inner: Strategy
@@ -49,6 +50,11 @@ class Refactorize(Transform):
             raise ConfigError(f"refactorization period is {self.period}; set a number of rounds from 1 up")
         if self.singular_values not in get_args(SingularValues):
             raise ConfigError(f"singular values go to {self.singular_values!r}; choose B or both")
+        if traits.remembers_clients:
+            raise ConfigError(
+                f"{who} remembers a gradient of every client in the coordinates of A and B, which a refactorization "
+                "turns; leave one of the two out"
+            )
         if traits.moments and not traits.linear_moments:
             raise ConfigError(
                 f"{who} keeps second moments in the coordinates of A and B, and a refactorization turns these: the "

@@ -22,7 +22,7 @@ class Schedule(Strategy):
         turn: From the number of commits so far to an index among them.
 
     Raises:
-        ConfigError: There are none, or one rewrites coordinates in which another keeps moments.
+        ConfigError: There are none, or one rewrites coordinates in which another keeps moments or remembers clients.
     """
 
     strategies: tuple[Strategy, ...]
@@ -37,6 +37,11 @@ class Schedule(Strategy):
                 "a schedule in which one strategy rewrites the coordinates that another keeps moments in; leave out "
                 "the server optimizer or the refactorization"
             )
+        if self.traits.rewrites and self.traits.remembers_clients:
+            raise ConfigError(
+                "a schedule in which one strategy rewrites the coordinates that another remembers clients' gradients "
+                "in; leave out one of the two"
+            )
 
     @property
     def traits(self) -> Traits:
@@ -49,6 +54,8 @@ class Schedule(Strategy):
             linear_moments={each.linear_moments for each in found if each.moments} == {True},
             lossy=any(each.lossy for each in found),
             keeps_updates=any(each.keeps_updates for each in found),
+            plain_sgd=any(each.plain_sgd for each in found),
+            remembers_clients=any(each.remembers_clients for each in found),
             unweighted=any(each.unweighted for each in found),
             least_updates=max(each.least_updates for each in found),
         )

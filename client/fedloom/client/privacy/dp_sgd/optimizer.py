@@ -117,15 +117,15 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
             assert parameter.grad is not None  # add_noise has just set it
             parameter.grad /= self.expected_batch_size
 
-    def release(self, pull: Sequence[torch.Tensor] = ()) -> None:
+    def release(self, terms: Sequence[torch.Tensor] = ()) -> None:
         """Add the noise and take the optimiser's step, whether or not any example was sampled.
 
         Args:
-            pull: Gradient terms that do not depend on the data (FedProx), one per parameter, or none.
+            terms: Gradient terms that do not depend on the data, one per parameter, or none: see `GradientTerms`.
         """
         self.add_noise()
         self.scale_grad()
-        for parameter, term in zip(self.tape.parameters, pull, strict=False):
+        for parameter, term in zip(self.tape.parameters, terms, strict=False):
             assert parameter.grad is not None  # add_noise has just set it
             parameter.grad += term
         self.original_optimizer.step()
