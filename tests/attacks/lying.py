@@ -123,6 +123,7 @@ def _message(order: Assignment, digest: str, size_bytes: int) -> pb.Assignment:
         broadcast_digest=digest,
         broadcast_bytes=size_bytes,
         upload_codec=order.upload_codec,
+        linear=sorted(order.linear),
     )
 
 

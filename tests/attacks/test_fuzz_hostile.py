@@ -139,6 +139,7 @@ class Fields:
     train: tuple[str, ...] = tuple(sorted(ALL))
     personal: tuple[str, ...] = ()
     broadcast_roles: tuple[str, ...] = tuple(sorted(ALL))
+    linear: tuple[str, ...] = ()
     local: dict[str, float] = field(default_factory=dict)
 
 
@@ -207,7 +208,7 @@ def hostile_fields(rng: np.random.Generator, schema: Schema) -> Fields:
         return fields
     ranges: dict[str, list[float]] = {"learning_rate": [1e-9, 1e4], "momentum": [0, 0.9999], "proximal_mu": [0, 1e4]}
     for _ in range(rng.integers(1, 3)):
-        match rng.integers(6):
+        match rng.integers(7):
             case 0:
                 fields = replace(fields, round=int(rng.choice([-1, 1, 2, 5000, 2**31 - 1, 2**32, 10**30])))
             case 1:
@@ -220,6 +221,10 @@ def hostile_fields(rng: np.random.Generator, schema: Schema) -> Fields:
                 fields = replace(fields, broadcast_bytes=int(rng.choice([-1, 0, 1, 2**32, 2**63])))
             case 4:
                 fields = replace(fields, broadcast_codec=str(rng.choice(["fp16", "masked", "fp64", ""])))
+            case 5:
+                words = tuple(str(each) for each in rng.choice([*sorted(ALL), "linear", ""], rng.integers(1, 3)))
+                size = 4 * schema.with_linear(words).size
+                fields = replace(fields, linear=words, broadcast_bytes=size)
             case _:
                 name = str(rng.choice([*ranges, "clip_norm", "steps", ""]))
                 fields.local[name] = number(rng, False, ranges.get(name, []))

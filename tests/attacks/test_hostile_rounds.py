@@ -16,7 +16,7 @@ from fedloom.client.policy import Policy
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import ConfigError, PolicyError, ProtocolError, SchemaError
-from fedloom.core.schema import Array, Role
+from fedloom.core.schema import Array, Role, linear_name
 from tests.attacks.lying import ALL, Liar, Site, announcement, broadcast, edited
 
 
@@ -144,6 +144,33 @@ def test_a_correction_that_is_a_trap_is_not_trained_on(site: Site, spec: Spec) -
 
     assert isinstance(error, PolicyError)
     assert "may add 800 to a frozen weight" in str(error)
+    assert site.ledger.charges() == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1000.0, 1e30])
+def test_a_term_that_is_a_trap_is_not_trained_with(site: Site, spec: Spec, value: float) -> None:
+    whole = site.model.schema.with_linear(ALL)
+    tensors = {**{each.name: np.zeros(each.shape, np.float32) for each in whole.tensors}, **honest(site.model)}
+    tensors[linear_name(next(iter(tensors)))].flat[-1] = value
+    work, payload = broadcast(site.model.schema, tensors, linear=ALL)
+
+    error = site.hears(Liar(spec.model_dump_json(), site.model.schema.to_json(), work, payload))
+
+    assert isinstance(error, PolicyError)
+    assert "the term for the gradient of" in str(error)
+    assert site.ledger.charges() == []
+
+
+def test_terms_that_the_announced_length_does_not_hold_are_not_fetched(site: Site, spec: Spec) -> None:
+    """A build that knows no terms passes their field over, and refuses by the length what it would misread."""
+    liar = Liar(spec.model_dump_json(), site.model.schema.to_json())
+    liar.work = announcement(4 * site.model.schema.size, linear=ALL)
+
+    error = site.hears(liar)
+
+    assert isinstance(error, ProtocolError)
+    assert "under the schema needs" in str(error)
+    assert "fetch" not in liar.heard
     assert site.ledger.charges() == []
 
 

@@ -177,6 +177,17 @@ def test_the_bound_follows_the_runs_numbers() -> None:
     assert largest_norm(config(), {}, 10_000, 0) == pytest.approx(10 * 0.1 * 1000)
 
 
+def test_the_bound_grows_by_how_far_a_term_alone_moves() -> None:
+    """Steps times rate times the term's length, which is known: not ten times that."""
+    term = {"a": np.full((3, 4), 2.0, np.float32), "b": np.full(4, -2.0, np.float32)}
+    one = largest_norm(private(), {}, 10_000, 3000)
+
+    assert largest_norm(private(), {}, 10_000, 3000, term) == pytest.approx(one + 10 * 4.0 * 8.0)
+    assert largest_norm(private(optimizer="adam"), {}, 10_000, 3000, term) == pytest.approx(
+        largest_norm(private(optimizer="adam"), {}, 10_000, 3000)
+    )
+
+
 @pytest.mark.parametrize("name", ["sentiment", "newsgroups", "images", "instruct"])
 def test_the_examples_have_a_bound_that_means_something(name: str, request: pytest.FixtureRequest) -> None:
     run = load_run(request.config.rootpath / "examples" / f"{name}.toml", ("privacy.noise_multiplier=0.6",))

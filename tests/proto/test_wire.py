@@ -53,6 +53,7 @@ ASSIGNMENT = Assignment(
     rank=2,
     base_rank=16,
     local={"learning_rate": 0.25},
+    linear=frozenset({Role.LORA_B}),
 )
 HEADER = UpdateHeader("ward-3", 7, DIGEST, "fp16", 24, "cd" * 32)
 

@@ -12,6 +12,7 @@ from fedloom.proto.messages import Assignment
 from fedloom.server.rounds.state import Event, RoundClosed
 from fedloom.server.storage.local import Store
 from fedloom.strategies.api import State, Strategy
+from fedloom.strategies.drift.scaffold import SCAFFOLD
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.state import state_to_bytes
@@ -74,6 +75,7 @@ def run_to_the_end(
 STRATEGIES = {
     "fedavg": FedAvg(),
     "fedsvd": FedSVD(),
+    "scaffold": SCAFFOLD(),
     "user-level": UserLevel(FedSVD(), bytes(32), 3, 0.5, 1.0, target_quantile=0.5),
     "user-level tree": UserLevel(FedAvg(), bytes(32), 3, 0.5, 1.0, "tree"),
 }

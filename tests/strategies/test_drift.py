@@ -93,7 +93,7 @@ def quadratics(steps: int = 10, weights: Sequence[float] = (1.0, 1.0)) -> dict[s
 
 @pytest.mark.parametrize(
     ("strategy", "end"),
-    [(FedAvg(), 2.069635), (SCAFFOLD(inner="fedavg"), 2.4), (FedDyn(inner="fedavg"), 2.4)],
+    [(FedAvg(), 2.069635), (SCAFFOLD(inner="fedavg"), 2.4), (FedDyn(0.5, "fedavg"), 2.4)],
     ids=lambda each: type(each).__name__,
 )
 def test_unlike_clients_come_to_the_common_optimum(strategy: Strategy, end: float) -> None:

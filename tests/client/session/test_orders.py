@@ -1,5 +1,6 @@
 """What a round may ask of a client: ranks, rounds, overrides, memory, and the values it is to start from."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fedloom.core.config.run import Spec
 from fedloom.core.errors import PolicyError, ProtocolError
 from fedloom.core.schema import Array, Role, Schema, TensorSpec
 from fedloom.proto.checks import LOCAL_NAMES
-from fedloom.proto.messages import Assignment, upload_schema
+from fedloom.proto.messages import Assignment, broadcast_schema, upload_schema
 
 A, B, HEAD = (
     TensorSpec("q.A", "q", Role.LORA_A, (4, 8)),
@@ -131,6 +132,44 @@ def test_what_the_adapter_has_not_is_neither_trained_nor_kept(run: Spec, fields:
         check_order(policy(), run, SCHEMA, order(**fields))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"linear": frozenset({"lora_Z"})},
+        {"linear": frozenset({"q.B.linear"})},
+        {"train": frozenset({Role.LORA_B}), "linear": frozenset({Role.LORA_B, Role.HEAD})},
+        {"personal": frozenset({Role.HEAD}), "linear": frozenset({Role.HEAD})},
+    ],
+)
+def test_only_what_is_trained_and_uploaded_has_a_term_for_its_gradient(run: Spec, fields: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError, match=r"sends terms for the gradients of .*; only what is trained and uploaded"):
+        check_order(policy(), run, SCHEMA, order(**fields))
+
+
+def test_a_broadcast_with_terms_has_the_shapes_of_what_they_are_for(run: Spec) -> None:
+    asked = order(rank=2, linear=frozenset({Role.LORA_B, "head.bias"}), broadcast_roles=ROLES)
+
+    check_order(policy(), run, SCHEMA, asked)
+
+    shapes = {spec.name: spec.shape for spec in broadcast_schema(SCHEMA, asked).tensors}
+    assert shapes == {
+        "q.A": (2, 8),
+        "q.B": (16, 2),
+        "head.bias": (2,),
+        "q.B.linear": (16, 2),
+        "head.bias.linear": (2,),
+    }
+
+
+def test_terms_count_against_the_sites_memory(run: Spec) -> None:
+    wide = Schema((TensorSpec("q.B", "q", Role.LORA_B, (1 << 21, 8)),))
+    asked = order(train=wide.roles, broadcast_roles=wide.roles)
+
+    check_order(policy(compute={"memory_mib": 200}), run, wide, asked)
+    with pytest.raises(PolicyError, match=r"needs 256 MiB .*compute\.memory_mib = 200"):
+        check_order(policy(compute={"memory_mib": 200}), run, wide, replace(asked, linear=wide.roles))
+
+
 def test_tensors_are_selected_by_role_or_by_name(run: Spec) -> None:
     asked = order(train=frozenset({Role.LORA_B, "head.bias"}), personal=frozenset({"head.bias"}))
 
@@ -158,6 +197,8 @@ TRAPS: dict[str, dict[str, Array]] = {
     "a head that is sure of one class": {"head.bias": np.array([1000.0, 0.0], np.float32)},
     "a head that is sure of the other": {"head.bias": np.array([-1000.0, 0.0], np.float32)},
     "huge weights": {"q.B": ones((16, 4), 1e30)},
+    "a term that is longer than any gradient": {"q.B.linear": ones((16, 4), 1e30)},
+    "a term of NaN": {"head.bias.linear": np.array([0.0, np.nan], np.float32)},
     "NaN": {"head.bias": np.array([0.0, np.nan], np.float32)},
     "infinity": {"q.A": ones((4, 8), np.inf)},
     "minus infinity": {"q.A": ones((4, 8), -np.inf)},

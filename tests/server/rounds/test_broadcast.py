@@ -9,6 +9,7 @@ import pytest
 
 from fedloom.core.codecs.dense import Dense
 from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import SchemaError, StrategyError
 from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.server.rounds.broadcast import Broadcasts
 from fedloom.strategies.api import Plan, State
@@ -108,3 +109,64 @@ def test_the_same_bytes_under_other_names_are_another_broadcast(configure: Any) 
     assert even.broadcast_digest == odd.broadcast_digest
     assert (set(even.broadcast_roles), set(odd.broadcast_roles)) == ({Role.LORA_A}, {Role.LORA_B})
     assert [set(broadcasts.start(client)) for client in CLIENTS[:2]] == [{"m.A"}, {"m.B"}]
+
+
+def with_term(size: float) -> Callable[[Plan, int], Plan]:
+    """Every second client gets a term for its gradients."""
+
+    def change(plan: Plan, k: int) -> Plan:
+        term = {"m.B": np.full((40, 2), size, np.float32)}
+        return replace(plan, linear=term if k % 2 else {})
+
+    return change
+
+
+def test_a_term_for_gradients_makes_another_broadcast_and_is_no_part_of_the_start(
+    configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert encodes(configure, monkeypatch, with_term(0.5)) == (2, 2)
+
+
+def test_a_strategy_is_shown_the_term_as_the_client_read_it_and_how_far_its_steps_went(configure: Any) -> None:
+    schema = Schema((*SCHEMA.tensors, TensorSpec("head", "head", Role.HEAD, (3,))))
+    train = {"steps": 5, "learning_rate": 0.1, "head_learning_rate": 0.4, "schedule": "linear"}
+    config = configure(4, train=train, wire={"broadcast": "fp16"}, model={"head": "train"})
+    strategy = Varied(with_term(0.1))
+    state = replace(strategy.init(schema, schema.zeros(), 0), round=1)
+    broadcasts = Broadcasts(config, schema, strategy, state)
+
+    plain, told = (broadcasts.update(client, 2.0, {}, {"loss": 1.0}) for client in CLIENTS[:2])
+
+    assert plain.linear == {}
+    assert told.linear.keys() == {"m.B"}
+    np.testing.assert_array_equal(told.linear["m.B"], np.full((40, 2), np.float32(np.float16(0.1))))
+    assert plain.start.keys() == told.start.keys() == schema.names()
+    # Round 1 of 4 is trained at three quarters of both rates.
+    assert told.rate_sums == pytest.approx({"m.A": 0.375, "m.B": 0.375, "head": 1.5})
+    assert (told.client, told.weight, told.metrics) == ("c1", 2.0, {"loss": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("linear", "why"),
+    [
+        ({"m.B": np.full((40, 2), np.nan, np.float32)}, "'m.B', which has NaN or Inf"),
+        ({"m.B": np.full((40, 2), -np.inf, np.float32)}, "'m.B', which has NaN or Inf"),
+        ({"m.C": np.zeros((40, 2), np.float32)}, "'m.C', which is not among what it trains and uploads"),
+    ],
+)
+def test_a_term_that_every_client_would_refuse_is_the_strategys_error(
+    configure: Any, linear: Tensors, why: str
+) -> None:
+    strategy = Varied(lambda plan, k: replace(plan, linear=linear))
+    broadcasts = Broadcasts(configure(1), SCHEMA, strategy, strategy.init(SCHEMA, SCHEMA.zeros(), 0))
+
+    with pytest.raises(StrategyError, match=why):
+        broadcasts.assignment("c0")
+
+
+def test_a_term_of_another_shape_is_the_strategys_error(configure: Any) -> None:
+    strategy = Varied(lambda plan, k: replace(plan, linear={"m.B": np.zeros((2, 40), np.float32)}))
+    broadcasts = Broadcasts(configure(1), SCHEMA, strategy, strategy.init(SCHEMA, SCHEMA.zeros(), 0))
+
+    with pytest.raises(SchemaError, match=r"'m.B.linear' has shape \(2, 40\); the schema says \(40, 2\)"):
+        broadcasts.assignment("c0")

@@ -12,7 +12,7 @@ from fedloom.client.policy import Policy
 from fedloom.core.codecs import codec, installed
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.errors import PolicyError, ProtocolError
-from fedloom.core.schema import Array, Schema, Tensors
+from fedloom.core.schema import Array, Role, Schema, Tensors
 from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.checks import overridden
 from fedloom.proto.messages import Assignment, Finished, broadcast_schema
@@ -96,7 +96,9 @@ def check_broadcast(policy: Policy, schema: Schema, tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         largest = float(max(tensor.max(), -tensor.min()))
         if not largest <= most:  # also where it is NaN
-            raise _beyond(f"{name[:64]!r} has a value of {largest:g}", most)
+            of, _, term = name.rpartition(".")
+            what = f"the term for the gradient of {of[:64]!r}" if term == Role.LINEAR else f"{name[:64]!r}"
+            raise _beyond(f"{what} has a value of {largest:g}", most)
     for pair in schema.pairs:
         for a, b in ((pair.a, pair.b), (f"{pair.module}.base_A", f"{pair.module}.base_B")):
             if a in tensors and b in tensors:
