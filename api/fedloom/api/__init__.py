@@ -42,6 +42,8 @@ from fedloom.core.errors import FedloomError
 from fedloom.simulation.callbacks import SoFar, StopRun
 from fedloom.strategies.alternating.orthonormal import AlternatingOrthonormal
 from fedloom.strategies.alternating.rolora import RoLoRA
+from fedloom.strategies.drift.feddyn import FedDyn
+from fedloom.strategies.drift.scaffold import SCAFFOLD
 from fedloom.strategies.fedask import FedASK
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.fedopt import FedOpt
@@ -76,6 +78,7 @@ __all__ = [
     "DP",
     "FFA",
     "IA3",
+    "SCAFFOLD",
     "SSF",
     "AlternatingOrthonormal",
     "Bias",
@@ -88,6 +91,7 @@ __all__ = [
     "FLoRIST",
     "FedASK",
     "FedAvg",
+    "FedDyn",
     "FedEx",
     "FedOpt",
     "FedPEFT",

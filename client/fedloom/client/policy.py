@@ -165,9 +165,9 @@ class LimitsPolicy(Section):
     max_learning_rate: float = Field(default=1000.0, ge=1e-9, le=1e4)
     """Highest learning rate accepted, of the adapter and of the head, in the run and in any of its rounds."""
     max_weight: float = Field(default=100.0, ge=1.0, le=1e6)
-    """Largest absolute value accepted in an adapter from the coordinator, and in what its low-rank pairs and
-    corrections add to a frozen weight. Trained values are rarely beyond 10. A round with a larger one is refused
-    before it is charged."""
+    """Largest absolute value accepted in an adapter from the coordinator, in a term for its gradients, and in what its
+    low-rank pairs and corrections add to a frozen weight. Trained values are rarely beyond 10. A round with a larger
+    one is refused before it is charged."""
 
 
 class SecureAggregationPolicy(Section):
