@@ -53,7 +53,7 @@ def test_what_hides_ages_or_scales_single_updates_is_refused(
 ) -> None:
     sections = {**sections, "strategy": {"name": name, **sections.get("strategy", {})}}
     with pytest.raises(ConfigError, match=said):
-        check_config(config(**sections), build_strategy(config(**sections)))
+        check_config(config(2, **sections), build_strategy(config(2, **sections)))
 
 
 @pytest.mark.parametrize("name", BOTH)
