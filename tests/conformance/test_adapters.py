@@ -101,6 +101,21 @@ class TestTucker(AdapterConformance):
         return Tucker(rank=3, targets=("query", "dense"))
 
 
+class TestLoRAOnTheLastLayer(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), layers=(-1,))
+
+
+class TestBiasOfTheLastLayer(AdapterConformance):
+    def adapter(self) -> Bias:
+        return Bias(layers=(-1,))
+
+
+class TestLayerNormOfTheLastLayer(AdapterConformance):
+    def adapter(self) -> LayerNorm:
+        return LayerNorm(layers=(-1,))
+
+
 class NotPrivate(LoRA):
     """A kind that says it is not for private runs."""
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.head import PEFT_HEADS, Head
+from fedloom.client.adapters.numbered_layers import Layers, in_layers, numbered_layers
 from fedloom.client.adapters.slot import Slot, schema_name
 from fedloom.core.config.parsing import Section
 from fedloom.core.errors import ModelError
@@ -51,6 +52,9 @@ class LoRA(Section):
     targets: Targets = ("query", "value")
     """Names (suffixes) of the linear layers that get a pair. "all-linear": every linear layer but the head and the
     output. "auto": those that PEFT has for the base model's kind, and all where it has none."""
+    layers: Layers = None
+    """Numbers of the transformer layers that get pairs: 0 is the first, -1 the last. None: all, and targets outside of
+    them. PEFT's layers_to_transform."""
     rslora: bool = False
     """rsLoRA: the scale is alpha / sqrt(rank), under which high ranks learn as fast as low ones."""
     dora: bool = False
@@ -68,7 +72,8 @@ class LoRA(Section):
         Raises:
             ModelError: No layer has one of the target names, or a target is not a linear layer.
         """
-        return with_pairs(host, self.targets, self.rank, self.alpha, use_rslora=self.rslora, use_dora=self.dora)
+        options = {"use_rslora": self.rslora, "use_dora": self.dora}
+        return with_pairs(host, self.targets, self.rank, self.alpha, layers=self.layers, **options)
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """The factors of every pair, A before B, and then its magnitudes if there are any, in model order."""
@@ -89,7 +94,9 @@ class LoRA(Section):
         """Nothing: PEFT merges pairs."""
 
 
-def carrier(host: Host, targets: Targets, bias: str = "none", saved: tuple[str, ...] = ()) -> PeftModel:
+def carrier(
+    host: Host, targets: Targets, bias: str = "none", saved: tuple[str, ...] = (), layers: Layers = None
+) -> PeftModel:
     """A PeftModel for kinds that PEFT does not know: rank-1 pairs whose B stays zero. It loads anywhere.
 
     Args:
@@ -97,15 +104,22 @@ def carrier(host: Host, targets: Targets, bias: str = "none", saved: tuple[str, 
         targets: Layers that get such a pair; PEFT needs one.
         bias: Which biases PEFT saves with it, none or all.
         saved: Full names of modules beside the head of which PEFT saves a copy, which takes their place.
+        layers: Numbers of the transformer layers whose targets get a pair; None is all.
 
     Raises:
         ModelError: No layer has one of the target names.
     """
-    return with_pairs(host, targets, 1, 1.0, saved, bias=bias)
+    return with_pairs(host, targets, 1, 1.0, saved, layers, bias=bias)
 
 
 def with_pairs(
-    host: Host, targets: Targets, rank: int, alpha: float, saved: tuple[str, ...] = (), **options: Any
+    host: Host,
+    targets: Targets,
+    rank: int,
+    alpha: float,
+    saved: tuple[str, ...] = (),
+    layers: Layers = None,
+    **options: Any,
 ) -> PeftModel:
     """A PeftModel with one pair on every target layer, which saves the head with them.
 
@@ -115,15 +129,21 @@ def with_pairs(
         rank: r.
         alpha: PEFT's alpha.
         saved: As for `carrier`.
+        layers: As for `carrier`.
         options: Further ones of PEFT's LoraConfig.
 
     Raises:
         ModelError: No layer has one of the target names, or a target is not a linear layer.
     """
-    names = linear_targets(host.base, targets, host.head)
+    names = linear_targets(host.base, targets, host.head, layers)
     # PEFT adds the names it knows to those it is given, and does so again where they are given.
     heads = [name for name in host.head.modules if not host.task_type or name not in PEFT_HEADS]
     transposed = any(isinstance(host.base.get_submodule(name), Conv1D) for name in names)
+    if layers is not None:
+        lists, numbers = numbered_layers(host.base, layers)
+        # PEFT matches full names by themselves; this tells its users which layers these are.
+        pattern = sorted({each.rpartition(".")[2] for each in lists})
+        options = {**options, "layers_to_transform": list(numbers), "layers_pattern": pattern}
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -140,7 +160,7 @@ def with_pairs(
         return get_peft_model(host.base, config)
 
 
-def linear_targets(base: PreTrainedModel, targets: Targets, head: Head) -> list[str]:
+def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: Layers = None) -> list[str]:
     """Full names of the linear layers that get a pair; never any of the head.
 
     Args:
@@ -148,9 +168,10 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head) -> list[
         targets: Last names of layers; "all-linear" for each but the output layer; "auto" for those that PEFT has for
             this kind of model, and all where it has none.
         head: The model's head, which is trained whole.
+        layers: Numbers of the transformer layers that they are in; None is all, and what is outside of them.
 
     Raises:
-        ModelError: A target name matches nothing; the message lists what the model has.
+        ModelError: A target name matches nothing, or there is no such layer; the message lists what the model has.
     """
     linear = [
         name
@@ -158,6 +179,7 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head) -> list[
         if isinstance(module, (nn.Linear, Conv1D))
         and not any(name == each or name.startswith(f"{each}.") for each in head.modules)
     ]
+    linear = in_layers(base, layers, linear)
     if isinstance(targets, str):
         output = base.get_output_embeddings()
         linear = [name for name in linear if base.get_submodule(name) is not output]
@@ -167,8 +189,9 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head) -> list[
         targets = tuple(last.intersection(known if isinstance(known, list) else ()) or last)
     unknown = sorted(set(targets) - last)
     if unknown:
+        where = "" if layers is None else f" in adapter.layers = {list(layers)}"
         raise ModelError(
-            f"adapter.targets {', '.join(unknown)}: {type(base).__name__} has no such linear layer; "
+            f"adapter.targets {', '.join(unknown)}: {type(base).__name__} has no such linear layer{where}; "
             f'it has {", ".join(sorted(last))}; name some of these, or set adapter.targets = "auto"'
         )
     return [name for name in linear if name.rpartition(".")[2] in targets]

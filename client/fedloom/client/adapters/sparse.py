@@ -14,6 +14,7 @@ from torch import nn
 
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets
+from fedloom.client.adapters.numbered_layers import Layers
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, sparse_product
@@ -57,6 +58,8 @@ class Sparse(Section):
     """Share of each weight's entries that is trained."""
     targets: Targets = ("query", "value")
     """Names (suffixes) of the linear layers, or as for LoRA."""
+    layers: Layers = None
+    """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""
 
     def attach(self, host: Host) -> PeftModel:
         """The base model with changes of zero for the smallest entries of every target layer.
@@ -64,7 +67,7 @@ class Sparse(Section):
         Raises:
             ModelError: No layer has one of the target names.
         """
-        return attach_around(host, self.targets, lambda layer: _Entries(layer, self.share))
+        return attach_around(host, self.targets, lambda layer: _Entries(layer, self.share), self.layers)
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """The changes of the entries of every target layer, shape (k,), role entries, in the order of the weight."""
