@@ -139,6 +139,9 @@ class ComputePolicy(Section):
     memory_mib: int | None = Field(default=None, ge=64)
     """Memory for the client in MiB; the micro-batch is fitted to it. On CUDA the allocator keeps to it. None is what is
     free."""
+    activation_cache_mib: int = Field(default=2048, ge=0)
+    """Most MiB of an encrypted temporary file with what the frozen blocks below all that is trained give for each
+    example, so that they are computed once for it. 0 computes them in every step."""
     upload_bytes_per_s: int | None = Field(default=None, ge=SLOWEST_BYTES_PER_S)
     """Most bytes of updates sent in a second, on average. None sets no cap. A coordinator ends slower transfers."""
     download_bytes_per_s: int | None = Field(default=None, ge=SLOWEST_BYTES_PER_S)

@@ -24,6 +24,7 @@ from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.api import CheckCancelled, Trained
 from fedloom.client.session.assignment_checks import check_broadcast, check_order
 from fedloom.client.session.personal_tensors import Personal
+from fedloom.client.training.activations import kept_activations
 from fedloom.client.training.averaging import averaged
 from fedloom.client.training.local_eval import Table, released, row_scores, split
 from fedloom.client.training.microbatch import Microbatch, fitting
@@ -100,6 +101,7 @@ class Trainer:
             self.check_sensitivity()
             assert spec.privacy.noise_multiplier is not None  # checked when the spec met the policy
             rehearse(spec.privacy.noise_multiplier, spec.privacy.clip_norm)
+        self._activations = kept_activations(model, spec.model.digest, policy.compute)
         self.microbatch = Microbatch(fitting(model, self._batch_loss, spec, policy.compute.memory_mib), model.device)
 
     def check_sensitivity(self) -> None:
@@ -267,7 +269,11 @@ class Trainer:
         return poisson(entropy, len(self.encoded), self.spec.train.sampling_rate)
 
     def _loss(self, indices: Indices, length: int | None = None) -> torch.Tensor:
-        return self._batch_loss(collate(self.encoded, indices, self.model.tokenizer.pad_token_id, length))
+        batch = collate(self.encoded, indices, self.model.tokenizer.pad_token_id, length)
+        if self._activations is None:
+            return self._batch_loss(batch)
+        with self._activations.skipping(self.encoded, indices, batch):
+            return self._batch_loss(batch)
 
     def _batch_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return batch_loss(self.model, batch)
