@@ -4,11 +4,11 @@ Each arm is FedSVD over 10 rounds of 5 steps at sampling rate 0.02 with (6, 1e-5
 each sentence and adapters on the last two of the six blocks, so that the others are computed once for each sentence:
 20,000 example gradients, half of the demo's. All arms have the same epsilon, steps and noise, and the same seeds for
 start and partition; only what is done with the noised gradients differs. Every method has three learning rates, each
-three times the one before, around what is usual for it. See `benchmarks.runs` for how rates are chosen and for the
+three times the one before, around what is usual for it. See runs.py for how rates are chosen and for the
 interval. A finished run is one line of benchmarks/optimizers.jsonl; started again, it goes on from there.
 
-    PYTHONPATH=. python benchmarks/optimizers.py
-    PYTHONPATH=. python benchmarks/optimizers.py --smallest --lines smallest.jsonl    # a minute, to see that it runs
+    python benchmarks/optimizers.py
+    python benchmarks/optimizers.py --smallest --lines smallest.jsonl    # a minute, to see that it runs
 """
 
 import argparse
@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-
-from benchmarks.runs import Arm, best, compare, interval, reported
+from runs import Arm, best, compare, interval, reported
 
 HERE = Path(__file__).resolve().parent
 RUN_FILE = HERE.parent / "examples" / "sentiment.toml"

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from benchmarks.runs import Outcome, Run
+from runs import Outcome, Run
 
 __all__ = ["federate_probe", "gradients"]
 

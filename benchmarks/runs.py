@@ -1,9 +1,9 @@
-"""Small training runs side by side: each method's learning rate is chosen on one half of the held-out rows, the other
-half is reported, and every finished run is a line of a file from which a stopped comparison goes on.
+"""Small training runs side by side, tuned alike.
 
-Each method is tried with all of its rates and the first seed, and run with the other seeds at the rate that did best.
-Intervals are 95 % ones of Student's t over the seeds. They cover noise, start and partition, and not the choice of the
-held-out rows, which are the same for all.
+Each method is tried with all of its rates and the first seed, and run with the other seeds at the rate that did best on
+one half of the held-out rows; the other half is reported. Every finished run is a line of a file, from which a
+comparison that was stopped goes on. Intervals are 95 % ones of Student's t over the seeds: they cover noise, start and
+partition, and not the choice of the held-out rows, which are the same for all.
 """
 
 import hashlib

@@ -3,15 +3,15 @@
 Every arm is a federation of the run file's clients in small: 10 rounds, 32 tokens of each text, adapters on the last
 two of the base model's six blocks, so that the others are computed once for each text. Under privacy it takes 10,000
 example gradients or so in few large batches with SGD; without, as many in more and smaller batches with Adam. The head
-is trained along. Every arm has three learning rates of one grid for all arms, see `benchmarks.runs` for how one is
+is trained along. Every arm has three learning rates of one grid for all arms, see runs.py for how one is
 chosen and for the interval. The frozen probe is the same federation of a linear classifier on the frozen base model's
-mean embeddings, with the same noise, see `benchmarks.probe`.
+mean embeddings, with the same noise, see probe.py.
 
 A finished run is one line of benchmarks/study.jsonl; started again, it goes on from there. Prints the table and writes
 it to benchmarks/study.json.
 
-    PYTHONPATH=. python benchmarks/study.py
-    PYTHONPATH=. python benchmarks/study.py --smallest --lines smallest.jsonl --json smallest.json
+    python benchmarks/study.py
+    python benchmarks/study.py --smallest --lines smallest.jsonl --json smallest.json
 """
 
 import argparse
@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from probe import federate_probe
 from rich.console import Console
 from rich.table import Table
-
-from benchmarks.probe import federate_probe
-from benchmarks.runs import Arm, Outcome, Run, best, compare, federate, interval, reported
+from runs import Arm, Outcome, Run, best, compare, federate, interval, reported
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent / "examples"
@@ -64,7 +63,7 @@ LEVELS = {
 RATES = {True: (1.0, 4.0, 16.0), False: (0.001, 0.003, 0.01)}
 """With privacy (SGD on clipped gradients) and without (Adam)."""
 STRENGTHS = (0.01, 0.1, 1.0)
-"""Of the probe without privacy, see `benchmarks.probe`."""
+"""Of the probe without privacy, see probe.py."""
 SEEDS = (0, 1, 2)
 SMALLEST = ("run.rounds=1", "train.steps=1", "data.max_examples=400", "evaluation.max_examples=100")
 

@@ -48,7 +48,7 @@ def load(small_bases: dict[str, Path]) -> Load:
     """Makes a model with pairs in its second and last block only, and a head."""
 
     def make(architecture: str, **adapter: Any) -> AdapterModel:
-        values = {"rank": 2, "alpha": 4, "targets": TARGETS[architecture], "layers": [-1]} if not adapter else adapter
+        values = adapter or {"rank": 2, "alpha": 4, "targets": TARGETS[architecture], "layers": [-1]}
         return load_model(section(small_bases[architecture]), AdapterSection.model_validate(values))
 
     return make

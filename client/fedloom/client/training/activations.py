@@ -38,7 +38,7 @@ class EncryptedFile:
         """`most`: bytes that it may grow to."""
         self._most, self._size = most, 0
         self._places: dict[bytes, tuple[int, int]] = {}
-        self._file = tempfile.TemporaryFile(prefix="fedloom-")
+        self._file = tempfile.TemporaryFile(prefix="fedloom-")  # noqa: SIM115  # open for as long as this object is
         weakref.finalize(self, self._file.close)
         self._cipher = AES(os.urandom(32))
 

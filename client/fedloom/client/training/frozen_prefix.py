@@ -81,8 +81,8 @@ class FrozenPrefix:
 def frozen_prefix(model: AdapterModel) -> FrozenPrefix | None:
     """The blocks that need not be computed again, whatever of the adapter's schema is trained.
 
-    None where there are none, or where the rest of the model does not give the same scores from what they gave: because
-    it also needs something else of them, or because padding has a part in the scores. This is tried on made-up examples.
+    None where there are none, or where the rest of the model does not give the same scores from what they gave: it may
+    need something else of them too, or padding may have a part in the scores. This is tried on made-up examples.
     """
     examples = made_up(model, _LENGTH)
     batch = collate(examples, np.arange(len(examples)), model.tokenizer.pad_token_id if examples.input_ids else 0)
