@@ -72,8 +72,15 @@ class LoRA(Section):
         Raises:
             ModelError: No layer has one of the target names, or a target is not a linear layer.
         """
-        options = {"use_rslora": self.rslora, "use_dora": self.dora}
-        return with_pairs(host, self.targets, self.rank, self.alpha, layers=self.layers, **options)
+        return with_pairs(
+            host,
+            self.targets,
+            self.rank,
+            self.alpha,
+            layers=self.layers,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+        )
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """The factors of every pair, A before B, and then its magnitudes if there are any, in model order."""

@@ -5,9 +5,8 @@ back than the first layer with a trained parameter.
 """
 
 from collections.abc import Iterable
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,7 +14,7 @@ from fedloom.core.errors import ModelError
 
 __all__ = ["Layers", "NumberedLayers", "in_layers", "numbered_layers"]
 
-Layers = Annotated[tuple[Annotated[int, Field(ge=-1000, le=999)], ...], Field(min_length=1, max_length=1000)] | None
+Layers = tuple[int, ...] | None
 """Numbers of transformer layers, from 0, or below 0 from the end: -1 is the last. None is all of the model."""
 
 
@@ -45,7 +44,7 @@ def numbered_layers(base: PreTrainedModel, layers: tuple[int, ...]) -> NumberedL
         layers: Numbers from 0, or below 0 from the end.
 
     Raises:
-        ModelError: The model has no layer of such a number, or no one list of layers.
+        ModelError: There is no number, the model has no layer of one, or it has no one list of layers.
     """
     kind, encoder = type(base).__name__, base.base_model
     before = "" if encoder is base else f"{base.base_model_prefix}."
@@ -61,10 +60,11 @@ def numbered_layers(base: PreTrainedModel, layers: tuple[int, ...]) -> NumberedL
             "layers by adapter.targets"
         )
     (count,) = set(found.values())
-    if missing := [number for number in layers if not -count <= number < count]:
+    missing = [number for number in layers if not -count <= number < count]
+    if missing or not layers:
         raise ModelError(
-            f"adapter.layers names {', '.join(map(str, missing))}; {kind} has {count} layers: name some of 0 to "
-            f"{count - 1}, or of -1 (the last) to -{count}"
+            f"adapter.layers names {', '.join(map(str, missing)) or 'none'}; {kind} has {count} layers: name some of 0 "
+            f"to {count - 1}, or of -1 (the last) to -{count}"
         )
     return NumberedLayers(tuple(f"{before}{name}" for name in found), tuple(sorted({n % count for n in layers})))
 
