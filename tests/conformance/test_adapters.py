@@ -17,7 +17,7 @@ from fedloom.client.adapters.low_rank.vera import VeRA
 from fedloom.client.adapters.miss import MiSS
 from fedloom.client.adapters.scaling.ia3 import IA3
 from fedloom.client.adapters.scaling.ssf import SSF
-from fedloom.client.adapters.sparse import Sparse
+from fedloom.client.adapters.sparse.entries import Sparse
 from fedloom.client.adapters.spectral.lora_sb import LoRASB
 from fedloom.client.adapters.spectral.svfit import SVFit
 from fedloom.client.models.adapter_model import AdapterModel
@@ -84,6 +84,11 @@ class TestSVFit(AdapterConformance):
 class TestSparse(AdapterConformance):
     def adapter(self) -> Sparse:
         return Sparse(share=0.1, targets=("query", "dense"))
+
+
+class TestPrincipalEntries(AdapterConformance):
+    def adapter(self) -> Sparse:
+        return Sparse(share=0.05, mask="principal", rank=4, targets=("query", "dense"))
 
 
 class TestVeRA(AdapterConformance):

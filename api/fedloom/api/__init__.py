@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from fedloom.client.adapters.miss import MiSS
     from fedloom.client.adapters.scaling.ia3 import IA3
     from fedloom.client.adapters.scaling.ssf import SSF
-    from fedloom.client.adapters.sparse import Sparse
+    from fedloom.client.adapters.sparse.entries import Sparse
     from fedloom.client.adapters.spectral.lora_sb import LoRASB
     from fedloom.client.adapters.spectral.svfit import SVFit
 
@@ -145,7 +145,7 @@ _WITH_TORCH = {
     "MiSS": ("fedloom.client.adapters.miss", "MiSS"),
     "SSF": ("fedloom.client.adapters.scaling.ssf", "SSF"),
     "SVFit": ("fedloom.client.adapters.spectral.svfit", "SVFit"),
-    "Sparse": ("fedloom.client.adapters.sparse", "Sparse"),
+    "Sparse": ("fedloom.client.adapters.sparse.entries", "Sparse"),
     "Tucker": ("fedloom.client.adapters.low_rank.tucker", "Tucker"),
     "VeRA": ("fedloom.client.adapters.low_rank.vera", "VeRA"),
 }

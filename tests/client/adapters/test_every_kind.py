@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora-sb": {"kind": "lora-sb"},
     "svfit": {"kind": "svfit"},
     "sparse": {"kind": "sparse", "share": 0.2},
+    "lift": {"kind": "sparse", "share": 0.2, "mask": "principal"},
     "vera": {"kind": "vera"},
     "hydra": {"kind": "hydra"},
     "tucker": {"kind": "tucker"},

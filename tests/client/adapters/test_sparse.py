@@ -1,31 +1,89 @@
-"""SaRA: the entries that move are the smallest, and their gradients are those of the dense weight."""
+"""SaRA and LIFT: which entries move, that everybody moves the same ones, and their gradients."""
+
+import hashlib
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from fedloom.client.adapters.sparse.entries import ENTRIES
+from fedloom.client.adapters.sparse.masks import principal, smallest
 from fedloom.client.adapters.wrapping import plain
+from fedloom.client.models.load import load_model
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, sparse_product
 from fedloom.core.config.run import AdapterSection, ModelSection
+from fedloom.core.errors import ModelError
 from tests.conftest import make_model
 
 LAYER = "bert.encoder.layer.0.attention.self.query"
 
 
-def test_the_smallest_entries_move_and_no_others(model_section: ModelSection) -> None:
-    section = AdapterSection.model_validate({"kind": "sparse", "share": 0.25})
-    model = make_model(model_section, section)
+def before_and_after(section: ModelSection, **options: object) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """A weight as it was and as it is merged, and the trained values of its layer by role."""
+    model = make_model(section, AdapterSection.model_validate(options))
     weight = plain(model.model.get_base_model().get_submodule(LAYER).inner).weight
     before = weight.detach().numpy().copy()
-    values = model.read(model.schema)[f"{LAYER}.entries"]
-
+    values = model.read(model.schema)
+    own = {spec.role: values[spec.name] for spec in model.schema.tensors if spec.module == LAYER}
     model.adapter.merge(model.model)
+    return before, weight.detach().numpy(), own
 
-    moved = weight.detach().numpy() - before
+
+def largest(sizes: np.ndarray, count: int) -> np.ndarray:
+    return sizes >= np.sort(sizes, axis=None)[-count]
+
+
+def best(weight: np.ndarray, rank: int) -> np.ndarray:
+    left, values, right = np.linalg.svd(weight.astype(np.float64))
+    return (left[:, :rank] * values[:rank]) @ right[:rank]
+
+
+def test_the_smallest_entries_move_and_no_others(model_section: ModelSection) -> None:
+    before, after, values = before_and_after(model_section, kind="sparse", share=0.25)
+
+    moved = after - before
     smallest = np.abs(before) <= np.sort(np.abs(before), axis=None)[255]
     assert np.array_equal(moved != 0, smallest)
-    np.testing.assert_allclose(moved[smallest], values, atol=1e-6)
+    np.testing.assert_allclose(moved[smallest], values[ENTRIES], atol=1e-6)
+
+
+def test_lift_moves_the_largest_entries_of_the_best_approximation(model_section: ModelSection) -> None:
+    """Which are others than the weight's own largest."""
+    before, after, values = before_and_after(model_section, kind="sparse", share=0.05, mask="principal", rank=4)
+
+    chosen = largest(np.abs(best(before, 4)), 51)
+    assert np.array_equal(after != before, chosen)
+    np.testing.assert_allclose((after - before)[chosen], values[ENTRIES], atol=1e-6)
+    assert not np.array_equal(chosen, largest(np.abs(before), 51))
+
+
+def test_a_mask_does_not_depend_on_how_it_is_computed() -> None:
+    """Another memory layout takes LAPACK another way, and signs of singular vectors with it."""
+    draw = np.random.default_rng(1)
+    weight = torch.from_numpy(draw.normal(size=(24, 16)).astype(np.float32))
+
+    for mask in (lambda w: smallest(w, 40), lambda w: principal(w, 40, 5)):
+        places = mask(weight)
+        assert torch.equal(mask(weight.t().contiguous().t()), places)
+        flipped = torch.zeros(24, 16).view(-1).index_fill(0, mask(-weight.flip(0)), 1).view(24, 16).flip(0)
+        assert flipped.view(-1).nonzero().flatten().tolist() == places.tolist()
+
+
+def test_parties_with_other_masks_have_other_schemas(model_section: ModelSection) -> None:
+    """So that a client whose mask is another is refused when it joins; shapes alone would not tell."""
+    schemas = [
+        load_model(model_section, AdapterSection.model_validate({"kind": "sparse", "rank": 4, **options})).schema
+        for options in ({}, {"mask": "principal"}, {"mask": "principal", "rank": 5}, {})
+    ]
+
+    assert len({schema.digest for schema in schemas}) == 3
+    assert schemas[0].digest == schemas[3].digest
+    assert len({tuple(spec.shape for spec in schema.tensors) for schema in schemas}) == 1
+    (places,) = {spec.name for spec in schemas[0].tensors if spec.module == LAYER}
+    model = load_model(model_section, AdapterSection(kind="sparse"))
+    found = model.model.get_base_model().get_submodule(LAYER).places.numpy().astype("<i8")
+    assert places == f"{LAYER}.entries.{hashlib.sha256(found.tobytes()).hexdigest()[:8]}"
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (3, 4, 7), (2, 3, 2, 7)])
@@ -53,14 +111,15 @@ def test_gradients_of_entries_are_those_of_the_dense_weight(shape: tuple[int, ..
     torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_entries_of_equal_size_are_taken_in_order(model_section: ModelSection) -> None:
+def test_entries_of_equal_size_are_taken_in_order() -> None:
     """So that every process takes the same ones."""
-    section = AdapterSection.model_validate({"kind": "sparse", "share": 0.01})
-    model = make_model(model_section, section)
-    layer = model.model.get_base_model().get_submodule(LAYER)
-    with torch.no_grad():
-        plain(layer.inner).weight.fill_(-0.5)
+    equal = torch.full((8, 6), -0.5)
 
-    again = type(layer)(layer.inner, 0.01)
+    assert smallest(equal, 10).tolist() == principal(equal, 10, 1).tolist() == list(range(10))
 
-    assert again.places.tolist() == list(range(10))
+
+def test_a_rank_above_the_layers_size_is_refused(model_section: ModelSection) -> None:
+    section = AdapterSection.model_validate({"kind": "sparse", "mask": "principal", "rank": 33})
+
+    with pytest.raises(ModelError, match=r"query: adapter\.rank = 33 is above its 32 singular"):
+        load_model(model_section, section)
