@@ -16,6 +16,7 @@ from fedloom.client.adapters.low_rank.tucker import Tucker
 from fedloom.client.adapters.low_rank.vera import VeRA
 from fedloom.client.adapters.miss import MiSS
 from fedloom.client.adapters.scaling.ia3 import IA3
+from fedloom.client.adapters.scaling.peqa import PEQA
 from fedloom.client.adapters.scaling.ssf import SSF
 from fedloom.client.adapters.sparse.entries import Sparse
 from fedloom.client.adapters.spectral.lora_sb import LoRASB
@@ -64,6 +65,11 @@ class TestIA3(AdapterConformance):
 class TestSSF(AdapterConformance):
     def adapter(self) -> SSF:
         return SSF(targets=("query", "dense"))
+
+
+class TestPEQA(AdapterConformance):
+    def adapter(self) -> PEQA:
+        return PEQA(targets=("query", "dense"))
 
 
 class TestMiSS(AdapterConformance):

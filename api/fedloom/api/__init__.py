@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from fedloom.client.adapters.low_rank.vera import VeRA
     from fedloom.client.adapters.miss import MiSS
     from fedloom.client.adapters.scaling.ia3 import IA3
+    from fedloom.client.adapters.scaling.peqa import PEQA
     from fedloom.client.adapters.scaling.ssf import SSF
     from fedloom.client.adapters.sparse.entries import Sparse
     from fedloom.client.adapters.spectral.lora_sb import LoRASB
@@ -76,6 +77,7 @@ __all__ = [
     "DP",
     "FFA",
     "IA3",
+    "PEQA",
     "SSF",
     "AlternatingOrthonormal",
     "Bias",
@@ -143,6 +145,7 @@ _WITH_TORCH = {
     "LoRA": ("fedloom.client.adapters.lora", "LoRA"),
     "LoRASB": ("fedloom.client.adapters.spectral.lora_sb", "LoRASB"),
     "MiSS": ("fedloom.client.adapters.miss", "MiSS"),
+    "PEQA": ("fedloom.client.adapters.scaling.peqa", "PEQA"),
     "SSF": ("fedloom.client.adapters.scaling.ssf", "SSF"),
     "SVFit": ("fedloom.client.adapters.spectral.svfit", "SVFit"),
     "Sparse": ("fedloom.client.adapters.sparse.entries", "Sparse"),

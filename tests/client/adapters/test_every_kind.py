@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"kind": "lora", "rslora": True},
     "ia3": {"kind": "ia3", "feedforward": ("c_fc",)},
     "ssf": {"kind": "ssf"},
+    "peqa": {"kind": "peqa"},
     "miss": {"kind": "miss"},
     "lora-sb": {"kind": "lora-sb"},
     "svfit": {"kind": "svfit"},

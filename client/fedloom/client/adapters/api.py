@@ -28,6 +28,8 @@ class Traits:
     """It trains parameters of the base model itself, or makes its own of them: the base model must be in float32."""
     peft: bool = True
     """PEFT's own files hold it. Otherwise a run's result is a merged model, see `Adapter.merge`."""
+    starts_as_base: bool = True
+    """As it is attached the model gives what the base model gives. Otherwise it starts near it, such as by rounding."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Adapter(Protocol):
     traits: ClassVar[Traits]
 
     def attach(self, host: Host) -> PeftModel:
-        """The base model with the adapter, which leaves its outputs as they were.
+        """The base model with the adapter, which leaves its outputs as they were unless the traits say otherwise.
 
         A kind that PEFT does not know puts its modules into `lora.carrier`, which has the head.
 
