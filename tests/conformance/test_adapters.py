@@ -18,6 +18,7 @@ from fedloom.client.adapters.miss import MiSS
 from fedloom.client.adapters.scaling.ia3 import IA3
 from fedloom.client.adapters.scaling.peqa import PEQA
 from fedloom.client.adapters.scaling.ssf import SSF
+from fedloom.client.adapters.sparse.dsee import DSEE
 from fedloom.client.adapters.sparse.entries import Sparse
 from fedloom.client.adapters.spectral.lora_sb import LoRASB
 from fedloom.client.adapters.spectral.svfit import SVFit
@@ -95,6 +96,11 @@ class TestSparse(AdapterConformance):
 class TestPrincipalEntries(AdapterConformance):
     def adapter(self) -> Sparse:
         return Sparse(share=0.05, mask="principal", rank=4, targets=("query", "dense"))
+
+
+class TestDSEE(AdapterConformance):
+    def adapter(self) -> DSEE:
+        return DSEE(rank=3, alpha=6, entries=40, targets=("query", "dense"))
 
 
 class TestVeRA(AdapterConformance):

@@ -69,12 +69,14 @@ if TYPE_CHECKING:
     from fedloom.client.adapters.scaling.ia3 import IA3
     from fedloom.client.adapters.scaling.peqa import PEQA
     from fedloom.client.adapters.scaling.ssf import SSF
+    from fedloom.client.adapters.sparse.dsee import DSEE
     from fedloom.client.adapters.sparse.entries import Sparse
     from fedloom.client.adapters.spectral.lora_sb import LoRASB
     from fedloom.client.adapters.spectral.svfit import SVFit
 
 __all__ = [
     "DP",
+    "DSEE",
     "FFA",
     "IA3",
     "PEQA",
@@ -138,6 +140,7 @@ __all__ = [
 
 _WITH_TORCH = {
     "Bias": ("fedloom.client.adapters.bias", "Bias"),
+    "DSEE": ("fedloom.client.adapters.sparse.dsee", "DSEE"),
     "Head": ("fedloom.client.adapters.head_only", "HeadOnly"),
     "Hydra": ("fedloom.client.adapters.low_rank.hydra", "Hydra"),
     "IA3": ("fedloom.client.adapters.scaling.ia3", "IA3"),

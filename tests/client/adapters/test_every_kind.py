@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "svfit": {"kind": "svfit"},
     "sparse": {"kind": "sparse", "share": 0.2},
     "lift": {"kind": "sparse", "share": 0.2, "mask": "principal"},
+    "dsee": {"kind": "dsee"},
     "vera": {"kind": "vera"},
     "hydra": {"kind": "hydra"},
     "tucker": {"kind": "tucker"},

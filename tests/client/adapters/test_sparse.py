@@ -1,4 +1,4 @@
-"""SaRA and LIFT: which entries move, that everybody moves the same ones, and their gradients."""
+"""SaRA, LIFT and DSEE: which entries move, that everybody moves the same ones, and their gradients."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from fedloom.client.adapters.sparse.entries import ENTRIES
-from fedloom.client.adapters.sparse.masks import principal, smallest
+from fedloom.client.adapters.sparse.masks import principal, residual, smallest
 from fedloom.client.adapters.wrapping import plain
 from fedloom.client.models.load import load_model
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, sparse_product
@@ -58,12 +58,34 @@ def test_lift_moves_the_largest_entries_of_the_best_approximation(model_section:
     assert not np.array_equal(chosen, largest(np.abs(before), 51))
 
 
+def test_dsee_adds_a_pair_and_the_entries_that_a_low_rank_matrix_fits_worst(model_section: ModelSection) -> None:
+    before, after, values = before_and_after(model_section, kind="dsee", rank=3, alpha=6, entries=20)
+
+    sparse = np.zeros((32, 32))
+    for _ in range(3):
+        rest = before - best(before - sparse, 3)
+        chosen = largest(np.abs(rest), 20)
+        sparse = np.where(chosen, rest, 0)
+    expected = before + 2.0 * values["dsee_U"] @ values["dsee_V"]
+    expected[chosen] += values[ENTRIES]
+    np.testing.assert_allclose(after, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_support_is_found_in_a_low_rank_matrix_with_a_few_entries_added() -> None:
+    draw = np.random.default_rng(0)
+    weight = draw.normal(size=(40, 3)) @ draw.normal(size=(3, 30)) + 0.01 * draw.normal(size=(40, 30))
+    places = np.sort(draw.choice(1200, 25, replace=False))
+    weight.reshape(-1)[places] += 3 * draw.choice([-1, 1], 25)
+
+    assert residual(torch.from_numpy(weight.astype(np.float32)), 25, 3).tolist() == places.tolist()
+
+
 def test_a_mask_does_not_depend_on_how_it_is_computed() -> None:
     """Another memory layout takes LAPACK another way, and signs of singular vectors with it."""
     draw = np.random.default_rng(1)
     weight = torch.from_numpy(draw.normal(size=(24, 16)).astype(np.float32))
 
-    for mask in (lambda w: smallest(w, 40), lambda w: principal(w, 40, 5)):
+    for mask in (lambda w: smallest(w, 40), lambda w: principal(w, 40, 5), lambda w: residual(w, 40, 5)):
         places = mask(weight)
         assert torch.equal(mask(weight.t().contiguous().t()), places)
         flipped = torch.zeros(24, 16).view(-1).index_fill(0, mask(-weight.flip(0)), 1).view(24, 16).flip(0)
@@ -118,8 +140,14 @@ def test_entries_of_equal_size_are_taken_in_order() -> None:
     assert smallest(equal, 10).tolist() == principal(equal, 10, 1).tolist() == list(range(10))
 
 
-def test_a_rank_above_the_layers_size_is_refused(model_section: ModelSection) -> None:
-    section = AdapterSection.model_validate({"kind": "sparse", "mask": "principal", "rank": 33})
-
-    with pytest.raises(ModelError, match=r"query: adapter\.rank = 33 is above its 32 singular"):
-        load_model(model_section, section)
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"kind": "sparse", "mask": "principal", "rank": 33}, r"query: adapter\.rank = 33 is above its 32 singular"),
+        ({"kind": "dsee", "rank": 33}, r"query: adapter\.rank = 33 is above its 32 singular"),
+        ({"kind": "dsee", "entries": 1025}, r"query: adapter\.entries = 1025 is above its 1024 entries; lower it"),
+    ],
+)
+def test_what_a_layer_does_not_have_is_refused(model_section: ModelSection, options: object, why: str) -> None:
+    with pytest.raises(ModelError, match=why):
+        load_model(model_section, AdapterSection.model_validate(options))

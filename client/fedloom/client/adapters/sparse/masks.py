@@ -7,7 +7,10 @@ import hashlib
 
 import torch
 
-__all__ = ["digest", "principal", "smallest"]
+__all__ = ["digest", "principal", "residual", "smallest"]
+
+_ITERATIONS = 3
+"""How often `residual` fits its two parts. On the weights of MiniLM no place changes after that."""
 
 
 def smallest(weight: torch.Tensor, count: int) -> torch.Tensor:
@@ -42,6 +45,34 @@ def principal(weight: torch.Tensor, count: int, rank: int) -> torch.Tensor:
     return _first(-part.abs().float(), count).to(weight.device)
 
 
+def residual(weight: torch.Tensor, count: int, rank: int) -> torch.Tensor:
+    """The entries that a low-rank matrix fits worst: the support of S in W = L + S + noise (DSEE).
+
+    L, of rank r, and S, of `count` entries, are each the best fit to what the other leaves, by turns (GoDec, Zhou and
+    Tao, ICML 2011, in place of the paper's GreBsmo, which fits approximately); S starts at zero.
+
+    Args:
+        weight: As for `smallest`.
+        count: As for `smallest`.
+        rank: As for `principal`.
+
+    Returns:
+        As for `smallest`.
+
+    Raises:
+        ValueError: The weight has no r singular values.
+    """
+    whole = weight.detach().to("cpu", torch.float64)
+    sparse, places = torch.zeros_like(whole), torch.zeros(0, dtype=torch.int64)
+    for _ in range(_ITERATIONS):
+        rest = whole - _low_rank_part(whole - sparse, rank)
+        places = _first(-rest.abs().float(), count)
+        flat = whole.new_zeros(whole.numel())
+        flat[places] = rest.flatten()[places]
+        sparse = flat.view(whole.shape)
+    return places.to(weight.device)
+
+
 def digest(places: torch.Tensor) -> str:
     """Eight hex digits of the SHA-256 of the places.
 
@@ -56,8 +87,11 @@ def _low_rank_part(weight: torch.Tensor, rank: int) -> torch.Tensor:
         raise ValueError(
             f"adapter.rank = {rank} is above its {min(weight.shape)} singular values; lower it, or name other layers"
         )
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    return (left[:, :rank] * values[:rank]) @ right[:rank]
+    if weight.shape[0] > weight.shape[1]:
+        return _low_rank_part(weight.t(), rank).t()
+    # Its left singular vectors, which are the eigenvectors of the small Gram matrix, in less time than all of the SVD.
+    leading = torch.linalg.eigh(weight @ weight.t()).eigenvectors[:, -rank:]
+    return leading @ (leading.t() @ weight)
 
 
 def _first(keys: torch.Tensor, count: int) -> torch.Tensor:
