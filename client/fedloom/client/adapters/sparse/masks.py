@@ -90,7 +90,7 @@ def _low_rank_part(weight: torch.Tensor, rank: int) -> torch.Tensor:
     if weight.shape[0] > weight.shape[1]:
         return _low_rank_part(weight.t(), rank).t()
     # Its left singular vectors, which are the eigenvectors of the small Gram matrix, in less time than all of the SVD.
-    leading = torch.linalg.eigh(weight @ weight.t()).eigenvectors[:, -rank:]
+    leading: torch.Tensor = torch.linalg.eigh(weight @ weight.t()).eigenvectors[:, -rank:]
     return leading @ (leading.t() @ weight)
 
 
