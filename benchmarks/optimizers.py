@@ -27,7 +27,7 @@ COMMON = (
     *("run.rounds=10", "train.steps=5", "train.sampling_rate=0.02", "adapter.layers=[-2,-1]"),
     *("evaluation.max_examples=2000", "model.max_length=32"),
 )
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS: tuple[int, ...] = (0, 1, 2, 3, 4)
 FACTORS = (1 / 3, 1.0, 3.0)
 """Learning rates over a method's middle one."""
 SMALLEST = ("run.rounds=1", "train.steps=1", "data.max_examples=400", "evaluation.max_examples=100")

@@ -83,7 +83,7 @@ def fitted(sites: list[tuple[Floats, Any]], strength: float) -> Floats:
     from sklearn.linear_model import LogisticRegression
 
     features, labels = np.concatenate([each for each, _ in sites]), np.concatenate([each for _, each in sites])
-    found = LogisticRegression(C=strength, max_iter=2000, fit_intercept=False).fit(features, labels).coef_.T
+    found: Floats = LogisticRegression(C=strength, max_iter=2000, fit_intercept=False).fit(features, labels).coef_.T
     return np.hstack([-found, found]) if found.shape[1] == 1 else found
 
 
@@ -93,7 +93,8 @@ def gradients(features: Floats, labels: Any, weights: Floats) -> Floats:
     chances = np.exp(scores - scores.max(1, keepdims=True))
     chances /= chances.sum(1, keepdims=True)
     chances[np.arange(len(labels)), labels] -= 1
-    return features[:, :, None] * chances[:, None, :]
+    each: Floats = features[:, :, None] * chances[:, None, :]
+    return each
 
 
 def embedded(model: Any, rows: Any) -> Floats:
@@ -110,4 +111,5 @@ def embedded(model: Any, rows: Any) -> Floats:
             mask = batch["attention_mask"].unsqueeze(-1)
             hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
             found[part] = ((hidden * mask).sum(1) / mask.sum(1)).double().numpy()
-    return _SCALE * found / np.linalg.norm(found, axis=1, keepdims=True)
+    scaled: Floats = _SCALE * found / np.linalg.norm(found, axis=1, keepdims=True)
+    return scaled

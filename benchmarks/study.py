@@ -60,11 +60,11 @@ LEVELS = {
     "6": ("privacy.epsilon=6", "train.optimizer=sgd", "train.schedule=linear"),
     "1": ("privacy.epsilon=1", "train.optimizer=sgd", "train.schedule=linear"),
 }
-RATES = {True: (1.0, 4.0, 16.0), False: (0.001, 0.003, 0.01)}
+RATES: dict[bool, tuple[float, ...]] = {True: (1.0, 4.0, 16.0), False: (0.001, 0.003, 0.01)}
 """With privacy (SGD on clipped gradients) and without (Adam)."""
-STRENGTHS = (0.01, 0.1, 1.0)
+STRENGTHS: tuple[float, ...] = (0.01, 0.1, 1.0)
 """Of the probe without privacy, see probe.py."""
-SEEDS = (0, 1, 2)
+SEEDS: tuple[int, ...] = (0, 1, 2)
 SMALLEST = ("run.rounds=1", "train.steps=1", "data.max_examples=400", "evaluation.max_examples=100")
 
 
