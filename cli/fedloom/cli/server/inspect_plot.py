@@ -1,7 +1,8 @@
 """The figure of `fedloom inspect --plot`."""
 
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +53,11 @@ def _panels(document: Mapping[str, Any]) -> list[Panel]:
     layers, rounds = document["layers"], document.get("rounds") or []
     panels = [
         _by_layer("Norm of s B A", layers, "norm"),
-        _by_layer("Effective rank", layers, "effective_rank", top=max((each["rank"] for each in layers), default=1)),
+        _by_layer("Effective rank", layers, "effective_rank"),
     ]
     if any("cosine" in each for each in layers):
-        panels.append(_by_layer("Cosine with the other adapter", layers, "cosine", top=1.0))
-        panels.append(_by_layer("Overlap of outputs", layers, "output_overlap", top=1.0))
+        panels.append(_by_layer("Cosine with the other adapter", layers, "cosine"))
+        panels.append(_by_layer("Overlap of outputs", layers, "output_overlap"))
     if any("intruders" in each for each in layers):
         panels.append(_by_layer("Intruder dimensions", layers, "intruders"))
     if rounds and rounds[-1]["clients"]:
@@ -76,28 +77,41 @@ def _panels(document: Mapping[str, Any]) -> list[Panel]:
     return panels
 
 
-def _by_layer(title: str, layers: Sequence[Mapping[str, Any]], key: str, top: float | None = None) -> Panel:
-    """A line for each kind of layer, over the blocks of the model."""
+def _by_layer(title: str, layers: Sequence[Mapping[str, Any]], key: str) -> Panel:
+    """A line for each kind of layer, over the blocks of the model; a dashed one for each layer that is in no block."""
     series: dict[str, dict[int, float]] = {}
+    outside: dict[str, float] = {}
     for each in layers:
-        block = _BLOCK.search(each["module"])
-        kind = each["module"][block.end() :] if block else each["module"]
-        series.setdefault(kind, {})[int(block[1]) if block else 0] = each[key]
+        if block := _BLOCK.search(each["module"]):
+            series.setdefault(each["module"][block.end() :], {})[int(block[1])] = each[key]
+        else:
+            outside[each["module"]] = each[key]
 
     from matplotlib.ticker import MaxNLocator
 
     def panel(axes: "Axes") -> None:
-        for color, (kind, values) in zip(_COLORS * len(series), series.items(), strict=False):
+        colors = itertools.cycle(_COLORS)
+        for kind, values in series.items():
             blocks = sorted(values)
-            axes.plot(blocks, [values[b] for b in blocks], marker="o", markersize=3, color=color, label=kind)
+            axes.plot(blocks, [values[b] for b in blocks], marker="o", markersize=3, color=next(colors), label=kind)
+        for name, value in outside.items():
+            axes.axhline(value, linestyle="--", color=next(colors), label=name)
         axes.set(title=title, xlabel="block")
-        axes.set_ylim(min(0.0, axes.get_ylim()[0]), top if top is None else 1.05 * top)
+        axes.set_ylim(*_ends(each[key] for each in layers))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        if series:
+        if layers:
             axes.legend(fontsize="x-small")
 
     return panel
+
+
+def _ends(values: Iterable[float]) -> tuple[float, float]:
+    """Ends of an axis with zero in it."""
+    low, high = 0.0, 0.0
+    for each in values:
+        low, high = min(low, each), max(high, each)
+    return 1.1 * low, 1.1 * high or 1.0
 
 
 def _by_round(axes: "Axes", rounds: Sequence[Mapping[str, Any]]) -> None:
@@ -109,7 +123,7 @@ def _by_round(axes: "Axes", rounds: Sequence[Mapping[str, Any]]) -> None:
         if found:
             axes.plot(*zip(*found, strict=True), marker="o", markersize=3, color=color, label=label)
     axes.set(title="From round to round", xlabel="round")
-    axes.set_ylim(min(0.0, axes.get_ylim()[0]), None)
+    axes.set_ylim(*_ends(each[key] or 0.0 for each in rounds for key in names if key in each))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")

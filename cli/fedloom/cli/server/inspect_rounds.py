@@ -156,7 +156,7 @@ def show_rounds(document: Mapping[str, Any], short: Mapping[str, str]) -> None:
         out.print("the run is not private: what is said of single clients has no noise")
 
 
-_TITLES = {"change": "change", "averaging error": "averaging_error", "noise": "noise_share", "apart": "distance"}
+_TITLES = {"change": "change", "averaging error": "averaging_error", "noise": "noise_share", "distance": "distance"}
 _TURNED = {"cosine": "cosine", "inputs": "input_overlap", "outputs": "output_overlap"}
 
 
