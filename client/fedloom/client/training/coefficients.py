@@ -95,5 +95,5 @@ def _loss(
         scores = functional_call(model.model, changed, (), inputs).logits.float()
         loss = model.task.loss(scores, batch["labels"].to(model.device)).sum() / len(rows)
         torch.autograd.backward(loss)
-        total += float(loss)
+        total += loss.item()
     return total
