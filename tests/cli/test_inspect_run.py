@@ -178,6 +178,10 @@ def test_a_round_that_is_not_there_is_refused_and_a_checkpoint_is_one(folder: Pa
     with pytest.raises(ConfigError, match=r"nowhere has not kept round 1 \(it has none\)"):
         invoke("inspect", tmp_path / "nowhere@1")
 
+    shutil.copytree(folder, tmp_path / "going-on", ignore=shutil.ignore_patterns("adapter"))
+    document = json.loads(invoke("inspect", tmp_path / "going-on", "--json"))
+    assert (document["adapter"], len(document["rounds"])) == (f"{tmp_path / 'going-on'}@3", 2)
+
     shutil.copytree(folder / "adapter", tmp_path / "run" / "checkpoints" / "round-1")
     assert json.loads(invoke("inspect", tmp_path / "run@1", "--json"))["adapter"].endswith("run@1")
 

@@ -48,7 +48,7 @@ def weight(update: Update, module: str) -> Float64:
     """What the layer adds to the model, densely."""
     if module == "head":
         return np.concatenate([value(update, f"head.{name}").ravel() for name in ("weight", "bias")])
-    return np.asarray(0.5 * value(update, f"{module}.B") @ value(update, f"{module}.A"))
+    return np.asarray(0.5 * value(update, f"{module}.B") @ value(update, f"{module}.A"), np.float64)
 
 
 def padded(values: list[Float64], shape: tuple[int, ...]) -> list[Float64]:

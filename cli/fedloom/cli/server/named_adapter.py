@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +23,9 @@ def named_adapter(name: Path) -> PeftFolder:
     """Read a PEFT adapter.
 
     Args:
-        name: The folder of one, a run folder with one in `adapter`, or RUN@ROUND: the adapter after a round, from the
-            run's `checkpoints` or from what rounds.keep has kept, which needs the base model.
+        name: The folder of one; a run folder with one in `adapter`, or that of a run which goes on and keeps rounds; or
+            RUN@ROUND: the adapter after a round, from the run's `checkpoints` or from what rounds.keep has kept, which
+            needs the base model.
 
     Raises:
         ConfigError: It is none that can be read, see `read_folder`, or the round is not there.
@@ -32,9 +34,10 @@ def named_adapter(name: Path) -> PeftFolder:
     if (found := _ROUND.fullmatch(str(name))) and not name.exists():
         return _of_round(Path(found[1]), int(found[2]))
     inside = name / "adapter"
-    if not (inside / "adapter_config.json").is_file():
-        return read_folder(name)
-    return replace(read_folder(inside), run=str(name.resolve()))
+    if (inside / "adapter_config.json").is_file():
+        return replace(read_folder(inside), run=str(name.resolve()))
+    kept = list(_kept(name)) if not (name / "merged").is_dir() else []
+    return _exported(*kept[-1], name) if kept else read_folder(name)
 
 
 def _of_round(run: Path, number: int) -> PeftFolder:
@@ -42,14 +45,10 @@ def _of_round(run: Path, number: int) -> PeftFolder:
     if (checkpoint / "adapter_config.json").is_file():
         return _called(read_folder(checkpoint), run, number)
     there: list[int] = []
-    if (run / "run.toml").is_file() and (run / "state" / "run.db").is_file():
-        from fedloom.server.storage.kept import kept_rounds
-
-        config = load_run(run / "run.toml")
-        for kept in kept_rounds(run / "state", config):
-            if kept.number == number:
-                return _called(_exported(kept, config), run, number)
-            there.append(kept.number)
+    for kept, config in _kept(run):
+        if kept.number == number:
+            return _exported(kept, config, run)
+        there.append(kept.number)
     has = f"it has {', '.join(map(str, there))}" if there else "it has none"
     raise ConfigError(
         f"{run} has not kept round {number} ({has}); set rounds.keep in the run file, or fl.Checkpoint in Python, "
@@ -57,7 +56,16 @@ def _of_round(run: Path, number: int) -> PeftFolder:
     )
 
 
-def _exported(kept: "KeptRound", config: RunConfig) -> PeftFolder:
+def _kept(run: Path) -> "Iterator[tuple[KeptRound, RunConfig]]":
+    if (run / "run.toml").is_file() and (run / "state" / "run.db").is_file():
+        from fedloom.server.storage.kept import kept_rounds
+
+        config = load_run(run / "run.toml")
+        for kept in kept_rounds(run / "state", config):
+            yield kept, config
+
+
+def _exported(kept: "KeptRound", config: RunConfig, run: Path) -> PeftFolder:
     """A kept state as a user gets it, by way of a folder that is gone afterwards."""
     from fedloom.client.models.export import facts, save_adapter
     from fedloom.client.models.load import load_model
@@ -69,7 +77,7 @@ def _exported(kept: "KeptRound", config: RunConfig) -> PeftFolder:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         save_adapter(model, folder, {**facts(config, privacy), "rounds": kept.number})
-        return read_folder(folder)
+        return _called(read_folder(folder), run, kept.number)
 
 
 def _called(adapter: PeftFolder, run: Path, number: int) -> PeftFolder:
