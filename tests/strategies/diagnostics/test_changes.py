@@ -41,7 +41,7 @@ def clients(roles: frozenset[str] = EVERY, ranks: tuple[int, ...] = (3, 3, 3, 3)
 
 
 def value(update: Update, name: str) -> Float64:
-    return update.value(name) if name in update.delta else update.start[name].astype(np.float64)
+    return np.asarray(update.value(name) if name in update.delta else update.start[name], np.float64)
 
 
 def weight(update: Update, module: str) -> Float64:

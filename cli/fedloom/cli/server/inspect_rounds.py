@@ -172,13 +172,14 @@ def _show_last(last: Mapping[str, Any], short: Mapping[str, str]) -> None:
     out.print()
     clients = last["clients"]
     few = len(clients) <= _MOST_CLIENTS
-    names = [f"to {each['client']}" for each in clients] if few else ["nearest", "farthest"]
-    table = Table("client", "weight", "change", "noise", *names, box=None, pad_edge=False)
+    names = [f"to {number}" for number, _ in enumerate(clients, 1)] if few else ["nearest", "farthest"]
+    table = Table("", "client", "weight", "change", "noise", *names, box=None, pad_edge=False)
     for index, each in enumerate(clients):
         others = [value for other, value in enumerate(last["distances"][index]) if other != index]
         found = last["distances"][index] if few else [min(others), max(others)]
         far = [f"{value:.3g}" if value else "-" for value in found]
-        table.add_row(each["client"], f"{each['weight']:g}", f"{each['change']:.3g}", _share(each["noise_share"]), *far)
+        shown = f"{each['weight']:g}", f"{each['change']:.3g}", _share(each["noise_share"])
+        table.add_row(str(index + 1), each["client"], *shown, *far)
     out.print(table)
 
 
