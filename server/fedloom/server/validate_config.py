@@ -38,6 +38,11 @@ def check_config(config: RunConfig, strategy: Strategy) -> None:
         raise ConfigError(
             "rounds.dropout_rate needs rounds.clients_per_round, the updates wanted; set that or leave the rate out"
         )
+    if config.rounds.keep and config.user_level.enabled:
+        raise ConfigError(
+            f"rounds.keep = {config.rounds.keep} with user_level.enabled = true: the noise is added to the sum, and "
+            "updates without any would stay on the disk; leave one of them out"
+        )
     if config.rounds.mode == "buffered":
         check_buffered(config, strategy)
     _check_counts(config, strategy)

@@ -79,6 +79,14 @@ class HeldOut:
         """Score a PEFT adapter or a merged model that a run left, as its user has it.
 
         Raises:
+            ModelError: See `exported`.
+        """
+        return evaluate(self.exported(folder), self.rows)
+
+    def exported(self, folder: Path) -> AdapterModel:
+        """A PEFT adapter or a merged model that a run left, as its user has it; its tensors have no schema.
+
+        Raises:
             ModelError: The folder has none, or one of another base model, task or labels.
         """
         section, known = self.config.model, _facts(folder)
@@ -98,9 +106,7 @@ class HeldOut:
             plain = load_exported(base, folder, len(section.labels), section.task, section.image_size)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"the adapter in {folder} cannot be loaded: {error}; export it again") from error
-        return evaluate(
-            AdapterModel(plain, self.model.tokenizer, [], 1.0, self.model.device, self.model.task), self.rows
-        )
+        return AdapterModel(plain, self.model.tokenizer, [], 1.0, self.model.device, self.model.task)
 
 
 def _facts(folder: Path) -> dict[str, object]:

@@ -223,6 +223,9 @@ class RoundsSection(Section):
     """buffered: rounds that may have passed since an update's start; an older one is refused."""
     concurrency: int | None = Field(default=None, ge=1, le=MAX_CLIENTS)
     """buffered: clients at work at a time. None asks every client that asks for work."""
+    keep: int = Field(default=0, ge=0, le=MAX_ROUNDS)
+    """Committed rounds, the newest, whose updates and adapters stay in the state directory: for `fedloom inspect`, and
+    for RUN@ROUND in `fedloom merge`. Updates of a run without privacy have no noise."""
 
 
 class WireSection(Section):
