@@ -41,6 +41,21 @@ class TestDoRA(AdapterConformance):
         return LoRA(rank=3, alpha=6, targets=("query", "dense"), dora=True)
 
 
+class TestOrthogonalLoRA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), start="orthogonal")
+
+
+class TestPiSSA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), start="pissa")
+
+
+class TestOLoRA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), start="olora", dora=True)
+
+
 class TestBias(AdapterConformance):
     def adapter(self) -> Bias:
         return Bias()

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from fedloom.client.adapters.spectral.lora_start import taken_out
 from fedloom.client.data.tokens import Encoded, collate, microbatches
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_base, load_model
@@ -176,8 +177,8 @@ def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft cannot find a model card for a base model in a local folder
         model.model.save_pretrained(str(folder), safe_serialization=True)
-    if model.corrections:
-        widen(folder, model.schema, model.corrections)
+    if corrections := model.corrections or taken_out(model.slots.values()):
+        widen(folder, corrections)
     _settle(folder / "adapter_config.json", facts.get("base"))
     labels = facts.get("labels", ())
     kind = model.task.traits.model
