@@ -8,6 +8,8 @@ from torch import nn
 
 from fedloom.client.adapters.api import Traits
 from fedloom.client.adapters.bias import Bias
+from fedloom.client.adapters.bottleneck.compacter import Compacter
+from fedloom.client.adapters.bottleneck.houlsby import Bottleneck
 from fedloom.client.adapters.head_only import HeadOnly
 from fedloom.client.adapters.layer_norm import LayerNorm
 from fedloom.client.adapters.lora import LoRA
@@ -114,6 +116,16 @@ class TestHydra(AdapterConformance):
 class TestTucker(AdapterConformance):
     def adapter(self) -> Tucker:
         return Tucker(rank=3, targets=("query", "dense"))
+
+
+class TestBottleneck(AdapterConformance):
+    def adapter(self) -> Bottleneck:
+        return Bottleneck(size=5)
+
+
+class TestCompacter(AdapterConformance):
+    def adapter(self) -> Compacter:
+        return Compacter(size=8, products=4)
 
 
 class NotPrivate(LoRA):

@@ -151,6 +151,16 @@ def entries(group: str) -> dict[str, Entry]:
     return {name: entry for name, (entry, _) in _points(group).items()} | here
 
 
+def name_of(group: str, component: object) -> str | None:
+    """The name under which an object's class is installed; None if it is not.
+
+    Raises:
+        ConfigError: See `entries`.
+    """
+    home = _value(type(component))
+    return next((name for name, entry in entries(group).items() if entry.value == home), None)
+
+
 def load(group: str, name: str) -> Callable[..., Any]:
     """What makes the component called `name`: its class, or a function.
 

@@ -32,6 +32,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "vera": {"kind": "vera"},
     "hydra": {"kind": "hydra"},
     "tucker": {"kind": "tucker"},
+    "bottleneck": {"kind": "bottleneck", "size": 6},
+    "compacter": {"kind": "compacter", "size": 8, "products": 2},
 }
 FLOAT32 = {"lora-sb", "svfit", "sparse", "pissa", "olora"}
 """Kinds that read the base model's weights, which half precision would round."""
@@ -111,5 +113,5 @@ def test_it_trains_on_a_base_model_of_half_precision(small_bases: dict[str, Path
 def test_it_says_that_it_needs_float32(small_bases: dict[str, Path], kind: str) -> None:
     section = ModelSection(base=str(small_bases["llama"]), labels=("no", "yes"), max_length=16)
 
-    with pytest.raises(ModelError, match='needs all of it in float32|rounded in torch.bfloat16'):
+    with pytest.raises(ModelError, match=r"needs all of it in float32|rounded in torch\.bfloat16"):
         load_model(section, options(kind, "llama"), ComputePolicy(device="cpu", dtype="bfloat16"))
