@@ -64,7 +64,7 @@ def test_the_matrices_of_compacter_are_sums_of_kronecker_products(model_section:
 
     def dense(side: str) -> Array:
         left, right = (values[f"{LAYER}.{side}_{each}"] for each in ("left", "right"))
-        found: Array = sum(np.kron(a, np.outer(left[:, i], right[i])) for i, a in enumerate(shared))
+        found: Array = np.sum([np.kron(a, np.outer(left[:, i], right[i])) for i, a in enumerate(shared)], axis=0)
         return found
 
     low = gelu(h @ dense("down").T + values[f"{LAYER}.down_bias"])

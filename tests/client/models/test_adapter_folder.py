@@ -3,7 +3,8 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -196,6 +197,13 @@ def test_another_run_goes_on_from_the_folder(folder: Path, model: AdapterModel, 
     found = start_of(config, load_model(model_section, ADAPTERS["bottleneck"]))
 
     assert all(np.array_equal(found[name], value) for name, value in model.read(model.schema).items())
+
+
+def test_a_result_that_cannot_be_merged_says_so(folder: Path) -> None:
+    result = fl.Result(run=cast(Any, None), simulated=cast(Any, SimpleNamespace(exported=folder)))
+
+    with pytest.raises(ModelError, match="cannot be merged; use `adapter`, the model with its layers"):
+        result.merged()
 
 
 def test_an_earlier_export_is_replaced_whole(folder: Path, model: AdapterModel, model_section: ModelSection) -> None:

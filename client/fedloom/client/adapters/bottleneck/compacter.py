@@ -60,7 +60,7 @@ class _Network(Wrapper):
     def _multiply(self, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, tape: Tape) -> torch.Tensor:
         """(sum_i A_i ⊗ s_i t_iᵀ) x, shape (batch, ..., n · len(left))."""
         n = len(right)
-        low = product(x.unflatten(-1, (n, -1)), right, tape)  # (batch, ..., row of X, i)
+        low = product(x.reshape(*x.shape[:-1], n, -1), right, tape)  # (batch, ..., row of X, i)
         rows = [product(low[..., index], getattr(self, f"{_SHARED}{index}"), tape) for index in range(n)]
         return product(torch.stack(rows, -1), left, tape).flatten(-2)
 
