@@ -37,6 +37,7 @@ __all__ = [
     "lacking",
     "load",
     "locally",
+    "name_of",
     "noun",
     "options_model",
     "refresh",

@@ -12,8 +12,10 @@ from fedloom.client.adapters.wrapping import wrappers
 from fedloom.client.models.load import load_model
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.core.config.run import AdapterSection, ModelSection
-from fedloom.core.errors import ModelError
+from fedloom.core.errors import ModelError, SchemaError
 from fedloom.core.schema import Array
+from fedloom.strategies.fedpeft import FedPEFT
+from fedloom.strategies.start import starting_adapter
 from tests.conftest import make_model
 
 LAYER = "bert.encoder.layer.1.output.dense"
@@ -142,3 +144,15 @@ def test_its_size_is_what_the_page_says(model_section: ModelSection) -> None:
     head = bottleneck.select({"head"}).size
     assert bottleneck.size - head == 4 * (32 * (2 * 8 + 1) + 8)
     assert compacter.size - head == 4**3 + 4 * (2 * (32 + 8) + 32 + 8)
+
+
+def test_fedpeft_trains_it_as_the_papers_prototype(model_section: ModelSection) -> None:
+    schema, other = (
+        load_model(model_section, AdapterSection(kind=kind)).schema for kind in ("bottleneck", "compacter")
+    )
+    strategy = FedPEFT(kind="adapter")
+    state = strategy.init(schema, starting_adapter(schema, 0), 0)
+
+    assert schema.names(*strategy.plan(state, 0, "a").train) == schema.names()
+    with pytest.raises(SchemaError, match="this strategy trains adapter_down"):
+        strategy.init(other, starting_adapter(other, 0), 0)
