@@ -8,6 +8,8 @@ from torch import nn
 
 from fedloom.client.adapters.api import Traits
 from fedloom.client.adapters.bias import Bias
+from fedloom.client.adapters.bottleneck.compacter import Compacter
+from fedloom.client.adapters.bottleneck.houlsby import Bottleneck
 from fedloom.client.adapters.head_only import HeadOnly
 from fedloom.client.adapters.layer_norm import LayerNorm
 from fedloom.client.adapters.lora import LoRA
@@ -41,6 +43,21 @@ class TestRsLoRA(AdapterConformance):
 class TestDoRA(AdapterConformance):
     def adapter(self) -> LoRA:
         return LoRA(rank=3, alpha=6, targets=("query", "dense"), dora=True)
+
+
+class TestOrthogonalLoRA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), start="orthogonal")
+
+
+class TestPiSSA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), start="pissa")
+
+
+class TestOLoRA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), start="olora", dora=True)
 
 
 class TestBias(AdapterConformance):
@@ -131,6 +148,16 @@ class TestBiasOfTheLastLayer(AdapterConformance):
 class TestLayerNormOfTheLastLayer(AdapterConformance):
     def adapter(self) -> LayerNorm:
         return LayerNorm(layers=(-1,))
+
+
+class TestBottleneck(AdapterConformance):
+    def adapter(self) -> Bottleneck:
+        return Bottleneck(size=5)
+
+
+class TestCompacter(AdapterConformance):
+    def adapter(self) -> Compacter:
+        return Compacter(size=8, products=4)
 
 
 class NotPrivate(LoRA):

@@ -36,6 +36,6 @@ def test_a_row_says_what_the_kind_says(cells: list[str]) -> None:
     own = sum(spec.size for spec in schema.tensors if spec.role != "head")
     assert cells[2] == f"{own:,}"
     assert cells[3] == ("exact" if traits.exact_average else "inexact")
-    assert cells[4] == ("PEFT" if traits.peft else "merged")
+    assert cells[4] == {"peft": "PEFT", "merged": "merged", "fedloom": "folder"}[traits.result]
     assert traits.private
     assert schema.size - own == 770

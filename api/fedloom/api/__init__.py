@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fedloom.api.callbacks import Checkpoint
+from fedloom.api.load_adapter import load_adapter
 from fedloom.api.result import Result
 from fedloom.api.run import Model, Run, load
 from fedloom.api.simulate import simulate
@@ -59,6 +60,8 @@ from fedloom.strategies.stacking.lora_fair import LoRAFAIR
 
 if TYPE_CHECKING:
     from fedloom.client.adapters.bias import Bias
+    from fedloom.client.adapters.bottleneck.compacter import Compacter
+    from fedloom.client.adapters.bottleneck.houlsby import Bottleneck
     from fedloom.client.adapters.head_only import HeadOnly as Head
     from fedloom.client.adapters.layer_norm import LayerNorm
     from fedloom.client.adapters.lora import LoRA
@@ -83,8 +86,10 @@ __all__ = [
     "SSF",
     "AlternatingOrthonormal",
     "Bias",
+    "Bottleneck",
     "CausalLM",
     "Checkpoint",
+    "Compacter",
     "Data",
     "Engine",
     "Evaluation",
@@ -134,12 +139,15 @@ __all__ = [
     "VeRA",
     "Wire",
     "load",
+    "load_adapter",
     "simulate",
     "sweep",
 ]
 
 _WITH_TORCH = {
     "Bias": ("fedloom.client.adapters.bias", "Bias"),
+    "Bottleneck": ("fedloom.client.adapters.bottleneck.houlsby", "Bottleneck"),
+    "Compacter": ("fedloom.client.adapters.bottleneck.compacter", "Compacter"),
     "DSEE": ("fedloom.client.adapters.sparse.dsee", "DSEE"),
     "Head": ("fedloom.client.adapters.head_only", "HeadOnly"),
     "Hydra": ("fedloom.client.adapters.low_rank.hydra", "Hydra"),

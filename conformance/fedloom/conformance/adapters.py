@@ -177,8 +177,15 @@ class AdapterConformance:
                 probe(model, loss, 32)
 
     def test_merging_equals_the_forward_pass(self, trained: AdapterModel, folder: Path) -> None:
-        """The merged model has exactly the base model's parameters, and gives what the adapter gave."""
+        """The merged model has exactly the base model's parameters, and gives what the adapter gave.
+
+        A kind that says that it cannot be merged refuses.
+        """
         batch = self.batch(trained)
+        if not trained.adapter.traits.merges:
+            with pytest.raises(ModelError):
+                trained.adapter.merge(trained.model)
+            return
         expected = _logits(trained.model, batch)
 
         merged = _merged(trained)

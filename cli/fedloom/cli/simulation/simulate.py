@@ -133,8 +133,9 @@ def _summary(config: RunConfig, result: "Result") -> None:
     show_classes(result.final.confusion, config.model.labels)
     if result.privacy:
         out.print(f"\n{terms(max(result.privacy.values(), key=lambda each: each.epsilon))}")
-    merged = result.exported.name == "merged"
+    merged, own = result.exported.name == "merged", (result.exported / "adapter.json").is_file()
     reader = "the model's own from_pretrained" if merged else "PeftModel.from_pretrained"
+    reader = "fedloom.api.load_adapter" if own else reader
     out.print(f"\n{'model  ' if merged else 'adapter'}  {result.exported}")
     out.print(f"         reloaded with {reader}: {result.agreement:.1%} of predictions the same")
     for each in (result.folder / name for name in ("adapters", "merged-by-client")):

@@ -1,7 +1,8 @@
 """LoRA: W = W0 + (alpha / r)·B·A on linear layers (Hu et al., ICLR 2022, arXiv 2106.09685).
 
-Two options are papers of their own: rsLoRA's scale alpha / sqrt(r) (Kalajdzievski, 2023, arXiv 2312.03732), and DoRA's
-magnitudes, W = m ⊙ V / ‖V‖ row by row with V = W0 + s·B·A and m starting as ‖W0‖ (Liu et al., ICML 2024, 2402.09353).
+Options are papers of their own: rsLoRA's scale alpha / sqrt(r) (Kalajdzievski, 2023, arXiv 2312.03732), and DoRA's
+magnitudes, W = m ⊙ V / ‖V‖ row by row with V = W0 + s·B·A and m starting as ‖W0‖ (Liu et al., ICML 2024, 2402.09353),
+and the starts PiSSA and OLoRA, see `fedloom.client.adapters.spectral.lora_start`.
 
 GPT-2's Conv1D is a linear layer whose weight is stored transposed, (in, out). Its pair is like any other, A: r×in and
 B: out×r; PEFT notes the storage as fan_in_fan_out.
@@ -22,6 +23,7 @@ from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.head import PEFT_HEADS, Head
 from fedloom.client.adapters.numbered_layers import Layers, in_layers, numbered_layers
 from fedloom.client.adapters.slot import Slot, schema_name
+from fedloom.client.adapters.spectral.lora_start import FROM_WEIGHTS, begin_from_weights, change
 from fedloom.core.config.parsing import Section
 from fedloom.core.errors import ModelError
 from fedloom.core.limits import MAX_RANK
@@ -60,6 +62,11 @@ class LoRA(Section):
     dora: bool = False
     """DoRA: the length of every row of W is trained beside the pair, one parameter for each output. Inexact under
     averaging, whatever the strategy."""
+    start: Literal["kaiming", "orthogonal", "pissa", "olora"] = "kaiming"
+    """What a pair is before the first round. kaiming: A is drawn as by PEFT, B zero. orthogonal: A is drawn with
+    orthonormal rows, B zero. pissa: the leading singular vectors of W0 in both, which are taken out of the frozen
+    weight. olora: likewise, the first columns of its QR decomposition. These two need the base model in float32, and
+    strategies that multiply the factors refuse them."""
 
     @property
     def scale(self) -> float:
@@ -70,9 +77,10 @@ class LoRA(Section):
         """The base model with one pair on every target layer.
 
         Raises:
-            ModelError: No layer has one of the target names, or a target is not a linear layer.
+            ModelError: No layer has one of the target names, a target is not a linear layer, or the pretrained weight
+                does not give the start.
         """
-        return with_pairs(
+        model = with_pairs(
             host,
             self.targets,
             self.rank,
@@ -81,6 +89,9 @@ class LoRA(Section):
             use_rslora=self.rslora,
             use_dora=self.dora,
         )
+        if self.start in FROM_WEIGHTS:
+            begin_from_weights(model, self.start, self.scale)
+        return model
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """The factors of every pair, A before B, and then its magnitudes if there are any, in model order."""
@@ -88,14 +99,19 @@ class LoRA(Section):
         for name, parameter in model.named_parameters():
             for mark, role in ((".lora_A.", Role.LORA_A), (".lora_B.", Role.LORA_B)):
                 if mark in name:
-                    module = name.partition(mark)[0].removeprefix("base_model.model.")
-                    spec = TensorSpec(schema_name(name), module, role, tuple(parameter.shape))
-                    found.append(Slot(spec, parameter))
+                    found.append(self._factor(name, name.partition(mark)[0], role, parameter))
             if (mark := ".lora_magnitude_vector.") in name:
                 module = name.partition(mark)[0].removeprefix("base_model.model.")
                 spec = TensorSpec(schema_name(name), module, MAGNITUDE, tuple(parameter.shape), Start.ZERO)
                 found.append(Slot(spec, parameter, origin=parameter.detach().clone()))
         return found
+
+    def _factor(self, name: str, layer: str, role: str, factor: nn.Parameter) -> Slot:
+        module = layer.removeprefix("base_model.model.")
+        if self.start in FROM_WEIGHTS:
+            return change(self.start, module, role, factor)
+        start = Start.ORTHOGONAL if self.start == "orthogonal" and role == Role.LORA_A else Start.DRAWN
+        return Slot(TensorSpec(schema_name(name), module, role, tuple(factor.shape), start), factor)
 
     def merge(self, model: PeftModel) -> None:
         """Nothing: PEFT merges pairs."""

@@ -13,6 +13,7 @@ from fedloom.client.data.load import Split, load_rows
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.eval.score import Score, evaluate
+from fedloom.client.models.adapter_folder import is_folder
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_folder import base_digest, resolve_base
 from fedloom.client.models.export import is_merged, load_exported
@@ -111,12 +112,12 @@ class HeldOut:
 
 def _facts(folder: Path) -> dict[str, object]:
     """What fedloom.json says of an adapter."""
-    whole = is_merged(folder) or (folder / "adapter_config.json").is_file()
+    whole = is_merged(folder) or is_folder(folder) or (folder / "adapter_config.json").is_file()
     if not (whole and (folder / "fedloom.json").is_file()):
         raise ModelError(
             f"{folder} holds no adapter that a run left: fedloom.json and adapter_config.json are needed, or the "
             "config.json of a merged model; give the folder `adapter` or `merged` of a run, or what `fedloom export` "
-            "wrote with format peft or merged"
+            "wrote with format peft, merged or fedloom"
         )
     try:
         return read_json(folder / "fedloom.json")
