@@ -16,7 +16,7 @@ SIGMA, CLIP = 1.5, 0.7
 
 
 def releases(strategy: Banded | None, entropy: Entropy, width: int, examples: list[torch.Tensor], steps: int) -> Floats:
-    """What the steps of a round hand to SGD, shape (steps, width); step t is over `examples[t]`, where there are such."""
+    """What the steps of a round hand to SGD, shape (steps, width); step t is over `examples[t]`, if there is one."""
     parameter = nn.Parameter(torch.zeros(width))
     base, tape = torch.optim.SGD([parameter], lr=0.0), Tape([parameter])
     optimizer = PrivateOptimizer(

@@ -166,7 +166,7 @@ def test_builds_that_know_no_bands_refuse_them(bands: Spec) -> None:
     """Unknown keys are refused, so that no such build trains and charges a run with bands as one without."""
     text = bands.model_dump_json().replace("noise_bands", "noise_bands_of_later")
 
-    with pytest.raises(ConfigError, match="unknown key 'privacy.noise_bands_of_later'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'privacy\.noise_bands_of_later'"):
         Spec.from_json(text)
 
 
