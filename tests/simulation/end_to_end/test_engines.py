@@ -47,10 +47,13 @@ def private(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"privacy": config.privacy.model_copy(update={"enabled": True})})
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedsvd"])
-def test_private_run_is_the_same_in_process_and_over_grpc(config: RunConfig, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "bands"), [("fedavg", 1), ("fedsvd", 1), ("fedavg", 2)])
+def test_private_run_is_the_same_in_process_and_over_grpc(
+    config: RunConfig, tmp_path: Path, strategy: str, bands: int
+) -> None:
     section = config.strategy.model_copy(update={"name": strategy})
-    settled = completed(private(config).model_copy(update={"strategy": section}))
+    noise = config.privacy.model_copy(update={"enabled": True, "noise_bands": bands})
+    settled = completed(config.model_copy(update={"strategy": section, "privacy": noise}))
     federation = build(settled, tmp_path / "run")
     schema = federation.model.schema
     starting = starting_adapter(schema, settled.run.seed)

@@ -78,6 +78,7 @@ def _introduce(federation: "Federation", folder: Path) -> None:
             f"  private: epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for each example over the whole run; "
             f"noise multiplier {privacy.noise_multiplier:.3f}, rate {config.train.sampling_rate:g}, "
             f"{config.train.steps * config.run.rounds} steps"
+            + (f", noise over {privacy.noise_bands} bands" if privacy.noise_bands > 1 else "")
         )
     else:
         out.print("  [yellow]not private[/]: updates leave the clients without noise", markup=True)

@@ -19,7 +19,7 @@ from fedloom.client.privacy.auditing.attacks import rehearse
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.probe import probe
-from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded, System, poisson
+from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded, System, drawn_groups, poisson
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.api import CheckCancelled, Trained
 from fedloom.client.session.assignment_checks import check_broadcast, check_order
@@ -32,7 +32,7 @@ from fedloom.client.training.schedules import share_of_rate
 from fedloom.core.config.evaluation import largest_loss
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.errors import DataError, PolicyError, ProtocolError
-from fedloom.core.privacy.spends import evaluation_spend, training_spend
+from fedloom.core.privacy.spends import banded, evaluation_spend, round_participation, training_spend
 from fedloom.core.schema import Array, Role, Schema, Tensors
 from fedloom.proto.messages import Assignment, upload_schema
 
@@ -100,7 +100,7 @@ class Trainer:
         if spec.privacy.enabled:
             self.check_sensitivity()
             assert spec.privacy.noise_multiplier is not None  # checked when the spec met the policy
-            rehearse(spec.privacy.noise_multiplier, spec.privacy.clip_norm)
+            rehearse(spec.privacy.noise_multiplier, spec.privacy.clip_norm, banded(spec))
         self._activations = kept_activations(model, spec.model.digest, policy.compute)
         self.microbatch = Microbatch(fitting(model, self._batch_loss, spec, policy.compute.memory_mib), model.device)
 
@@ -251,8 +251,9 @@ class Trainer:
             return None
         assert self.ledger is not None  # checked at construction
         mine, evaluation = self.policy.privacy, evaluation_spend(self.spec) if evaluating else None
-        spend = training_spend(self.spec)
-        return self.ledger.reserve(run, round, spend, budget=mine.epsilon, delta=mine.delta, evaluation=evaluation)
+        spend, bands = training_spend(self.spec), self.spec.privacy.noise_bands
+        account = partial(self.ledger.reserve, run, round, spend, evaluation=evaluation, noise_bands=bands)
+        return account(budget=mine.epsilon, delta=mine.delta)
 
     def _optimizer(self, parameters: list[nn.Parameter], train: TrainSection, round: int) -> torch.optim.Optimizer:
         rate = train.learning_rate
@@ -264,9 +265,12 @@ class Trainer:
         ]
         return optimizer_of(train).make(groups, noise_std(self.spec, self.policy.data.declared_examples))
 
-    def _sample(self, entropy: Entropy) -> Indices:
-        """One Poisson sample: each example on its own with the public rate."""
-        return poisson(entropy, len(self.encoded), self.spec.train.sampling_rate)
+    def _sample(self, entropy: Entropy, groups: Indices, step: int) -> Indices:
+        """One Poisson sample of the group whose turn it is: each example on its own with the public rate."""
+        rate, _ = round_participation(self.spec)
+        sample = poisson(entropy, len(self.encoded), rate)
+        turn: Indices = sample[groups[sample] == step % self.spec.privacy.noise_bands]
+        return turn
 
     def _loss(self, indices: Indices, length: int | None = None) -> torch.Tensor:
         batch = collate(self.encoded, indices, self.model.tokenizer.pad_token_id, length)
@@ -300,17 +304,19 @@ class Trainer:
                 noise_multiplier=privacy.noise_multiplier,
                 clip_norm=privacy.clip_norm,
                 expected_batch=train.sampling_rate * declared,
+                strategy=banded(self.spec),
             )
             optimizer.masks = self.model.rank_masks(parameters)
-            for _ in range(train.steps):
+            groups = drawn_groups(entropy, len(self.encoded), privacy.noise_bands)
+            for step in range(train.steps):
                 check_cancelled()
-                self._accumulate(optimizer, tape, entropy)
+                # Drawn once: a step that is done again after running out of memory is a step on the same examples,
+                # whose noise is drawn when their sum is whole. A second sample would be a second look at the data that
+                # nobody has charged.
+                self._accumulate(optimizer, tape, self._sample(entropy, groups, step))
                 optimizer.release(_pull(parameters, start, prox))
 
-    def _accumulate(self, optimizer: PrivateOptimizer, tape: Tape, entropy: Entropy) -> None:
-        # Drawn once: a step that is done again after running out of memory is a step on the same examples, whose noise
-        # is drawn when their sum is whole. A second sample would be a second look at the data that nobody has charged.
-        sample = self._sample(entropy)
+    def _accumulate(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices) -> None:
         self.microbatch.attempt(len(sample), partial(self._sum, optimizer, tape, sample))
 
     def _sum(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices, size: int) -> None:
@@ -330,9 +336,10 @@ class Trainer:
         check_cancelled: CheckCancelled,
     ) -> None:
         start = [parameter.detach().clone() for parameter in parameters]
-        for _ in range(self.spec.train.steps):
+        everyone = np.zeros(len(self.encoded), np.int64)  # one group
+        for step in range(self.spec.train.steps):
             check_cancelled()
-            sample = self._sample(entropy)
+            sample = self._sample(entropy, everyone, step)
             if len(sample) == 0:
                 continue
             self.microbatch.attempt(len(sample), partial(self._mean, optimizer, sample))

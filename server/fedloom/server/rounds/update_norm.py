@@ -6,6 +6,8 @@ from functools import lru_cache
 from typing import Any
 
 from fedloom.core.config.run import RunConfig, TrainSection
+from fedloom.core.privacy.banded import Banded
+from fedloom.core.privacy.spends import banded
 from fedloom.proto.checks import overridden
 
 __all__ = ["largest_norm"]
@@ -22,8 +24,8 @@ def largest_norm(config: RunConfig, local: Mapping[str, float], values: int, dec
 
     Ten times what the run's optimiser comes to if every step goes the same way. For d trained values, rate q, n
     declared examples, B = q·n, clip norm C and noise multiplier σ, a private gradient is at most
-    C·(1 + (1 + σ·√d) / B) long: the clipped sum of B examples and one more, and the noise, over B. Without privacy it
-    counts as 1000.
+    C·(1 + (1 + σ·√d) / B) long: the clipped sum of B examples and one more, and the noise, over B. With noise bands σ
+    is that of the step with the most noise. Without privacy it counts as 1000.
 
     Args:
         config: The run file, its noise multiplier filled in.
@@ -40,8 +42,15 @@ def largest_norm(config: RunConfig, local: Mapping[str, float], values: int, dec
     gradient = _GRADIENT
     if privacy.enabled and privacy.noise_multiplier is not None:
         batch = train.sampling_rate * max(1, declared_examples)
-        gradient = privacy.clip_norm * (1 + (1 + privacy.noise_multiplier * math.sqrt(values)) / batch)
+        noise = privacy.noise_multiplier * _widest(banded(config)) * math.sqrt(values)
+        gradient = privacy.clip_norm * (1 + (1 + noise) / batch)
     return _FACTOR * float(optimizer.longest_move(train.steps, rate, gradient, values, train.proximal_mu))
+
+
+@lru_cache(maxsize=64)
+def _widest(strategy: Banded | None) -> float:
+    """The most noise of a round's steps, over that of independent noise."""
+    return 1.0 if strategy is None else float(strategy.spread().max())
 
 
 @lru_cache(maxsize=64)
