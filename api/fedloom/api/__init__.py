@@ -40,6 +40,8 @@ from fedloom.core.config.run import WireSection as Wire
 from fedloom.core.config.start import StartSection as Start
 from fedloom.core.errors import FedloomError
 from fedloom.simulation.callbacks import SoFar, StopRun
+from fedloom.strategies.alternating.as_lora import ASLoRA
+from fedloom.strategies.alternating.la_lora import LALoRA
 from fedloom.strategies.alternating.orthonormal import AlternatingOrthonormal
 from fedloom.strategies.alternating.rolora import RoLoRA
 from fedloom.strategies.fedask import FedASK
@@ -77,6 +79,7 @@ __all__ = [
     "FFA",
     "IA3",
     "SSF",
+    "ASLoRA",
     "AlternatingOrthonormal",
     "Bias",
     "CausalLM",
@@ -102,6 +105,7 @@ __all__ = [
     "Hydra",
     "ImageClassification",
     "Instruct",
+    "LALoRA",
     "LayerNorm",
     "LoRA",
     "LoRAFAIR",

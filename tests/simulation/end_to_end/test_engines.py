@@ -47,7 +47,7 @@ def private(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"privacy": config.privacy.model_copy(update={"enabled": True})})
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedsvd"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedsvd", "la-lora", "as-lora"])
 def test_private_run_is_the_same_in_process_and_over_grpc(config: RunConfig, tmp_path: Path, strategy: str) -> None:
     section = config.strategy.model_copy(update={"name": strategy})
     settled = completed(private(config).model_copy(update={"strategy": section}))

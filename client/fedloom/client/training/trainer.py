@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +28,22 @@ from fedloom.client.session.personal_tensors import Personal
 from fedloom.client.training.averaging import averaged
 from fedloom.client.training.local_eval import Table, released, row_scores, split
 from fedloom.client.training.microbatch import Microbatch, fitting
-from fedloom.client.training.schedules import share_of_rate
 from fedloom.core.config.evaluation import largest_loss
 from fedloom.core.config.run import Spec, TrainSection
+from fedloom.core.config.schedules import share_of_rate
 from fedloom.core.errors import DataError, PolicyError, ProtocolError
 from fedloom.core.privacy.spends import evaluation_spend, training_spend
 from fedloom.core.schema import Array, Role, Schema, Tensors
-from fedloom.proto.messages import Assignment, upload_schema
+from fedloom.proto.messages import Assignment, moving, upload_schema
 
 __all__ = ["EntropyFor", "Trainer", "batch_loss"]
 log = logging.getLogger(__name__)
 
 EntropyFor = Callable[[int], Entropy]
 """Gives the randomness of one round (counted from 0)."""
+
+_Cycle = Sequence[frozenset[str]]
+"""Names of the tensors that move in each step, from the first again after the last."""
 
 
 class Trainer:
@@ -161,8 +165,9 @@ class Trainer:
         entropy = self._entropy_for(assignment.round)
         optimizer = self._optimizer(parameters, train, assignment.round)
         steps = self._private_steps if self.spec.privacy.enabled else self._plain_steps
+        cycle = moving(self.model.schema, assignment.train, assignment.turns)
         with averaged(optimizer, parameters, train.ema):
-            steps(optimizer, parameters, entropy, train.proximal_mu, check_cancelled)
+            steps(optimizer, cycle, entropy, train.proximal_mu, check_cancelled)
         if assignment.personal:
             self._personal.keep(run, self.model.read(self.model.schema.select(assignment.personal)))
         if evaluating and self.spec.federated_evaluation.personalised:
@@ -275,7 +280,7 @@ class Trainer:
     def _private_steps(
         self,
         base: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
+        cycle: _Cycle,
         entropy: Entropy,
         prox: float,
         check_cancelled: CheckCancelled,
@@ -285,21 +290,24 @@ class Trainer:
         # Both were checked at construction and when the spec met the policy.
         assert privacy.noise_multiplier is not None
         assert declared is not None
-        start = [parameter.detach().clone() for parameter in parameters]
-        with recording(self.model.model, parameters) as tape:
-            optimizer = PrivateOptimizer(
-                base,
-                tape,
-                entropy,
-                noise_multiplier=privacy.noise_multiplier,
-                clip_norm=privacy.clip_norm,
-                expected_batch=train.sampling_rate * declared,
-            )
-            optimizer.masks = self.model.rank_masks(parameters)
-            for _ in range(train.steps):
-                check_cancelled()
-                self._accumulate(optimizer, tape, entropy)
-                optimizer.release(_pull(parameters, start, prox))
+        start = _values(base)
+        # A tape has the tensors of one turn and no others: the norm that is clipped and the noise are theirs alone.
+        for names, steps in groupby(cycle[step % len(cycle)] for step in range(train.steps)):
+            parameters = self.model.trainable(names)
+            with recording(self.model.model, parameters) as tape:
+                optimizer = PrivateOptimizer(
+                    base,
+                    tape,
+                    entropy,
+                    noise_multiplier=privacy.noise_multiplier,
+                    clip_norm=privacy.clip_norm,
+                    expected_batch=train.sampling_rate * declared,
+                )
+                optimizer.masks = self.model.rank_masks(parameters)
+                for _ in steps:
+                    check_cancelled()
+                    self._accumulate(optimizer, tape, entropy)
+                    optimizer.release(_pull(parameters, start, prox))
 
     def _accumulate(self, optimizer: PrivateOptimizer, tape: Tape, entropy: Entropy) -> None:
         # Drawn once: a step that is done again after running out of memory is a step on the same examples, whose noise
@@ -318,14 +326,15 @@ class Trainer:
     def _plain_steps(
         self,
         optimizer: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
+        cycle: _Cycle,
         entropy: Entropy,
         prox: float,
         check_cancelled: CheckCancelled,
     ) -> None:
-        start = [parameter.detach().clone() for parameter in parameters]
-        for _ in range(self.spec.train.steps):
+        start = _values(optimizer)
+        for step in range(self.spec.train.steps):
             check_cancelled()
+            parameters = self.model.trainable(cycle[step % len(cycle)])
             sample = self._sample(entropy)
             if len(sample) == 0:
                 continue
@@ -350,8 +359,15 @@ def _system(_: int) -> Entropy:
     return System()
 
 
-def _pull(parameters: list[nn.Parameter], start: list[torch.Tensor], prox: float) -> list[torch.Tensor]:
+def _values(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, torch.Tensor]:
+    """Copies of what an optimiser moves."""
+    return {each: each.detach().clone() for group in optimizer.param_groups for each in group["params"]}
+
+
+def _pull(
+    parameters: list[nn.Parameter], start: Mapping[nn.Parameter, torch.Tensor], prox: float
+) -> list[torch.Tensor]:
     """Gradient of FedProx's mu/2·|w - start|², no function of the data (Li et al., MLSys 2020); empty when mu is 0."""
     if prox == 0.0:
         return []
-    return [prox * (parameter.detach() - begin) for parameter, begin in zip(parameters, start, strict=True)]
+    return [prox * (parameter.detach() - start[parameter]) for parameter in parameters]

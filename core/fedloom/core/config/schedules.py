@@ -7,7 +7,7 @@ steps of a round are no more trustworthy than its last.
 
 import math
 
-from fedloom.core.config.run import TrainSection
+from fedloom.core.config.train import TrainSection
 
 __all__ = ["share_of_rate"]
 
