@@ -38,9 +38,9 @@ class ASLoRA(Strategy):
     Choices are drawn from the run's seed and the same for all clients, so that what rests is shared and every average
     is exact. Scores are functions of what clients have noised: they cost no privacy.
 
-    Left out is the paper's term of curvature, which takes losses that no noise covers. The paper scores each client's
-    gradient of its last step and takes the mean; here it is the mean change of the round, which has less noise. It
-    chooses for each layer, here for each pair, of which a layer may have several.
+    Left out is the paper's term of curvature, which takes losses that no noise covers. The paper's code scores the
+    gradient of each client's last step and takes the mean; here the mean change of the whole round is scored, in which
+    noise has a smaller part. It chooses for each layer, here for each pair, of which a layer may have several.
 
     Args:
         warmup: Rounds in which all pairs train B and A by turns, at least 2: the paper has a tenth of its 100.
