@@ -50,6 +50,7 @@ from fedloom.strategies.fedopt import FedOpt
 from fedloom.strategies.fedpeft import FedPEFT
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
+from fedloom.strategies.personal.feddpa import FedDPA
 from fedloom.strategies.personal.fedsa import FedSALoRA
 from fedloom.strategies.ranks.flexlora import FlexLoRA
 from fedloom.strategies.ranks.hetlora import HetLoRA
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from fedloom.client.adapters.head_only import HeadOnly as Head
     from fedloom.client.adapters.layer_norm import LayerNorm
     from fedloom.client.adapters.lora import LoRA
+    from fedloom.client.adapters.low_rank.dual_lora import DualLoRA
     from fedloom.client.adapters.low_rank.hydra import Hydra
     from fedloom.client.adapters.low_rank.tucker import Tucker
     from fedloom.client.adapters.low_rank.vera import VeRA
@@ -85,12 +87,14 @@ __all__ = [
     "CausalLM",
     "Checkpoint",
     "Data",
+    "DualLoRA",
     "Engine",
     "Evaluation",
     "FLoRA",
     "FLoRIST",
     "FedASK",
     "FedAvg",
+    "FedDPA",
     "FedEx",
     "FedOpt",
     "FedPEFT",
@@ -141,6 +145,7 @@ __all__ = [
 _WITH_TORCH = {
     "Bias": ("fedloom.client.adapters.bias", "Bias"),
     "Head": ("fedloom.client.adapters.head_only", "HeadOnly"),
+    "DualLoRA": ("fedloom.client.adapters.low_rank.dual_lora", "DualLoRA"),
     "Hydra": ("fedloom.client.adapters.low_rank.hydra", "Hydra"),
     "IA3": ("fedloom.client.adapters.scaling.ia3", "IA3"),
     "LayerNorm": ("fedloom.client.adapters.layer_norm", "LayerNorm"),

@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "sparse": {"kind": "sparse", "share": 0.2},
     "vera": {"kind": "vera"},
     "hydra": {"kind": "hydra"},
+    "dual-lora": {"kind": "dual-lora"},
     "tucker": {"kind": "tucker"},
 }
 BATCH = {
