@@ -71,8 +71,8 @@ def test_scores_choices_and_averages_are_those_of_the_formulas(noise: float) -> 
             assert after.memory[SCORES][row, int(name == pair.a)] == pytest.approx(scores[name], rel=1e-9)
             exact = np.zeros((after.adapter[pair.b].shape[0], after.adapter[pair.a].shape[1]))
             for share, each in zip(shares, updates, strict=True):
-                b, a = (each.value(n) if n in each.delta else state.adapter[n] for n in (pair.b, pair.a))
-                exact += share * b @ a
+                left, right = (each.value(n) if n in each.delta else state.adapter[n] for n in (pair.b, pair.a))
+                exact += share * left @ right
             np.testing.assert_allclose(
                 after.adapter[pair.b].astype(np.float64) @ after.adapter[pair.a], exact, atol=2e-6
             )
@@ -104,7 +104,7 @@ def test_pure_noise_scores_nothing_and_a_signal_scores_its_energy() -> None:
     # Of noise alone half the rounds come out below zero and count as zero: what is left is half its deviation.
     assert np.mean(np.array(found[0.0]) == 0) == pytest.approx(0.55, abs=0.1)
     assert np.mean(found[0.0]) < 0.15 * alone
-    error = np.std(found[1.0]) / 20
+    error = float(np.std(found[1.0])) / 20
     assert np.mean(found[1.0]) == pytest.approx(np.sum(signal**2), abs=4 * error)
     assert 4 * error < 0.3 * alone, "a mean that would not tell noise left in from none"
 

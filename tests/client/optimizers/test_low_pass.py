@@ -1,6 +1,7 @@
 """LA-LoRA's filter against a dense matrix, and what it does to noise and to the length of a round."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from tests.client.optimizers.stepping import RATE, Floats, drawn, ran
 TAPS = np.array([1, 4, 6, 4, 1]) / 16
 
 
-def circulant(size: int) -> np.ndarray:  # type: ignore[type-arg]
+def circulant(size: int) -> npt.NDArray[np.float64]:
     """The filter as a matrix."""
     matrix = np.zeros((size, size))
     for row in range(size):
