@@ -13,6 +13,7 @@ from fedloom.client.adapters.bottleneck.houlsby import Bottleneck
 from fedloom.client.adapters.head_only import HeadOnly
 from fedloom.client.adapters.layer_norm import LayerNorm
 from fedloom.client.adapters.lora import LoRA
+from fedloom.client.adapters.low_rank.dual_lora import DualLoRA
 from fedloom.client.adapters.low_rank.hydra import Hydra
 from fedloom.client.adapters.low_rank.tucker import Tucker
 from fedloom.client.adapters.low_rank.vera import VeRA
@@ -123,6 +124,11 @@ class TestDSEE(AdapterConformance):
 class TestVeRA(AdapterConformance):
     def adapter(self) -> VeRA:
         return VeRA(rank=3, targets=("query", "dense"))
+
+
+class TestDualLoRA(AdapterConformance):
+    def adapter(self) -> DualLoRA:
+        return DualLoRA(rank=3, alpha=6, targets=("query", "dense"))
 
 
 class TestHydra(AdapterConformance):

@@ -1,6 +1,6 @@
 """What a strategy may express gives one result in one process, over gRPC and over Flower's nodes.
 
-Corrections of frozen weights, a rank for each client, and tensors that stay with their client.
+Corrections of frozen weights, a rank for each client, tensors that stay with their client, and tensors that take turns.
 """
 
 import shutil
@@ -19,6 +19,7 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess
+from fedloom.strategies.alternating.la_lora import LALoRA
 from fedloom.strategies.api import Strategy
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.personal.fedsa import FedSALoRA
@@ -68,7 +69,7 @@ def over_nodes(federation: Federation, coordinator: Coordinator, store: Store) -
 
 @pytest.mark.parametrize(
     "strategy",
-    [FLoRA(ranks=RANKS), HetLoRA(ranks=RANKS), FedSALoRA(), FedSVD(refresh=1)],
+    [FLoRA(ranks=RANKS), HetLoRA(ranks=RANKS), FedSALoRA(), FedSVD(refresh=1), LALoRA()],
     ids=lambda strategy: type(strategy).__name__,
 )
 def test_every_engine_gives_one_result(strategy: Strategy, federation: Federation, tmp_path: Path) -> None:

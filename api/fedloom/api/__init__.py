@@ -41,6 +41,8 @@ from fedloom.core.config.run import WireSection as Wire
 from fedloom.core.config.start import StartSection as Start
 from fedloom.core.errors import FedloomError
 from fedloom.simulation.callbacks import SoFar, StopRun
+from fedloom.strategies.alternating.as_lora import ASLoRA
+from fedloom.strategies.alternating.la_lora import LALoRA
 from fedloom.strategies.alternating.orthonormal import AlternatingOrthonormal
 from fedloom.strategies.alternating.rolora import RoLoRA
 from fedloom.strategies.fedask import FedASK
@@ -49,6 +51,7 @@ from fedloom.strategies.fedopt import FedOpt
 from fedloom.strategies.fedpeft import FedPEFT
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
+from fedloom.strategies.personal.feddpa import FedDPA
 from fedloom.strategies.personal.fedsa import FedSALoRA
 from fedloom.strategies.ranks.flexlora import FlexLoRA
 from fedloom.strategies.ranks.hetlora import HetLoRA
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     from fedloom.client.adapters.head_only import HeadOnly as Head
     from fedloom.client.adapters.layer_norm import LayerNorm
     from fedloom.client.adapters.lora import LoRA
+    from fedloom.client.adapters.low_rank.dual_lora import DualLoRA
     from fedloom.client.adapters.low_rank.hydra import Hydra
     from fedloom.client.adapters.low_rank.tucker import Tucker
     from fedloom.client.adapters.low_rank.vera import VeRA
@@ -84,6 +88,7 @@ __all__ = [
     "IA3",
     "PEQA",
     "SSF",
+    "ASLoRA",
     "AlternatingOrthonormal",
     "Bias",
     "Bottleneck",
@@ -91,12 +96,14 @@ __all__ = [
     "Checkpoint",
     "Compacter",
     "Data",
+    "DualLoRA",
     "Engine",
     "Evaluation",
     "FLoRA",
     "FLoRIST",
     "FedASK",
     "FedAvg",
+    "FedDPA",
     "FedEx",
     "FedOpt",
     "FedPEFT",
@@ -111,6 +118,7 @@ __all__ = [
     "Hydra",
     "ImageClassification",
     "Instruct",
+    "LALoRA",
     "LayerNorm",
     "LoRA",
     "LoRAFAIR",
@@ -150,6 +158,7 @@ _WITH_TORCH = {
     "Compacter": ("fedloom.client.adapters.bottleneck.compacter", "Compacter"),
     "DSEE": ("fedloom.client.adapters.sparse.dsee", "DSEE"),
     "Head": ("fedloom.client.adapters.head_only", "HeadOnly"),
+    "DualLoRA": ("fedloom.client.adapters.low_rank.dual_lora", "DualLoRA"),
     "Hydra": ("fedloom.client.adapters.low_rank.hydra", "Hydra"),
     "IA3": ("fedloom.client.adapters.scaling.ia3", "IA3"),
     "LayerNorm": ("fedloom.client.adapters.layer_norm", "LayerNorm"),

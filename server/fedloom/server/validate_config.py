@@ -7,6 +7,7 @@ from fedloom.core.limits import MAX_CLIENTS, MAX_NAME_LENGTH
 from fedloom.proto.messages import PROTOCOL_VERSION
 from fedloom.server.rounds.fedbuff import check_buffered
 from fedloom.server.rounds.membership import Member, Members
+from fedloom.server.rounds.update_norm import check_noise
 from fedloom.strategies.api import Strategy
 
 __all__ = ["MAX_EXAMPLES", "admitted", "check_config", "check_join", "check_room", "check_work"]
@@ -22,8 +23,9 @@ def check_config(config: RunConfig, strategy: Strategy) -> None:
 
     Raises:
         ConfigError: A cohort is smaller than the updates a round needs, or a round may close with fewer than the
-            strategy needs, or it ignores weights that are set. With secure aggregation: the strategy needs the updates
-            themselves, weights differ, or cohorts are too small or too large.
+            strategy needs, or it ignores weights that are set, or looks at noise that is not known. With secure
+            aggregation: the strategy needs the updates themselves, weights differ, or cohorts are too small or too
+            large.
         CodecError: A codec is unknown.
     """
     codec(config.wire.upload)
@@ -46,6 +48,8 @@ def check_config(config: RunConfig, strategy: Strategy) -> None:
     if config.rounds.mode == "buffered":
         check_buffered(config, strategy)
     _check_counts(config, strategy)
+    if strategy.traits.reads_noise:
+        check_noise(config)
     if config.secure_aggregation.enabled:
         _check_secure(config, strategy)
     if config.user_level.enabled and config.federated_evaluation.enabled:

@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dsee": {"kind": "dsee"},
     "vera": {"kind": "vera"},
     "hydra": {"kind": "hydra"},
+    "dual-lora": {"kind": "dual-lora"},
     "tucker": {"kind": "tucker"},
     "bottleneck": {"kind": "bottleneck", "size": 6},
     "compacter": {"kind": "compacter", "size": 8, "products": 2},

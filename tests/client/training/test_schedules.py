@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import (
 from fedloom.client.data.rows import Rows
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
-from fedloom.client.training.schedules import share_of_rate
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import Spec, TrainSection
+from fedloom.core.config.schedules import share_of_rate
 from fedloom.core.errors import ConfigError
 from tests.client.rounds import assignment, changed, start
 

@@ -9,6 +9,7 @@ import pytest
 
 from fedloom.core.codecs.dense import Dense
 from fedloom.core.config.run import RunConfig
+from fedloom.core.errors import ConfigError
 from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.server.rounds.broadcast import Broadcasts
 from fedloom.strategies.api import Plan, State
@@ -108,3 +109,34 @@ def test_the_same_bytes_under_other_names_are_another_broadcast(configure: Any) 
     assert even.broadcast_digest == odd.broadcast_digest
     assert (set(even.broadcast_roles), set(odd.broadcast_roles)) == ({Role.LORA_A}, {Role.LORA_B})
     assert [set(broadcasts.start(client)) for client in CLIENTS[:2]] == [{"m.A"}, {"m.B"}]
+
+
+def test_plans_that_differ_in_turns_are_different_assignments(configure: Any) -> None:
+    turns = (Role.LORA_A, Role.LORA_B)
+    strategy = Varied(lambda plan, k: replace(plan, turns=turns[:: 1 if k % 2 else -1]))
+    state = strategy.init(SCHEMA, SCHEMA.zeros(), 0)
+    broadcasts = Broadcasts(configure(1, train={"steps": 2}), SCHEMA, strategy, state)
+
+    found = [broadcasts.assignment(client) for client in CLIENTS]
+
+    assert [each.turns for each in found] == [turns[:: 1 if k % 2 else -1] for k in range(len(CLIENTS))]
+    assert len({each.broadcast_digest for each in found}) == 1
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (
+            (Role.LORA_A, Role.LORA_B),
+            "2 selections of tensors take turns, and a round has 1 steps; set train",
+        ),
+        (("lora_Z",), "no client would take the strategy's plan: 'lora_Z' is to move by turns"),
+        ((Role.HEAD,), "no client would take the strategy's plan: 'head' is to move by turns"),
+    ],
+)
+def test_turns_that_no_round_could_follow_are_refused(configure: Any, turns: tuple[str, ...], message: str) -> None:
+    strategy = Varied(lambda plan, k: replace(plan, turns=turns))
+    broadcasts = Broadcasts(configure(1), SCHEMA, strategy, strategy.init(SCHEMA, SCHEMA.zeros(), 0))
+
+    with pytest.raises(ConfigError, match=message):
+        broadcasts.assignment("c0")

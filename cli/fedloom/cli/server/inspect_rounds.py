@@ -105,7 +105,8 @@ def _noise(kept: "KeptRound", config: RunConfig) -> "NoiseShares | None":
     from fedloom.client.training.expected_noise import update_noise
     from fedloom.strategies.diagnostics.noise_share import noise_shares
 
-    if config.strategy.weighting != "examples":
+    plans = [kept.strategy.plan(kept.before, kept.before.round, each.client) for each in kept.updates]
+    if config.strategy.weighting != "examples" or any(plan.turns for plan in plans):
         return None
     variances: list[Mapping[str, float]] = []
     for update, train in zip(kept.updates, kept.trained, strict=True):
@@ -119,16 +120,16 @@ def _noise(kept: "KeptRound", config: RunConfig) -> "NoiseShares | None":
 
 def _noise_unknown(config: RunConfig, rounds: list[dict[str, Any]]) -> str | None:
     """Why no noise share is told; None where there is one."""
-    train = config.train
     if any(each.get("noise_share") is not None for each in rounds):
         return None
     if not config.privacy.enabled:
         return "none: the run is not private"
     if config.strategy.weighting != "examples":
         return 'not known: sizes that clients declare are in the log only with strategy.weighting = "examples"'
-    if train.optimizer != "sgd" or train.proximal_mu or train.ema:
-        return "not known: it has a closed form only for sgd without proximal_mu and ema"
-    return None
+    return (
+        "not known: it has a closed form only for sgd without smoothing, proximal_mu and ema, where all tensors move in "
+        "every step and privacy.noise_bands = 1"
+    )
 
 
 def show_rounds(document: Mapping[str, Any], short: Mapping[str, str]) -> None:

@@ -20,7 +20,12 @@ _MOST_GROWTH = 500.0
 
 
 class Optimizer(Protocol):
-    """One optimiser with its options."""
+    """One optimiser with its options.
+
+    One whose moves are linear in the gradients may also have `noise_moved(steps, rate, noise_std) -> float | None`: the
+    standard deviation of what noise in every gradient moves each value by in a round, or None where its options leave
+    that unknown. Strategies that take the noise out of what they measure work with such an optimiser alone.
+    """
 
     def make(self, groups: list[dict[str, Any]], noise_std: float) -> "torch.optim.Optimizer":
         """The optimiser of one client's round, with fresh state.

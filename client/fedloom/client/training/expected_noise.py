@@ -2,8 +2,8 @@
 
 from fedloom.client.optimizers.api import noise_std, optimizer_of
 from fedloom.client.optimizers.sgd import SGD
-from fedloom.client.training.schedules import share_of_rate
 from fedloom.core.config.run import Spec, TrainSection
+from fedloom.core.config.schedules import learning_rates
 
 __all__ = ["update_noise"]
 
@@ -11,11 +11,8 @@ __all__ = ["update_noise"]
 def update_noise(spec: Spec, train: TrainSection, round: int, declared_examples: int) -> tuple[float, float] | None:
     """Variance of the noise in one value of a client's update: of the adapter, and of the head.
 
-    A step of SGD with momentum m at rate r adds noise of standard deviation s = sigma C / (q n) to each value of the
-    gradient, which moves the value by r s in this step and by r s m, r s m^2, ... in the later ones of the round. The
-    noise of T steps is independent:
-
-        v = r^2 s^2 sum_{j=1}^{T} ((1 - m^j) / (1 - m))^2,    T r^2 s^2 without momentum.
+    The square of what `SGD.noise_moved` says at either's learning rate: T r^2 s^2 without momentum, where s = sigma C /
+    (q n) is the standard deviation of the noise in a step's gradient.
 
     That the gradients of later steps answer to the noise of earlier ones is left out.
 
@@ -27,18 +24,18 @@ def update_noise(spec: Spec, train: TrainSection, round: int, declared_examples:
 
     Returns:
         None where it is not known: without noise or a declared size, and where something else than the sum of the
-        gradients moves the values (another optimiser, proximal_mu, ema).
+        gradients moves the values (another optimiser, smoothing, proximal_mu, ema) or the noise of steps is correlated.
     """
     optimizer = optimizer_of(train)
-    if not isinstance(optimizer, SGD) or train.proximal_mu or train.ema or declared_examples < 1:
+    if not isinstance(optimizer, SGD) or train.proximal_mu or train.ema:
         return None
-    deviation, rate = noise_std(spec, declared_examples), share_of_rate(train, round, spec.run.rounds)
+    if spec.privacy.noise_bands > 1 or declared_examples < 1:
+        return None
+    deviation = noise_std(spec, declared_examples)
     if not deviation:
         return None
-    momentum, carried, gain = optimizer.momentum, 0.0, 0.0
-    for _ in range(train.steps):
-        carried = 1 + momentum * carried  # (1 - m^j) / (1 - m)
-        gain += carried**2
-    head = train.head_learning_rate or train.learning_rate
-    adapter, top = ((rate * each * deviation) ** 2 * gain for each in (train.learning_rate, head))
-    return adapter, top
+    moved = [
+        optimizer.noise_moved(train.steps, rate, deviation) for rate in learning_rates(train, round, spec.run.rounds)
+    ]
+    adapter, head = (None if each is None else each**2 for each in moved)
+    return None if adapter is None or head is None else (adapter, head)

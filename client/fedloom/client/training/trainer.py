@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +29,22 @@ from fedloom.client.training.activations import kept_activations
 from fedloom.client.training.averaging import averaged
 from fedloom.client.training.local_eval import Table, released, row_scores, split
 from fedloom.client.training.microbatch import Microbatch, fitting
-from fedloom.client.training.schedules import share_of_rate
 from fedloom.core.config.evaluation import largest_loss
 from fedloom.core.config.run import Spec, TrainSection
+from fedloom.core.config.schedules import share_of_rate
 from fedloom.core.errors import DataError, PolicyError, ProtocolError
 from fedloom.core.privacy.spends import banded, evaluation_spend, round_participation, training_spend
 from fedloom.core.schema import Array, Role, Schema, Tensors
-from fedloom.proto.messages import Assignment, upload_schema
+from fedloom.proto.messages import Assignment, moving, upload_schema
 
 __all__ = ["EntropyFor", "Trainer", "batch_loss"]
 log = logging.getLogger(__name__)
 
 EntropyFor = Callable[[int], Entropy]
 """Gives the randomness of one round (counted from 0)."""
+
+_Cycle = Sequence[frozenset[str]]
+"""Names of the tensors that move in each step, from the first again after the last."""
 
 
 class Trainer:
@@ -163,8 +167,9 @@ class Trainer:
         entropy = self._entropy_for(assignment.round)
         optimizer = self._optimizer(parameters, train, assignment.round)
         steps = self._private_steps if self.spec.privacy.enabled else self._plain_steps
+        cycle = moving(self.model.schema, assignment.train, assignment.turns)
         with averaged(optimizer, parameters, train.ema):
-            steps(optimizer, parameters, entropy, train.proximal_mu, check_cancelled)
+            steps(optimizer, cycle, entropy, train.proximal_mu, check_cancelled)
         if assignment.personal:
             self._personal.keep(run, self.model.read(self.model.schema.select(assignment.personal)))
         if evaluating and self.spec.federated_evaluation.personalised:
@@ -285,7 +290,7 @@ class Trainer:
     def _private_steps(
         self,
         base: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
+        cycle: _Cycle,
         entropy: Entropy,
         prox: float,
         check_cancelled: CheckCancelled,
@@ -295,26 +300,29 @@ class Trainer:
         # Both were checked at construction and when the spec met the policy.
         assert privacy.noise_multiplier is not None
         assert declared is not None
-        start = [parameter.detach().clone() for parameter in parameters]
-        with recording(self.model.model, parameters) as tape:
-            optimizer = PrivateOptimizer(
-                base,
-                tape,
-                entropy,
-                noise_multiplier=privacy.noise_multiplier,
-                clip_norm=privacy.clip_norm,
-                expected_batch=train.sampling_rate * declared,
-                strategy=banded(self.spec),
-            )
-            optimizer.masks = self.model.rank_masks(parameters)
-            groups = drawn_groups(entropy, len(self.encoded), privacy.noise_bands)
-            for step in range(train.steps):
-                check_cancelled()
-                # Drawn once: a step that is done again after running out of memory is a step on the same examples,
-                # whose noise is drawn when their sum is whole. A second sample would be a second look at the data that
-                # nobody has charged.
-                self._accumulate(optimizer, tape, self._sample(entropy, groups, step))
-                optimizer.release(_pull(parameters, start, prox))
+        start = _values(base)
+        groups = drawn_groups(entropy, len(self.encoded), privacy.noise_bands)
+        # A tape has the tensors of one turn and no others: the norm that is clipped and the noise are theirs alone.
+        for names, steps in groupby(range(train.steps), lambda step: cycle[step % len(cycle)]):
+            parameters = self.model.trainable(names)
+            with recording(self.model.model, parameters) as tape:
+                optimizer = PrivateOptimizer(
+                    base,
+                    tape,
+                    entropy,
+                    noise_multiplier=privacy.noise_multiplier,
+                    clip_norm=privacy.clip_norm,
+                    expected_batch=train.sampling_rate * declared,
+                    strategy=banded(self.spec),
+                )
+                optimizer.masks = self.model.rank_masks(parameters)
+                for step in steps:
+                    check_cancelled()
+                    # Drawn once: a step that is done again after running out of memory is a step on the same examples,
+                    # whose noise is drawn when their sum is whole. A second sample would be a second look at the data
+                    # that nobody has charged.
+                    self._accumulate(optimizer, tape, self._sample(entropy, groups, step))
+                    optimizer.release(_pull(parameters, start, prox))
 
     def _accumulate(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices) -> None:
         self.microbatch.attempt(len(sample), partial(self._sum, optimizer, tape, sample))
@@ -330,15 +338,16 @@ class Trainer:
     def _plain_steps(
         self,
         optimizer: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
+        cycle: _Cycle,
         entropy: Entropy,
         prox: float,
         check_cancelled: CheckCancelled,
     ) -> None:
-        start = [parameter.detach().clone() for parameter in parameters]
+        start = _values(optimizer)
         everyone = np.zeros(len(self.encoded), np.int64)  # one group
         for step in range(self.spec.train.steps):
             check_cancelled()
+            parameters = self.model.trainable(cycle[step % len(cycle)])
             sample = self._sample(entropy, everyone, step)
             if len(sample) == 0:
                 continue
@@ -363,8 +372,15 @@ def _system(_: int) -> Entropy:
     return System()
 
 
-def _pull(parameters: list[nn.Parameter], start: list[torch.Tensor], prox: float) -> list[torch.Tensor]:
+def _values(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, torch.Tensor]:
+    """Copies of what an optimiser moves."""
+    return {each: each.detach().clone() for group in optimizer.param_groups for each in group["params"]}
+
+
+def _pull(
+    parameters: list[nn.Parameter], start: Mapping[nn.Parameter, torch.Tensor], prox: float
+) -> list[torch.Tensor]:
     """Gradient of FedProx's mu/2·|w - start|², no function of the data (Li et al., MLSys 2020); empty when mu is 0."""
     if prox == 0.0:
         return []
-    return [prox * (parameter.detach() - begin) for parameter, begin in zip(parameters, start, strict=True)]
+    return [prox * (parameter.detach() - start[parameter]) for parameter in parameters]

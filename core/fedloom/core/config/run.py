@@ -144,7 +144,7 @@ class PrivacySection(Section):
     delta: float = Field(default=1e-5, ge=1e-15, lt=1)
     """Delta of that guarantee."""
     clip_norm: float = Field(default=1.0, ge=1e-6, le=1e6)
-    """L2 bound C on one example's gradient over all trained tensors together."""
+    """L2 bound C on one example's gradient over all tensors together that move in a step."""
     noise_multiplier: float | None = Field(default=None, ge=0.01, le=1000)
     """Noise standard deviation over C. None calibrates it from epsilon, rate and steps of the whole run."""
     noise_bands: int = Field(default=1, ge=1, le=MAX_BANDS)

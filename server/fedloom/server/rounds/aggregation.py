@@ -156,4 +156,5 @@ class Aggregation:
         delta = codec(name).decode(broadcasts.upload_schema(accepted.client), payload)
         # As in `History.draft`, whose update is folded if this process has accepted it itself.
         metrics = client_metrics(self._config, accepted.score)
-        return Update(client, accepted.weight, broadcasts.start(accepted.client), delta, metrics=metrics)
+        start = broadcasts.start(accepted.client)
+        return Update(client, accepted.weight, start, delta, metrics=metrics, noise_std=accepted.noise_std)

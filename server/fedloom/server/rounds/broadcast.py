@@ -15,7 +15,7 @@ from fedloom.core.runtime.failpoints import failpoint
 from fedloom.core.schema import Array, Role, Schema, Tensors
 from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.checks import overridden
-from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
+from fedloom.proto.messages import Assignment, Finished, broadcast_schema, moving, upload_schema
 from fedloom.server.strategy_errors import blamed
 from fedloom.strategies.api import Plan, State, Strategy
 from fedloom.strategies.result import base_rank, result_schema
@@ -111,7 +111,7 @@ class Broadcasts:
         """The assignment of a plan; that of an earlier one if they differ in nothing but where their tensors lie."""
         self._check(plan)
         asked = self._converted(plan)
-        instructions = asked.train, asked.personal, asked.rank, frozenset(asked.local.items())
+        instructions = asked.train, asked.personal, asked.rank, frozenset(asked.local.items()), asked.turns
         distinct = *instructions, _address(asked)
         if distinct in self._distinct:
             return self._distinct[distinct]
@@ -140,6 +140,7 @@ class Broadcasts:
             rank=plan.rank,
             base_rank=base_rank(self._schema, plan.broadcast),
             local={name: float(value) for name, value in plan.local.items()},
+            turns=plan.turns,
         )
         digest = self._digest(plan, asked)
         return replace(asked, broadcast_digest=digest, broadcast_bytes=len(self._payloads[digest]))
@@ -177,7 +178,18 @@ class Broadcasts:
             )
         if Role.HEAD in trained.roles and self._config.model.head == "frozen":
             raise ConfigError('the strategy trains the head, but model.head = "frozen"; set it to "train"')
+        if len(plan.turns) > (steps := self._config.train.steps):
+            raise ConfigError(
+                f"the strategy lets {len(plan.turns)} selections of tensors take turns, and a round has {steps} steps; "
+                f"set train.steps to {len(plan.turns)} or more, best to a multiple"
+            )
+        if plan.turns and self._config.privacy.noise_bands > 1:
+            raise ConfigError(
+                "the strategy lets tensors take turns, and privacy.noise_bands cancels noise between steps of the same "
+                "tensors; set privacy.noise_bands = 1, or choose another strategy"
+            )
         try:
+            moving(self._schema, plan.train, plan.turns)
             overridden(self._config.train, plan.local)
         except ProtocolError as error:
             raise ConfigError(f"no client would take the strategy's plan: {error}; look at its options") from error
@@ -203,7 +215,7 @@ def _address(assignment: Assignment) -> object:
 def _identity(plan: Plan) -> object:
     """Equal for plans that surely are the same: equal instructions over the very same arrays."""
     arrays = frozenset((name, id(tensor)) for name, tensor in plan.broadcast.items())
-    return plan.train, plan.personal, plan.rank, frozenset(plan.local.items()), arrays
+    return plan.train, plan.personal, plan.rank, frozenset(plan.local.items()), plan.turns, arrays
 
 
 def _probe(tensors: Tensors) -> object:

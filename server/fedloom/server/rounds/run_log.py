@@ -32,7 +32,7 @@ from fedloom.server.rounds.state import (
     apply,
     told,
 )
-from fedloom.server.rounds.update_norm import largest_norm
+from fedloom.server.rounds.update_norm import largest_norm, noise_std
 from fedloom.server.rounds.validation import check_address, check_score, expected_bytes, is_repeat
 from fedloom.server.storage.api import Storage
 from fedloom.server.strategy_errors import blamed
@@ -176,7 +176,11 @@ class History:
             self._config, asked.local, upload.size, declared_examples
         )
         metrics = client_metrics(self._config, header.score)
-        return asked, upload, Update(client, weight, broadcasts.start(client), {}, metrics=metrics), limit
+        noise = 0.0
+        if self._strategy.traits.reads_noise:
+            noise = noise_std(self._config, header.round, asked.local, declared_examples)
+        update = Update(client, weight, broadcasts.start(client), {}, metrics=metrics, noise_std=noise)
+        return asked, upload, update, limit
 
     @contextmanager
     def arriving(self, digest: str) -> Iterator[None]:

@@ -7,12 +7,24 @@ steps of a round are no more trustworthy than its last.
 
 import math
 
-from fedloom.core.config.run import TrainSection
+from fedloom.core.config.train import TrainSection
 
-__all__ = ["share_of_rate"]
+__all__ = ["learning_rates", "share_of_rate"]
 
 _LOWEST, _LAST = 1 / 25, 1 / 25e4
 """Where a one-cycle schedule starts, and where it would be after its last round, as torch has it."""
+
+
+def learning_rates(train: TrainSection, round: int, rounds: int) -> tuple[float, float]:
+    """The rates of a round's steps: that of the adapter, and that of the head.
+
+    Args:
+        train: [train], with what an assignment overrides.
+        round: Counted from 0.
+        rounds: Of the whole run.
+    """
+    left = share_of_rate(train, round, rounds)
+    return left * train.learning_rate, left * (train.head_learning_rate or train.learning_rate)
 
 
 def share_of_rate(train: TrainSection, round: int, rounds: int) -> float:
