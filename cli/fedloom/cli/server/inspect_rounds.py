@@ -127,8 +127,8 @@ def _noise_unknown(config: RunConfig, rounds: list[dict[str, Any]]) -> str | Non
     if config.strategy.weighting != "examples":
         return 'not known: sizes that clients declare are in the log only with strategy.weighting = "examples"'
     return (
-        "not known: it has a closed form only for sgd without smoothing, proximal_mu and ema, where all tensors move in "
-        "every step and privacy.noise_bands = 1"
+        "not known: it has a closed form only for sgd without smoothing, proximal_mu and ema, where all tensors move "
+        "in every step and privacy.noise_bands = 1"
     )
 
 
