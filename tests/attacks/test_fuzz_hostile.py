@@ -80,6 +80,7 @@ RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("privacy", "delta"): (1e-15, 1e-3),
     ("privacy", "clip_norm"): (1e-3, 1e3),
     ("privacy", "noise_multiplier"): (0.3, 1000),
+    ("privacy", "noise_bands"): (1, 64),
     ("secure_aggregation", "threshold"): (0.5, 1),
     ("secure_aggregation", "max_change"): (1e-6, 1e6),
     ("secure_aggregation", "max_clients"): (3, 1000),
@@ -302,6 +303,8 @@ def check_ranges(spec: Spec, local: dict[str, float]) -> None:
         value, off = getattr(values, name), section == "federated_evaluation" and not values.enabled
         if value is not None and not off:
             assert low <= value <= high, f"{section}.{name} = {value!r}"
+    assert spec.privacy.noise_bands <= spec.train.steps
+    assert spec.privacy.noise_bands * spec.train.sampling_rate <= 0.5
     for name, value in local.items():
         low, high = RANGES["train", name]
         assert low <= value <= high, f"local {name} = {value!r}"

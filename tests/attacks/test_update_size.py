@@ -12,6 +12,7 @@ import pytest
 
 from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.errors import ConfigError, UpdateRejected
+from fedloom.core.privacy.banded import Banded
 from fedloom.proto.messages import Assignment, Finished
 from fedloom.server.build import build_strategy
 from fedloom.server.rounds.update_norm import largest_norm
@@ -186,6 +187,16 @@ def test_the_bound_grows_by_how_far_a_term_alone_moves() -> None:
     assert largest_norm(private(optimizer="adam"), {}, 10_000, 3000, term) == pytest.approx(
         largest_norm(private(optimizer="adam"), {}, 10_000, 3000)
     )
+
+
+def test_the_bound_has_room_for_the_step_with_the_most_noise_of_a_round_with_bands() -> None:
+    run = private()
+    bands = run.model_copy(update={"privacy": run.privacy.model_copy(update={"noise_bands": 4})})
+    widest = np.linalg.norm(np.linalg.inv(Banded(10, 4).dense()), axis=1).max()
+
+    found = largest_norm(bands, {}, 10_000, 3000)
+
+    assert found == pytest.approx(10 * 10 * 4.0 * 0.5 * (1 + (1 + 0.6 * 100 * widest) / 60), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sentiment", "newsgroups", "images", "instruct"])

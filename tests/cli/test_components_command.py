@@ -42,7 +42,7 @@ def test_strategies_are_listed_and_shown() -> None:
     assert shown.stdout.startswith("Train B (and the head), average exactly")
     assert re.search(r"^period\s+integer\s+1\s+Rewrite after every so many rounds", shown.stdout, re.M)
     choices = fedloom("show", "strategies", "fedpeft").stdout
-    assert re.search(r'^kind\s+"lora" or "bias" or "head"\s+"lora"', choices, re.M)
+    assert re.search(r'^kind\s+"lora" or "bias" or "adapter" or "head"\s+"lora"', choices, re.M)
     assert re.search(r"^shares\s+array\s+\[\]", fedloom("show", "partitioners", "size").stdout, re.M)
 
 

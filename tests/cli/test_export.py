@@ -7,12 +7,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
+from fedloom.api import load_adapter
+from fedloom.cli.main import app
+from fedloom.client.models.base_folder import base_digest
 from fedloom.client.models.export import save_final
 from fedloom.client.models.load import load_model
 from fedloom.core.config.run import Spec, load_run
+from fedloom.core.errors import ModelError
 from fedloom.core.privacy.accounting import Spend, statement
 from fedloom.core.schema import Schema
 from fedloom.server.build import build_strategy, calibrated
@@ -90,6 +96,37 @@ def test_a_state_directory_becomes_a_peft_adapter(tmp_path: Path, tiny_base: Pat
     assert merged.returncode == 0, merged.stderr
     assert f"model after 0 of 3 rounds in {tmp_path / 'merged'}" in merged.stdout
     assert json.loads((tmp_path / "merged" / "fedloom.json").read_text()) == known
+
+
+def test_a_kind_that_cannot_be_merged_becomes_a_folder_that_fedloom_loads(tmp_path: Path, tiny_base: Path) -> None:
+    run = tmp_path / "run.toml"
+    run.write_text(
+        f"""
+        run = {{ name = "tiny", rounds = 3, seed = 4 }}
+        model = {{ base = "{tiny_base}", labels = ["no", "yes"] }}
+        adapter = {{ kind = "bottleneck", size = 4 }}
+        train = {{ steps = 1, sampling_rate = 0.5, learning_rate = 0.1 }}
+        privacy = {{ enabled = false }}
+        """
+    )
+    config = load_run(run)
+    pinned = config.model.model_copy(update={"digest": base_digest(tiny_base)})
+    config = config.model_copy(update={"model": pinned})
+    schema = load_model(config.model, config.adapter).schema
+    with Store(tmp_path / "state") as store:
+        Coordinator(config, schema, build_strategy(config), store, starting=starting_adapter(schema, 4))
+
+    words = ["export", str(run), "--state", str(tmp_path / "state"), "--json"]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"path": str(tmp_path / "adapter"), "format": "fedloom", "rounds": 0, "of": 3}
+    known = json.loads((tmp_path / "adapter" / "fedloom.json").read_text())
+    assert known["base_digest"] == config.model.digest
+    loaded = load_adapter(tmp_path / "adapter")
+    assert len([name for name, _ in loaded.named_parameters() if name.endswith("adapter_down")]) == 4
+    with pytest.raises(ModelError, match="export with format fedloom or safetensors"):
+        CliRunner().invoke(app, [*words, "--format", "peft"], catch_exceptions=False)
 
 
 def test_a_missing_state_directory_is_named(tmp_path: Path) -> None:

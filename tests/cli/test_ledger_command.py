@@ -72,6 +72,19 @@ def test_a_charged_ledger_shows_its_charges_what_they_cost_and_what_is_left(char
     assert epsilon([Spend(0.05, 1.5, 20 * rounds)], 1e-6) <= 3 < epsilon([Spend(0.05, 1.5, 20 * rounds + 20)], 1e-6)
 
 
+def test_a_round_with_noise_bands_is_shown_as_such(policy: Path) -> None:
+    with opened(policy) as account:
+        account.reserve("winter", 0, Spend(0.08, 1.5, 3), budget=3.0, delta=1e-6, noise_bands=4)
+
+    shown = ledger("show", policy).stdout
+    assert "3 (4 noise bands)" in shown
+    assert "a round with noise bands costs what the steps of one band cost, at so many times the run's rate" in shown
+    (charge,) = json.loads(ledger("show", policy, "--json").stdout)["charges"]
+    assert (charge["sampling_rate"], charge["steps"], charge["noise_bands"]) == (0.08, 3, 4)
+    assert json.loads(ledger("export", policy).stdout)["charges"][0]["noise_bands"] == 4
+    assert json.loads(ledger("export", policy).stdout)["epsilon"] == epsilon([Spend(0.08, 1.5, 3)], 1e-6, REPORT_GRID)
+
+
 def test_show_counts_rounds_of_any_kind(charged: Path) -> None:
     assert (
         "the rest buys 0 more rounds of 9 steps at rate 1 and noise 0.5"

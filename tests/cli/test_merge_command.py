@@ -341,7 +341,7 @@ def test_a_greedy_soup_leaves_out_what_harms_it(build_model: Build, tiny_base: P
         (["--method", "greedy-soup"], "give the run file that they were trained with as --run"),
         (["--method", "greedy-soup", "--run", "run.toml"], r"run\.toml has no \[data\] section"),
         (["--method", "greedy-soup", "--weights", "1,2"], "leave out --weights, or take soup"),
-        (["--score-on", "held_out.csv"], "soup scores nothing"),
+        (["--score-on", "held_out.csv"], "soup takes no --score-on; leave it out, or take greedy-soup"),
     ],
 )
 def test_a_score_needs_rows_and_somebody_who_uses_it(

@@ -71,6 +71,26 @@ def test_calibrate_finds_what_a_coordinator_would_choose(spent: Path) -> None:
     assert after["epsilon_before"] < after["epsilon_after"] <= 3.0
 
 
+def test_noise_bands_are_counted_wherever_a_cost_is_shown(run: Path) -> None:
+    asked = ("--rate", "0.02", "--steps", "10", "--bands", "4")
+
+    found = figures("calibrate", "--epsilon", "3", "--rounds", "4", *asked)
+    assert found["noise_multiplier"] == calibrate(3.0, 1e-5, 0.08, 12)
+    shown = figures("table", "--noise", "1", "--rounds", "8", *asked)
+    assert shown["epsilon"] == [[epsilon([Spend(0.08, 1.0, 24)], 1e-5)]]
+    planned = figures("plan", run, "--set", "privacy.noise_bands=2")
+    assert {row["epsilon"] for row in planned["rows"] if row["rounds"] == 4} == {
+        epsilon([Spend(0.1, 1.2, 12)], row["delta"], adjacency=row["adjacency"])
+        for row in planned["rows"]
+        if row["rounds"] == 4
+    }
+    said = fedloom("privacy", "plan", run, "--set", "privacy.noise_bands=2").stdout
+    assert "4 rounds of 5 steps, rate 0.05" in said
+    assert "over 2 bands: a round costs what 3 steps at rate 0.1 cost" in said
+    wrong = ("table", "--rate", "0.3", "--steps", "10", "--bands", "4")
+    assert "4 times train.sampling_rate = 0.3, which is above 1; set at most 3" in refused(*wrong)
+
+
 def test_calibrate_says_on_what_terms() -> None:
     done = fedloom(
         "privacy", "calibrate", "--epsilon", "3", "--rate", "0.02", "--steps", "5", "--rounds", "4", "--delta", "1e-6"

@@ -114,5 +114,5 @@ def test_the_reference_is_that_of_fedloom_whatever_else_is_installed() -> None:
 
 
 def test_without_its_package_a_run_file_that_names_it_says_so() -> None:
-    with pytest.raises(ValueError, match=r"kind = 'norms': no such adapter; allowed: bias, head, "):
+    with pytest.raises(ValueError, match=r"kind = 'norms': no such adapter; allowed: bias, "):
         RunConfig.model_validate(RUN)

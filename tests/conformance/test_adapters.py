@@ -8,16 +8,21 @@ from torch import nn
 
 from fedloom.client.adapters.api import Traits
 from fedloom.client.adapters.bias import Bias
+from fedloom.client.adapters.bottleneck.compacter import Compacter
+from fedloom.client.adapters.bottleneck.houlsby import Bottleneck
 from fedloom.client.adapters.head_only import HeadOnly
 from fedloom.client.adapters.layer_norm import LayerNorm
 from fedloom.client.adapters.lora import LoRA
+from fedloom.client.adapters.low_rank.dual_lora import DualLoRA
 from fedloom.client.adapters.low_rank.hydra import Hydra
 from fedloom.client.adapters.low_rank.tucker import Tucker
 from fedloom.client.adapters.low_rank.vera import VeRA
 from fedloom.client.adapters.miss import MiSS
 from fedloom.client.adapters.scaling.ia3 import IA3
+from fedloom.client.adapters.scaling.peqa import PEQA
 from fedloom.client.adapters.scaling.ssf import SSF
-from fedloom.client.adapters.sparse import Sparse
+from fedloom.client.adapters.sparse.dsee import DSEE
+from fedloom.client.adapters.sparse.entries import Sparse
 from fedloom.client.adapters.spectral.lora_sb import LoRASB
 from fedloom.client.adapters.spectral.svfit import SVFit
 from fedloom.client.models.adapter_model import AdapterModel
@@ -39,6 +44,21 @@ class TestRsLoRA(AdapterConformance):
 class TestDoRA(AdapterConformance):
     def adapter(self) -> LoRA:
         return LoRA(rank=3, alpha=6, targets=("query", "dense"), dora=True)
+
+
+class TestOrthogonalLoRA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), start="orthogonal")
+
+
+class TestPiSSA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), start="pissa")
+
+
+class TestOLoRA(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), start="olora", dora=True)
 
 
 class TestBias(AdapterConformance):
@@ -66,6 +86,11 @@ class TestSSF(AdapterConformance):
         return SSF(targets=("query", "dense"))
 
 
+class TestPEQA(AdapterConformance):
+    def adapter(self) -> PEQA:
+        return PEQA(targets=("query", "dense"))
+
+
 class TestMiSS(AdapterConformance):
     def adapter(self) -> MiSS:
         return MiSS(rank=5, targets=("query", "dense"))  # 32 inputs are six shards of 5 and a rest
@@ -86,9 +111,24 @@ class TestSparse(AdapterConformance):
         return Sparse(share=0.1, targets=("query", "dense"))
 
 
+class TestPrincipalEntries(AdapterConformance):
+    def adapter(self) -> Sparse:
+        return Sparse(share=0.05, mask="principal", rank=4, targets=("query", "dense"))
+
+
+class TestDSEE(AdapterConformance):
+    def adapter(self) -> DSEE:
+        return DSEE(rank=3, alpha=6, entries=40, targets=("query", "dense"))
+
+
 class TestVeRA(AdapterConformance):
     def adapter(self) -> VeRA:
         return VeRA(rank=3, targets=("query", "dense"))
+
+
+class TestDualLoRA(AdapterConformance):
+    def adapter(self) -> DualLoRA:
+        return DualLoRA(rank=3, alpha=6, targets=("query", "dense"))
 
 
 class TestHydra(AdapterConformance):
@@ -99,6 +139,31 @@ class TestHydra(AdapterConformance):
 class TestTucker(AdapterConformance):
     def adapter(self) -> Tucker:
         return Tucker(rank=3, targets=("query", "dense"))
+
+
+class TestLoRAOnTheLastLayer(AdapterConformance):
+    def adapter(self) -> LoRA:
+        return LoRA(rank=3, alpha=6, targets=("query", "dense"), layers=(-1,))
+
+
+class TestBiasOfTheLastLayer(AdapterConformance):
+    def adapter(self) -> Bias:
+        return Bias(layers=(-1,))
+
+
+class TestLayerNormOfTheLastLayer(AdapterConformance):
+    def adapter(self) -> LayerNorm:
+        return LayerNorm(layers=(-1,))
+
+
+class TestBottleneck(AdapterConformance):
+    def adapter(self) -> Bottleneck:
+        return Bottleneck(size=5)
+
+
+class TestCompacter(AdapterConformance):
+    def adapter(self) -> Compacter:
+        return Compacter(size=8, products=4)
 
 
 class NotPrivate(LoRA):

@@ -21,6 +21,11 @@ class TestMomentum(OptimizerConformance):
         return SGD(momentum=0.9)
 
 
+class TestSmoothedSGD(OptimizerConformance):
+    def optimizer(self) -> SGD:
+        return SGD(momentum=0.5, smoothing=True)
+
+
 class TestAdam(OptimizerConformance):
     def optimizer(self) -> Adam:
         return Adam()
@@ -69,3 +74,19 @@ def test_the_battery_sees_a_bound_that_is_too_small() -> None:
 
     with pytest.raises(AssertionError):
         Battery().test_the_longest_move_bounds_every_round()
+
+
+def test_the_battery_sees_a_claim_about_noise_that_is_wrong() -> None:
+    class Vain(SGD):
+        """SGD that claims half of what noise moves."""
+
+        def noise_moved(self, steps: int, rate: float, noise_std: float) -> float | None:
+            known = super().noise_moved(steps, rate, noise_std)
+            return None if known is None else known / 2
+
+    class Battery(OptimizerConformance):
+        def optimizer(self) -> Vain:
+            return Vain(momentum=0.9)
+
+    with pytest.raises(AssertionError):
+        Battery().test_what_noise_moves_is_known_if_claimed()

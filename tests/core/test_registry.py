@@ -141,7 +141,7 @@ def test_options_reach_the_component() -> None:
         ("fedsvd", {"period": 1.0}, "is 1.0"),
         ("fedsvd", {"period": 0}, "period is 0; set a number of rounds from 1 up"),
         ("ffa", {"orthonormal": 1}, "is 1; allowed: orthonormal: bool = False"),
-        ("fedpeft", {"kind": "prompt"}, "kind: 'lora' \\| 'bias' \\| 'head' = 'lora'"),
+        ("fedpeft", {"kind": "prompt"}, "kind: 'lora' \\| 'bias' \\| 'adapter' \\| 'head' = 'lora'"),
         ("fedpeft", {"kind": "head", "train_head": False}, "trains nothing"),
         ("fedsvd", {"period": object()}, "strategy 'fedsvd' got options that no run file can hold.*plain values"),
     ],

@@ -1,6 +1,7 @@
 """What a strategy may express gives one result in one process, over gRPC and over Flower's nodes.
 
-Corrections of frozen weights, a rank for each client, tensors that stay with it, and terms for its gradients.
+Corrections of frozen weights, a rank for each client, tensors that stay with it, tensors that take turns, and terms for
+gradients.
 """
 
 import shutil
@@ -19,6 +20,7 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess
+from fedloom.strategies.alternating.la_lora import LALoRA
 from fedloom.strategies.api import Strategy
 from fedloom.strategies.drift.feddyn import FedDyn
 from fedloom.strategies.drift.scaffold import SCAFFOLD
@@ -70,7 +72,7 @@ def over_nodes(federation: Federation, coordinator: Coordinator, store: Store) -
 
 @pytest.mark.parametrize(
     "strategy",
-    [FLoRA(ranks=RANKS), HetLoRA(ranks=RANKS), FedSALoRA(), FedSVD(refresh=1), SCAFFOLD(), FedDyn()],
+    [FLoRA(ranks=RANKS), HetLoRA(ranks=RANKS), FedSALoRA(), FedSVD(refresh=1), LALoRA(), SCAFFOLD(), FedDyn()],
     ids=lambda strategy: type(strategy).__name__,
 )
 def test_every_engine_gives_one_result(strategy: Strategy, federation: Federation, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ ORDER = Assignment(
     local={"learning_rate": 0.25},
 )
 LINEAR_ORDER = replace(ORDER, linear=frozenset({Role.LORA_B}))
+ORDER_IN_TURNS = replace(ORDER, train=ORDER.train | {Role.LORA_A}, turns=(Role.LORA_B, Role.LORA_A))
 HEADER = UpdateHeader("ward-3", 7, DIGEST, "fp16", 24, OTHER)
 SCORED_HEADER = replace(HEADER, score=(120.5, -3.25, 40.0))
 MASKED_HEADER = UpdateHeader("ward-3", 7, DIGEST, MASKED, 24, OTHER, attempt=2)
@@ -132,6 +133,7 @@ MESSAGES: dict[str, Message] = {
     ),
     "WorkReply finished, corrected": answer_to_wire(Finished(9, "fp32", DIGEST, 56, 3)),
     "WorkReply assignment, linear": answer_to_wire(LINEAR_ORDER),
+    "WorkReply assignment in turns": answer_to_wire(ORDER_IN_TURNS),
 }
 """One message of each kind, named by its type and what tells it from others of the type."""
 
@@ -139,6 +141,7 @@ READ: dict[str, tuple[Callable[[Any], object], object]] = {
     "JoinReply": (partial(from_wire, Joined), JOINED),
     "WorkReply assignment": (answer_from_wire, ORDER),
     "WorkReply assignment, linear": (answer_from_wire, LINEAR_ORDER),
+    "WorkReply assignment in turns": (answer_from_wire, ORDER_IN_TURNS),
     "WorkReply wait": (answer_from_wire, Wait(1.5)),
     "WorkReply finished": (answer_from_wire, Finished(9, "fp32", DIGEST, 56)),
     "SubmitRequest header": (lambda message: header_from_wire(message.header), (HEADER, "4f", 3)),

@@ -14,9 +14,9 @@ from fedloom.proto.message_codec import from_json, to_json
 from fedloom.proto.messages import Finished, Joined, RoundStatus, Wait
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.wire import from_wire, to_wire
-from tests.proto.test_golden import DIGEST, JOINED, LINEAR_ORDER, MASKED_HEADER, STEP, STEP_RESULT
+from tests.proto.test_golden import DIGEST, JOINED, LINEAR_ORDER, MASKED_HEADER, ORDER_IN_TURNS, STEP, STEP_RESULT
 
-ASSIGNMENT = replace(LINEAR_ORDER, upload_codec=MASKED)
+ASSIGNMENT = replace(LINEAR_ORDER, upload_codec=MASKED, turns=ORDER_IN_TURNS.turns)
 HEADER = replace(MASKED_HEADER, score=(1.5, -2.0))
 OF_BOTH: tuple[tuple[object, type[Message], frozenset[str]], ...] = (
     (JOINED, pb.JoinReply, frozenset()),

@@ -60,7 +60,13 @@ HEADER = UpdateHeader("ward-3", 7, DIGEST, "fp16", 24, "cd" * 32)
 
 @pytest.mark.parametrize(
     "answer",
-    [ASSIGNMENT, replace(ASSIGNMENT, rank=None, local={}), Wait(1.5), Finished(9, "fp32", DIGEST, 56)],
+    [
+        ASSIGNMENT,
+        replace(ASSIGNMENT, rank=None, local={}),
+        replace(ASSIGNMENT, turns=(Role.LORA_B, Role.HEAD, Role.LORA_B)),
+        Wait(1.5),
+        Finished(9, "fp32", DIGEST, 56),
+    ],
 )
 def test_an_answer_survives_the_wire(answer: Answer) -> None:
     sent = answer_to_wire(answer).SerializeToString()
@@ -127,6 +133,8 @@ def spoilt_assignment(**changes: object) -> pb.WorkReply:
         (spoilt_assignment(train=[]), ProtocolError, "trains nothing"),
         (spoilt_assignment(train=["lora_B"], personal=[""]), ProtocolError, "a selection of"),
         (spoilt_assignment(broadcast_roles=[str(each) for each in range(100_000)]), ProtocolError, "a selection of"),
+        (spoilt_assignment(turns=[str(each) for each in range(100_000)]), ProtocolError, "a selection of"),
+        (spoilt_assignment(turns=["lora_B", ""]), ProtocolError, "a selection of"),
         (spoilt_assignment(broadcast_digest="../../etc/passwd"), ProtocolError, "64 lower-case"),
         (spoilt_assignment(broadcast_digest=DIGEST + "\n"), ProtocolError, "64 lower-case"),
         (spoilt_assignment(broadcast_bytes=1 << 40), ProtocolError, "at most"),

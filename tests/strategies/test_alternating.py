@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 
 from fedloom.core.schema import Role
+from fedloom.proto.messages import moving
+from fedloom.strategies.alternating.la_lora import LALoRA
 from fedloom.strategies.alternating.orthonormal import AlternatingOrthonormal
 from fedloom.strategies.alternating.rolora import RoLoRA
 from fedloom.strategies.api import Strategy
 from fedloom.strategies.conformance import StrategyConformance, run_round
+from fedloom.strategies.fedavg import FedAvg
+from fedloom.strategies.state import state_to_bytes
 
 
 class TestBattery(StrategyConformance):
@@ -76,3 +80,26 @@ def test_it_begins_at_the_base_model_and_a_rest_of_zero_stays_finite() -> None:
         for pair in state.schema.pairs:
             assert np.isfinite(state.adapter[pair.a]).all()
             assert not (state.adapter[pair.b].astype(np.float64) @ state.adapter[pair.a]).any()
+
+
+def test_la_lora_lets_b_and_a_take_turns_and_averages_as_fedavg_does() -> None:
+    """Both factors move within a round, so the product of the means misses the covariance of the factors."""
+    strategy, battery = LALoRA(), TestBattery()
+    _, state = battery.begin()
+    plan = strategy.plan(strategy.init(state.schema, state.adapter, 5), 0, "ada")
+
+    assert plan.turns == (Role.LORA_B, Role.LORA_A)
+    assert moving(state.schema, plan.train, plan.turns) == (
+        state.schema.names(Role.LORA_B, Role.HEAD),
+        state.schema.names(Role.LORA_A, Role.HEAD),
+    )
+    assert not LALoRA(train_head=False).plan(state, 0, "ada").train & {Role.HEAD}
+    updates = battery.updates(strategy, strategy.init(state.schema, state.adapter, 5))
+    ends = [run_round(each, each.init(state.schema, state.adapter, 5), updates) for each in (strategy, FedAvg())]
+    assert state_to_bytes(ends[0]) == state_to_bytes(ends[1])
+    shares = [update.weight / sum(each.weight for each in updates) for update in updates]
+    for pair in state.schema.pairs:
+        factors = [(update.value(pair.b), update.value(pair.a)) for update in updates]
+        mean = sum(share * b @ a for share, (b, a) in zip(shares, factors, strict=True))
+        product = ends[0].adapter[pair.b].astype(np.float64) @ ends[0].adapter[pair.a]
+        assert np.abs(mean - product).max() > 0.01

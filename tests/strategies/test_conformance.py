@@ -3,12 +3,23 @@
 import pytest
 
 from fedloom.core.registry import build, entries
-from fedloom.core.schema import Role, Schema, TensorSpec
+from fedloom.core.schema import Role, Schema, Start, TensorSpec
 from fedloom.strategies.api import Strategy
 from fedloom.strategies.conformance import StrategyConformance
 from fedloom.strategies.fedpeft import FedPEFT
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
+
+TWO_PAIRS = Schema(
+    (
+        TensorSpec("q.shared_A", "q", "shared", (3, 5), Start.KAIMING, 0),
+        TensorSpec("q.shared_B", "q", "shared", (6, 3), Start.ZERO, 1),
+        TensorSpec("q.own_A", "q", "own", (3, 5), Start.KAIMING, 0),
+        TensorSpec("q.own_B", "q", "own", (6, 3), Start.ZERO, 1),
+        TensorSpec("classifier.weight", "classifier", Role.HEAD, (3, 4)),
+    ),
+    scale=2.0,
+)
 
 
 class TestRegistered(StrategyConformance):
@@ -19,6 +30,9 @@ class TestRegistered(StrategyConformance):
     def strategy(self) -> Strategy:
         made: Strategy = build("strategies", self.name, {"train_head": True})
         return made
+
+    def schema(self) -> Schema:
+        return TWO_PAIRS if self.name == "feddpa" else super().schema()
 
 
 class TestFrozenHead(TestRegistered):

@@ -1,11 +1,15 @@
-"""FedSA-LoRA: one factor is averaged, the other never leaves its client."""
+"""FedSA-LoRA and FedDPA: one factor, or one of two pairs, is averaged; the other never leaves its client."""
 
 import numpy as np
 import pytest
 
+from fedloom.core.errors import SchemaError
 from fedloom.core.schema import Role
-from fedloom.strategies.conformance import StrategyConformance, run_round
+from fedloom.strategies.conformance import StrategyConformance, respond, run_round
+from fedloom.strategies.personal.feddpa import FedDPA
 from fedloom.strategies.personal.fedsa import FedSALoRA
+from fedloom.strategies.start import starting_adapter
+from tests.strategies.test_conformance import TWO_PAIRS
 
 
 class TestSharedB(StrategyConformance):
@@ -35,3 +39,30 @@ def test_one_factor_is_shared_and_the_other_stays(shared: str, kept: str) -> Non
         else:
             mean = sum(u.weight / total * d.astype(np.float64) for u, d in zip(updates, moved, strict=True))
             np.testing.assert_allclose(value, state.adapter[name] + mean, atol=1e-6)
+
+
+def test_of_two_pairs_the_shared_one_is_averaged_and_the_own_one_stays() -> None:
+    strategy = FedDPA()
+    state = strategy.init(TWO_PAIRS, starting_adapter(TWO_PAIRS, 5), 5)
+    plan = strategy.plan(state, 0, "ada")
+    updates = [respond(TWO_PAIRS, strategy.plan(state, 0, name), name, k) for k, name in enumerate(("ada", "bo", "cy"))]
+    total = sum(update.weight for update in updates)
+
+    after = run_round(strategy, state, updates)
+
+    assert plan.train == {"shared", "own", Role.HEAD}
+    assert plan.personal == {"own"}
+    assert FedDPA(train_head=False).plan(state, 0, "ada").train == {"shared", "own"}
+    for name, value in after.adapter.items():
+        if "own" in name:
+            assert all(name not in update.delta for update in updates)
+            np.testing.assert_array_equal(value, state.adapter[name])
+        else:
+            mean = sum(u.weight / total * u.delta[name].astype(np.float64) for u in updates)
+            np.testing.assert_allclose(value, state.adapter[name] + mean, atol=1e-6)
+
+
+def test_two_pairs_need_an_adapter_that_has_them() -> None:
+    battery = TestSharedB()
+    with pytest.raises(SchemaError, match="this strategy trains own, shared, but the adapter has head, lora_A, lora_B"):
+        FedDPA().init(battery.schema(), starting_adapter(battery.schema(), 5), 5)

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fedloom.api.callbacks import Checkpoint
+from fedloom.api.load_adapter import load_adapter
 from fedloom.api.result import Result
 from fedloom.api.run import Model, Run, load
 from fedloom.api.simulate import simulate
@@ -40,6 +41,8 @@ from fedloom.core.config.run import WireSection as Wire
 from fedloom.core.config.start import StartSection as Start
 from fedloom.core.errors import FedloomError
 from fedloom.simulation.callbacks import SoFar, StopRun
+from fedloom.strategies.alternating.as_lora import ASLoRA
+from fedloom.strategies.alternating.la_lora import LALoRA
 from fedloom.strategies.alternating.orthonormal import AlternatingOrthonormal
 from fedloom.strategies.alternating.rolora import RoLoRA
 from fedloom.strategies.drift.feddyn import FedDyn
@@ -50,6 +53,7 @@ from fedloom.strategies.fedopt import FedOpt
 from fedloom.strategies.fedpeft import FedPEFT
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
+from fedloom.strategies.personal.feddpa import FedDPA
 from fedloom.strategies.personal.fedsa import FedSALoRA
 from fedloom.strategies.ranks.flexlora import FlexLoRA
 from fedloom.strategies.ranks.hetlora import HetLoRA
@@ -61,36 +65,48 @@ from fedloom.strategies.stacking.lora_fair import LoRAFAIR
 
 if TYPE_CHECKING:
     from fedloom.client.adapters.bias import Bias
+    from fedloom.client.adapters.bottleneck.compacter import Compacter
+    from fedloom.client.adapters.bottleneck.houlsby import Bottleneck
     from fedloom.client.adapters.head_only import HeadOnly as Head
     from fedloom.client.adapters.layer_norm import LayerNorm
     from fedloom.client.adapters.lora import LoRA
+    from fedloom.client.adapters.low_rank.dual_lora import DualLoRA
     from fedloom.client.adapters.low_rank.hydra import Hydra
     from fedloom.client.adapters.low_rank.tucker import Tucker
     from fedloom.client.adapters.low_rank.vera import VeRA
     from fedloom.client.adapters.miss import MiSS
     from fedloom.client.adapters.scaling.ia3 import IA3
+    from fedloom.client.adapters.scaling.peqa import PEQA
     from fedloom.client.adapters.scaling.ssf import SSF
-    from fedloom.client.adapters.sparse import Sparse
+    from fedloom.client.adapters.sparse.dsee import DSEE
+    from fedloom.client.adapters.sparse.entries import Sparse
     from fedloom.client.adapters.spectral.lora_sb import LoRASB
     from fedloom.client.adapters.spectral.svfit import SVFit
 
 __all__ = [
     "DP",
+    "DSEE",
     "FFA",
     "IA3",
+    "PEQA",
     "SCAFFOLD",
     "SSF",
+    "ASLoRA",
     "AlternatingOrthonormal",
     "Bias",
+    "Bottleneck",
     "CausalLM",
     "Checkpoint",
+    "Compacter",
     "Data",
+    "DualLoRA",
     "Engine",
     "Evaluation",
     "FLoRA",
     "FLoRIST",
     "FedASK",
     "FedAvg",
+    "FedDPA",
     "FedDyn",
     "FedEx",
     "FedOpt",
@@ -106,6 +122,7 @@ __all__ = [
     "Hydra",
     "ImageClassification",
     "Instruct",
+    "LALoRA",
     "LayerNorm",
     "LoRA",
     "LoRAFAIR",
@@ -134,22 +151,28 @@ __all__ = [
     "VeRA",
     "Wire",
     "load",
+    "load_adapter",
     "simulate",
     "sweep",
 ]
 
 _WITH_TORCH = {
     "Bias": ("fedloom.client.adapters.bias", "Bias"),
+    "Bottleneck": ("fedloom.client.adapters.bottleneck.houlsby", "Bottleneck"),
+    "Compacter": ("fedloom.client.adapters.bottleneck.compacter", "Compacter"),
+    "DSEE": ("fedloom.client.adapters.sparse.dsee", "DSEE"),
     "Head": ("fedloom.client.adapters.head_only", "HeadOnly"),
+    "DualLoRA": ("fedloom.client.adapters.low_rank.dual_lora", "DualLoRA"),
     "Hydra": ("fedloom.client.adapters.low_rank.hydra", "Hydra"),
     "IA3": ("fedloom.client.adapters.scaling.ia3", "IA3"),
     "LayerNorm": ("fedloom.client.adapters.layer_norm", "LayerNorm"),
     "LoRA": ("fedloom.client.adapters.lora", "LoRA"),
     "LoRASB": ("fedloom.client.adapters.spectral.lora_sb", "LoRASB"),
     "MiSS": ("fedloom.client.adapters.miss", "MiSS"),
+    "PEQA": ("fedloom.client.adapters.scaling.peqa", "PEQA"),
     "SSF": ("fedloom.client.adapters.scaling.ssf", "SSF"),
     "SVFit": ("fedloom.client.adapters.spectral.svfit", "SVFit"),
-    "Sparse": ("fedloom.client.adapters.sparse", "Sparse"),
+    "Sparse": ("fedloom.client.adapters.sparse.entries", "Sparse"),
     "Tucker": ("fedloom.client.adapters.low_rank.tucker", "Tucker"),
     "VeRA": ("fedloom.client.adapters.low_rank.vera", "VeRA"),
 }

@@ -68,7 +68,7 @@ def strategy_table(strategy: "str | StrategySection | Strategy") -> tuple[dict[s
             f"strategy is {given}{lacks}; give an object of a subclass of "
             "fedloom.strategies.api.Strategy, such as fl.FedSVD(period=2), or the name of an installed one"
         )
-    installed = _installed_as("strategies", strategy)
+    installed = registry.name_of("strategies", strategy)
     if installed is None:
         options = {name: value for name, value in _changed(strategy) if _plain(value)}
         return {"name": kind.__name__, "options": options}, strategy
@@ -109,7 +109,7 @@ def _named(group: str, component: Any, example: str, base: type[Section]) -> tup
         ConfigError: It is no object of a class that fits.
     """
     noun, kind = registry.noun(group), type(component)
-    if (found := _installed_as(group, component)) is not None:
+    if (found := registry.name_of(group, component)) is not None:
         return found, {}
     lacking = registry.lacking(group, component)
     if isinstance(component, base) and not lacking:
@@ -119,13 +119,6 @@ def _named(group: str, component: Any, example: str, base: type[Section]) -> tup
         raise ConfigError(f"{kind.__name__} is no {noun}: {why}; see `fedloom components new {group} NAME`")
     shown = f"the class {component.__name__}" if isinstance(component, type) else repr(component)
     raise ConfigError(f"{noun} is {shown}; give an object such as {example}")
-
-
-def _installed_as(group: str, component: object) -> str | None:
-    """The name under which an object's class is installed; None if it is not."""
-    kind = type(component)
-    home = f"{kind.__module__}:{kind.__qualname__}"
-    return next((name for name, entry in registry.entries(group).items() if entry.value == home), None)
 
 
 def _options(component: BaseModel) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom.api.run import Run
 from fedloom.core import registry
+from fedloom.core.errors import ModelError
 
 if TYPE_CHECKING:
     import pandas
@@ -86,7 +87,7 @@ class Result:
     def adapter(self) -> "PeftModel | PreTrainedModel":
         """The base model with the adapter, loaded from the run folder as its user would, in evaluation mode.
 
-        A PeftModel, or the merged model of a kind of adapter that PEFT does not know.
+        A PeftModel, or a model of transformers: merged, or with the layers of a kind that cannot be merged.
         """
         return self._load()
 
@@ -95,7 +96,12 @@ class Result:
 
         Raises:
             ValueError: A merged weight would not be finite.
+            ModelError: The kind of adapter cannot be merged.
         """
+        from fedloom.client.models.adapter_folder import is_folder
+
+        if is_folder(self.simulated.exported):
+            raise ModelError(f"{self.simulated.exported} cannot be merged; use `adapter`, the model with its layers")
         model = self._load()
         return model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
 
@@ -114,9 +120,8 @@ class Result:
 
         model = self.run.config.model
         base = resolve_base(model.base)
-        folder = next(path for name in ("adapter", "merged") if (path := self.folder / name).is_dir())
         with registry.locally(self.run.local):
-            return load_exported(base, folder, len(model.labels), model.task, model.image_size)
+            return load_exported(base, self.simulated.exported, len(model.labels), model.task, model.image_size)
 
     def __repr__(self) -> str:
         """The figures that matter, in one line."""

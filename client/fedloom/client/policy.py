@@ -14,6 +14,7 @@ from fedloom.core.config.parsing import FileName, FilePath, Section, explain, pa
 from fedloom.core.config.run import Spec, task_traits
 from fedloom.core.errors import PolicyError
 from fedloom.core.limits import MAX_ROUNDS
+from fedloom.core.privacy.spends import round_participation
 from fedloom.core.registry import entries
 
 __all__ = [
@@ -113,7 +114,7 @@ class PrivacyPolicy(Section):
     min_noise_multiplier: float = Field(default=0.3, ge=0.01, le=1000)
     """Least noise accepted in any step."""
     max_sampling_rate: float = Field(default=0.5, ge=1e-9, le=1)
-    """Highest Poisson rate accepted."""
+    """Highest Poisson rate accepted; with noise bands, that of the steps in which an example may be."""
     min_clip_norm: float = Field(default=1e-3, ge=1e-6, le=1e6)
     """Least clip norm accepted."""
     max_clip_norm: float = Field(default=1e3, ge=1e-6, le=1e6)
@@ -139,6 +140,9 @@ class ComputePolicy(Section):
     memory_mib: int | None = Field(default=None, ge=64)
     """Memory for the client in MiB; the micro-batch is fitted to it. On CUDA the allocator keeps to it. None is what is
     free."""
+    activation_cache_mib: int = Field(default=2048, ge=0)
+    """Most MiB of an encrypted temporary file with what the frozen blocks below all that is trained give for each
+    example, so that they are computed once for it. 0 computes them in every step."""
     upload_bytes_per_s: int | None = Field(default=None, ge=SLOWEST_BYTES_PER_S)
     """Most bytes of updates sent in a second, on average. None sets no cap. A coordinator ends slower transfers."""
     download_bytes_per_s: int | None = Field(default=None, ge=SLOWEST_BYTES_PER_S)
@@ -298,8 +302,9 @@ def _privacy_problems(policy: Policy, spec: Spec) -> list[str]:
         )
     if not mine.min_clip_norm <= asked.clip_norm <= mine.max_clip_norm:
         problems.append(f"clip norm {asked.clip_norm:g} ({mine.min_clip_norm:g} to {mine.max_clip_norm:g})")
-    if spec.train.sampling_rate > mine.max_sampling_rate:
-        problems.append(f"sampling rate {spec.train.sampling_rate:g} (at most {mine.max_sampling_rate:g})")
+    if (rate := round_participation(spec)[0]) > mine.max_sampling_rate:
+        bands = f" over {asked.noise_bands} noise bands" if asked.noise_bands > 1 else ""
+        problems.append(f"sampling rate {rate:g}{bands} (at most {mine.max_sampling_rate:g})")
     if policy.data.declared_examples is None:
         problems.append("a private run without data.declared_examples in this policy; declare a rounded number")
     else:

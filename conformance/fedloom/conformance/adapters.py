@@ -117,15 +117,18 @@ class AdapterConformance:
         assert not [name for name, each in model.model.named_parameters() if each.requires_grad]
 
     def test_it_starts_as_the_base_model(self, model: AdapterModel, folder: Path) -> None:
-        """As attached, and with what a run draws for its tensors."""
+        """As attached, unless the traits say that it does not, and with what a run draws for its tensors."""
         batch, plain = self.batch(model), load_base(folder, _task()).model.eval()
-        expected = _logits(plain, batch)
-        torch.testing.assert_close(_logits(model.model, batch), expected, **_CLOSE)
+        attached, expected = _logits(model.model, batch), _logits(plain, batch)
+        if model.adapter.traits.starts_as_base:
+            torch.testing.assert_close(attached, expected, **_CLOSE)
+        else:
+            assert not torch.allclose(attached, expected, **_CLOSE), "it does: leave starts_as_base as it is"
 
         drawn = starting_adapter(model.schema, 5)
         model.load({slot.spec.name: drawn[slot.spec.name] for slot in _own(model)})
 
-        torch.testing.assert_close(_logits(model.model, batch), expected, **_CLOSE)
+        torch.testing.assert_close(_logits(model.model, batch), attached, **_CLOSE)
 
     def test_what_is_loaded_is_read(self, trained: AdapterModel) -> None:
         """A tensor that travels as a change counts from the base model's value."""
@@ -174,8 +177,15 @@ class AdapterConformance:
                 probe(model, loss, 32)
 
     def test_merging_equals_the_forward_pass(self, trained: AdapterModel, folder: Path) -> None:
-        """The merged model has exactly the base model's parameters, and gives what the adapter gave."""
+        """The merged model has exactly the base model's parameters, and gives what the adapter gave.
+
+        A kind that says that it cannot be merged refuses.
+        """
         batch = self.batch(trained)
+        if not trained.adapter.traits.merges:
+            with pytest.raises(ModelError):
+                trained.adapter.merge(trained.model)
+            return
         expected = _logits(trained.model, batch)
 
         merged = _merged(trained)

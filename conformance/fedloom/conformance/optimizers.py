@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -111,6 +112,20 @@ class OptimizerConformance:
             assert moved <= most * (1 + 1e-4) + 1e-5
 
         bounded()
+
+    def test_what_noise_moves_is_known_if_claimed(self) -> None:
+        """Each step's noise moves values by what a gradient in that step alone does: the squares of these add up."""
+        known = getattr(self.optimizer(), "noise_moved", lambda *_: None)(_STEPS, 0.01, 2.0)
+        if known is None:
+            pytest.skip("it does not say what noise moves")
+        squares = 0.0
+        for impulse in range(_STEPS):
+            parameters = _parameters(1)
+            start = [each.detach().clone() for each in parameters]
+            self.run(parameters, lambda step, now, at=impulse: [torch.full_like(each, step == at) for each in now])  # type: ignore[misc]
+            squares += float((parameters[0].detach() - start[0]).double().square().mean())
+
+        assert known == pytest.approx(2.0 * squares**0.5, rel=1e-4)
 
     def moved(
         self, steps: int, rate: float, gradient: float, pull: float, kind: str, noise: float = 0.0

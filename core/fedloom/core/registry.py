@@ -37,6 +37,7 @@ __all__ = [
     "lacking",
     "load",
     "locally",
+    "name_of",
     "noun",
     "options_model",
     "refresh",
@@ -149,6 +150,16 @@ def entries(group: str) -> dict[str, Entry]:
     """
     here = {name: Entry(name, HERE, "0", _value(make)) for name, make in _here(group).items()}
     return {name: entry for name, (entry, _) in _points(group).items()} | here
+
+
+def name_of(group: str, component: object) -> str | None:
+    """The name under which an object's class is installed; None if it is not.
+
+    Raises:
+        ConfigError: See `entries`.
+    """
+    home = _value(type(component))
+    return next((name for name, entry in entries(group).items() if entry.value == home), None)
 
 
 def load(group: str, name: str) -> Callable[..., Any]:

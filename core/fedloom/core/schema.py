@@ -54,6 +54,9 @@ class Start(StrEnum):
     """Zero: the model starts as the base model, or the tensor travels as a change of what the base model has."""
     KAIMING = "kaiming"
     """Uniform in +-1/sqrt(in), in being the last size: Kaiming-uniform with a = sqrt(5), as PEFT draws a lora_A."""
+    ORTHOGONAL = "orthogonal"
+    """A matrix of orthonormal rows, or columns where it is taller than wide, made of a normal one (Saxe et al., ICLR
+    2014, arXiv 1312.6120)."""
     NORMAL = "normal"
     """Normal with standard deviation 0.02: `initializer_range` of BERT (Devlin et al., 2019) and its descendants."""
 

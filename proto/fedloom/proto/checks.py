@@ -6,7 +6,7 @@ state of the run (right round, right client, right length) is for the coordinato
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, ValidationInfo
 
@@ -40,6 +40,7 @@ __all__ = [
     "SpecText",
     "StepNumber",
     "Trained",
+    "Turns",
     "UploadCodec",
     "Words",
     "overridden",
@@ -58,6 +59,8 @@ _ANY_RUN = TrainSection(steps=1, sampling_rate=1.0, learning_rate=1.0)
 """A [train] to check overrides against before it is known which run they are for."""
 
 _MOST_FIGURES, _LARGEST_FIGURE, _MAX_PARTS = 5, 1e12, 1000
+
+_Selection = TypeVar("_Selection", frozenset[str], tuple[str, ...])
 
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -144,7 +147,7 @@ def _upload_codec(name: str) -> str:
     return name if name == MASKED else _codec(name)
 
 
-def _words(found: frozenset[str]) -> frozenset[str]:
+def _words(found: _Selection) -> _Selection:
     """Roles and names of tensors. Whether the adapter has them is for whoever has its schema to say."""
     if len(found) > MAX_TENSORS or any(not 0 < len(word) <= MAX_NAME_LENGTH for word in found):
         raise ProtocolError(
@@ -218,6 +221,8 @@ UploadCodec = Annotated[str, AfterValidator(_upload_codec)]
 Words = Annotated[frozenset[str], AfterValidator(_words), PlainSerializer(sorted)]
 """Roles and names of tensors, see `Schema.select`; sorted in a message."""
 Trained = Annotated[Words, AfterValidator(_trained)]
+Turns = Annotated[tuple[str, ...], AfterValidator(_words)]
+"""Roles and names of tensors in an order."""
 LocalValues = Annotated[Mapping[str, float], AfterValidator(_local)]
 Figures = Annotated[tuple[_Real, ...], AfterValidator(_score)]
 RetryAfter = Annotated[_Real, AfterValidator(_wait)]

@@ -4,10 +4,12 @@ Each message is declared once. Its fields have the names they have in the `.prot
 what must hold of one that came from a peer; `message_codec` derives the rest.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import with_config
 
+from fedloom.core.errors import ProtocolError
 from fedloom.core.schema import Schema
 from fedloom.proto.checks import (
     STRICT,
@@ -28,6 +30,7 @@ from fedloom.proto.checks import (
     SpecText,
     StepNumber,
     Trained,
+    Turns,
     UploadCodec,
     Words,
 )
@@ -45,6 +48,7 @@ __all__ = [
     "UpdateHeader",
     "Wait",
     "broadcast_schema",
+    "moving",
     "upload_schema",
 ]
 
@@ -91,6 +95,8 @@ class Assignment:
     local: LocalValues = field(default_factory=dict)
     linear: Words = frozenset()
     """Tensors that the broadcast carries a term for, which is added to their gradients in every step."""
+    turns: Turns = ()
+    """What moves by turns, see `moving`."""
 
 
 @with_config(STRICT)
@@ -180,3 +186,24 @@ def upload_schema(schema: Schema, assignment: Assignment) -> Schema:
     """The schema of the update that answers an assignment, derived from the run's."""
     derived = schema.with_rank(assignment.rank) if assignment.rank else schema
     return derived.select(assignment.train, but=assignment.personal)
+
+
+def moving(schema: Schema, train: Iterable[str], turns: Sequence[str]) -> tuple[frozenset[str], ...]:
+    """Names of the tensors that move in each step of a cycle: step t of a round is the one at t % its length.
+
+    Args:
+        schema: The run's.
+        train: What is trained, by role or name.
+        turns: What takes turns, see `Plan.turns`; without any the cycle is one step, in which everything moves.
+
+    Raises:
+        ProtocolError: A turn is of nothing that is trained.
+    """
+    trained = schema.select(train).names()
+    taken = [schema.select((word,)).names() for word in turns]
+    for word, names in zip(turns, taken, strict=True):
+        if not names or not names <= trained:
+            among = ", ".join(sorted(schema.words(trained)))[:200]
+            raise ProtocolError(f"{word[:64]!r} is to move by turns and is not all trained; what is trained is {among}")
+    always = trained.difference(*taken)
+    return tuple(always | names for names in taken) or (trained,)

@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass, replace
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.accounting import calibrate, epsilon
-from fedloom.core.privacy.spends import evaluation_spend, evaluations
+from fedloom.core.privacy.spends import evaluation_spend, evaluations, round_participation
 from fedloom.core.registry import build
 from fedloom.server.privacy.user_ledger import settled
 from fedloom.strategies.api import Strategy
@@ -32,7 +32,7 @@ def calibrated(config: RunConfig, own: Strategy | None = None) -> RunConfig:
     Raises:
         ConfigError: A privacy target cannot be reached.
     """
-    privacy, train = config.privacy, config.train
+    privacy = config.privacy
     noise = privacy.noise_multiplier
     if privacy.enabled and noise is None:
         scored = [evaluation_spend(config)] * evaluations(config, config.run.rounds)
@@ -41,8 +41,9 @@ def calibrated(config: RunConfig, own: Strategy | None = None) -> RunConfig:
                 f"{len(scored)} evaluations alone cost epsilon {cost:.2f} of privacy.epsilon = {privacy.epsilon:g}; "
                 "raise federated_evaluation.every or its noise_multiplier"
             )
-        steps = train.steps * (config.run.rounds + config.rounds.spare_rounds)
-        noise = calibrate(privacy.epsilon, privacy.delta, train.sampling_rate, steps, prior=scored)
+        rate, steps = round_participation(config)
+        charged = steps * (config.run.rounds + config.rounds.spare_rounds)
+        noise = calibrate(privacy.epsilon, privacy.delta, rate, charged, prior=scored)
     private = privacy.model_copy(update={"noise_multiplier": noise if privacy.enabled else None})
     user, weighting = settled(config), config.strategy.weighting
     if weighting == "auto":

@@ -183,7 +183,9 @@ class Coordinator(Course):
                     return True
                 self._traffic.up(header.round, client, len(payload))
                 if why is None:
-                    accepted = UpdateAccepted(header.round, client, header.digest, update.weight, header.score)
+                    accepted = UpdateAccepted(
+                        header.round, client, header.digest, update.weight, header.score, update.noise_std
+                    )
                     self._history.record(accepted)
                     self._history.keep(update)
                 else:

@@ -7,6 +7,7 @@ from fedloom.core.limits import MAX_CLIENTS, MAX_NAME_LENGTH
 from fedloom.proto.messages import PROTOCOL_VERSION
 from fedloom.server.rounds.fedbuff import check_buffered
 from fedloom.server.rounds.membership import Member, Members
+from fedloom.server.rounds.update_norm import check_noise
 from fedloom.strategies.api import Strategy
 
 __all__ = ["MAX_EXAMPLES", "admitted", "check_config", "check_join", "check_room", "check_work"]
@@ -22,7 +23,8 @@ def check_config(config: RunConfig, strategy: Strategy) -> None:
 
     Raises:
         ConfigError: A cohort is smaller than the updates a round needs, or a round may close with fewer than the
-            strategy needs, or it ignores weights that are set, or its clients must take other steps. With secure
+            strategy needs, or it ignores weights that are set, or its clients must take other steps, or it looks at
+            noise that is not known. With secure
             aggregation: the strategy needs the updates themselves, weights differ, or cohorts are too small or too
             large.
         CodecError: A codec is unknown.
@@ -39,11 +41,18 @@ def check_config(config: RunConfig, strategy: Strategy) -> None:
         raise ConfigError(
             "rounds.dropout_rate needs rounds.clients_per_round, the updates wanted; set that or leave the rate out"
         )
+    if config.rounds.keep and config.user_level.enabled:
+        raise ConfigError(
+            f"rounds.keep = {config.rounds.keep} with user_level.enabled = true: the noise is added to the sum, and "
+            "updates without any would stay on the disk; leave one of them out"
+        )
     if config.rounds.mode == "buffered":
         check_buffered(config, strategy)
     _check_counts(config, strategy)
     if strategy.traits.plain_sgd:
         _check_plain(config)
+    if strategy.traits.reads_noise:
+        check_noise(config)
     if config.secure_aggregation.enabled:
         _check_secure(config, strategy)
     if config.user_level.enabled and config.federated_evaluation.enabled:
@@ -139,9 +148,10 @@ def _check_counts(config: RunConfig, strategy: Strategy) -> None:
 
 def _check_plain(config: RunConfig) -> None:
     """Refuse local steps other than those of plain SGD."""
-    plain = {"optimizer": "sgd", "momentum": 0.0, "ema": 0.0, "proximal_mu": 0.0}
+    plain = {"optimizer": "sgd", "momentum": 0.0, "smoothing": False, "ema": 0.0, "proximal_mu": 0.0}
+    given = {**config.train.model_dump(), **config.train.built().model_dump()}
     for key, value in plain.items():
-        if (asked := getattr(config.train, key)) != value:
+        if (asked := given.get(key, value)) != value:
             raise ConfigError(
                 f"train.{key} = {asked!r} with strategy {config.strategy.name!r}, which takes the mean change of a "
                 f"step for a gradient; plain SGD alone has that: set it to {value!r} or choose another strategy, such "

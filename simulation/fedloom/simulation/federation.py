@@ -21,6 +21,7 @@ from fedloom.core.config.data import DataSection
 from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.config.start import pinned
 from fedloom.core.errors import ConfigError, FedloomError
+from fedloom.core.privacy.spends import round_participation
 from fedloom.core.registry import OURS
 from fedloom.core.registry import build as build_component
 from fedloom.server.build import calibrated
@@ -214,7 +215,7 @@ def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
                 "epsilon": spec.privacy.epsilon,
                 "delta": spec.privacy.delta,
                 "min_noise_multiplier": spec.privacy.noise_multiplier or 1.0,
-                "max_sampling_rate": spec.train.sampling_rate,
+                "max_sampling_rate": round_participation(spec)[0],
                 "min_clip_norm": spec.privacy.clip_norm,
                 "max_clip_norm": spec.privacy.clip_norm,
                 "allow_non_private": not spec.privacy.enabled,

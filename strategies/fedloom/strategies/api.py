@@ -60,6 +60,11 @@ class Plan:
     """A term that the client adds to its gradient in every step, after clipping and noise: g + linear. By name of a
     tensor that it uploads, float32, in that one's shape (at `rank`); tensors that are not named get none. It travels
     with the broadcast and in its codec, and each different one is a broadcast of its own."""
+    turns: tuple[str, ...] = ()
+    """Roles or names that take turns within the round: in step t, counted from 0, what turns[t % len(turns)] selects
+    moves, and what only the other turns select rests. What is trained and in no turn moves in every step. What rests is
+    no part of the step's gradient: in a private run it is neither clipped nor noised. Empty: everything moves in every
+    step."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,10 @@ class Update:
     rows too, and the client's ledger has been charged for them. Empty where the round has no evaluation or the client
     trained it anew, where the rows drown in the noise, and for an update that stands for several clients. Clients can
     lie here as they can about weights."""
+    noise_std: float = 0.0
+    """Standard deviation of the privacy noise in each value of `delta` that moved in every step, but for the head's,
+    which may have a learning rate of its own. It follows from the run file and the client's declared examples. It is 0
+    without [privacy], and for strategies whose traits do not say `reads_noise`."""
 
     def value(self, name: str) -> Array:
         """The client's trained tensor, start + delta, in float64."""
@@ -132,6 +141,8 @@ class Traits:
     """Every update counts once, whatever its weight; a run that weighs clients by examples is refused."""
     least_updates: int = 1
     """`commit` raises `ProtocolError` for fewer updates; a run whose `rounds.min_clients` is below it is refused."""
+    reads_noise: bool = False
+    """It looks at `Update.noise_std`; a private run whose optimizer leaves that unknown is refused."""
 
 
 class Strategy(Protocol):

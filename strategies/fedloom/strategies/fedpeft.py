@@ -11,7 +11,12 @@ from fedloom.strategies.transforms.transform import Composed
 
 __all__ = ["FedPEFT"]
 
-_ROLES: dict[str, frozenset[str]] = {"lora": LORA, "bias": frozenset({Role.BIAS}), "head": frozenset({Role.HEAD})}
+_ROLES: dict[str, frozenset[str]] = {
+    "lora": LORA,
+    "bias": frozenset({Role.BIAS}),
+    "adapter": frozenset({"adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias"}),
+    "head": frozenset({Role.HEAD}),
+}
 
 
 @dataclass(frozen=True)
@@ -20,18 +25,19 @@ class FedPEFT(Composed):
 
     The paper's rule is FedAvg on the tuned set, so on a run whose adapter holds just that kind the result is
     FedAvg's, bit for bit. What the name adds is the contract of the paper's prototypes: the kind is stated, a run
-    whose adapter lacks it is refused, and nothing else is trained. The average is exact for "bias" and "head";
-    for "lora", which the paper does not try, it has FedAvg's cross term (use FFA or FedSVD where that matters).
+    whose adapter lacks it is refused, and nothing else is trained. The average is exact for "bias" and "head", not for
+    "adapter"; for "lora", which the paper does not try, it has FedAvg's cross term (FFA and FedSVD have none).
 
     Args:
-        kind: What is tuned beside the head: "lora", "bias" (the paper's FedPEFT-Bias) or "head" (its head-tuning).
+        kind: What is tuned beside the head: "lora", "bias" (the paper's FedPEFT-Bias), "adapter" (its FedPEFT-Adapter,
+            the adapter kind bottleneck) or "head" (its head-tuning).
         train_head: Whether the head is trained; it is broadcast either way.
 
     Raises:
         ConfigError: The kind is unknown, or is the head while the head is frozen.
     """
 
-    kind: Literal["lora", "bias", "head"] = "lora"
+    kind: Literal["lora", "bias", "adapter", "head"] = "lora"
     train_head: bool = True
 
     def build(self) -> Strategy:

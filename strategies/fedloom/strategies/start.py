@@ -8,6 +8,7 @@ from fedloom.core.config.run import RunConfig
 from fedloom.core.config.start import beginning, check_digest, check_origin, needs_base, read_tensors, tensors_file
 from fedloom.core.errors import ConfigError
 from fedloom.core.schema import Array, Role, Schema, Start, TensorSpec
+from fedloom.strategies.lowrank import orthonormal_rows
 
 __all__ = ["starting_adapter", "stored_start"]
 
@@ -73,6 +74,10 @@ def _draw(spec: TensorSpec, seed: int, index: int) -> Array:
         case Start.KAIMING:
             bound = 1.0 / np.sqrt(spec.shape[-1])
             return generator.uniform(-bound, bound, spec.shape).astype(np.float32)
+        case Start.ORTHOGONAL:
+            drawn = generator.normal(size=spec.shape)
+            basis = orthonormal_rows(drawn if len(drawn) <= drawn.shape[1] else drawn.T)
+            return (basis if basis.shape == spec.shape else basis.T).astype(np.float32)
         case Start.NORMAL:
             return generator.normal(0.0, NORMAL_STD, spec.shape).astype(np.float32)
     return np.zeros(spec.shape, np.float32)

@@ -1,4 +1,4 @@
-"""VeRA against PEFT's own layer, Hydra and Tucker against their papers' formulas."""
+"""VeRA against PEFT's own layer; Hydra, Tucker and two pairs against their papers' formulas."""
 
 import hashlib
 
@@ -92,6 +92,29 @@ def test_what_starts_at_zero_leaves_the_rest_a_gradient(model_section: ModelSect
 
     own = {spec.name: spec.role for spec in model.schema.tensors if spec.role != "head"}
     assert {role for name, role in own.items() if not start[name].any()} == zero
+
+
+def test_two_pairs_are_one_of_twice_the_rank(model_section: ModelSection) -> None:
+    """W0 + s [B_s B_o] [A_s; A_o] in numpy, float64; each pair has one role, an A that is drawn and a B of zeros."""
+    model = make_model(model_section, AdapterSection(kind="dual-lora", rank=3, alpha=6))
+    specs = {spec.name: spec for spec in model.schema.tensors if spec.module == LAYER}
+    drawn = starting_adapter(model.schema, 5)
+    values = {name.rpartition(".")[2]: v for name, v in model.read(model.schema).items() if name in specs}
+    layer = plain(model.model.get_base_model().get_submodule(LAYER).inner)
+    before = layer.weight.detach().double().numpy().copy()
+
+    model.adapter.merge(model.model)
+
+    b, a = np.hstack([values["shared_B"], values["own_B"]]), np.vstack([values["shared_A"], values["own_A"]])
+    np.testing.assert_allclose(layer.weight.detach().numpy(), before + 2.0 * b @ a, rtol=1e-4, atol=1e-5)
+    assert [(spec.role, spec.rank_axis) for spec in specs.values()] == [
+        ("shared", 0),
+        ("shared", 1),
+        ("own", 0),
+        ("own", 1),
+    ]
+    assert [drawn[name].any() for name in specs] == [True, False, True, False]
+    assert {model.schema.with_rank(2).select([name]).tensors[0].shape for name in specs} == {(2, 32), (32, 2)}
 
 
 def test_a_client_may_work_at_a_lower_rank_of_hydra(model_section: ModelSection) -> None:

@@ -1,4 +1,4 @@
-"""(IA)³ against PEFT's own layer, SSF against the paper's formula, and LN-tuning against what PEFT loads."""
+"""(IA)³ against PEFT's own layer, SSF and PEQA against their formulas, and LN-tuning against what PEFT loads."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from peft import IA3Config, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
+from fedloom.client.adapters.scaling.peqa import rounded
 from fedloom.client.adapters.wrapping import plain
 from fedloom.client.models.load import load_model
 from fedloom.core.config.run import AdapterSection, ModelSection
@@ -86,6 +87,41 @@ def test_ssf_can_leave_out_the_norms(model_section: ModelSection) -> None:
     model = load_model(model_section, adapter)
 
     assert {spec.module.rpartition(".")[2] for spec in model.schema.tensors} == {"query", "classifier"}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_peqa_rounds_to_the_nearest_whole_number_of_a_rows_scale(bits: int) -> None:
+    """In numpy, float64: at most half a step from the weight, on 2^bits values a row, and zero is one of them."""
+    draw = np.random.default_rng(0)
+    weight = draw.normal(0, 0.1, (9, 200)).astype(np.float32)
+    weight[0], weight[1], weight[2, 3:] = np.abs(weight[0]), 0, 0
+
+    found = rounded(torch.from_numpy(weight), bits).numpy().astype(np.float64)
+
+    step = (weight.max(1).clip(0) - weight.min(1).clip(None, 0)).astype(np.float64) / (2**bits - 1)
+    assert np.all(np.abs(found - weight).max(1) <= step * 0.5001)
+    whole = found / np.where(step, step, 1)[:, None]
+    np.testing.assert_allclose(whole, whole.round(), atol=1e-4)
+    assert all(len(np.unique(row)) <= 2**bits for row in whole.round())
+    assert not found[1].any()
+    assert not found[2, 3:].any()
+
+
+def test_peqas_result_is_whole_numbers_times_the_trained_scale(model_section: ModelSection) -> None:
+    """W = (1 + d) s0 (Q - z), with what the base model's own weight is rounded to; the bias is not scaled."""
+    name = f"{LAYER}.self.query"
+    base = AutoModelForSequenceClassification.from_pretrained(model_section.base, num_labels=2)
+    start = base.get_submodule(name)
+    model = make_model(model_section, AdapterSection.model_validate({"kind": "peqa", "bits": 4}))
+    layer, values = plain(model.model.get_base_model().get_submodule(name).inner), model.read(model.schema)
+
+    model.adapter.merge(model.model)
+
+    factor = 1 + values[f"{name}.peqa_scale"][:, None]
+    with torch.no_grad():
+        np.testing.assert_allclose(layer.weight, factor * rounded(start.weight, 4).numpy(), rtol=1e-5, atol=1e-7)
+        assert torch.equal(layer.bias, start.bias)
+        assert not torch.allclose(rounded(start.weight, 4), start.weight, atol=1e-3)
 
 
 def test_layer_norms_are_counted_and_move_alone(model_section: ModelSection) -> None:

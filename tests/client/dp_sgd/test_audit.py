@@ -16,7 +16,7 @@ from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded
 from fedloom.client.training import trainer as trainer_module
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import ConfigError
-from fedloom.core.privacy.accounting import epsilon
+from fedloom.core.privacy.accounting import Spend, epsilon
 from fedloom.core.privacy.gaussian import UNITS
 
 pytestmark = pytest.mark.slow
@@ -173,6 +173,19 @@ def test_an_example_that_is_always_sampled_is_noticed(spec: Spec, monkeypatch: p
     monkeypatch.setattr(module, "poisson", everyone)
 
     assert sampled_steps(spec, PrivateOptimizer).verdict == "VIOLATION"
+
+
+def test_noise_bands_are_attacked_by_blocks_and_an_account_at_the_rate_of_a_step_is_refuted(spec: Spec) -> None:
+    """Four bands at rate 0.2: sampled at 0.8 in every fourth step, whose noise the attacker puts together again."""
+    train = {"steps": 12, "sampling_rate": 0.2, "momentum": 0.5}
+    privacy = spec.privacy.model_dump() | {"noise_bands": 4}
+    bands = Spec.model_validate(spec.model_dump() | {"train": train, "privacy": privacy})
+
+    check = sampled_steps(bands, PrivateOptimizer)
+
+    assert (check.steps, check.sampling_rate) == (3, 0.8)
+    assert check.verdict == "consistent"
+    assert check.lower > epsilon([Spend(0.2, 1.0, 3)], DELTA)
 
 
 @pytest.mark.parametrize("fault", [NoNoise, Unclipped, ClipsLoosely])

@@ -13,7 +13,7 @@ from fedloom.core.config.run import Spec
 from fedloom.core.errors import PolicyError, ProtocolError
 from fedloom.core.schema import Array, Role, Schema, TensorSpec
 from fedloom.proto.checks import LOCAL_NAMES
-from fedloom.proto.messages import Assignment, broadcast_schema, upload_schema
+from fedloom.proto.messages import Assignment, broadcast_schema, moving, upload_schema
 
 A, B, HEAD = (
     TensorSpec("q.A", "q", Role.LORA_A, (4, 8)),
@@ -176,6 +176,33 @@ def test_tensors_are_selected_by_role_or_by_name(run: Spec) -> None:
     check_order(policy(), run, SCHEMA, asked)
 
     assert upload_schema(SCHEMA, asked).names() == {"q.B"}
+
+
+def test_turns_and_noise_of_bands_are_refused_together(run: Spec) -> None:
+    turns = (Role.LORA_B, Role.LORA_A)
+    asked = order(train=frozenset(turns), turns=turns)
+    bands = run.privacy.model_copy(update={"noise_bands": 2})
+
+    check_order(policy(), run, SCHEMA, asked)
+    with pytest.raises(PolicyError, match=r"tensors take turns in a run with privacy.noise_bands = 2"):
+        check_order(policy(), run.model_copy(update={"privacy": bands}), SCHEMA, asked)
+
+
+@pytest.mark.parametrize("turns", [("lora_Z",), (Role.LORA_B, Role.LORA_A), (Role.LORA_B, "head.bias")])
+def test_nothing_takes_turns_that_is_not_trained(run: Spec, turns: tuple[str, ...]) -> None:
+    asked = order(train=frozenset({Role.LORA_B}), turns=turns)
+
+    with pytest.raises(ProtocolError, match=r"is to move by turns and is not all trained; what is trained is lora_B"):
+        check_order(policy(), run, SCHEMA, asked)
+    with pytest.raises(ProtocolError, match="this adapter has head"):
+        check_order(policy(), run, SCHEMA, order(train=frozenset({"lora_Z"}), turns=("lora_Z",)))
+
+
+def test_a_cycle_has_what_moves_in_each_step() -> None:
+    assert moving(SCHEMA, ROLES, ()) == (SCHEMA.names(),)
+    b, a = frozenset({"q.B", "head.bias"}), frozenset({"q.A", "head.bias"})
+    assert moving(SCHEMA, ROLES, (Role.LORA_B, Role.LORA_A)) == (b, a)
+    assert moving(SCHEMA, ROLES, (Role.LORA_B, "q.B", Role.LORA_A)) == (b, b, a)
 
 
 def test_corrections_of_quantised_weights_are_refused_before_the_charge(run: Spec) -> None:

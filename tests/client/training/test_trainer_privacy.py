@@ -1,5 +1,7 @@
 """What a round of training promises to a private data set."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from fedloom.client.policy import Policy
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.trainer import Trainer
-from fedloom.core.config.run import Spec
+from fedloom.core.config.run import AdapterSection, Spec
 from fedloom.core.errors import BudgetError, DataError, PolicyError, ProtocolError
 from fedloom.core.privacy.accounting import Spend
 from fedloom.core.privacy.gaussian import UNITS, Integers, longest
@@ -133,6 +135,27 @@ def test_an_empty_sample_is_pure_noise_in_private_and_no_step_otherwise(
     scale = one.train.learning_rate * 1.0 * one.privacy.clip_norm / (1e-6 * 40)
     size = tiny_model.schema.size
     noise = NoOne().normal(UNITS, size) / longest(size)
+    np.testing.assert_allclose(flat, -scale * noise, rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_what_stays_with_the_client_has_the_noise_of_what_is_sent(
+    build_model: Callable[[AdapterSection], AdapterModel], rows: Rows, spec: Spec, policy: Policy, ledger: Ledger
+) -> None:
+    """Gradients on a shared pair depend on the own one: its training is in the same clipped and noised sum."""
+    model = build_model(AdapterSection(kind="dual-lora", rank=2))
+    one = changed(spec, train={"steps": 1, "sampling_rate": 1e-6})
+    values, words = start(model), frozenset({"shared", "own", Role.HEAD})
+    trainer = Trainer(model, rows, one, policy, ledger, entropy_for=lambda _: NoOne())
+
+    sent = trainer.train("run", assignment(words, personal=frozenset({"own"}), broadcast_roles=words), values).delta
+
+    kept = trainer.personal("run")
+    assert kept.keys() == model.schema.names("own")
+    assert not sent.keys() & kept.keys()
+    moved = sent | {name: value - values[name] for name, value in kept.items()}
+    flat = np.concatenate([moved[each.name].reshape(-1) for each in model.schema.tensors])
+    scale = one.train.learning_rate * one.privacy.clip_norm / (1e-6 * 40)
+    noise = NoOne().normal(UNITS, model.schema.size) / longest(model.schema.size)
     np.testing.assert_allclose(flat, -scale * noise, rtol=1e-4, atol=1e-6 * scale)
 
 

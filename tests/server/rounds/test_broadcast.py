@@ -9,7 +9,7 @@ import pytest
 
 from fedloom.core.codecs.dense import Dense
 from fedloom.core.config.run import RunConfig
-from fedloom.core.errors import SchemaError, StrategyError
+from fedloom.core.errors import ConfigError, SchemaError, StrategyError
 from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.server.rounds.broadcast import Broadcasts
 from fedloom.strategies.api import Plan, State
@@ -169,4 +169,54 @@ def test_a_term_of_another_shape_is_the_strategys_error(configure: Any) -> None:
     broadcasts = Broadcasts(configure(1), SCHEMA, strategy, strategy.init(SCHEMA, SCHEMA.zeros(), 0))
 
     with pytest.raises(SchemaError, match=r"'m.B.linear' has shape \(2, 40\); the schema says \(40, 2\)"):
+        broadcasts.assignment("c0")
+
+
+def test_plans_that_differ_in_turns_are_different_assignments(configure: Any) -> None:
+    turns = (Role.LORA_A, Role.LORA_B)
+    strategy = Varied(lambda plan, k: replace(plan, turns=turns[:: 1 if k % 2 else -1]))
+    state = strategy.init(SCHEMA, SCHEMA.zeros(), 0)
+    broadcasts = Broadcasts(configure(1, train={"steps": 2}), SCHEMA, strategy, state)
+
+    found = [broadcasts.assignment(client) for client in CLIENTS]
+
+    assert [each.turns for each in found] == [turns[:: 1 if k % 2 else -1] for k in range(len(CLIENTS))]
+    assert len({each.broadcast_digest for each in found}) == 1
+
+
+def test_turns_under_noise_of_bands_are_refused(configure: Any) -> None:
+    strategy = Varied(lambda plan, k: replace(plan, turns=(Role.LORA_A, Role.LORA_B)))
+    config = configure(1, train={"steps": 2}, privacy={"noise_bands": 2, "enabled": True, "noise_multiplier": 1.0})
+    broadcasts = Broadcasts(config, SCHEMA, strategy, strategy.init(SCHEMA, SCHEMA.zeros(), 0))
+
+    with pytest.raises(ConfigError, match=r"set privacy.noise_bands = 1, or choose another strategy"):
+        broadcasts.assignment("c0")
+
+
+def test_the_rate_sum_of_a_tensor_counts_the_steps_of_its_turns(configure: Any) -> None:
+    strategy = Varied(lambda plan, k: replace(plan, turns=(Role.LORA_B, Role.LORA_A)))
+    config = configure(1, train={"steps": 5, "learning_rate": 0.1})
+    broadcasts = Broadcasts(config, SCHEMA, strategy, strategy.init(SCHEMA, SCHEMA.zeros(), 0))
+
+    told = broadcasts.update("c0", 1.0, {}, {})
+
+    assert told.rate_sums == pytest.approx({"m.B": 0.3, "m.A": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (
+            (Role.LORA_A, Role.LORA_B),
+            "2 selections of tensors take turns, and a round has 1 steps; set train",
+        ),
+        (("lora_Z",), "no client would take the strategy's plan: 'lora_Z' is to move by turns"),
+        ((Role.HEAD,), "no client would take the strategy's plan: 'head' is to move by turns"),
+    ],
+)
+def test_turns_that_no_round_could_follow_are_refused(configure: Any, turns: tuple[str, ...], message: str) -> None:
+    strategy = Varied(lambda plan, k: replace(plan, turns=turns))
+    broadcasts = Broadcasts(configure(1), SCHEMA, strategy, strategy.init(SCHEMA, SCHEMA.zeros(), 0))
+
+    with pytest.raises(ConfigError, match=message):
         broadcasts.assignment("c0")

@@ -10,7 +10,8 @@ from fedloom.core.registry import entries
 from fedloom.simulation.simulate import simulate
 from tests.families import save_family
 
-KINDS = sorted(name for name, entry in entries("adapters").items() if entry.ours)
+KINDS = {name: {"kind": name} for name, entry in sorted(entries("adapters").items()) if entry.ours}
+KINDS |= {start: {"kind": "lora", "start": start} for start in ("orthogonal", "pissa", "olora")}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_a_private_run_of_the_kind_leaves_what_it_scored(tmp_path: Path, folder:
         {
             "run": {"name": kind, "rounds": 2, "seed": 5},
             "model": {"base": str(folder / "bert"), "labels": ["praise", "blame"], "max_length": 32},
-            "adapter": {"kind": kind, "rank": 2, "alpha": 4, "targets": "auto"},
+            "adapter": {**KINDS[kind], "rank": 2, "alpha": 4, "targets": "auto"},
             "train": {"steps": 2, "sampling_rate": 0.4, "learning_rate": 0.5},
             "privacy": {"epsilon": 50.0, "delta": 1e-3},
             "data": {"source": str(folder), "clients": 2},

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from fedloom.client.privacy.ledger.account import personal_folder
 from fedloom.core.config.run import RunConfig, SecureAggregationSection
 from fedloom.core.errors import BudgetError, ConfigError, DataError, FedloomError, ModelError, PolicyError
 from fedloom.proto.messages import UpdateHeader
@@ -47,10 +49,17 @@ def private(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"privacy": config.privacy.model_copy(update={"enabled": True})})
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedsvd"])
-def test_private_run_is_the_same_in_process_and_over_grpc(config: RunConfig, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "bands"),
+    [("fedavg", 1), ("fedsvd", 1), ("fedavg", 2), ("la-lora", 1), ("as-lora", 1), ("feddpa", 1)],
+)
+def test_private_run_is_the_same_in_process_and_over_grpc(
+    config: RunConfig, tmp_path: Path, strategy: str, bands: int
+) -> None:
     section = config.strategy.model_copy(update={"name": strategy})
-    settled = completed(private(config).model_copy(update={"strategy": section}))
+    noise = config.privacy.model_copy(update={"enabled": True, "noise_bands": bands})
+    adapter = config.adapter.model_copy(update={"kind": "dual-lora" if strategy == "feddpa" else "lora"})
+    settled = completed(config.model_copy(update={"strategy": section, "privacy": noise, "adapter": adapter}))
     federation = build(settled, tmp_path / "run")
     schema = federation.model.schema
     starting = starting_adapter(schema, settled.run.seed)
@@ -66,6 +75,8 @@ def test_private_run_is_the_same_in_process_and_over_grpc(config: RunConfig, tmp
                 over_sockets(federation, coordinator)
             assert coordinator.finished
             results.append(coordinator.state.adapter)
+        for policy in federation.policies.values():  # an engine begins with nothing kept by another
+            shutil.rmtree(personal_folder(policy), ignore_errors=True)
 
     assert largest_difference(results[0], starting) > 1e-2
     assert largest_difference(*results) < 1e-5

@@ -9,13 +9,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedloom.client.models.export import load_exported, predict
-from fedloom.core.config.run import RunConfig
+from fedloom.core.config.run import PrivacySection, RunConfig
 from fedloom.core.schema import Role
 from fedloom.simulation import simulate as module
 from fedloom.simulation.federation import build, completed
 from fedloom.simulation.simulate import simulate
 from fedloom.strategies.api import Plan, State, Update
 from fedloom.strategies.fedavg import FedAvg
+from fedloom.strategies.start import starting_adapter
 from fedloom.strategies.transforms.average import Sum, fold
 from tests.support.runs import tiny_run
 
@@ -67,3 +68,33 @@ def test_a_run_that_keeps_nothing_has_one_adapter(config: RunConfig, tmp_path: P
 
     assert not (result.folder / "adapters").exists()
     assert json.loads((result.folder / "summary.json").read_text())["accuracy_by_client"] == {}
+
+
+def test_in_a_private_run_of_two_pairs_each_client_ends_with_a_model_of_its_own(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """The own pairs differ and are in no broadcast; what is exported for a client predicts what was scored for it."""
+    sections = {
+        "adapter": config.adapter.model_copy(update={"kind": "dual-lora"}),
+        "strategy": config.strategy.model_copy(update={"name": "feddpa"}),
+        "privacy": PrivacySection(epsilon=50.0, delta=1e-2),
+    }
+    run = config.model_copy(update=sections)
+
+    result = simulate(run, tmp_path / "runs")
+
+    federation = build(completed(run), tmp_path / "again")
+    folders = sorted((result.folder / "merged-by-client").iterdir())
+    assert [folder.name for folder in folders] == sorted(federation.clients)
+    trained = [load_file(folder / "adapter.safetensors") for folder in folders]
+    shared, own = (sorted(federation.model.schema.names(role)) for role in ("shared", "own"))
+    assert all(np.array_equal(trained[0][name], trained[1][name]) for name in shared)
+    assert all(not np.array_equal(trained[0][name], trained[1][name]) for name in own)
+    whole = load_file(result.folder / "merged" / "adapter.safetensors")
+    begun = starting_adapter(federation.model.schema, run.run.seed)
+    assert all(np.array_equal(whole[name], begun[name]) for name in own), "the own pairs stay with their clients"
+    for folder in folders:
+        reloaded = load_exported(Path(config.model.base), folder, 2)
+        said = predict(reloaded, federation.model.task, federation.held_out, federation.model.tokenizer.pad_token_id)
+        score = float(np.mean(said == federation.held_out.labels))
+        assert json.loads((folder / "fedloom.json").read_text())["held_out_accuracy"] == score

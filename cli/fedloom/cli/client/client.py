@@ -97,7 +97,7 @@ def client(
         trainer, own = made[-1], made[-1].personal(runs[-1])
         save_final(trainer.model, trainer.spec, {**tensors, **own}, adapter, rounds)
         with_own = f" with this site's own {', '.join(sorted(trainer.schema.select(own).roles))}" if own else ""
-        what = "adapter" if trainer.model.adapter.traits.peft else "merged model"
+        what = "merged model" if trainer.model.adapter.traits.result == "merged" else "adapter"
         tell(f"the run's {what}{with_own} is in {adapter}")
 
     participant = Participant(connection, site, ready, outbox=outbox, pace=grid)

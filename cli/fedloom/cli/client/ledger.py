@@ -197,6 +197,7 @@ def _document(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> dict[s
             "dropped": charge.dropped,
             "evaluation": charge.evaluation and asdict(charge.evaluation),
             "result": charge.result,
+            "noise_bands": charge.noise_bands,
         }
         for charge in charges
     ]
@@ -220,12 +221,15 @@ def _charges(ledger: "Ledger") -> None:
     for charge in ledger.charges():
         spend, scored = charge.spend, charge.evaluation
         about = f"noise {scored.noise_multiplier:g}" if scored else ""
-        figures = (f"{spend.sampling_rate:g}", f"{spend.noise_multiplier:g}", str(spend.steps), about)
+        bands = f" ({charge.noise_bands} noise bands)" if charge.noise_bands > 1 else ""
+        figures = (f"{spend.sampling_rate:g}", f"{spend.noise_multiplier:g}", f"{spend.steps}{bands}", about)
         released = charge.digest[:12] if charge.digest else charge.dropped or "no"
         number = "result" if charge.result else str(charge.round + 1)
         table.add_row(str(charge.number), charge.run, number, *figures, released)
     out.print(f"account {ledger.path}")
     out.print(table)
+    if any(charge.noise_bands > 1 for charge in ledger.charges()):
+        out.print("a round with noise bands costs what the steps of one band cost, at so many times the run's rate")
 
 
 def _standing(ledger: "Ledger", site: "Policy", spend: "Spend | None") -> None:

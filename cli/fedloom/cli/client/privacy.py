@@ -14,6 +14,7 @@ from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.accounting import GRID, Adjacency, Spend, epsilon, statement
 from fedloom.core.privacy.accounting import calibrate as least_noise
+from fedloom.core.privacy.banded import MAX_BANDS, check_bands, participation
 from fedloom.core.privacy.spends import evaluations, run_spends, training_spend
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ app = typer.Typer(help="What a run will cost in privacy, before anybody trains."
 Delta = Annotated[float, typer.Option(help="Delta; it must lie below one over the number of examples.")]
 Rate = Annotated[float, typer.Option(help="Poisson sampling rate of a step, in (0, 1].")]
 Steps = Annotated[int, typer.Option(help="Steps of a client in one round.", min=1)]
+Bands = Annotated[
+    int, typer.Option(help="Noise bands of a round: privacy.noise_bands of the run file.", min=1, max=MAX_BANDS)
+]
 Spent = Annotated[
     Path | None,
     typer.Option(help="What the data have spent already: a JSON statement, such as an adapter's fedloom.json."),
@@ -42,6 +46,7 @@ def calibrate(
     steps: Steps,
     rounds: Annotated[int, typer.Option(help="Rounds that a client joins at most.", min=1)],
     delta: Delta = 1e-5,
+    bands: Bands = 1,
     spent: Spent = None,
     json_only: Json = False,
 ) -> None:
@@ -53,6 +58,7 @@ def calibrate(
     Example: fedloom privacy calibrate --epsilon 6 --rate 0.02 --steps 10 --rounds 10
     """
     prior = _spent(spent)
+    rate, steps = _participation(bands, rate, steps)
     noise = least_noise(target, delta, rate, steps * rounds, prior=prior)
     each = Spend(rate, noise, steps)
     stated = statement([each] * rounds, delta, GRID)
@@ -77,6 +83,7 @@ def table(
         list[int] | None, typer.Option(help="Rounds joined, of a column; 1 to 300 if not given.", min=1)
     ] = None,
     delta: Delta = 1e-5,
+    bands: Bands = 1,
     spent: Spent = None,
     json_only: Json = False,
 ) -> None:
@@ -86,15 +93,17 @@ def table(
     """
     prior = _spent(spent)
     rows, columns = noise or list(_NOISE), rounds or list(_ROUNDS)
-    figures = [[epsilon([*prior, Spend(rate, sigma, steps * count)], delta) for count in columns] for sigma in rows]
+    charged, turns = _participation(bands, rate, steps)
+    figures = [[epsilon([*prior, Spend(charged, sigma, turns * count)], delta) for count in columns] for sigma in rows]
     if json_only:
         document = {"noise_multipliers": rows, "rounds": columns, "epsilon": [_finite(row) for row in figures]}
-        print_json({**document, "sampling_rate": rate, "steps": steps, **_account(delta)})
+        print_json({**document, "sampling_rate": rate, "steps": steps, "noise_bands": bands, **_account(delta)})
         return
     shown = Table("noise", *(f"{count:,} round{'s' * (count > 1)}" for count in columns), box=None, pad_edge=False)
     for sigma, row in zip(rows, figures, strict=True):
         shown.add_row(f"{sigma:g}", *(f"{value:.3f}" for value in row))
-    out.print(f"epsilon at delta {delta:g}, rate {rate:g}, {steps:,} steps a round")
+    over = f", {bands} noise bands" if bands > 1 else ""
+    out.print(f"epsilon at delta {delta:g}, rate {rate:g}, {steps:,} steps a round{over}")
     out.print(shown)
     out.print("for one example, by adding or removing it; smaller is more private, and 0 is no information at all")
 
@@ -143,7 +152,7 @@ def plan(
 
 def _outlook(config: RunConfig, site: "Policy | None", prior: list[Spend]) -> dict[str, Any]:
     """Every figure of a plan."""
-    delta, rounds, each = config.privacy.delta, config.run.rounds, training_spend(config)
+    delta, rounds, each, train = config.privacy.delta, config.run.rounds, training_spend(config), config.train
     columns: list[tuple[Adjacency, float]] = [
         ("add or remove one", wide) for wide in (10 * delta, delta, float(f"{delta / 10:.6g}"))
     ]
@@ -156,7 +165,8 @@ def _outlook(config: RunConfig, site: "Policy | None", prior: list[Spend]) -> di
     ]
     found = {
         "run": config.run.name,
-        **asdict(each),
+        **{"sampling_rate": train.sampling_rate, "noise_multiplier": each.noise_multiplier, "steps": train.steps},
+        **{"noise_bands": config.privacy.noise_bands, "round": asdict(each)},
         **{"rounds": rounds, "evaluations": evaluations(config, rounds)},
         "epsilon_before": epsilon(prior, delta),
         "first_unsafe_examples": _first_unsafe(delta),
@@ -176,6 +186,12 @@ def _print_plan(found: dict[str, Any]) -> None:
     out.print(
         f"run {found['run']}: {rounds:,} rounds of {found['steps']:,} steps, rate {found['sampling_rate']:g}, "
         f"noise multiplier {found['noise_multiplier']:g}"
+        + (
+            f" over {found['noise_bands']} bands: a round costs what {found['round']['steps']:,} steps at rate "
+            f"{found['round']['sampling_rate']:g} cost"
+            if found["noise_bands"] > 1
+            else ""
+        )
         + (f"; {found['evaluations']:,} evaluations are counted too" if found["evaluations"] else "")
     )
     heads = [(row["adjacency"], row["delta"]) for row in rows if row["rounds"] == rows[0]["rounds"]]
@@ -195,6 +211,19 @@ def _print_plan(found: dict[str, Any]) -> None:
             f"this site's budget of epsilon {found['budget']:g} at delta {found['budget_delta']:g} pays for "
             f"{found['rounds_within_budget']:,} of {rounds:,} rounds"
         )
+
+
+def _participation(bands: int, rate: float, steps: int) -> tuple[float, int]:
+    """Rate and steps that a round is charged as.
+
+    Raises:
+        ConfigError: A round of so many steps at this rate has no such bands.
+    """
+    try:
+        check_bands(bands, rate, steps, private=True)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return participation(rate, steps, bands)
 
 
 def _account(delta: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`fedloom inspect`: what an adapter does to each layer, and how alike two adapters are."""
+"""`fedloom inspect`: what an adapter does to each layer, how alike two adapters are, and what a run's rounds did."""
 
 from itertools import takewhile
 from pathlib import Path
@@ -19,24 +19,39 @@ _PREFIX = "base_model.model."
 
 
 def inspect(
-    run: Annotated[Path, typer.Argument(help="A run folder such as runs/NAME, or the folder of a PEFT LoRA adapter.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="A run folder such as runs/NAME, one of its rounds as runs/NAME@8, or a PEFT LoRA adapter."
+        ),
+    ],
     against: Annotated[
-        Path | None, typer.Option(help="Another one of the same base model, such as an earlier round's adapter.")
+        Path | None,
+        typer.Option(help="Another one of the same base model, such as an earlier round of the run, runs/NAME@4."),
     ] = None,
+    intruders: Annotated[
+        bool, typer.Option("--intruders", help="Count intruder dimensions; needs the base model and torch.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures too, to a file such as adapter.png.")] = None,
     json_only: Json = False,
 ) -> None:
     """Show what an adapter adds to each layer: norm, singular values, effective rank.
 
     With --against also how far two adapters point the same way: 1 is the same direction or space, 0 is none in common.
-    Nothing of this needs data, the base model or torch.
+    Of a run folder whose run file has rounds.keep also what averaging lost in each round, how far apart the clients
+    were, what part of it was noise, and how far the adapter turned. All of it is made from the adapter and the updates
+    that clients sent: no data.
 
     Example: fedloom inspect runs/north --against runs/south
     """
+    from fedloom.cli.server.inspect_rounds import run_document, show_rounds
+    from fedloom.cli.server.named_adapter import named_adapter
     from fedloom.strategies.merging.spectrum import likeness, spectrum
 
-    ours, theirs = _adapter(run), None if against is None else _adapter(against)
+    ours, theirs = named_adapter(run), None if against is None else named_adapter(against)
     if theirs is not None:
         _check_layers(ours, theirs)
+    document: dict[str, Any] = {"adapter": str(ours.path), "against": str(theirs.path) if theirs else None}
     layers: list[dict[str, Any]] = []
     for module, product in sorted(ours.adapter.products.items()):
         found = spectrum(product)
@@ -51,17 +66,38 @@ def inspect(
             alike = likeness(product, theirs.adapter.products[module])
             layer |= {"cosine": alike.cosine, "input_overlap": alike.inputs, "output_overlap": alike.outputs}
         layers.append(layer)
+    if intruders:
+        _count_intruders(ours, layers)
+    run_rounds = run_document(run)
+    document |= {"layers": layers, **run_rounds}
+    if plot is not None:
+        from fedloom.cli.server.inspect_plot import draw_inspection
+
+        draw_inspection(document, plot)
     if json_only:
-        print_json({"adapter": str(ours.path), "against": str(theirs.path) if theirs else None, "layers": layers})
-    else:
-        _show(layers)
+        print_json(document)
+        return
+    _show(layers)
+    common = _shared([each["module"] for each in layers])
+    show_rounds(run_rounds, {each["module"]: each["module"].removeprefix(f"{common}.") for each in layers})
+    if plot is not None:
+        out.print(f"plot     {plot}")
 
 
-def _adapter(folder: Path) -> "PeftFolder":
-    from fedloom.strategies.merging.peft_folder import read_folder
+def _count_intruders(ours: "PeftFolder", layers: list[dict[str, Any]]) -> None:
+    """Add to each layer how many of its leading directions the base model did not have."""
+    from fedloom.client.models.base_weights import base_weights
+    from fedloom.strategies.diagnostics.intruders import intruder_dimensions
 
-    inside = folder / "adapter"
-    return read_folder(inside if (inside / "adapter_config.json").is_file() else folder)
+    known = ours.facts
+    if not {"base", "task", "labels"} <= known.keys():
+        raise ConfigError(
+            f"{ours.path} does not say what its base model is: fedloom.json is missing; leave out --intruders"
+        )
+    named = {each["module"]: each for each in layers}
+    weights = base_weights(known["base"], known.get("base_digest"), known["task"], len(known["labels"]), named)
+    for module, weight in weights:
+        named[module]["intruders"] = intruder_dimensions(weight, ours.adapter.products[_PREFIX + module])
 
 
 def _check_layers(ours: "PeftFolder", theirs: "PeftFolder") -> None:
@@ -79,13 +115,19 @@ def _check_layers(ours: "PeftFolder", theirs: "PeftFolder") -> None:
 def _show(layers: list[dict[str, Any]]) -> None:
     compared = {"cosine": "cosine", "input_overlap": "inputs", "output_overlap": "outputs"}
     compared = {name: title for name, title in compared.items() if layers and name in layers[0]}
+    counted = ["intruders"] if layers and "intruders" in layers[0] else []
     names = [each["module"] for each in layers]
     common = _shared(names)  # names are long, lines are not
-    table = Table("layer", "norm", "largest", "effective rank", *compared.values(), box=None, pad_edge=False)
+    table = Table("layer", "norm", "largest", "effective rank", *compared.values(), *counted, box=None, pad_edge=False)
     for name, each in zip(names, layers, strict=True):
         largest = max(each["singular_values"], default=0.0)
         shown = [f"{each['norm']:.3g}", f"{largest:.3g}", f"{each['effective_rank']:.2f} of {each['rank']}"]
-        table.add_row(name.removeprefix(f"{common}."), *shown, *(f"{each[key]:.3f}" for key in compared))
+        table.add_row(
+            name.removeprefix(f"{common}."),
+            *shown,
+            *(f"{each[key]:.3f}" for key in compared),
+            *(str(each[key]) for key in counted),
+        )
     out.print(table)
     if common:
         out.print(f"layers of {common}")

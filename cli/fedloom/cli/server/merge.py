@@ -1,6 +1,6 @@
 """`fedloom merge`: one adapter of several finished ones."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from fedloom.cli.console import Json, out, print_json
+from fedloom.cli.server.merge_atlas import learned_on_rows
 from fedloom.cli.server.merge_scores import chosen_by_score
 from fedloom.core.errors import ConfigError
 
@@ -20,15 +21,21 @@ __all__ = ["merge"]
 _PREFIX = "base_model.model."
 """What PEFT puts before every name of the base model."""
 
+_BY_ROWS = {"greedy-soup": ("run", "score-on"), "atlas": ("run", "rows", "steps", "learning-rate")}
+"""Methods that look at rows, and the options that they alone take."""
+
 
 def merge(
     adapters: Annotated[
-        list[Path], typer.Argument(help="Folders of PEFT LoRA adapters of one base model, such as runs/NAME/adapter.")
+        list[Path],
+        typer.Argument(
+            help="Folders of PEFT LoRA adapters of one base model, run folders, or rounds of a run as runs/NAME@8."
+        ),
     ],
     target: Annotated[Path, typer.Option("--out", help="Folder for the merged adapter; an earlier one is replaced.")],
     method: Annotated[
         str,
-        typer.Option(help="soup, greedy-soup, task-arithmetic, ties, dare, breadcrumbs or lines."),
+        typer.Option(help="soup, greedy-soup, task-arithmetic, ties, dare, breadcrumbs, lines or atlas."),
     ] = "soup",
     weights: Annotated[
         str | None, typer.Option(help="One number for each adapter, with commas: 2,1,1. All 1 if not given.")
@@ -53,7 +60,8 @@ def merge(
     slope: Annotated[float | None, typer.Option(help="How much more lines adds in the last block.")] = None,
     seed: Annotated[int | None, typer.Option(help="Which entries dare drops.")] = None,
     run: Annotated[
-        Path | None, typer.Option(help="Run file by which greedy-soup scores: base model, task and data.")
+        Path | None,
+        typer.Option(help="Run file by which greedy-soup scores and atlas learns: base model, task and data."),
     ] = None,
     score_on: Annotated[
         str | None,
@@ -62,27 +70,46 @@ def merge(
             "run file if not given."
         ),
     ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(help="Rows that atlas learns from, and that are not private: a file or a packaged data set."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps in which atlas learns; 50 if not given.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of these steps; 0.05 if not given.")] = None,
     json_only: Json = False,
 ) -> None:
     """Merge finished adapters of one base model into one, by what they add to each weight and not by their factors.
 
     The result is an ordinary PEFT adapter. Heads and other tensors that an adapter has whole are averaged. A score has
-    no noise: do not let rows that are private choose an adapter that you give away.
+    no noise, and neither has what atlas learns: do not let rows that are private choose an adapter that you give away.
 
     Example: fedloom merge runs/north/adapter runs/south/adapter --out merged
     """
+    from fedloom.cli.server.named_adapter import named_adapter
     from fedloom.strategies.merging.merge_folders import merge_folders, merged_facts
     from fedloom.strategies.merging.methods.named import method_named
-    from fedloom.strategies.merging.peft_folder import read_folder, write_folder
+    from fedloom.strategies.merging.peft_folder import write_folder
 
     asked = {"scaling": scaling, "density": density, "smallest": smallest, "largest": largest, "slope": slope}
     options = {name: value for name, value in {**asked, "seed": seed}.items() if value is not None}
-    greedy = method == "greedy-soup"
-    chosen, wanted = method_named("soup" if greedy else method, options), _rank(rank, energy)
-    _check(method, weights, run, score_on)
-    folders, numbers = [read_folder(path) for path in adapters], _weights(weights, len(adapters))
+    by_rows = method in _BY_ROWS
+    chosen, wanted = method_named("soup" if by_rows else method, options), _rank(rank, energy)
+    _check(
+        method,
+        {
+            "weights": weights,
+            "run": run,
+            "score-on": score_on,
+            "rows": rows,
+            "steps": steps,
+            "learning-rate": learning_rate,
+        },
+    )
+    folders, numbers = [named_adapter(path) for path in adapters], _weights(weights, len(adapters))
     scores: dict[str, Any] = {}
-    if greedy:
+    if method == "atlas":
+        chosen, scores = learned_on_rows(folders, run, rows, steps, learning_rate)
+    elif method == "greedy-soup":
         found = chosen_by_score(folders, wanted, run, score_on)
         numbers = [float(index in found.chosen) for index in range(len(folders))]
         scores = {"scores": list(found.alone), "score": found.score}
@@ -96,12 +123,14 @@ def merge(
         _show(document, [each.adapter.rank for each in folders], merged)
 
 
-def _check(method: str, weights: str | None, run: Path | None, score_on: str | None) -> None:
+def _check(method: str, given: Mapping[str, Any]) -> None:
     """Refuse options that would do nothing."""
-    if method == "greedy-soup" and weights is not None:
-        raise ConfigError("greedy-soup weighs what it takes alike; leave out --weights, or take soup")
-    if method != "greedy-soup" and (run or score_on):
-        raise ConfigError(f"{method} scores nothing; leave out --run and --score-on, or take greedy-soup")
+    if method in _BY_ROWS and given["weights"] is not None:
+        raise ConfigError(f"{method} finds out by rows what each adapter counts; leave out --weights, or take soup")
+    taken = {"weights", *_BY_ROWS.get(method, ())}
+    if odd := [name for name, value in given.items() if value is not None and name not in taken]:
+        having = [each for each, names in _BY_ROWS.items() if odd[0] in names]
+        raise ConfigError(f"{method} takes no --{odd[0]}; leave it out, or take {' or '.join(having)}")
 
 
 def _rank(rank: str | None, energy: float | None) -> "Rank | None":
@@ -166,6 +195,15 @@ def _show(document: dict[str, Any], ranks: list[int], merged: "Merged") -> None:
         )
     if document["averaged"]:
         out.print(f"averaged {', '.join(each.removeprefix(_PREFIX) for each in document['averaged'])}")
+    if learned := document.get("coefficients"):
+        counted = [[each[index] for each in learned.values()] for index in range(len(ranks))]
+        said = (f"{min(each):.2f} to {max(each):.2f}" for each in counted)
+        rows = document["rows"]
+        out.print(
+            f"counting {', '.join(said)} over the layers, learned on {rows['examples']:,} rows of {rows['source']}"
+        )
+        out.print(f"loss     {rows['loss']:.3f} on these rows, {rows['loss_before']:.3f} at equal parts")
+        out.print("         no privacy statement covers these rows")
     out.print(f"adapter  {document['path']}")
 
 

@@ -51,7 +51,7 @@ def chosen_by_score(
 
     def score(chosen: tuple[int, ...]) -> float:
         parts = [folders[index] for index in chosen]
-        if len(parts) == 1 and rank is None:
+        if len(parts) == 1 and rank is None and parts[0].path.is_dir():
             return held_out.score_exported(parts[0].path).accuracy
         with tempfile.TemporaryDirectory() as scratch:
             soup = Path(scratch) / "soup"

@@ -33,10 +33,15 @@ if TYPE_CHECKING:
 
 __all__ = ["derive", "export", "prepare", "server"]
 
-Format = Literal["peft", "merged", "safetensors"]
-_TARGETS: dict[Format, str] = {"peft": "adapter", "merged": "merged", "safetensors": TENSORS}
+Format = Literal["peft", "merged", "fedloom", "safetensors"]
+_TARGETS: dict[Format, str] = {"peft": "adapter", "merged": "merged", "fedloom": "adapter", "safetensors": TENSORS}
 """What an export is called beside the state directory."""
-_WHAT: dict[Format, str] = {"peft": "adapter", "merged": "merged model", "safetensors": "adapter"}
+_WHAT: dict[Format, str] = {
+    "peft": "adapter",
+    "merged": "merged model",
+    "fedloom": "adapter",
+    "safetensors": "adapter",
+}
 
 RunFile = Annotated[Path, typer.Argument(help="The run file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as run.rounds=5.")]
@@ -181,15 +186,18 @@ def export(
     ] = None,
     format: Annotated[
         Format | None,
-        typer.Option(help="peft, merged or safetensors; peft, or merged if PEFT does not know the adapter's kind."),
+        typer.Option(
+            help="peft, merged, fedloom or safetensors; if not given, the first of them that the adapter's kind has."
+        ),
     ] = None,
     overrides: Overrides = None,
     json_only: Json = False,
 ) -> None:
     """Write the result of a run from its state directory, finished or not; the coordinator must be stopped.
 
-    peft is an adapter for the base model, merged a whole model with the adapter folded into its weights, and
-    safetensors one file of the adapter's tensors, which needs neither torch nor the base model.
+    peft is an adapter for the base model, merged a whole model with the adapter folded into its weights, fedloom a
+    folder for fedloom.api.load_adapter, of kinds that have neither, and safetensors one file of the adapter's tensors,
+    which needs neither torch nor the base model.
     Give the run file and the overrides that the coordinator was started with.
 
     Example: fedloom export examples/sentiment.toml --format merged --out sentiment-model
@@ -248,7 +256,7 @@ def _usual(config: RunConfig) -> Format:
     """What a run gives if nothing else is asked for."""
     from fedloom.client.adapters.attach import adapter_of
 
-    return "peft" if adapter_of(config.adapter).traits.peft else "merged"
+    return adapter_of(config.adapter).traits.result
 
 
 def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Format) -> Path:
@@ -269,12 +277,12 @@ def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Form
         about = {"base_digest": config.model.digest, "labels": list(config.model.labels)}
         known = {"run": config.run.name, **about, "rounds": coordinator.state.round, **terms}
         return _save_tensors(coordinator, target, known)
-    from fedloom.client.models.export import facts, save_adapter, save_merged
+    from fedloom.client.models.export import facts, save_adapter, save_folder, save_merged
     from fedloom.client.models.load import load_model
 
     model = load_model(config.model, config.adapter)
     model.show(coordinator.result())
-    save = save_merged if format == "merged" else save_adapter
+    save = {"peft": save_adapter, "merged": save_merged, "fedloom": save_folder}[format]
     save(model, target, facts(config, privacy, user))
     return target
 

@@ -78,6 +78,7 @@ def _introduce(federation: "Federation", folder: Path) -> None:
             f"  private: epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for each example over the whole run; "
             f"noise multiplier {privacy.noise_multiplier:.3f}, rate {config.train.sampling_rate:g}, "
             f"{config.train.steps * config.run.rounds} steps"
+            + (f", noise over {privacy.noise_bands} bands" if privacy.noise_bands > 1 else "")
         )
     else:
         out.print("  [yellow]not private[/]: updates leave the clients without noise", markup=True)
@@ -133,8 +134,9 @@ def _summary(config: RunConfig, result: "Result") -> None:
     show_classes(result.final.confusion, config.model.labels)
     if result.privacy:
         out.print(f"\n{terms(max(result.privacy.values(), key=lambda each: each.epsilon))}")
-    merged = result.exported.name == "merged"
+    merged, own = result.exported.name == "merged", (result.exported / "adapter.json").is_file()
     reader = "the model's own from_pretrained" if merged else "PeftModel.from_pretrained"
+    reader = "fedloom.api.load_adapter" if own else reader
     out.print(f"\n{'model  ' if merged else 'adapter'}  {result.exported}")
     out.print(f"         reloaded with {reader}: {result.agreement:.1%} of predictions the same")
     for each in (result.folder / name for name in ("adapters", "merged-by-client")):

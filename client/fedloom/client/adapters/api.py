@@ -5,7 +5,7 @@ A kind is one pydantic model, registered under the entry-point group `fedloom.ad
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -28,6 +28,18 @@ class Traits:
     """It trains parameters of the base model itself, or makes its own of them: the base model must be in float32."""
     peft: bool = True
     """PEFT's own files hold it. Otherwise a run's result is a merged model, see `Adapter.merge`."""
+    starts_as_base: bool = True
+    """As it is attached the model gives what the base model gives. Otherwise it starts near it, such as by rounding."""
+    merges: bool = True
+    """Its values can be folded into the base model's own parameters. If not, and PEFT does not know the kind either, a
+    run's result is a folder of tensors and options, see `fedloom.client.models.adapter_folder`."""
+
+    @property
+    def result(self) -> Literal["peft", "merged", "fedloom"]:
+        """The format of a run's result."""
+        if self.peft:
+            return "peft"
+        return "merged" if self.merges else "fedloom"
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class Adapter(Protocol):
     traits: ClassVar[Traits]
 
     def attach(self, host: Host) -> PeftModel:
-        """The base model with the adapter, which leaves its outputs as they were.
+        """The base model with the adapter, which leaves its outputs as they were unless the traits say otherwise.
 
         A kind that PEFT does not know puts its modules into `lora.carrier`, which has the head.
 
@@ -64,5 +76,5 @@ class Adapter(Protocol):
         Asked of kinds whose traits say `peft=False`; PEFT merges the rest.
 
         Raises:
-            ModelError: The values cannot be merged.
+            ModelError: The values cannot be merged; always, where the traits say `merges=False`.
         """

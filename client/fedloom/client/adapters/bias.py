@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets, carrier
+from fedloom.client.adapters.numbered_layers import Layers, in_layers
 from fedloom.client.adapters.slot import Slot, schema_name
 from fedloom.core.config.parsing import Section
 from fedloom.core.schema import Role, TensorSpec
@@ -23,6 +24,8 @@ class Bias(Section):
     traits: ClassVar[Traits] = Traits(exact_average=True, trains_base=True)
     targets: Targets = ("query", "value")
     """Layers that PEFT's carrier sits on; they are not trained."""
+    layers: Layers = None
+    """Numbers of the transformer layers whose biases move: 0 is the first, -1 the last. None: all of the model's."""
 
     def attach(self, host: Host) -> PeftModel:
         """A PeftModel that saves all biases.
@@ -30,14 +33,17 @@ class Bias(Section):
         Raises:
             ModelError: No layer has one of the target names.
         """
-        return carrier(host, self.targets, bias="all")
+        return carrier(host, self.targets, bias="all", layers=self.layers)
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """Every bias of the base model but the head's, in model order."""
         found: list[Slot] = []
+        base = model.get_base_model()
+        chosen = set(in_layers(base, self.layers, (name for name, _ in base.named_parameters())))
         for name, parameter in model.named_parameters():
             is_head = "modules_to_save" in name or ".original_module." in name
-            if not is_head and name.endswith(".bias"):
+            inside = name.removeprefix("base_model.model.") in chosen
+            if inside and not is_head and name.endswith(".bias"):
                 key = schema_name(name)
                 module = key.removeprefix("base_model.model.").removesuffix(".bias").removesuffix(".base_layer")
                 spec = TensorSpec(key, module, Role.BIAS, tuple(parameter.shape))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.head import Head
 from fedloom.client.adapters.lora import Targets, carrier
+from fedloom.client.adapters.numbered_layers import Layers, in_layers
 from fedloom.client.adapters.slot import Slot, schema_name
 from fedloom.core.config.parsing import Section
 from fedloom.core.errors import ModelError
@@ -29,6 +30,8 @@ class LayerNorm(Section):
     traits: ClassVar[Traits] = Traits(exact_average=True, trains_base=True)
     targets: Targets = ("query", "value")
     """Layers that PEFT's carrier sits on; they are not trained."""
+    layers: Layers = None
+    """Numbers of the transformer layers whose norms move: 0 is the first, -1 the last. None: all of the model's."""
 
     def attach(self, host: Host) -> PeftModel:
         """A PeftModel that saves all layer norms.
@@ -36,12 +39,13 @@ class LayerNorm(Section):
         Raises:
             ModelError: The base model has no layer norm, or no layer has one of the target names.
         """
-        if not (names := layer_norms(host.base, host.head)):
+        if not (names := in_layers(host.base, self.layers, layer_norms(host.base, host.head))):
+            where = "" if self.layers is None else f" in adapter.layers = {list(self.layers)}"
             raise ModelError(
-                f"{type(host.base).__name__} has no torch.nn.LayerNorm (RMS norms are other layers); choose another "
-                "adapter.kind, see `fedloom components list adapters`"
+                f"{type(host.base).__name__} has no torch.nn.LayerNorm{where} (RMS norms are other layers); choose "
+                "another adapter.kind, see `fedloom components list adapters`"
             )
-        return carrier(host, self.targets, saved=tuple(names))
+        return carrier(host, self.targets, saved=tuple(names), layers=self.layers)
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """The weight and the bias of every norm, in model order."""

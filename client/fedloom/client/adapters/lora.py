@@ -1,7 +1,8 @@
 """LoRA: W = W0 + (alpha / r)·B·A on linear layers (Hu et al., ICLR 2022, arXiv 2106.09685).
 
-Two options are papers of their own: rsLoRA's scale alpha / sqrt(r) (Kalajdzievski, 2023, arXiv 2312.03732), and DoRA's
-magnitudes, W = m ⊙ V / ‖V‖ row by row with V = W0 + s·B·A and m starting as ‖W0‖ (Liu et al., ICML 2024, 2402.09353).
+Options are papers of their own: rsLoRA's scale alpha / sqrt(r) (Kalajdzievski, 2023, arXiv 2312.03732), and DoRA's
+magnitudes, W = m ⊙ V / ‖V‖ row by row with V = W0 + s·B·A and m starting as ‖W0‖ (Liu et al., ICML 2024, 2402.09353),
+and the starts PiSSA and OLoRA, see `fedloom.client.adapters.spectral.lora_start`.
 
 GPT-2's Conv1D is a linear layer whose weight is stored transposed, (in, out). Its pair is like any other, A: r×in and
 B: out×r; PEFT notes the storage as fan_in_fan_out.
@@ -20,7 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.head import PEFT_HEADS, Head
+from fedloom.client.adapters.numbered_layers import Layers, in_layers, numbered_layers
 from fedloom.client.adapters.slot import Slot, schema_name
+from fedloom.client.adapters.spectral.lora_start import FROM_WEIGHTS, begin_from_weights, change
 from fedloom.core.config.parsing import Section
 from fedloom.core.errors import ModelError
 from fedloom.core.limits import MAX_RANK
@@ -51,11 +54,19 @@ class LoRA(Section):
     targets: Targets = ("query", "value")
     """Names (suffixes) of the linear layers that get a pair. "all-linear": every linear layer but the head and the
     output. "auto": those that PEFT has for the base model's kind, and all where it has none."""
+    layers: Layers = None
+    """Numbers of the transformer layers that get pairs: 0 is the first, -1 the last. None: all, and targets outside of
+    them. PEFT's layers_to_transform."""
     rslora: bool = False
     """rsLoRA: the scale is alpha / sqrt(rank), under which high ranks learn as fast as low ones."""
     dora: bool = False
     """DoRA: the length of every row of W is trained beside the pair, one parameter for each output. Inexact under
     averaging, whatever the strategy."""
+    start: Literal["kaiming", "orthogonal", "pissa", "olora"] = "kaiming"
+    """What a pair is before the first round. kaiming: A is drawn as by PEFT, B zero. orthogonal: A is drawn with
+    orthonormal rows, B zero. pissa: the leading singular vectors of W0 in both, which are taken out of the frozen
+    weight. olora: likewise, the first columns of its QR decomposition. These two need the base model in float32, and
+    strategies that multiply the factors refuse them."""
 
     @property
     def scale(self) -> float:
@@ -66,9 +77,21 @@ class LoRA(Section):
         """The base model with one pair on every target layer.
 
         Raises:
-            ModelError: No layer has one of the target names, or a target is not a linear layer.
+            ModelError: No layer has one of the target names, a target is not a linear layer, or the pretrained weight
+                does not give the start.
         """
-        return with_pairs(host, self.targets, self.rank, self.alpha, use_rslora=self.rslora, use_dora=self.dora)
+        model = with_pairs(
+            host,
+            self.targets,
+            self.rank,
+            self.alpha,
+            layers=self.layers,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+        )
+        if self.start in FROM_WEIGHTS:
+            begin_from_weights(model, self.start, self.scale)
+        return model
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """The factors of every pair, A before B, and then its magnitudes if there are any, in model order."""
@@ -76,20 +99,27 @@ class LoRA(Section):
         for name, parameter in model.named_parameters():
             for mark, role in ((".lora_A.", Role.LORA_A), (".lora_B.", Role.LORA_B)):
                 if mark in name:
-                    module = name.partition(mark)[0].removeprefix("base_model.model.")
-                    spec = TensorSpec(schema_name(name), module, role, tuple(parameter.shape))
-                    found.append(Slot(spec, parameter))
+                    found.append(self._factor(name, name.partition(mark)[0], role, parameter))
             if (mark := ".lora_magnitude_vector.") in name:
                 module = name.partition(mark)[0].removeprefix("base_model.model.")
                 spec = TensorSpec(schema_name(name), module, MAGNITUDE, tuple(parameter.shape), Start.ZERO)
                 found.append(Slot(spec, parameter, origin=parameter.detach().clone()))
         return found
 
+    def _factor(self, name: str, layer: str, role: str, factor: nn.Parameter) -> Slot:
+        module = layer.removeprefix("base_model.model.")
+        if self.start in FROM_WEIGHTS:
+            return change(self.start, module, role, factor)
+        start = Start.ORTHOGONAL if self.start == "orthogonal" and role == Role.LORA_A else Start.DRAWN
+        return Slot(TensorSpec(schema_name(name), module, role, tuple(factor.shape), start), factor)
+
     def merge(self, model: PeftModel) -> None:
         """Nothing: PEFT merges pairs."""
 
 
-def carrier(host: Host, targets: Targets, bias: str = "none", saved: tuple[str, ...] = ()) -> PeftModel:
+def carrier(
+    host: Host, targets: Targets, bias: str = "none", saved: tuple[str, ...] = (), layers: Layers = None
+) -> PeftModel:
     """A PeftModel for kinds that PEFT does not know: rank-1 pairs whose B stays zero. It loads anywhere.
 
     Args:
@@ -97,15 +127,22 @@ def carrier(host: Host, targets: Targets, bias: str = "none", saved: tuple[str, 
         targets: Layers that get such a pair; PEFT needs one.
         bias: Which biases PEFT saves with it, none or all.
         saved: Full names of modules beside the head of which PEFT saves a copy, which takes their place.
+        layers: Numbers of the transformer layers whose targets get a pair; None is all.
 
     Raises:
         ModelError: No layer has one of the target names.
     """
-    return with_pairs(host, targets, 1, 1.0, saved, bias=bias)
+    return with_pairs(host, targets, 1, 1.0, saved, layers, bias=bias)
 
 
 def with_pairs(
-    host: Host, targets: Targets, rank: int, alpha: float, saved: tuple[str, ...] = (), **options: Any
+    host: Host,
+    targets: Targets,
+    rank: int,
+    alpha: float,
+    saved: tuple[str, ...] = (),
+    layers: Layers = None,
+    **options: Any,
 ) -> PeftModel:
     """A PeftModel with one pair on every target layer, which saves the head with them.
 
@@ -115,15 +152,21 @@ def with_pairs(
         rank: r.
         alpha: PEFT's alpha.
         saved: As for `carrier`.
+        layers: As for `carrier`.
         options: Further ones of PEFT's LoraConfig.
 
     Raises:
         ModelError: No layer has one of the target names, or a target is not a linear layer.
     """
-    names = linear_targets(host.base, targets, host.head)
+    names = linear_targets(host.base, targets, host.head, layers)
     # PEFT adds the names it knows to those it is given, and does so again where they are given.
     heads = [name for name in host.head.modules if not host.task_type or name not in PEFT_HEADS]
     transposed = any(isinstance(host.base.get_submodule(name), Conv1D) for name in names)
+    if layers is not None:
+        lists, numbers = numbered_layers(host.base, layers)
+        # PEFT matches full names by themselves; this tells its users which layers these are.
+        pattern = sorted({each.rpartition(".")[2] for each in lists})
+        options = {**options, "layers_to_transform": list(numbers), "layers_pattern": pattern}
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -140,7 +183,7 @@ def with_pairs(
         return get_peft_model(host.base, config)
 
 
-def linear_targets(base: PreTrainedModel, targets: Targets, head: Head) -> list[str]:
+def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: Layers = None) -> list[str]:
     """Full names of the linear layers that get a pair; never any of the head.
 
     Args:
@@ -148,9 +191,10 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head) -> list[
         targets: Last names of layers; "all-linear" for each but the output layer; "auto" for those that PEFT has for
             this kind of model, and all where it has none.
         head: The model's head, which is trained whole.
+        layers: Numbers of the transformer layers that they are in; None is all, and what is outside of them.
 
     Raises:
-        ModelError: A target name matches nothing; the message lists what the model has.
+        ModelError: A target name matches nothing, or there is no such layer; the message lists what the model has.
     """
     linear = [
         name
@@ -158,6 +202,7 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head) -> list[
         if isinstance(module, (nn.Linear, Conv1D))
         and not any(name == each or name.startswith(f"{each}.") for each in head.modules)
     ]
+    linear = in_layers(base, layers, linear)
     if isinstance(targets, str):
         output = base.get_output_embeddings()
         linear = [name for name in linear if base.get_submodule(name) is not output]
@@ -167,8 +212,9 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head) -> list[
         targets = tuple(last.intersection(known if isinstance(known, list) else ()) or last)
     unknown = sorted(set(targets) - last)
     if unknown:
+        where = "" if layers is None else f" in adapter.layers = {list(layers)}"
         raise ModelError(
-            f"adapter.targets {', '.join(unknown)}: {type(base).__name__} has no such linear layer; "
+            f"adapter.targets {', '.join(unknown)}: {type(base).__name__} has no such linear layer{where}; "
             f'it has {", ".join(sorted(last))}; name some of these, or set adapter.targets = "auto"'
         )
     return [name for name in linear if name.rpartition(".")[2] in targets]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets
+from fedloom.client.adapters.numbered_layers import Layers
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, sizes, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, product
@@ -56,6 +57,8 @@ class MiSS(Section):
     """Inputs in a shard; the rank of the change is at most that."""
     targets: Targets = ("query", "value")
     """Names (suffixes) of the linear layers, or as for LoRA."""
+    layers: Layers = None
+    """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""
 
     def attach(self, host: Host) -> PeftModel:
         """The base model with a D of zeros on every target layer.
@@ -63,7 +66,7 @@ class MiSS(Section):
         Raises:
             ModelError: No layer has one of the target names, or one has fewer inputs than the rank.
         """
-        return attach_around(host, self.targets, lambda layer: _Sharded(layer, self.rank))
+        return attach_around(host, self.targets, lambda layer: _Sharded(layer, self.rank), self.layers)
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """D of every target layer, shape (r, out), role miss_block."""

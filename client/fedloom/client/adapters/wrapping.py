@@ -4,7 +4,7 @@ Its forward pass is written once, as `recorded`, which private training runs on 
 `fedloom.client.privacy.dp_sgd.grad_sample.layers`. Without a tape the same operations leave the gradients to autograd.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.client.adapters.api import Host
 from fedloom.client.adapters.lora import Targets, carrier, linear_targets
+from fedloom.client.adapters.numbered_layers import Layers
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape
 from fedloom.core.errors import ModelError
@@ -56,19 +57,27 @@ class Wrapper(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} cannot be merged; define fold()")
 
 
-def attach_around(host: Host, targets: Targets, make: Callable[[nn.Module], Wrapper]) -> PeftModel:
+def attach_around(
+    host: Host,
+    targets: Targets,
+    make: Callable[[nn.Module], Wrapper],
+    layers: Layers = None,
+    names: Iterable[str] | None = None,
+) -> PeftModel:
     """A carrier of the head, with a wrapper around every target layer.
 
     Args:
         host: The base model.
         targets: The linear layers.
         make: Makes the wrapper of one layer, which is called with PEFT's module around it.
+        layers: Numbers of the transformer layers that they are in; None is all.
+        names: Full names of those of the targets that get a wrapper; None for all.
 
     Raises:
         ModelError: No layer has one of the target names, or as raised by `make`.
     """
-    names = linear_targets(host.base, targets, host.head)
-    model = carrier(host, targets)
+    names = linear_targets(host.base, targets, host.head, layers) if names is None else names
+    model = carrier(host, targets, layers=layers)
     for name in names:
         try:
             host.base.set_submodule(name, make(host.base.get_submodule(name)))

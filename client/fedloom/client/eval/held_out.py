@@ -13,6 +13,7 @@ from fedloom.client.data.load import Split, load_rows
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.eval.score import Score, evaluate
+from fedloom.client.models.adapter_folder import is_folder
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_folder import base_digest, resolve_base
 from fedloom.client.models.export import is_merged, load_exported
@@ -79,6 +80,14 @@ class HeldOut:
         """Score a PEFT adapter or a merged model that a run left, as its user has it.
 
         Raises:
+            ModelError: See `exported`.
+        """
+        return evaluate(self.exported(folder), self.rows)
+
+    def exported(self, folder: Path) -> AdapterModel:
+        """A PEFT adapter or a merged model that a run left, as its user has it; its tensors have no schema.
+
+        Raises:
             ModelError: The folder has none, or one of another base model, task or labels.
         """
         section, known = self.config.model, _facts(folder)
@@ -98,19 +107,17 @@ class HeldOut:
             plain = load_exported(base, folder, len(section.labels), section.task, section.image_size)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"the adapter in {folder} cannot be loaded: {error}; export it again") from error
-        return evaluate(
-            AdapterModel(plain, self.model.tokenizer, [], 1.0, self.model.device, self.model.task), self.rows
-        )
+        return AdapterModel(plain, self.model.tokenizer, [], 1.0, self.model.device, self.model.task)
 
 
 def _facts(folder: Path) -> dict[str, object]:
     """What fedloom.json says of an adapter."""
-    whole = is_merged(folder) or (folder / "adapter_config.json").is_file()
+    whole = is_merged(folder) or is_folder(folder) or (folder / "adapter_config.json").is_file()
     if not (whole and (folder / "fedloom.json").is_file()):
         raise ModelError(
             f"{folder} holds no adapter that a run left: fedloom.json and adapter_config.json are needed, or the "
             "config.json of a merged model; give the folder `adapter` or `merged` of a run, or what `fedloom export` "
-            "wrote with format peft or merged"
+            "wrote with format peft, merged or fedloom"
         )
     try:
         return read_json(folder / "fedloom.json")

@@ -14,7 +14,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from fedloom.client.adapters.spectral.lora_start import taken_out
 from fedloom.client.data.tokens import Encoded, collate, microbatches
+from fedloom.client.models.adapter_folder import is_folder, load_folder, write_folder
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_base, load_model
 from fedloom.client.models.wide_adapter import widen
@@ -38,6 +40,7 @@ __all__ = [
     "result_name",
     "save_adapter",
     "save_final",
+    "save_folder",
     "save_merged",
     "save_result",
 ]
@@ -82,23 +85,43 @@ by the names of the run's schema; another run with the same `[adapter]` goes on 
 
 
 def result_name(model: AdapterModel) -> str:
-    """What the folder of a run's result is called: "adapter", or "merged" of a kind that PEFT does not know."""
-    return "adapter" if model.adapter.traits.peft else "merged"
+    """What the folder of a run's result is called: "merged" if it is a merged model, and else "adapter"."""
+    return "merged" if model.adapter.traits.result == "merged" else "adapter"
 
 
 def save_result(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
     """Write what a run gives: a PEFT adapter, or a merged model where PEFT does not know the kind.
 
-    The model stays as it is.
+    Of a kind that cannot be merged either it is a folder of tensors and options. The model stays as it is.
 
     Raises:
         ModelError: As by `save_merged`.
-        ConfigError: As by `save_adapter`.
+        ConfigError: As by `save_adapter` or `save_folder`.
     """
-    if model.adapter.traits.peft:
-        save_adapter(model, folder, facts)
-    else:
-        save_merged(model, folder, facts, keep=True)
+    match model.adapter.traits.result:
+        case "peft":
+            save_adapter(model, folder, facts)
+        case "merged":
+            save_merged(model, folder, facts, keep=True)
+        case "fedloom":
+            save_folder(model, folder, facts)
+
+
+def save_folder(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write the adapter that the model holds now as tensors and options, see `fedloom.client.models.adapter_folder`.
+
+    The folder is written as by `save_adapter`.
+
+    Raises:
+        ModelError: PEFT knows the kind, or it can be merged: then others can load it too.
+        ConfigError: As by `save_adapter`, or the kind is installed nowhere.
+    """
+    if (usual := model.adapter.traits.result) != "fedloom":
+        raise ModelError(
+            f"format fedloom is for adapters that only fedloom can load, and {type(model.adapter).__name__} is none; "
+            f"export with format {usual} or safetensors"
+        )
+    replace_export(folder, lambda draft: write_folder(model, draft, facts))
 
 
 def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
@@ -114,8 +137,8 @@ def save_adapter(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
     """
     if not model.adapter.traits.peft:
         raise ModelError(
-            f"PEFT does not know the adapter kind {type(model.adapter).__name__}; export with format merged or "
-            "safetensors"
+            f"PEFT does not know the adapter kind {type(model.adapter).__name__}; export with format "
+            f"{model.adapter.traits.result} or safetensors"
         )
     replace_export(folder, lambda draft: _write(model, draft, facts))
 
@@ -176,8 +199,8 @@ def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft cannot find a model card for a base model in a local folder
         model.model.save_pretrained(str(folder), safe_serialization=True)
-    if model.corrections:
-        widen(folder, model.schema, model.corrections)
+    if corrections := model.corrections or taken_out(model.slots.values()):
+        widen(folder, corrections)
     _settle(folder / "adapter_config.json", facts.get("base"))
     labels = facts.get("labels", ())
     kind = model.task.traits.model
@@ -221,7 +244,7 @@ def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path, 
         ConfigError: The folder cannot be written.
     """
     privacy = run_statement(spec, rounds) if spec.privacy.enabled else None
-    if not model.adapter.traits.peft and any(each.dtype != torch.float32 for each in model.model.parameters()):
+    if result_name(model) == "merged" and any(each.dtype != torch.float32 for each in model.model.parameters()):
         own = spec.model.model_copy(update={"base": model.model.get_base_model().name_or_path})
         model = load_model(own, spec.adapter)  # weights of few bits would be rounded by what is folded into them
     model.show(tensors)
@@ -263,6 +286,8 @@ def facts(spec: Spec, privacy: Statement | None, user: dict[str, Any] | None = N
         "privacy": None,
         "user_privacy": user,
     }
+    if spec.model.image_size is not None:
+        known["image_size"] = spec.model.image_size
     if isinstance(spec, RunConfig) and spec.start is not None:
         known["start"] = {"adapter": Path(spec.start.adapter).name, "digest": spec.start.digest}
     if privacy is not None:
@@ -290,12 +315,15 @@ def load_exported(
     """What a user gets who follows the card: the plain base model with the saved adapter, or the merged model.
 
     Raises:
-        ModelError: The base model, or the merged one, cannot be loaded.
+        ModelError: The base model, or the merged one, cannot be loaded, or the adapter is not one for it.
+        ConfigError: The adapter is of a kind that is not installed here.
     """
     names = tuple(f"LABEL_{index}" for index in range(labels))
     kind = task_named(task, names, _SHORT, image_size)
     if is_merged(adapter):
         return load_base(adapter, kind).model.eval()
+    if is_folder(adapter):
+        return load_folder(base, adapter, kind)
     plain = load_base(base, kind).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers deprecates an attribute that peft reads

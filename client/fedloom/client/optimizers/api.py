@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedloom.core.config.run import Spec, TrainSection
+from fedloom.core.privacy.spends import banded
 
 if TYPE_CHECKING:
     import torch  # a coordinator has none
@@ -19,7 +20,12 @@ _MOST_GROWTH = 500.0
 
 
 class Optimizer(Protocol):
-    """One optimiser with its options."""
+    """One optimiser with its options.
+
+    One whose moves are linear in the gradients may also have `noise_moved(steps, rate, noise_std) -> float | None`: the
+    standard deviation of what noise in every gradient moves each value by in a round, or None where its options leave
+    that unknown. Strategies that take the noise out of what they measure work with such an optimiser alone.
+    """
 
     def make(self, groups: list[dict[str, Any]], noise_std: float) -> "torch.optim.Optimizer":
         """The optimiser of one client's round, with fresh state.
@@ -43,11 +49,15 @@ class Optimizer(Protocol):
 
 
 def noise_std(spec: Spec, declared_examples: int | None) -> float:
-    """Standard deviation of the noise in each value of a step's gradient; 0 without privacy."""
-    privacy = spec.privacy
+    """Standard deviation of the noise in each value of a step's gradient; 0 without privacy.
+
+    With noise bands steps differ, and it is the root of their mean variance.
+    """
+    privacy, strategy = spec.privacy, banded(spec)
     if not privacy.enabled or privacy.noise_multiplier is None or declared_examples is None:
         return 0.0
-    return privacy.noise_multiplier * privacy.clip_norm / (spec.train.sampling_rate * declared_examples)
+    spread = 1.0 if strategy is None else math.sqrt(float((strategy.spread() ** 2).mean()))
+    return spread * privacy.noise_multiplier * privacy.clip_norm / (spec.train.sampling_rate * declared_examples)
 
 
 def optimizer_of(train: TrainSection) -> Optimizer:

@@ -15,7 +15,7 @@ from fedloom.core.errors import PolicyError, ProtocolError
 from fedloom.core.schema import Array, Role, Schema, Tensors
 from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.checks import overridden
-from fedloom.proto.messages import Assignment, Finished, broadcast_schema
+from fedloom.proto.messages import Assignment, Finished, broadcast_schema, moving
 
 __all__ = ["check_broadcast", "check_order", "final_schema"]
 
@@ -33,7 +33,8 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
         [train] with what the assignment overrides for this round.
 
     Raises:
-        ProtocolError: It trains or keeps what this adapter has not, or keeps what it does not train.
+        ProtocolError: It trains or keeps what this adapter has not, or keeps what it does not train, or gives a turn to
+            what it does not train.
         CodecError: A codec is not installed here.
         PolicyError: The round is none of the run, a codec is not allowed here, a rank does not fit the adapter, the
             broadcast would not fit into compute.memory_mib, or an override is out of range. Nothing was fetched or
@@ -46,6 +47,11 @@ def check_order(policy: Policy, spec: Spec, schema: Schema, assignment: Assignme
             "are allowed here (run.rounds, and limits.max_rounds of the policy)"
         )
     _check_selections(schema, assignment)
+    if assignment.turns and spec.privacy.noise_bands > 1:
+        raise PolicyError(
+            f"the coordinator lets tensors take turns in a run with privacy.noise_bands = {spec.privacy.noise_bands}, "
+            "whose noise is correlated between steps of the same tensors; nothing was charged"
+        )
     _check_codecs(policy, assignment)
     _check_ranks(policy, schema, assignment)
     _check_memory(policy, schema, assignment)
@@ -128,6 +134,7 @@ def _check_selections(schema: Schema, assignment: Assignment) -> None:
             f"the coordinator asks to train {asked}; this adapter has {', '.join(sorted(schema.roles))}, and only what "
             "is trained can be kept"
         )
+    moving(schema, assignment.train, assignment.turns)
     added = schema.select(assignment.linear)
     if schema.unknown(assignment.linear) or not added.names() <= trained.names() - kept.names():
         raise ProtocolError(

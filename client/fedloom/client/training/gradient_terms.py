@@ -26,16 +26,14 @@ class GradientTerms:
             mu: FedProx's; 0 for no pull.
             linear: l, of the parameters that have one.
         """
-        self._parameters, self._mu, self.linear = parameters, mu, linear
-        self._start = [each.detach().clone() for each in parameters] if mu else []
+        self._mu, self.linear = mu, linear
+        self._start = {each: each.detach().clone() for each in parameters} if mu else {}
 
-    def now(self) -> list[torch.Tensor]:
-        """The term of each parameter at its present value; an empty list where nothing is to be added."""
-        if not self._mu and not self.linear:
-            return []
-        pulls = [self._mu * (w.detach() - w0) for w, w0 in zip(self._parameters, self._start, strict=False)]
-        pulls = pulls or [torch.zeros_like(each) for each in self._parameters]
-        return [
-            pull + self.linear[each] if each in self.linear else pull
-            for each, pull in zip(self._parameters, pulls, strict=True)
-        ]
+    def now(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        """The terms of those that move in this step, at their present values; an empty list if nothing is added."""
+        return [self._term(each) for each in parameters] if self._mu or self.linear else []
+
+    def _term(self, parameter: nn.Parameter) -> torch.Tensor:
+        now = parameter.detach()
+        pull = self._mu * (now - self._start[parameter]) if self._mu else torch.zeros_like(now)
+        return pull + self.linear[parameter] if parameter in self.linear else pull

@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,12 @@ from fedloom.client.privacy.auditing.attacks import rehearse
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.probe import probe
-from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded, System, poisson
+from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded, System, drawn_groups, poisson
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.api import CheckCancelled, Trained
 from fedloom.client.session.assignment_checks import check_broadcast, check_order
 from fedloom.client.session.personal_tensors import Personal
+from fedloom.client.training.activations import kept_activations
 from fedloom.client.training.averaging import averaged
 from fedloom.client.training.gradient_terms import GradientTerms
 from fedloom.client.training.local_eval import Table, released, row_scores, split
@@ -32,15 +34,18 @@ from fedloom.core.config.evaluation import largest_loss
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.config.schedules import learning_rates
 from fedloom.core.errors import DataError, PolicyError, ProtocolError
-from fedloom.core.privacy.spends import evaluation_spend, training_spend
+from fedloom.core.privacy.spends import banded, evaluation_spend, round_participation, training_spend
 from fedloom.core.schema import Array, Role, Schema, Tensors
-from fedloom.proto.messages import Assignment, upload_schema
+from fedloom.proto.messages import Assignment, moving, upload_schema
 
 __all__ = ["EntropyFor", "Trainer", "batch_loss"]
 log = logging.getLogger(__name__)
 
 EntropyFor = Callable[[int], Entropy]
 """Gives the randomness of one round (counted from 0)."""
+
+_Cycle = Sequence[frozenset[str]]
+"""Names of the tensors that move in each step, from the first again after the last."""
 
 
 class Trainer:
@@ -100,7 +105,8 @@ class Trainer:
         if spec.privacy.enabled:
             self.check_sensitivity()
             assert spec.privacy.noise_multiplier is not None  # checked when the spec met the policy
-            rehearse(spec.privacy.noise_multiplier, spec.privacy.clip_norm)
+            rehearse(spec.privacy.noise_multiplier, spec.privacy.clip_norm, banded(spec))
+        self._activations = kept_activations(model, spec.model.digest, policy.compute)
         self.microbatch = Microbatch(fitting(model, self._batch_loss, spec, policy.compute.memory_mib), model.device)
 
     def check_sensitivity(self) -> None:
@@ -162,9 +168,10 @@ class Trainer:
         entropy = self._entropy_for(assignment.round)
         optimizer = self._optimizer(parameters, train, assignment.round)
         steps = self._private_steps if self.spec.privacy.enabled else self._plain_steps
+        cycle = moving(self.model.schema, assignment.train, assignment.turns)
         terms = GradientTerms(parameters, train.proximal_mu, self.model.linear_terms(broadcast))
         with averaged(optimizer, parameters, train.ema):
-            steps(optimizer, parameters, entropy, terms, check_cancelled)
+            steps(optimizer, cycle, entropy, terms, check_cancelled)
         if assignment.personal:
             self._personal.keep(run, self.model.read(self.model.schema.select(assignment.personal)))
         if evaluating and self.spec.federated_evaluation.personalised:
@@ -251,8 +258,9 @@ class Trainer:
             return None
         assert self.ledger is not None  # checked at construction
         mine, evaluation = self.policy.privacy, evaluation_spend(self.spec) if evaluating else None
-        spend = training_spend(self.spec)
-        return self.ledger.reserve(run, round, spend, budget=mine.epsilon, delta=mine.delta, evaluation=evaluation)
+        spend, bands = training_spend(self.spec), self.spec.privacy.noise_bands
+        account = partial(self.ledger.reserve, run, round, spend, evaluation=evaluation, noise_bands=bands)
+        return account(budget=mine.epsilon, delta=mine.delta)
 
     def _optimizer(self, parameters: list[nn.Parameter], train: TrainSection, round: int) -> torch.optim.Optimizer:
         rate, head_rate = learning_rates(train, round, self.spec.run.rounds)
@@ -263,12 +271,19 @@ class Trainer:
         ]
         return optimizer_of(train).make(groups, noise_std(self.spec, self.policy.data.declared_examples))
 
-    def _sample(self, entropy: Entropy) -> Indices:
-        """One Poisson sample: each example on its own with the public rate."""
-        return poisson(entropy, len(self.encoded), self.spec.train.sampling_rate)
+    def _sample(self, entropy: Entropy, groups: Indices, step: int) -> Indices:
+        """One Poisson sample of the group whose turn it is: each example on its own with the public rate."""
+        rate, _ = round_participation(self.spec)
+        sample = poisson(entropy, len(self.encoded), rate)
+        turn: Indices = sample[groups[sample] == step % self.spec.privacy.noise_bands]
+        return turn
 
     def _loss(self, indices: Indices, length: int | None = None) -> torch.Tensor:
-        return self._batch_loss(collate(self.encoded, indices, self.model.tokenizer.pad_token_id, length))
+        batch = collate(self.encoded, indices, self.model.tokenizer.pad_token_id, length)
+        if self._activations is None:
+            return self._batch_loss(batch)
+        with self._activations.skipping(self.encoded, indices, batch):
+            return self._batch_loss(batch)
 
     def _batch_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return batch_loss(self.model, batch)
@@ -276,7 +291,7 @@ class Trainer:
     def _private_steps(
         self,
         base: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
+        cycle: _Cycle,
         entropy: Entropy,
         terms: GradientTerms,
         check_cancelled: CheckCancelled,
@@ -286,25 +301,30 @@ class Trainer:
         # Both were checked at construction and when the spec met the policy.
         assert privacy.noise_multiplier is not None
         assert declared is not None
-        with recording(self.model.model, parameters) as tape:
-            optimizer = PrivateOptimizer(
-                base,
-                tape,
-                entropy,
-                noise_multiplier=privacy.noise_multiplier,
-                clip_norm=privacy.clip_norm,
-                expected_batch=train.sampling_rate * declared,
-            )
-            optimizer.masks = self.model.rank_masks(parameters)
-            for _ in range(train.steps):
-                check_cancelled()
-                self._accumulate(optimizer, tape, entropy)
-                optimizer.release(terms.now())
+        groups = drawn_groups(entropy, len(self.encoded), privacy.noise_bands)
+        # A tape has the tensors of one turn and no others: the norm that is clipped and the noise are theirs alone.
+        for names, steps in groupby(range(train.steps), lambda step: cycle[step % len(cycle)]):
+            parameters = self.model.trainable(names)
+            with recording(self.model.model, parameters) as tape:
+                optimizer = PrivateOptimizer(
+                    base,
+                    tape,
+                    entropy,
+                    noise_multiplier=privacy.noise_multiplier,
+                    clip_norm=privacy.clip_norm,
+                    expected_batch=train.sampling_rate * declared,
+                    strategy=banded(self.spec),
+                )
+                optimizer.masks = self.model.rank_masks(parameters)
+                for step in steps:
+                    check_cancelled()
+                    # Drawn once: a step that is done again after running out of memory is a step on the same examples,
+                    # whose noise is drawn when their sum is whole. A second sample would be a second look at the data
+                    # that nobody has charged.
+                    self._accumulate(optimizer, tape, self._sample(entropy, groups, step))
+                    optimizer.release(terms.now(parameters))
 
-    def _accumulate(self, optimizer: PrivateOptimizer, tape: Tape, entropy: Entropy) -> None:
-        # Drawn once: a step that is done again after running out of memory is a step on the same examples, whose noise
-        # is drawn when their sum is whole. A second sample would be a second look at the data that nobody has charged.
-        sample = self._sample(entropy)
+    def _accumulate(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices) -> None:
         self.microbatch.attempt(len(sample), partial(self._sum, optimizer, tape, sample))
 
     def _sum(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices, size: int) -> None:
@@ -318,21 +338,23 @@ class Trainer:
     def _plain_steps(
         self,
         optimizer: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
+        cycle: _Cycle,
         entropy: Entropy,
         terms: GradientTerms,
         check_cancelled: CheckCancelled,
     ) -> None:
-        for _ in range(self.spec.train.steps):
+        everyone = np.zeros(len(self.encoded), np.int64)  # one group
+        for step in range(self.spec.train.steps):
             check_cancelled()
-            sample = self._sample(entropy)
+            parameters = self.model.trainable(cycle[step % len(cycle)])
+            sample = self._sample(entropy, everyone, step)
             if len(sample) == 0 and not terms.linear:
                 continue
             # A strategy counts on every step of its term, as a private client takes every step: this one is on no data.
             optimizer.zero_grad(set_to_none=True)
             if len(sample):
                 self.microbatch.attempt(len(sample), partial(self._mean, optimizer, sample))
-            for parameter, term in zip(parameters, terms.now(), strict=False):
+            for parameter, term in zip(parameters, terms.now(parameters), strict=False):
                 parameter.grad = term if parameter.grad is None else parameter.grad + term
             optimizer.step()
 

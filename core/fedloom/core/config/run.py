@@ -13,6 +13,7 @@ from fedloom.core.config.start import StartSection
 from fedloom.core.config.train import TrainSection
 from fedloom.core.errors import ConfigError
 from fedloom.core.limits import MAX_CLIENTS, MAX_RANK, MAX_ROUNDS, MAX_SPEC_BYTES
+from fedloom.core.privacy.banded import MAX_BANDS, check_bands
 from fedloom.core.secagg.fixed_point import FixedPoint
 
 __all__ = [
@@ -143,9 +144,20 @@ class PrivacySection(Section):
     delta: float = Field(default=1e-5, ge=1e-15, lt=1)
     """Delta of that guarantee."""
     clip_norm: float = Field(default=1.0, ge=1e-6, le=1e6)
-    """L2 bound C on one example's gradient over all trained tensors together."""
+    """L2 bound C on one example's gradient over all tensors together that move in a step."""
     noise_multiplier: float | None = Field(default=None, ge=0.01, le=1000)
     """Noise standard deviation over C. None calibrates it from epsilon, rate and steps of the whole run."""
+    noise_bands: int = Field(default=1, ge=1, le=MAX_BANDS)
+    """Steps that share noise, so that it partly cancels within a round; each example is then sampled in one of so many
+    steps, at so many times the rate. 1: fresh noise in each step. When it pays is in optimizers.md."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_new(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As in [model]: builds that know no noise bands are told of none, and refuse those that there are."""
+        found: dict[str, Any] = plain(self)
+        if self.noise_bands == 1:
+            found.pop("noise_bands", None)
+        return found
 
 
 class UserLevelSection(Section):
@@ -223,6 +235,9 @@ class RoundsSection(Section):
     """buffered: rounds that may have passed since an update's start; an older one is refused."""
     concurrency: int | None = Field(default=None, ge=1, le=MAX_CLIENTS)
     """buffered: clients at work at a time. None asks every client that asks for work."""
+    keep: int = Field(default=0, ge=0, le=MAX_ROUNDS)
+    """Committed rounds, the newest, whose updates and adapters stay in the state directory: for `fedloom inspect`, and
+    for RUN@ROUND in `fedloom merge`. Updates of a run without privacy have no noise."""
 
 
 class WireSection(Section):
@@ -288,6 +303,7 @@ class Spec(Section):
             raise ValueError(
                 'train.schedule = "one-cycle" rises before it falls; set train.warmup to the rounds that it rises for'
             )
+        check_bands(self.privacy.noise_bands, self.train.sampling_rate, self.train.steps, private=self.privacy.enabled)
         if self.secure_aggregation.enabled and self.wire.upload != WireSection().upload:
             raise ValueError(
                 f'wire.upload = "{self.wire.upload}" with secure_aggregation.enabled = true, whose updates are sent as '

@@ -102,7 +102,7 @@ class Statement:
     """Rounds charged: those this client joined, not those of the run."""
     sampling: str
     mechanisms: tuple[Spend, ...]
-    """What was really done: rates, noise multipliers and how many steps of each."""
+    """What was done, or with noise bands what it costs as much as: rates, noise multipliers and steps of each."""
     accountant: str
     grid: float
     """Discretisation of the privacy loss that the figure was computed on; a finer one gives no larger figure."""

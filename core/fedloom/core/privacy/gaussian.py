@@ -81,17 +81,24 @@ def deviation(noise_multiplier: float) -> int:
     return math.ceil(noise_multiplier * UNITS)  # the product is exact: UNITS is a power of two
 
 
-def longest(values: int) -> float:
+def longest(values: int, bands: int = 1) -> float:
     """Length in steps to which a contribution of so many float32 values is scaled before it is rounded.
 
     Rounding each value to the nearest whole number moves the vector by at most sqrt(values) / 2, and its length was
     measured and scaled in float32, so that what is rounded may be longer by one part in four thousand than it seems.
     What comes out is at most UNITS long.
 
+    With noise bands the contribution is in as many sums, each of which is multiplied and rounded once more. There
+    rounding makes the difference between two sums of whole numbers longer by less than 1 a value, sqrt(bands * values)
+    in all; what comes out is UNITS long again.
+
     >>> 0.998 * UNITS < longest(339_000) < UNITS
     True
+    >>> 0.996 * UNITS < longest(339_000, bands=8) < longest(339_000)
+    True
     """
-    return (UNITS - math.sqrt(values) / 2) * (1 - _SLACK)
+    mixed = math.sqrt(bands * values) if bands > 1 else 0.0
+    return (UNITS - math.sqrt(values) / 2 - mixed) * (1 - _SLACK)
 
 
 def rounded_normal(words: Words, deviation: int, count: int) -> Integers:

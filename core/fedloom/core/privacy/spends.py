@@ -5,8 +5,19 @@ import math
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import PolicyError
 from fedloom.core.privacy.accounting import REPORT_GRID, Spend, Statement, statement
+from fedloom.core.privacy.banded import Banded, participation
 
-__all__ = ["LEAST_BATCH", "evaluation_spend", "evaluations", "faint", "run_spends", "run_statement", "training_spend"]
+__all__ = [
+    "LEAST_BATCH",
+    "banded",
+    "evaluation_spend",
+    "evaluations",
+    "faint",
+    "round_participation",
+    "run_spends",
+    "run_statement",
+    "training_spend",
+]
 
 LEAST_BATCH = 5.0
 """Expected examples in a step of a private run below which a client is warned of."""
@@ -28,15 +39,28 @@ def faint(spec: Spec, declared_examples: int) -> str | None:
     )
 
 
+def round_participation(spec: Spec) -> tuple[float, int]:
+    """How one example takes part in a round's training, see `participation`: all of its cost but the noise."""
+    return participation(spec.train.sampling_rate, spec.train.steps, spec.privacy.noise_bands)
+
+
+def banded(spec: Spec) -> Banded | None:
+    """The matrix that correlates the noise of a round; None where the noise of each step is its own."""
+    if not spec.privacy.enabled or spec.privacy.noise_bands == 1:
+        return None
+    return Banded(spec.train.steps, spec.privacy.noise_bands, spec.train.momentum)
+
+
 def training_spend(spec: Spec) -> Spend:
-    """What one round's training costs.
+    """What one round's training costs: with noise bands fewer steps at a higher rate than those that are taken.
 
     Raises:
         PolicyError: The run has no noise multiplier.
     """
     if spec.privacy.noise_multiplier is None:
         raise PolicyError("a private run needs a noise multiplier")
-    return Spend(spec.train.sampling_rate, spec.privacy.noise_multiplier, spec.train.steps)
+    rate, steps = round_participation(spec)
+    return Spend(rate, spec.privacy.noise_multiplier, steps)
 
 
 def evaluation_spend(spec: Spec) -> Spend:

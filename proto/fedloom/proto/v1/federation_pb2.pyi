@@ -67,7 +67,7 @@ class WorkReply(_message.Message):
     def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("round", "train", "personal", "rank", "base_rank", "local", "broadcast_roles", "broadcast_codec", "broadcast_digest", "broadcast_bytes", "upload_codec", "linear")
+    __slots__ = ("round", "train", "personal", "rank", "base_rank", "local", "broadcast_roles", "broadcast_codec", "broadcast_digest", "broadcast_bytes", "upload_codec", "linear", "turns")
     class LocalEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,7 @@ class Assignment(_message.Message):
     BROADCAST_BYTES_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_CODEC_FIELD_NUMBER: _ClassVar[int]
     LINEAR_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
     round: int
     train: _containers.RepeatedScalarFieldContainer[str]
     personal: _containers.RepeatedScalarFieldContainer[str]
@@ -99,7 +100,8 @@ class Assignment(_message.Message):
     broadcast_bytes: int
     upload_codec: str
     linear: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, round: _Optional[int] = ..., train: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., rank: _Optional[int] = ..., base_rank: _Optional[int] = ..., local: _Optional[_Mapping[str, float]] = ..., broadcast_roles: _Optional[_Iterable[str]] = ..., broadcast_codec: _Optional[str] = ..., broadcast_digest: _Optional[str] = ..., broadcast_bytes: _Optional[int] = ..., upload_codec: _Optional[str] = ..., linear: _Optional[_Iterable[str]] = ...) -> None: ...
+    turns: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, round: _Optional[int] = ..., train: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., rank: _Optional[int] = ..., base_rank: _Optional[int] = ..., local: _Optional[_Mapping[str, float]] = ..., broadcast_roles: _Optional[_Iterable[str]] = ..., broadcast_codec: _Optional[str] = ..., broadcast_digest: _Optional[str] = ..., broadcast_bytes: _Optional[int] = ..., upload_codec: _Optional[str] = ..., linear: _Optional[_Iterable[str]] = ..., turns: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Wait(_message.Message):
     __slots__ = ("retry_after_s",)

@@ -156,4 +156,5 @@ class Aggregation:
         delta = codec(name).decode(broadcasts.upload_schema(accepted.client), payload)
         # As in `History.draft`, whose update is folded if this process has accepted it itself.
         metrics = client_metrics(self._config, accepted.score)
-        return replace(broadcasts.update(accepted.client, accepted.weight, delta, metrics), client=client)
+        update = broadcasts.update(accepted.client, accepted.weight, delta, metrics)
+        return replace(update, client=client, noise_std=accepted.noise_std)

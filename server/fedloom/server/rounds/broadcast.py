@@ -1,6 +1,7 @@
 """A strategy's plans as assignments and bytes: each distinct broadcast of a round is encoded and hashed once."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from fedloom.core.runtime.failpoints import failpoint
 from fedloom.core.schema import Array, Role, Schema, Tensors, linear_name
 from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.checks import overridden
-from fedloom.proto.messages import Assignment, Finished, broadcast_schema, upload_schema
+from fedloom.proto.messages import Assignment, Finished, broadcast_schema, moving, upload_schema
 from fedloom.server.strategy_errors import blamed
 from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.result import base_rank, result_schema
@@ -123,11 +124,14 @@ class Broadcasts:
     def _steps(self, client: str) -> dict[str, float]:
         """The sum of the learning rates of the client's steps by tensor, see `Update.rate_sums`."""
         asked = self.assignment(client)
-        if (key := (asked.train, asked.personal, frozenset(asked.local.items()))) not in self._rate_sums:
+        key = asked.train, asked.personal, asked.turns, frozenset(asked.local.items())
+        if key not in self._rate_sums:
             train = overridden(self._config.train, asked.local)
             rate, head = learning_rates(train, asked.round, self._config.run.rounds)
+            cycle = moving(self._schema, asked.train, asked.turns)
+            steps = Counter(name for step in range(train.steps) for name in cycle[step % len(cycle)])
             self._rate_sums[key] = {
-                spec.name: train.steps * (head if spec.role == Role.HEAD else rate)
+                spec.name: steps[spec.name] * (head if spec.role == Role.HEAD else rate)
                 for spec in self.upload_schema(client).tensors
             }
         return self._rate_sums[key]
@@ -136,7 +140,7 @@ class Broadcasts:
         """The assignment of a plan; that of an earlier one if they differ in nothing but where their tensors lie."""
         self._check(plan)
         asked = self._converted(plan)
-        instructions = asked.train, asked.personal, asked.rank, frozenset(asked.local.items())
+        instructions = asked.train, asked.personal, asked.rank, frozenset(asked.local.items()), asked.turns
         distinct = *instructions, _address(asked)
         if distinct in self._distinct:
             return self._distinct[distinct]
@@ -166,6 +170,7 @@ class Broadcasts:
             base_rank=base_rank(self._schema, plan.broadcast),
             local={name: float(value) for name, value in plan.local.items()},
             linear=self._schema.words(plan.linear),
+            turns=plan.turns,
         )
         digest = self._digest(_sent(plan), asked)
         return replace(asked, broadcast_digest=digest, broadcast_bytes=len(self._payloads[digest]))
@@ -211,7 +216,9 @@ class Broadcasts:
                 )
         if Role.HEAD in trained.roles and self._config.model.head == "frozen":
             raise ConfigError('the strategy trains the head, but model.head = "frozen"; set it to "train"')
+        _check_turns(self._config, plan)
         try:
+            moving(self._schema, plan.train, plan.turns)
             overridden(self._config.train, plan.local)
         except ProtocolError as error:
             raise ConfigError(f"no client would take the strategy's plan: {error}; look at its options") from error
@@ -222,6 +229,20 @@ def final(schema: Schema, rounds: int, model: Tensors) -> tuple[Finished, bytes]
     payload = codec(FINAL_CODEC).encode(result_schema(schema, model), model)
     digest = hashlib.sha256(payload).hexdigest()
     return Finished(rounds, FINAL_CODEC, digest, len(payload), base_rank(schema, model)), payload
+
+
+def _check_turns(config: RunConfig, plan: Plan) -> None:
+    """Refuse turns that a round of this run does not have."""
+    if len(plan.turns) > (steps := config.train.steps):
+        raise ConfigError(
+            f"the strategy lets {len(plan.turns)} selections of tensors take turns, and a round has {steps} steps; "
+            f"set train.steps to {len(plan.turns)} or more, best to a multiple"
+        )
+    if plan.turns and config.privacy.noise_bands > 1:
+        raise ConfigError(
+            "the strategy lets tensors take turns, and privacy.noise_bands cancels noise between steps of the same "
+            "tensors; set privacy.noise_bands = 1, or choose another strategy"
+        )
 
 
 def _correction_roles(names: Iterable[str]) -> frozenset[str]:
@@ -243,7 +264,7 @@ def _sent(plan: Plan) -> Tensors:
 def _identity(plan: Plan) -> object:
     """Equal for plans that surely are the same: equal instructions over the very same arrays."""
     arrays = frozenset((name, id(tensor)) for name, tensor in _sent(plan).items())
-    return plan.train, plan.personal, plan.rank, frozenset(plan.local.items()), arrays
+    return plan.train, plan.personal, plan.rank, frozenset(plan.local.items()), plan.turns, arrays
 
 
 def _probe(tensors: Tensors) -> object:

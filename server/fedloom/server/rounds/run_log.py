@@ -9,6 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError, SchemaError, StoreError, StrategyError
@@ -28,10 +29,11 @@ from fedloom.server.rounds.state import (
     RoundOpened,
     Rounds,
     RunCreated,
+    UpdateAccepted,
     apply,
     told,
 )
-from fedloom.server.rounds.update_norm import largest_norm
+from fedloom.server.rounds.update_norm import largest_norm, noise_std
 from fedloom.server.rounds.validation import check_address, check_score, expected_bytes, is_repeat
 from fedloom.server.storage.api import Storage
 from fedloom.server.strategy_errors import blamed
@@ -77,6 +79,7 @@ class History:
         self._states: dict[int, str] = {}
         self._older: dict[int, Broadcasts] = {}
         self._arriving: Counter[str] = Counter()
+        self._kept: dict[int, tuple[UpdateAccepted, ...]] = {}
         self._askable: tuple[tuple[int, int], Collection[str]] = (-1, -1), ()
         self._broken: StoreError | StrategyError | None = None
         self._failed: set[str] = set()
@@ -94,6 +97,8 @@ class History:
         if config.user_level.enabled:
             check_memory(self.state)
         self.broadcasts = Broadcasts(config, schema, strategy, self.state)
+        if config.rounds.keep:
+            store.put_blob(schema.to_json().encode(), schema.digest)  # what is kept can be read without the base model
         self._sweep()
 
     @property
@@ -168,7 +173,11 @@ class History:
         client, broadcasts = header.client, self._asked_in(header.client)
         asked, upload = broadcasts.assignment(client), broadcasts.upload_schema(client)
         weight = float(declared_examples) if self._config.strategy.weighting == "examples" else 1.0
-        update = broadcasts.update(client, weight, {}, client_metrics(self._config, header.score))
+        noise = 0.0
+        if self._strategy.traits.reads_noise:
+            noise = noise_std(self._config, header.round, asked.local, declared_examples)
+        told = broadcasts.update(client, weight, {}, client_metrics(self._config, header.score))
+        update = replace(told, noise_std=noise)
         limit = self._config.rounds.max_update_norm or largest_norm(
             self._config, asked.local, upload.size, declared_examples, update.linear
         )
@@ -297,7 +306,10 @@ class History:
         return self._older[number]
 
     def _follow(self, event: Event) -> None:
-        self.rounds = apply(self.rounds, event)
+        before, self.rounds = self.rounds, apply(self.rounds, event)
+        if isinstance(event, AdapterCommitted):
+            self._kept[before.round] = tuple(before.updates[client] for client in before.folding)
+            self._kept.pop(before.round - self._config.rounds.keep, None)
         if isinstance(event, RunCreated | AdapterCommitted):
             self._states[self.rounds.round] = event.state
             self._failed, self.fault = set(), None
@@ -326,12 +338,14 @@ class History:
         return created.run
 
     def _sweep(self) -> None:
-        """Drop the updates of committed rounds, and the states from which nobody is at work any more."""
+        """Drop what nobody is at work from any more: updates and states of committed rounds that are not to be kept."""
         used = {self.rounds.round, *self.rounds.starts.values()}
-        self._states = {number: digest for number, digest in self._states.items() if number in used}
         self._older = {number: older for number, older in self._older.items() if number in used}
-        updates = (update.digest for update in self.rounds.updates.values())
-        self._store.sweep({*self._states.values(), *updates, *tuple(self._arriving)})
+        kept = [update for updates in self._kept.values() for update in updates]
+        used |= {*self._kept, *(update.round for update in kept)}
+        self._states = {number: digest for number, digest in self._states.items() if number in used}
+        updates = (update.digest for update in (*self.rounds.updates.values(), *kept))
+        self._store.sweep({*self._states.values(), *updates, *tuple(self._arriving), self._schema.digest})
 
 
 def agreed(config: RunConfig) -> str:

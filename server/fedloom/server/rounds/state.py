@@ -97,6 +97,7 @@ class UpdateAccepted:
     weight: float
     score: tuple[float, ...] = ()
     """What the client's evaluation released with it; no round depends on it but through `Update.metrics`."""
+    noise_std: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -355,9 +356,8 @@ def _next(rounds: Rounds, event: AdapterCommitted) -> Rounds:
 
 def event_to_json(event: Event) -> str:
     """One row of the log."""
-    document = dict(vars(event))
-    if not document.get("score", True):
-        del document["score"]  # as builds write it that know of no scores
+    # Without what has no value: so write builds that do not know of it.
+    document = {name: value for name, value in vars(event).items() if value or name not in ("score", "noise_std")}
     return json.dumps({"event": type(event).__name__, **document}, separators=(",", ":"))
 
 

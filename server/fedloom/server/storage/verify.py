@@ -16,7 +16,7 @@ from fedloom.server.storage.audit_log import AuditRecord, record_from_json
 from fedloom.server.storage.hash_chain import read_mark
 from fedloom.server.storage.sqlite import connect_readonly, explained, read_epoch, read_events, read_log
 
-__all__ = ["Snapshot", "holder", "look", "newest_state", "state_folders", "verify"]
+__all__ = ["Snapshot", "holder", "look", "newest_state", "read_blob", "state_folders", "verify"]
 
 _LOOKS = 5
 
@@ -84,11 +84,17 @@ def newest_state(folder: Path, config: RunConfig) -> bytes:
         blob = folder / "blobs" / rounds.state
         # The coordinator may have committed the next round since, and swept this one's state.
         with explained(blob), suppress(FileNotFoundError):
-            return _unchanged(blob)
+            return read_blob(blob)
     raise StoreError(f"{blob} is missing; restore it from a backup")
 
 
-def _unchanged(blob: Path) -> bytes:
+def read_blob(blob: Path) -> bytes:
+    """What a file of `blobs` holds.
+
+    Raises:
+        StoreError: Not what its name promises.
+        FileNotFoundError: There is none.
+    """
     content = blob.read_bytes()
     if sha256(content).hexdigest() != blob.name:
         raise StoreError(f"{blob} does not have the bytes its name promises; restore it from a backup")
@@ -123,7 +129,7 @@ def verify(folder: Path, heads: tuple[str, ...] = ()) -> tuple[Snapshot, int | N
     for digest in sorted(needed):
         blob = folder / "blobs" / digest
         with explained(blob):
-            _unchanged(blob)
+            read_blob(blob)
     return snapshot, len(needed)
 
 

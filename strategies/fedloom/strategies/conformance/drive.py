@@ -85,8 +85,7 @@ def broadcast_model(strategy: Strategy, state: State) -> dict[str, Array]:
 def assert_asks_the_same(one: Plan, two: Plan) -> None:
     """Equal instructions over equal values."""
     told = [
-        (plan.train, plan.personal, plan.rank, dict(plan.local), sorted(plan.broadcast), sorted(plan.linear))
-        for plan in (one, two)
+        (p.train, p.personal, p.rank, dict(p.local), p.turns, sorted(p.broadcast), sorted(p.linear)) for p in (one, two)
     ]
     assert told[0] == told[1], "a linear strategy asks the same of every client"
     for name in one.broadcast:
@@ -101,6 +100,10 @@ def assert_plan_fits(schema: Schema, plan: Plan) -> None:
     unknown = schema.unknown(plan.train | plan.personal)
     assert not unknown, f"the plan trains {unknown}, which the schema lacks"
     assert schema.select(plan.personal).names() <= schema.select(plan.train).names(), "personal must be trained"
+    for word in plan.turns:
+        taken = schema.select({word}).names()
+        assert taken, f"{word} takes a turn, and the schema lacks it"
+        assert taken <= schema.select(plan.train).names(), f"{word} takes a turn and must be trained"
     assert plan.local.keys() <= LOCAL, f"local hyper-parameters are {sorted(LOCAL)}"
     assert plan.rank is None or 1 <= plan.rank <= schema.rank, f"rank {plan.rank} is not within 1..{schema.rank}"
     uploaded = {spec.name for spec in schema.select(plan.train, but=plan.personal).tensors}

@@ -39,6 +39,11 @@ class Product:
         """Frobenius norm of B A, from r x r matrices."""
         return float(np.sqrt(max(np.sum((self.b.T @ self.b) * (self.a @ self.a.T)), 0.0)))
 
+    def padded(self, rank: int) -> "Product":
+        """The same product with zero directions at its end, `rank` in all."""
+        more = rank - self.rank
+        return Product(np.pad(self.b, ((0, 0), (0, more))), np.pad(self.a, ((0, more), (0, 0))))
+
     def dense(self) -> Float64:
         """B A itself, shape (out, in): the memory of the layer's weight."""
         return np.asarray(self.b @ self.a, np.float64)

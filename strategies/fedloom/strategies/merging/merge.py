@@ -8,7 +8,7 @@ import numpy as np
 
 from fedloom.core.errors import ConfigError, SchemaError
 from fedloom.core.schema import Array
-from fedloom.strategies.merging.adapter import FinishedAdapter, Product
+from fedloom.strategies.merging.adapter import FinishedAdapter
 from fedloom.strategies.merging.methods.api import Method, places, shares
 from fedloom.strategies.merging.truncate import Truncated, truncate
 
@@ -109,7 +109,7 @@ def merge(
         update = method.merge([each.products[module] for each in adapters], chosen, place)
         found[module] = truncate(update, target.most, target.energy)
     widest = max((each.product.rank for each in found.values()), default=0)
-    products = {module: _padded(found[module].product, widest) for module in first.products}
+    products = {module: found[module].product.padded(widest) for module in first.products}
     layers = tuple(Layer(module, each.product.rank, each.norm, each.lost) for module, each in found.items())
     return Merged(FinishedAdapter(products, _averaged([each.whole for each in adapters], chosen)), layers)
 
@@ -138,9 +138,3 @@ def _check(adapters: Sequence[FinishedAdapter]) -> None:
                 f"adapter 1 has {kinds[0].get(name, 'no tensor')} and adapter {number} {kind.get(name, 'no tensor')} "
                 f"at {name}; merge adapters of the same layers and labels"
             )
-
-
-def _padded(product: Product, rank: int) -> Product:
-    """The same product with zero directions at its end."""
-    more = rank - product.rank
-    return Product(np.pad(product.b, ((0, 0), (0, more))), np.pad(product.a, ((0, more), (0, 0))))

@@ -100,10 +100,20 @@ def merged_facts(
         "run": name,
         "base": first.get("base", folders[0].settings.get("base_model_name_or_path")),
         **{key: first.get(key) for key in ("base_digest", "task", "labels")},
-        "privacy": joint_privacy([each.facts.get("privacy") for each in folders]),
+        "privacy": joint_privacy([each.facts.get("privacy") for each in _last_of_runs(folders)]),
         "user_privacy": None,
         "merged": {**method, "adapters": sources},
     }
+
+
+def _last_of_runs(folders: Sequence[PeftFolder]) -> list[PeftFolder]:
+    """The adapters less earlier rounds of a run of which a later one is there: its statement covers their steps too."""
+    last: dict[str | int, PeftFolder] = {}
+    for index, each in enumerate(folders):
+        run = each.run or index
+        if run not in last or int(each.facts.get("rounds", 0)) > int(last[run].facts.get("rounds", 0)):
+            last[run] = each
+    return list(last.values())
 
 
 def joint_privacy(stated: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:

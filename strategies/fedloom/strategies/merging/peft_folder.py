@@ -45,6 +45,8 @@ class PeftFolder:
     """fedloom.json; empty of an adapter that fedloom has not made."""
     digest: str
     """SHA-256 of its file of tensors, as start.digest pins it."""
+    run: str = ""
+    """The run folder that it is known to be a round of; adapters of one run say something about the same steps."""
 
     @property
     def scale(self) -> float:

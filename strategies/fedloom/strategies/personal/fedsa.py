@@ -1,11 +1,12 @@
 """FedSA-LoRA (Guo et al., ICLR 2025, arXiv 2410.01463)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from fedloom.core.schema import LORA, Role, Schema
-from fedloom.strategies.api import Plan, State, Strategy
-from fedloom.strategies.transforms.average import Average, trained
+from fedloom.strategies.api import Strategy
+from fedloom.strategies.personal.keeping import Keeping
+from fedloom.strategies.transforms.average import trained
 from fedloom.strategies.transforms.transform import Composed
 
 __all__ = ["FedSALoRA"]
@@ -30,18 +31,7 @@ class FedSALoRA(Composed):
     def build(self) -> Strategy:
         """An average of what is shared."""
         kept = Role.LORA_B if self.shared == "A" else Role.LORA_A
-        return _Keeping(lambda schema: _without(trained(schema, LORA, head=self.train_head), kept), kept)
-
-
-@dataclass(frozen=True)
-class _Keeping(Average):
-    """An average of some tensors, beside which clients train one role that they keep."""
-
-    kept: str
-
-    def plan(self, state: State, round: int, client: str) -> Plan:
-        plan = super().plan(state, round, client)
-        return replace(plan, train=plan.train | {self.kept}, personal=frozenset({self.kept}))
+        return Keeping(lambda schema: _without(trained(schema, LORA, head=self.train_head), kept), kept)
 
 
 def _without(schema: Schema, role: str) -> Schema:

@@ -66,7 +66,8 @@ class NormBound(Transform):
             return update
         factor = self.bound / length
         scaled = ((name, np.multiply(each, factor, dtype=np.float64)) for name, each in update.delta.items())
-        return replace(update, delta={name: each.astype(np.float32) for name, each in scaled})
+        delta = {name: each.astype(np.float32) for name, each in scaled}
+        return replace(update, delta=delta, noise_std=factor * update.noise_std)
 
 
 def norm(update: Update) -> float:

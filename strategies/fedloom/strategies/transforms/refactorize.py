@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from fedloom.core.errors import ConfigError
+from fedloom.core.errors import ConfigError, SchemaError
 from fedloom.core.schema import LORA, Array, Schema, Tensors
 from fedloom.strategies.api import Plan, State, Strategy, Traits
 from fedloom.strategies.lowrank import RANK_TOLERANCE, orthonormal_rows, refactorize
@@ -72,6 +72,15 @@ class Refactorize(Transform):
         """The inner strategy's, and that coordinates change."""
         return replace(self.inner.traits, rewrites=True)
 
+    def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:
+        """The inner strategy's state.
+
+        Raises:
+            SchemaError: There are no pairs, or see the inner strategy.
+        """
+        _check_pairs(schema)
+        return self.inner.init(schema, adapter, seed)
+
     def plan(self, state: State, round: int, client: str) -> Plan:
         """The inner strategy's plan.
 
@@ -120,8 +129,9 @@ class OrthonormalStart(Transform):
         """The inner strategy's state, its pairs rotated.
 
         Raises:
-            SchemaError: See the inner strategy.
+            SchemaError: There are no pairs, or see the inner strategy.
         """
+        _check_pairs(schema)
         state = self.inner.init(schema, adapter, seed)
         rotated: dict[str, Array] = {}
         for pair in schema.pairs:
@@ -131,6 +141,15 @@ class OrthonormalStart(Transform):
             if b.any():  # an earlier adapter's; a fresh one is zero
                 rotated[pair.b] = (b.astype(np.float64) @ (a.astype(np.float64) @ basis.T)).astype(np.float32)
         return replace(state, adapter={**state.adapter, **rotated})
+
+
+def _check_pairs(schema: Schema) -> None:
+    """Refuse an adapter in which nothing would be rewritten, such as one whose factors travel as changes."""
+    if not schema.pairs:
+        raise SchemaError(
+            "this strategy rewrites pairs of lora_A and lora_B, but the adapter has "
+            f"{', '.join(sorted(schema.roles))}; change adapter.kind or strategy"
+        )
 
 
 def _roots(b: Array) -> Array:

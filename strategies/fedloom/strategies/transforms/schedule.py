@@ -58,6 +58,7 @@ class Schedule(Strategy):
             remembers_clients=any(each.remembers_clients for each in found),
             unweighted=any(each.unweighted for each in found),
             least_updates=max(each.least_updates for each in found),
+            reads_noise=any(each.reads_noise for each in found),
         )
 
     def init(self, schema: Schema, adapter: Tensors, seed: int) -> State:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets
+from fedloom.client.adapters.numbered_layers import Layers
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, plain, sizes, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, product
@@ -61,6 +62,8 @@ class Hydra(Section):
     """Rank r of either pair; the paper gives each half of LoRA's."""
     targets: Targets = ("query", "value")
     """Names (suffixes) of the linear layers, or as for LoRA."""
+    layers: Layers = None
+    """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""
 
     def attach(self, host: Host) -> PeftModel:
         """The base model with two pairs on every target layer.
@@ -68,7 +71,7 @@ class Hydra(Section):
         Raises:
             ModelError: No layer has one of the target names.
         """
-        return attach_around(host, self.targets, lambda layer: _Branches(layer, self.rank))
+        return attach_around(host, self.targets, lambda layer: _Branches(layer, self.rank), self.layers)
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """The factors of every target layer, roles parallel_A, parallel_B, sequential_A and sequential_B."""

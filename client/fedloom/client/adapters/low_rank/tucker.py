@@ -13,6 +13,7 @@ from torch import nn
 
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets
+from fedloom.client.adapters.numbered_layers import Layers
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, sizes, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, product
@@ -59,6 +60,8 @@ class Tucker(Section):
     """The scale s is alpha / rank."""
     targets: Targets = ("query", "value")
     """Names (suffixes) of the linear layers, or as for LoRA."""
+    layers: Layers = None
+    """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""
 
     def attach(self, host: Host) -> PeftModel:
         """The base model with a decomposed change of every target layer.
@@ -67,7 +70,7 @@ class Tucker(Section):
             ModelError: No layer has one of the target names.
         """
         scale = self.alpha / self.rank
-        return attach_around(host, self.targets, lambda layer: _Decomposed(layer, self.rank, scale))
+        return attach_around(host, self.targets, lambda layer: _Decomposed(layer, self.rank, scale), self.layers)
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """The three tensors of every target layer, roles tucker_V, tucker_G and tucker_U."""

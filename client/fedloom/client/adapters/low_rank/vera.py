@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets, linear_targets
+from fedloom.client.adapters.numbered_layers import Layers
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, sizes, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, scale
@@ -67,6 +68,8 @@ class VeRA(Section):
     """Of the frozen matrices. Public: everybody who trains or merges draws them."""
     targets: Targets = ("query", "value")
     """Names (suffixes) of the linear layers, or as for LoRA."""
+    layers: Layers = None
+    """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""
 
     def attach(self, host: Host) -> PeftModel:
         """The base model with a scaled pair beside every target layer.
@@ -74,11 +77,12 @@ class VeRA(Section):
         Raises:
             ModelError: No layer has one of the target names.
         """
-        names = linear_targets(host.base, self.targets, host.head)
+        names = linear_targets(host.base, self.targets, host.head, self.layers)
         shapes = [sizes(host.base.get_submodule(name)) for name in names]
         right = _uniform(self.seed, 0, (max(inputs for _, inputs in shapes), self.rank)).t()
         left = _uniform(self.seed, 1, (max(outputs for outputs, _ in shapes), self.rank))
-        return attach_around(host, self.targets, lambda layer: _ScaledPair(layer, right, left, self.d_initial))
+        start = self.d_initial
+        return attach_around(host, self.targets, lambda layer: _ScaledPair(layer, right, left, start), self.layers)
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """The vectors of every target layer, roles vera_lambda_d, as its change from `d_initial`, and vera_lambda_b."""

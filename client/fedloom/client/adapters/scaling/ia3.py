@@ -11,6 +11,7 @@ from torch import nn
 
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets, linear_targets
+from fedloom.client.adapters.numbered_layers import Layers
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, plain, sizes, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, scale
@@ -63,6 +64,8 @@ class IA3(Section):
     keys and values."""
     feedforward: tuple[str, ...] = ()
     """Those of the target names whose layers have their inputs scaled instead: the second of a feed-forward block."""
+    layers: Layers = None
+    """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""
 
     def attach(self, host: Host) -> PeftModel:
         """The base model with a scale of one on every target layer.
@@ -70,7 +73,7 @@ class IA3(Section):
         Raises:
             ModelError: No layer has one of the target names, or a name in `feedforward` is none of them.
         """
-        names = linear_targets(host.base, self.targets, host.head)
+        names = linear_targets(host.base, self.targets, host.head, self.layers)
         last = {name.rpartition(".")[2] for name in names}
         if others := sorted(set(self.feedforward) - last):
             raise ModelError(
@@ -79,7 +82,10 @@ class IA3(Section):
             )
         inputs = {id(host.base.get_submodule(name)) for name in names if name.rpartition(".")[2] in self.feedforward}
         return attach_around(
-            host, self.targets, lambda layer: _Inputs(layer) if id(plain(layer)) in inputs else _Outputs(layer)
+            host,
+            self.targets,
+            lambda layer: _Inputs(layer) if id(plain(layer)) in inputs else _Outputs(layer),
+            self.layers,
         )
 
     def slots(self, model: PeftModel) -> list[Slot]:

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.layer_norm import layer_norms
 from fedloom.client.adapters.lora import Targets
+from fedloom.client.adapters.numbered_layers import Layers, in_layers
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.adapters.wrapping import Wrapper, attach_around, plain, sizes, unwrap, wrapped_slots
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape, scale, shift
@@ -55,6 +56,8 @@ class SSF(Section):
     """Names (suffixes) of the linear layers, or as for LoRA; the paper takes all of them."""
     norms: bool = True
     """Whether layer norms get a scale and a shift too, as in the paper."""
+    layers: Layers = None
+    """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""
 
     def attach(self, host: Host) -> PeftModel:
         """The base model with scales of one and shifts of zero.
@@ -62,8 +65,8 @@ class SSF(Section):
         Raises:
             ModelError: No layer has one of the target names.
         """
-        norms = layer_norms(host.base, host.head) if self.norms else []
-        model = attach_around(host, self.targets, _ScaleShift)
+        norms = in_layers(host.base, self.layers, layer_norms(host.base, host.head)) if self.norms else []
+        model = attach_around(host, self.targets, _ScaleShift, self.layers)
         for name in norms:
             host.base.set_submodule(name, _ScaleShift(host.base.get_submodule(name)))
         return model

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets
+from fedloom.client.adapters.numbered_layers import Layers
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.adapters.spectral.basis import leading_singular
 from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, unwrap, wrapped_slots
@@ -61,6 +62,8 @@ class LoRASB(Section):
     """The scale s is alpha / rank."""
     targets: Targets = ("query", "value")
     """Names (suffixes) of the linear layers, or as for LoRA."""
+    layers: Layers = None
+    """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""
 
     def attach(self, host: Host) -> PeftModel:
         """The base model with an R of zeros between the singular vectors of every target layer.
@@ -69,7 +72,7 @@ class LoRASB(Section):
             ModelError: No layer has one of the target names, or one has no r leading singular vectors.
         """
         scale = self.alpha / self.rank
-        return attach_around(host, self.targets, lambda layer: _Core(layer, self.rank, scale))
+        return attach_around(host, self.targets, lambda layer: _Core(layer, self.rank, scale), self.layers)
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """R of every target layer, shape (r, r), role lora_R."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fedloom.client.adapters.api import Host, Traits
 from fedloom.client.adapters.lora import Targets
+from fedloom.client.adapters.numbered_layers import Layers
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.adapters.spectral.basis import leading_singular
 from fedloom.client.adapters.wrapping import Wrapper, attach_around, matrix, unwrap, wrapped_slots
@@ -55,6 +56,8 @@ class SVFit(Section):
     """How many singular values of each layer are trained; the paper takes hundreds."""
     targets: Targets = ("query", "value")
     """Names (suffixes) of the linear layers, or as for LoRA."""
+    layers: Layers = None
+    """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""
 
     def attach(self, host: Host) -> PeftModel:
         """The base model with the singular values that it has.
@@ -62,7 +65,7 @@ class SVFit(Section):
         Raises:
             ModelError: No layer has one of the target names, or one has no r leading singular vectors.
         """
-        return attach_around(host, self.targets, lambda layer: _SingularValues(layer, self.rank))
+        return attach_around(host, self.targets, lambda layer: _SingularValues(layer, self.rank), self.layers)
 
     def slots(self, model: PeftModel) -> list[Slot]:
         """The changes of the singular values of every target layer, shape (r,), role singular_values."""

@@ -27,6 +27,7 @@ from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Entropy, System
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import ConfigError, PolicyError
+from fedloom.core.privacy.spends import banded
 from fedloom.core.schema import Role, Tensors
 
 __all__ = ["adversarial"]
@@ -64,9 +65,9 @@ def adversarial(
     sigma, clip = spec.privacy.noise_multiplier, spec.privacy.clip_norm
     if not spec.privacy.enabled or sigma is None:
         raise ConfigError("only a private run with a noise multiplier can be attacked; set privacy.enabled = true")
-    drawn = entropy or System()
+    drawn, bands = entropy or System(), spec.privacy.noise_bands
     return (
-        correlated_noise(make, sigma, clip, steps=steps, entropy=drawn),
+        correlated_noise(make, sigma, clip, steps=max(steps, bands), strategy=banded(spec), entropy=drawn),
         low_bits(make, 1.0, steps=steps, entropy=drawn),
         extreme_settings(make, sigma, clip, trials=_TRIALS, entropy=drawn),
         _trapped_example(model, spec),

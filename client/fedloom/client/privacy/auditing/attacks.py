@@ -6,7 +6,7 @@ or it could not be told from an attack that sees nothing. `rehearse` makes a sho
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from fedloom.client.privacy.dp_sgd.grad_sample import Tape
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Entropy, System
 from fedloom.core.errors import ConfigError, ModelError
+from fedloom.core.privacy.banded import Banded
 from fedloom.core.privacy.gaussian import LARGEST_DEVIATION, Integers, longest
 
 __all__ = [
@@ -125,7 +126,13 @@ class Paired:
 
 
 def correlated_noise(
-    make: Make, noise_multiplier: float, clip_norm: float, *, steps: int, entropy: Entropy | None = None
+    make: Make,
+    noise_multiplier: float,
+    clip_norm: float,
+    *,
+    steps: int,
+    strategy: Banded | None = None,
+    entropy: Entropy | None = None,
 ) -> Attack:
     """Look for noise that can be subtracted: pairs, blocks and repetitions, within a step, between steps and rounds.
 
@@ -133,17 +140,21 @@ def correlated_noise(
         make: Makes the optimizer.
         noise_multiplier: The run's.
         clip_norm: The run's.
-        steps: Empty steps in each of two rounds.
+        steps: Empty steps in each of two rounds; with a strategy at least as many as it has bands.
+        strategy: Of the run, for any number of steps. Whoever knows it takes out what it does to the noise.
         entropy: Test seam; None is the operating system's.
     """
     drawn = entropy or System()
+    strategy = strategy and replace(strategy, steps=steps)
+    grid = longest(_WIDTH, strategy.bands if strategy else 1)
 
     def found(source: Entropy) -> float:
-        rounds = [_releases(make, source, noise_multiplier, clip_norm, steps, _WIDTH) for _ in range(2)]
-        values = np.concatenate(rounds).astype(np.float64).ravel() / (noise_multiplier * clip_norm)
+        rounds = [_releases(make, source, noise_multiplier, clip_norm, steps, _WIDTH, strategy=strategy) for _ in "ab"]
+        independent = [strategy.dense() @ each for each in rounds] if strategy else rounds
+        values = np.concatenate(independent).astype(np.float64).ravel() / (noise_multiplier * clip_norm)
         # The standard error of a standard deviation of n normal values is 1 / sqrt(2 n).
         narrow = (1 - values.std()) * math.sqrt(2 * len(values))
-        repeated = _repetitions(values * noise_multiplier * longest(_WIDTH)) if noise_multiplier < _FINE else 0.0
+        repeated = _repetitions(values * noise_multiplier * grid) if noise_multiplier < _FINE else 0.0
         return float(np.nanmax([narrow, repeated, dependence(values)]))
 
     return Attack(
@@ -282,7 +293,7 @@ def _beyond(present: Floats, absent: Floats, sigma: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def rehearse(noise_multiplier: float, clip_norm: float) -> None:
+def rehearse(noise_multiplier: float, clip_norm: float, strategy: Banded | None = None) -> None:
     """Try the attacks in short on the private step of this installation, at a run's settings; once in a process.
 
     Takes a second, reads no data and charges nothing.
@@ -290,9 +301,9 @@ def rehearse(noise_multiplier: float, clip_norm: float) -> None:
     Raises:
         ModelError: One of them succeeded, or could not have.
     """
-    make = PrivateOptimizer
+    make, bands = PrivateOptimizer, strategy.bands if strategy else 1
     attacks = (
-        correlated_noise(make, noise_multiplier, clip_norm, steps=4),
+        correlated_noise(make, noise_multiplier, clip_norm, steps=max(4, bands), strategy=strategy),
         low_bits(make, 1.0, steps=8),
         extreme_settings(make, noise_multiplier, clip_norm, trials=8),
     )
@@ -313,12 +324,14 @@ def _releases(
     steps: int,
     width: int,
     example: torch.Tensor | None = None,
+    strategy: Banded | None = None,
 ) -> Singles:
     """What so many steps of one round release, each over the example or over none; shape (steps, width)."""
     parameters = [nn.Parameter(torch.zeros(width // 2)) for _ in range(2)]
     tape = Tape(parameters)
     base = torch.optim.SGD(parameters, lr=0.0)
-    optimizer = make(base, tape, entropy, noise_multiplier=sigma, clip_norm=clip, expected_batch=1.0)
+    numbers = {"noise_multiplier": sigma, "clip_norm": clip, "expected_batch": 1.0}
+    optimizer = make(base, tape, entropy, strategy=strategy, **numbers)
     released = np.empty((steps, width), np.float32)
     for row in released:
         if example is not None:

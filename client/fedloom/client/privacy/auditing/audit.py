@@ -35,6 +35,7 @@ from fedloom.core.config.file_format import Form
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.accounting import Spend, epsilon
+from fedloom.core.privacy.banded import Banded, participation
 from fedloom.core.privacy.gaussian import Integers
 from fedloom.core.schema import Tensors
 from fedloom.proto.messages import Assignment
@@ -160,8 +161,14 @@ class _Mechanism:
 class _Releases:
     """The mechanism over tensors of given shapes, one release after the other, seen along the canary's direction."""
 
-    def __init__(self, mechanism: _Mechanism, shapes: list[torch.Tensor], share: float = 1.0) -> None:
-        """`share` is the part of the noise that is kept."""
+    def __init__(
+        self,
+        mechanism: _Mechanism,
+        shapes: list[torch.Tensor],
+        share: float = 1.0,
+        strategy: Banded | None = None,
+    ) -> None:
+        """`share` is the part of the noise that is kept; `strategy` correlates it."""
         self.parameters = [nn.Parameter(torch.zeros_like(each)) for each in shapes]
         self.direction = [torch.ones_like(each) / math.sqrt(each.numel() * len(shapes)) for each in shapes]
         self.clip_norm = mechanism.clip_norm
@@ -173,6 +180,7 @@ class _Releases:
             noise_multiplier=mechanism.noise_multiplier * share,
             clip_norm=mechanism.clip_norm,
             expected_batch=1.0,
+            strategy=strategy,
         )
 
     def score(self, lengths: list[float]) -> float:
@@ -218,18 +226,26 @@ def _sampled_steps(mechanism: _Mechanism, spec: Spec, trials: int, delta: float,
     """Steps with Poisson sampling in a row: does chance hide the canary as often as was claimed?
 
     There is no other example, so that most steps are empty and must look like all others. The score of a trial is
-    the log-likelihood ratio of its steps' scores, the best there is against the claimed mechanism.
+    the log-likelihood ratio of its steps' scores, the best there is against the claimed mechanism. With noise bands
+    the attacker knows the canary's group, and undoes what correlates the noise.
     """
-    sigma, rate, steps = mechanism.noise_multiplier, spec.train.sampling_rate, _steps(spec)
-    family = Family(rate, steps)
+    sigma, bands, steps = mechanism.noise_multiplier, spec.privacy.noise_bands, _steps(spec)
+    rate, turns = participation(spec.train.sampling_rate, steps, bands)
+    strategy = Banded(steps, bands, spec.train.momentum) if bands > 1 else None
+    family = Family(rate, turns)
 
     def attack(share: float) -> tuple[float, float]:
-        releases = _Releases(mechanism, [torch.zeros(_WIDTH)], share)
+        def scores(examples: int) -> Floats:
+            """One round's; the sampler sees a data set of one example, the canary, or an empty one."""
+            releases = _Releases(mechanism, [torch.zeros(_WIDTH)], share, strategy)
+            samples = (poisson(mechanism.entropy, examples, rate) for _ in range(steps))
+            # The canary is in the first of `bands` groups.
+            lengths = ([_LONG] * (len(sample) if step % bands == 0 else 0) for step, sample in enumerate(samples))
+            x = np.array([releases.score(each) for each in lengths])
+            return x if strategy is None else _matched(x, strategy)
 
         def ratios(examples: int) -> Floats:
-            # The sampler sees a data set of one example, the canary, or an empty one.
-            samples = (poisson(mechanism.entropy, examples, rate) for _ in range(trials * steps))
-            x = np.array([releases.score([_LONG] * len(sample)) for sample in samples]).reshape(trials, steps)
+            x = np.stack([scores(examples) for _ in range(trials)])
             ratio = np.logaddexp(_log(1 - rate), _log(rate) + (2 * x - 1) / (2 * sigma**2))
             return np.asarray(ratio.sum(1), np.float64)
 
@@ -239,19 +255,29 @@ def _sampled_steps(mechanism: _Mechanism, spec: Spec, trials: int, delta: float,
     return Check(
         name="sampled steps",
         trials=trials,
-        steps=steps,
+        steps=turns,
         sampling_rate=rate,
-        claim=epsilon([Spend(rate, sigma, steps)], delta),
+        claim=epsilon([Spend(rate, sigma, turns)], delta),
         lower=0.0 if math.isinf(noise) else family.epsilon(noise, delta),
         noise_at_most=noise,
         control_seen=not family.allows(sigma, *attack(_CUT)),
     )
 
 
+def _matched(released: Floats, strategy: Banded) -> Floats:
+    """What the releases of a round say of each step that an example of the first group may be in; shape (turns,).
+
+    C gives the noise's independence back, and the contribution of each such step is a column of it.
+    """
+    dense = strategy.dense()
+    columns = dense[:, :: strategy.bands]
+    return np.asarray((dense @ released) @ columns / (columns**2).sum(0), np.float64)
+
+
 def _steps(spec: Spec) -> int:
     """A round's steps, or of a shorter or longer one so many that the canary is probably in one, as the run allows."""
     low, high = _FEW_OR_MANY
-    wanted = max(min(spec.train.steps, low), math.ceil(0.2 / spec.train.sampling_rate))
+    wanted = max(min(spec.train.steps, low), math.ceil(0.2 / spec.train.sampling_rate), spec.privacy.noise_bands)
     return min(wanted, high, spec.run.rounds * spec.train.steps)
 
 
@@ -326,11 +352,12 @@ def noisy_sum(
         PolicyError: A client refuses to train from this start.
     """
     roles = model.schema.roles
+    fresh = spec.privacy.model_copy(update={"noise_bands": 1})
     one = {"steps": 1, "sampling_rate": 1.0, "learning_rate": rate, "head_learning_rate": None, "optimizer": "sgd"}
     still = {"schedule": "constant", "warmup": 0, "ema": 0.0, "momentum": 0.0, "proximal_mu": 0.0, "microbatch": 2}
     # Without the options of the run's optimiser, which SGD has not.
     train = spec.train.model_dump(include=set(TrainSection.model_fields)) | one | still
-    step = spec.model_copy(update={"train": TrainSection.model_validate(train)})
+    step = spec.model_copy(update={"train": TrainSection.model_validate(train), "privacy": fresh})
     before = model.read(model.schema)
     with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder), "sha256:" + "0" * 64) as ledger:
         policy = Policy.model_validate(

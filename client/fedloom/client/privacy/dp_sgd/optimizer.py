@@ -7,9 +7,11 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
+from fedloom.client.privacy.dp_sgd.correlated import Correlated
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape
 from fedloom.client.privacy.dp_sgd.rng import Entropy
 from fedloom.core.errors import ConfigError
+from fedloom.core.privacy.banded import Banded
 from fedloom.core.privacy.gaussian import LEAST_CLIP_NORM, deviation, longest
 
 __all__ = ["PrivateOptimizer"]
@@ -21,6 +23,9 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
     Guarantee: what `release` writes into the parameters is a function of Z + N(0, s²·I) over the reals, where Z is a
     vector of whole numbers that changes by at most `UNITS` in L2 norm when one example is added to or removed from the
     logical batch, and s is at least sigma·`UNITS`. See `fedloom.core.privacy.gaussian`; docs/privacy.md has the proof.
+
+    With noise bands it is a function of C Z + N(0, s²·I) over the Z of all steps so far, and an example that is sampled
+    once moves C Z by at most `UNITS`, within as many steps as there are bands.
 
     Precondition: the tape's gradients come from a loss that is a sum of per-example losses.
 
@@ -39,8 +44,18 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         noise_multiplier: float,
         clip_norm: float,
         expected_batch: float,
+        strategy: Banded | None = None,
     ) -> None:
-        """`expected_batch` divides the noisy sum; it must be public (rate times the declared number of examples).
+        """Begin a round.
+
+        Args:
+            optimizer: Takes the steps.
+            tape: Where the examples' gradients are.
+            entropy: Of the noise.
+            noise_multiplier: Noise standard deviation over the clip norm.
+            clip_norm: Most that one example may add.
+            expected_batch: Divides the noisy sum; it must be public (rate times the declared number of examples).
+            strategy: C, whose steps the round must not exceed. None draws the noise of each step for itself.
 
         Raises:
             ConfigError: The clip norm or the noise multiplier is one that the arithmetic here does not hold.
@@ -58,7 +73,9 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         self.entropy = entropy
         self.masks: dict[nn.Parameter, torch.Tensor] = {}
         """Zero where a parameter is beyond the client's rank: neither gradient nor noise moves it there."""
-        self._deviation, self._longest = deviation(noise_multiplier) if noise_multiplier else 0, longest(tape.width)
+        self._deviation = deviation(noise_multiplier) if noise_multiplier else 0
+        self._longest = longest(tape.width, 1 if strategy is None else strategy.bands)
+        self._correlated = None if strategy is None else Correlated(strategy)
         self._total = torch.zeros(tape.width, dtype=torch.int64, device=tape.parameters[0].device)
 
     @property
@@ -96,8 +113,12 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
 
     def add_noise(self) -> None:
         """One draw of the Gaussian mechanism over all parameters; then back from steps of the grid to gradients."""
+        if self._correlated is not None:
+            self._correlated.mix(self._total)
         self._add_normal()
         noised = self.clipped_sum
+        if self._correlated is not None:
+            noised = self._correlated.unmix(noised)
         for parameter in self.tape.parameters:
             grad = noised[self.tape.columns[parameter]].view_as(parameter)
             grad = grad * self.masks[parameter] if parameter in self.masks else grad

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from fedloom.core.privacy.gaussian import Integers, rounded_normal
 
-__all__ = ["Entropy", "Seeded", "System", "poisson"]
+__all__ = ["Entropy", "Seeded", "System", "drawn_groups", "poisson"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -89,3 +89,16 @@ def poisson(entropy: Entropy, count: int, rate: float) -> npt.NDArray[np.int64]:
     [0, 1, 2, 3]
     """
     return np.flatnonzero(entropy.uniform(count) < math.floor(rate * 2**53) * 2.0**-53).astype(np.int64)
+
+
+def drawn_groups(entropy: Entropy, count: int, groups: int) -> npt.NDArray[np.int64]:
+    """A group from 0 to `groups` - 1 for each of `count` examples, each drawn on its own: shape (count,).
+
+    That nobody's group depends on who else is there is all that noise bands ask of it. Of one group nothing is drawn.
+
+    >>> drawn_groups(Seeded(1), 5, 1).tolist(), sorted(set(drawn_groups(Seeded(1), 99, 3).tolist()))
+    ([0, 0, 0, 0, 0], [0, 1, 2])
+    """
+    if groups == 1:
+        return np.zeros(count, np.int64)
+    return (entropy.uniform(count) * groups).astype(np.int64)

@@ -83,6 +83,9 @@ class Charge:
     """Why nothing leaves for it: `FAILED` or `OVER`. None too for a charge whose process ended before it could say."""
     result: bool = False
     """It is for scoring the model that the run ended with after `round` rounds, which cost `spend`; none is trained."""
+    noise_bands: int = 1
+    """Steps that share noise. Beyond 1 the round took about so many times the steps of `spend`, at that part of its
+    rate; `spend` is what it costs, for every build that reads this."""
 
     @property
     def spends(self) -> tuple[Spend, ...]:
@@ -155,18 +158,25 @@ def note(charges: dict[int, Charge], entry: Entry) -> None:
 
 
 def charge_content(
-    run: str, round: int, spend: Spend, evaluation: Spend | None = None, result: bool = False
+    run: str,
+    round: int,
+    spend: Spend,
+    evaluation: Spend | None = None,
+    result: bool = False,
+    noise_bands: int = 1,
 ) -> dict[str, object]:
     """What an entry of kind `CHARGED` says."""
     more: dict[str, object] = {} if evaluation is None else {"evaluation": asdict(evaluation)}
+    more |= {"noise_bands": noise_bands} if noise_bands > 1 else {}
     return {"run": run, "round": round, **asdict(spend), **more, **({"result": True} if result else {})}
 
 
 def _charge(entry: Entry) -> Charge:
     body = json.loads(entry.body)
     evaluation = _spend(body["evaluation"]) if "evaluation" in body else None
-    result = bool(body.get("result", False))
-    return Charge(entry.number, body["run"], body["round"], _spend(body), None, evaluation, result=result)
+    result, bands = bool(body.get("result", False)), int(body.get("noise_bands", 1))
+    spend = _spend(body)
+    return Charge(entry.number, body["run"], body["round"], spend, None, evaluation, result=result, noise_bands=bands)
 
 
 def _spend(body: Mapping[str, Any]) -> Spend:

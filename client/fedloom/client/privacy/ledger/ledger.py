@@ -193,9 +193,26 @@ class Ledger:
 
     @failpoint("ledger.reserve")
     def reserve(
-        self, run: str, round: int, spend: Spend, *, budget: float, delta: float, evaluation: Spend | None = None
+        self,
+        run: str,
+        round: int,
+        spend: Spend,
+        *,
+        budget: float,
+        delta: float,
+        evaluation: Spend | None = None,
+        noise_bands: int = 1,
     ) -> int:
         """Charge a round's training, and its evaluation if it has one, before the work starts; durable on return.
+
+        Args:
+            run: The run's name.
+            round: Counted from 0.
+            spend: What the training costs.
+            budget: Epsilon that the account may come to.
+            delta: Delta at which it is judged.
+            evaluation: What the evaluation costs.
+            noise_bands: Noted for readers; `spend` has counted them.
 
         Returns:
             The charge's number, for `release`.
@@ -216,7 +233,7 @@ class Ledger:
         self._check_failures(run, round)
         wanted = [spend] if evaluation is None else [spend, evaluation]
         self._check_budget(f"round {round + 1} of run {run!r}", wanted, budget, delta)
-        self._open = self.append(CHARGED, charge_content(run, round, spend, evaluation))
+        self._open = self.append(CHARGED, charge_content(run, round, spend, evaluation, noise_bands=noise_bands))
         return self._open
 
     def reserve_result(self, run: str, rounds: int, spend: Spend, *, budget: float, delta: float) -> int:

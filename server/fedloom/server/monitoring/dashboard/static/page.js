@@ -190,7 +190,7 @@ function head(run) {
   $("eta").textContent = eta(run);
   const adapter = $("adapter");
   adapter.hidden = run.adapter === null;
-  const final = { peft: ["Download adapter", "A PEFT folder, zipped"], merged: ["Download model", "A merged model, zipped"] };
+  const final = { peft: ["Download adapter", "The adapter's folder, zipped"], merged: ["Download model", "A merged model, zipped"] };
   const [text, title] = final[run.adapter] ?? ["Download adapter so far", "Tensors and run file, zipped"];
   adapter.textContent = text;
   adapter.className = run.adapter in final ? "button primary" : "button";

@@ -1,0 +1,1 @@
+"""Adapter kinds that put small networks between the layers of the base model."""

@@ -1,0 +1,1 @@
+"""Adapter kinds that train chosen entries of the pretrained weights."""

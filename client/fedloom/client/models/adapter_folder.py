@@ -1,0 +1,99 @@
+"""An adapter that neither PEFT knows nor the base model's weights can take up: tensors and options, and no code.
+
+Its folder has adapter.safetensors, the tensors by the names of the run's schema; adapter.json, the kind's name and
+options, as [adapter] has them; fedloom.json and a card.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from transformers import PreTrainedModel
+
+from fedloom.client.adapters.api import Host
+from fedloom.client.adapters.attach import adapter_of, attach, scale_of
+from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.load import load_base
+from fedloom.client.tasks.api import Task
+from fedloom.core import registry
+from fedloom.core.config.parsing import Section, parse, read_json
+from fedloom.core.config.run import AdapterSection
+from fedloom.core.errors import ConfigError, ModelError, SchemaError
+from fedloom.core.tensor_file import TENSORS, tensor_file
+
+__all__ = ["is_folder", "load_folder", "write_folder"]
+
+_OPTIONS = "adapter.json"
+
+_CARD = """# {name}
+
+An adapter trained with fedloom, of a kind that PEFT does not know and that the base model's weights cannot take up.
+
+```python
+import fedloom.api as fl
+
+model = fl.load_adapter("THIS FOLDER", base="BASE")
+```
+
+The model is one of transformers, in evaluation mode; its tokenizer is the base model's. `adapter.safetensors` has what
+was trained, `adapter.json` the kind and its options, `fedloom.json` the base model's digest, the label names and, for a
+private run, the guarantee. Another run with the same `[adapter]` goes on from this folder with `[start]`.
+"""
+
+
+def is_folder(folder: Path) -> bool:
+    """Whether a folder holds such an adapter."""
+    return (folder / _OPTIONS).is_file()
+
+
+def write_folder(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write the adapter that the model holds now into a folder that is there.
+
+    Raises:
+        ConfigError: The kind is installed nowhere, so that nothing could load it by its name.
+    """
+    assert isinstance(model.adapter, Section)  # as its conformance battery demands
+    if (kind := registry.name_of("adapters", model.adapter)) is None:
+        raise ConfigError(
+            f"{type(model.adapter).__name__} is not installed, and its export would name it; install it, in a package "
+            "that registers it under the entry-point group fedloom.adapters"
+        )
+    tensors = model.read(model.schema)
+    (folder / TENSORS).write_bytes(tensor_file(tensors, model.schema, facts))
+    options = {"kind": kind, **model.adapter.model_dump(mode="json")}
+    (folder / _OPTIONS).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_CARD.format(name=facts.get("run", "adapter")), encoding="utf-8")
+    (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def load_folder(base: Path, folder: Path, task: Task) -> PreTrainedModel:
+    """The base model with the adapter of a folder, on the CPU, in evaluation mode.
+
+    Args:
+        base: The base model's folder.
+        folder: The adapter's.
+        task: What it was trained for.
+
+    Raises:
+        ConfigError: The kind is not installed here, or refuses its options.
+        ModelError: The base model cannot be loaded, or the tensors are not those of this adapter on it.
+    """
+    section = parse(AdapterSection, read_json(folder / _OPTIONS), source=str(folder / _OPTIONS))
+    adapter = adapter_of(section)
+    plain, reader, head, _ = load_base(base, task)
+    model, slots = attach(Host(plain, head, task.traits.peft), section.kind, adapter)
+    whole = AdapterModel(model, reader, slots, scale_of(section, adapter), torch.device("cpu"), task, head, adapter)
+    try:
+        tensors = load_file(folder / TENSORS)
+        whole.schema.check(tensors)
+    except (OSError, SafetensorError, SchemaError) as error:
+        raise ModelError(
+            f"{folder / TENSORS} is not this adapter on {base}: {error}; give the base model it was trained on, or "
+            "export it again"
+        ) from error
+    whole.show(tensors)
+    loaded: PreTrainedModel = model.unload()  # without the pairs of PEFT's that carried the head
+    return loaded.eval()
