@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bottleneck": {"kind": "bottleneck", "size": 6},
     "compacter": {"kind": "compacter", "size": 8, "products": 2},
 }
-FLOAT32 = {"lora-sb", "svfit", "sparse", "pissa", "olora"}
+FLOAT32 = {"lora-sb", "svfit", "peqa", "sparse", "lift", "dsee", "pissa", "olora"}
 """Kinds that read the base model's weights, which half precision would round."""
 BATCH = {
     "input_ids": torch.tensor([[5, 17, 40, 7], [9, 9, 12, 30], [33, 2, 8, 8]]),

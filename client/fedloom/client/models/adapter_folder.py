@@ -63,7 +63,7 @@ def write_folder(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
         )
     tensors = model.read(model.schema)
     (folder / TENSORS).write_bytes(tensor_file(tensors, model.schema, facts))
-    options = {"kind": kind, **model.adapter.model_dump(mode="json")}
+    options = {"kind": kind, **model.adapter.model_dump(mode="json", exclude_none=True)}
     (folder / _OPTIONS).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_CARD.format(name=facts.get("run", "adapter")), encoding="utf-8")
     (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
