@@ -29,7 +29,15 @@ class Silence:
         return np.zeros(count, np.int64)
 
 
-def step(x: torch.Tensor, entropy: Entropy, *, sigma: float = 1.0, clip: float = 0.5, width: int = 4) -> torch.Tensor:
+def step(
+    x: torch.Tensor,
+    entropy: Entropy,
+    *,
+    sigma: float = 1.0,
+    clip: float = 0.5,
+    width: int = 4,
+    automatic: bool = False,
+) -> torch.Tensor:
     """The gradient one private step hands to SGD for a linear layer under a quadratic loss, times the divisor."""
     layer = nn.Linear(width, 1, bias=False)
     with torch.no_grad():
@@ -43,6 +51,7 @@ def step(x: torch.Tensor, entropy: Entropy, *, sigma: float = 1.0, clip: float =
             noise_multiplier=sigma,
             clip_norm=clip,
             expected_batch=10,
+            automatic=automatic,
         )
         if len(x):
             tape.begin(len(x))
@@ -53,15 +62,36 @@ def step(x: torch.Tensor, entropy: Entropy, *, sigma: float = 1.0, clip: float =
         return layer.weight.grad.reshape(-1) * 10
 
 
-@pytest.mark.parametrize("extra", [1e-3, 1.0, 1e6, float("inf"), float("nan")])
-def test_one_example_moves_the_sum_by_at_most_the_clip_norm(extra: float) -> None:
+@pytest.mark.parametrize("automatic", [False, True], ids=["threshold", "automatic"])
+@pytest.mark.parametrize("extra", [1e-30, 1e-3, 1.0, 1e6, float("inf"), float("nan")])
+def test_one_example_moves_the_sum_by_at_most_the_clip_norm(extra: float, automatic: bool) -> None:
     data = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     added = torch.cat([data, torch.full((1, 4), extra)])
 
-    distance = (step(added, Silence()) - step(data, Silence())).norm()
+    distance = (step(added, Silence(), automatic=automatic) - step(data, Silence(), automatic=automatic)).norm()
 
     assert torch.isfinite(distance)
     assert distance <= 0.5 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.5, 3.0])
+def test_automatic_clipping_is_the_papers(clip: float) -> None:
+    x = np.random.default_rng(3).standard_normal((6, 4)) * np.array([[1e-4], [1e-2], [0.1], [1], [10], [1e3]])
+    weight = np.linspace(-1, 1, 4)
+    each = 2 * (x @ weight)[:, None] * x
+    expected = clip * (each / (np.linalg.norm(each, axis=1, keepdims=True) + 0.01)).sum(0)
+
+    found = step(torch.from_numpy(x.astype(np.float32)), Silence(), clip=clip, automatic=True)
+
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=clip * 1e-4)
+
+
+def test_the_clip_norm_of_automatic_clipping_scales_signal_and_noise_alike() -> None:
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+    small, large = (step(x, Seeded(2), clip=clip, automatic=True) for clip in (0.5, 4.0))
+
+    np.testing.assert_allclose(large.numpy(), 8 * small.numpy(), rtol=1e-6)
 
 
 def test_a_non_finite_example_counts_as_zero() -> None:

@@ -40,6 +40,25 @@ def test_steps_are_the_papers(period: int, tall: bool) -> None:
     np.testing.assert_allclose(found.T if tall else found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("tall", [False, True])
+def test_two_sided_steps_are_adam_between_both_projections(tall: bool) -> None:
+    """GradNormLoRP, eq. 8. Each coordinate of the projection moves alone, so any signs of the vectors give the same."""
+    gradients = drawn(7, (6, 30))
+    left, _, right = np.linalg.svd(gradients[0].astype(np.float64), full_matrices=False)
+    p, q = left[:, :2], right[:2].T
+    mean, square, value = np.zeros((2, 2)), np.zeros((2, 2)), np.zeros((6, 30))
+    for step, gradient in enumerate(gradients.astype(np.float64)):
+        projected = p.T @ gradient @ q
+        mean, square = 0.9 * mean + 0.1 * projected, 0.999 * square + 0.001 * projected**2
+        first, second = mean / (1 - 0.9 ** (step + 1)), square / (1 - 0.999 ** (step + 1))
+        value -= 0.25 * RATE * p @ (first / (np.sqrt(second) + 1e-8)) @ q.T
+    given = np.ascontiguousarray(gradients.transpose(0, 2, 1)) if tall else gradients
+
+    found = ran(GaLore(projection_rank=2, two_sided=True), np.zeros(given.shape[1:], np.float32), given)
+
+    np.testing.assert_allclose(found.T if tall else found, value, rtol=0, atol=1e-5)
+
+
 def test_a_round_moves_in_the_directions_of_its_first_gradient_alone() -> None:
     gradients = drawn(5, (8, 40))
     outside = np.linalg.svd(gradients[0].astype(np.float64))[0][:, 3:]

@@ -79,6 +79,7 @@ def _introduce(federation: "Federation", folder: Path) -> None:
             f"noise multiplier {privacy.noise_multiplier:.3f}, rate {config.train.sampling_rate:g}, "
             f"{config.train.steps * config.run.rounds} steps"
             + (f", noise over {privacy.noise_bands} bands" if privacy.noise_bands > 1 else "")
+            + (", automatic clipping" if privacy.clipping == "automatic" else "")
         )
     else:
         out.print("  [yellow]not private[/]: updates leave the clients without noise", markup=True)

@@ -301,6 +301,7 @@ def privacy_facts(spec: Spec, stated: dict[str, Any]) -> dict[str, Any]:
         **stated,
         "mechanism": "DP-SGD on every client: Poisson sampling, per-example clipping, Gaussian noise",
         "clip_norm": spec.privacy.clip_norm,
+        "clipping": spec.privacy.clipping,
     }
 
 

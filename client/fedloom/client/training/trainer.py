@@ -314,6 +314,7 @@ class Trainer:
                     clip_norm=privacy.clip_norm,
                     expected_batch=train.sampling_rate * declared,
                     strategy=banded(self.spec),
+                    automatic=privacy.clipping == "automatic",
                 )
                 optimizer.masks = self.model.rank_masks(parameters)
                 for step in steps:

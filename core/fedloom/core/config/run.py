@@ -145,6 +145,9 @@ class PrivacySection(Section):
     """Delta of that guarantee."""
     clip_norm: float = Field(default=1.0, ge=1e-6, le=1e6)
     """L2 bound C on one example's gradient over all tensors together that move in a step."""
+    clipping: Literal["threshold", "automatic"] = "threshold"
+    """threshold: a gradient longer than C is cut to C. automatic: each gradient g counts as C g / (|g| + 0.01), so that
+    C scales steps and noise alike and needs no search."""
     noise_multiplier: float | None = Field(default=None, ge=0.01, le=1000)
     """Noise standard deviation over C. None calibrates it from epsilon, rate and steps of the whole run."""
     noise_bands: int = Field(default=1, ge=1, le=MAX_BANDS)
@@ -153,10 +156,11 @@ class PrivacySection(Section):
 
     @model_serializer(mode="wrap")
     def _without_what_is_new(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """As in [model]: builds that know no noise bands are told of none, and refuse those that there are."""
+        """As in [model]: builds that do not know these keys are told of none, and refuse those that there are."""
         found: dict[str, Any] = plain(self)
-        if self.noise_bands == 1:
-            found.pop("noise_bands", None)
+        for name, usual in (("noise_bands", 1), ("clipping", "threshold")):
+            if found.get(name) == usual:
+                del found[name]
         return found
 
 

@@ -12,6 +12,7 @@ A bound below the claim is consistent with it. It is no proof of privacy: anothe
 import math
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,8 @@ def audit(
     # Three checks share what the whole audit may get wrong.
     confidence = 1 - (1 - CONFIDENCE) / 3
     shapes = [parameter.detach() for parameter in model.trainable(model.schema.roles)]
-    mechanism = _Mechanism(make, sigma, spec.privacy.clip_norm, drawn)
+    made = partial(make, automatic=True) if spec.privacy.clipping == "automatic" else make
+    mechanism = _Mechanism(made, sigma, spec.privacy.clip_norm, drawn)
     checks = (
         _one_step(mechanism, shapes, trials, delta, confidence),
         _sampled_steps(mechanism, spec, trials, delta, confidence),

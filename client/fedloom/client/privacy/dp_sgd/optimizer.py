@@ -16,6 +16,9 @@ from fedloom.core.privacy.gaussian import LEAST_CLIP_NORM, deviation, longest
 
 __all__ = ["PrivateOptimizer"]
 
+_GAMMA = 0.01
+"""Added to a gradient's norm by automatic clipping; the paper's value."""
+
 
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no types
     """One step = any number of `accumulate` calls, then exactly one `release`.
@@ -26,6 +29,9 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
 
     With noise bands it is a function of C Z + N(0, s²·I) over the Z of all steps so far, and an example that is sampled
     once moves C Z by at most `UNITS`, within as many steps as there are bands.
+
+    Clipping is by a threshold, min(1, C / |g|) of a gradient g, or automatic, C / (|g| + 0.01): Bu, Wang, Zha and
+    Karypis, "Automatic clipping", NeurIPS 2023, arXiv 2206.07136, AUTO-S. Neither lets an example add more than C.
 
     Precondition: the tape's gradients come from a loss that is a sum of per-example losses.
 
@@ -45,6 +51,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         clip_norm: float,
         expected_batch: float,
         strategy: Banded | None = None,
+        automatic: bool = False,
     ) -> None:
         """Begin a round.
 
@@ -56,6 +63,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
             clip_norm: Most that one example may add.
             expected_batch: Divides the noisy sum; it must be public (rate times the declared number of examples).
             strategy: C, whose steps the round must not exceed. None draws the noise of each step for itself.
+            automatic: Clip without a threshold.
 
         Raises:
             ConfigError: The clip norm or the noise multiplier is one that the arithmetic here does not hold.
@@ -75,6 +83,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         """Zero where a parameter is beyond the client's rank: neither gradient nor noise moves it there."""
         self._deviation = deviation(noise_multiplier) if noise_multiplier else 0
         self._longest = longest(tape.width, 1 if strategy is None else strategy.bands)
+        self._automatic = automatic
         self._correlated = None if strategy is None else Correlated(strategy)
         self._total = torch.zeros(tape.width, dtype=torch.int64, device=tape.parameters[0].device)
 
@@ -109,7 +118,8 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         if not bool(finite.all()):
             self.tape.drop(~finite)
             norms = torch.where(finite, norms, torch.zeros_like(norms))
-        self.tape.add_rounded_sum(self._longest / norms.clamp(min=self.max_grad_norm), self._total)
+        least = norms + _GAMMA if self._automatic else norms.clamp(min=self.max_grad_norm)
+        self.tape.add_rounded_sum(self._longest / least, self._total)
 
     def add_noise(self) -> None:
         """One draw of the Gaussian mechanism over all parameters; then back from steps of the grid to gradients."""
