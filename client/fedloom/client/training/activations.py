@@ -86,15 +86,18 @@ class Activations:
         What is missing is computed first. Where there is no room for it, the context changes nothing.
         """
         keys = [_key(encoded, int(index)) for index in indices]
-        if not all(key in self._file for key in keys) and not self._compute(keys, batch):
-            return nullcontext()
+        missing = {key: row for row, key in enumerate(keys) if key not in self._file}
+        if missing:
+            chosen = list(missing.values())
+            if not self._compute(list(missing), {name: part[chosen] for name, part in batch.items()}):
+                return nullcontext()
         return self._prefix.skipped(self._hidden(keys, batch))
 
     def _compute(self, keys: list[bytes], batch: dict[str, torch.Tensor]) -> bool:
         hidden = only_tokens(self._prefix.capture(partial(self._model.logits, batch)), batch).cpu()
         for key, row, length in zip(keys, hidden, _lengths(hidden, batch), strict=True):
             value = row[:length].contiguous().view(torch.uint8).numpy().tobytes()
-            if key not in self._file and not self._file.write(key, value):
+            if not self._file.write(key, value):
                 return False
         return True
 
