@@ -113,6 +113,20 @@ def test_the_optimum_is_that_of_the_weighted_sum(strategy: Strategy) -> None:
     assert float(state.adapter["x"][0]) == pytest.approx((10 * 4 * 3) / (30 + 10 * 4), abs=1e-6)
 
 
+def test_of_unequal_steps_the_mean_favours_who_takes_more() -> None:
+    """Why clients of a run take equally many: near 2.92683, the optimum if each counted by its steps, and not 2.4."""
+    alike, steps, rate = quadratics(), {"a": 2, "b": 20}, 5e-4
+    clients = {name: replace(each, rates={"x": rate}, steps=steps[name]) for name, each in alike.items()}
+    shrunk = {"a": (1 - rate) ** 2, "b": (1 - 4 * rate) ** 20}
+    exact = 3 * (1 - shrunk["b"]) / (2 - shrunk["a"] - shrunk["b"])
+
+    state = rounds(FedAvg(), FedAvg().init(X, X.zeros(), 0), clients, ["ab"] * 1000)
+
+    assert float(state.adapter["x"][0]) == pytest.approx(exact, abs=1e-5)
+    assert exact == pytest.approx(2.92548, abs=1e-5)
+    assert exact == pytest.approx((2 * 0 + 20 * 4 * 3) / (2 + 20 * 4), abs=2e-3)
+
+
 # A pair over which A rests, and a head with a rate of its own; what each client minimises is quadratic in both.
 PAIR = Schema(
     (

@@ -64,6 +64,15 @@ def test_zero_b_keeps_the_directions_of_a_in_order() -> None:
     np.testing.assert_allclose(a @ new_a.T @ new_a, a, atol=1e-12)
 
 
+def test_zero_b_leaves_an_orthonormal_a_as_it_is() -> None:
+    a = orthonormal_rows(_factors(6, 3, 8, seed=3)[1])
+
+    new_b, new_a = refactorize(np.zeros((6, 3)), a)
+
+    np.testing.assert_array_equal(new_b, 0)
+    np.testing.assert_allclose(new_a, a, atol=1e-12)
+
+
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_directions_without_a_singular_value_come_from_the_old_a(kept: int) -> None:
     b, a = _factors(10, 4, 12, seed=4)

@@ -41,6 +41,29 @@ def test_one_factor_is_shared_and_the_other_stays(shared: str, kept: str) -> Non
             np.testing.assert_allclose(value, state.adapter[name] + mean, atol=1e-6)
 
 
+@pytest.mark.parametrize("shared", ["A", "B"])
+def test_beside_a_kept_factor_the_mean_of_the_products_is_the_product_of_the_mean(shared: str) -> None:
+    """What a client computes with is linear in what is shared: sum_j p_j B_k A_j = B_k A for its own B_k."""
+    battery, strategy = TestSharedB(), FedSALoRA(shared=shared)  # type: ignore[arg-type]
+    _, state = battery.begin()
+    state = strategy.init(state.schema, state.adapter, 5)
+    updates = battery.updates(strategy, state)
+    shares = [update.weight / sum(each.weight for each in updates) for update in updates]
+
+    after = run_round(strategy, state, updates)
+
+    draw = np.random.default_rng(6)
+    for pair in state.schema.pairs:
+        name, kept = (pair.a, pair.b) if shared == "A" else (pair.b, pair.a)
+        ends = [update.value(name) for update in updates]
+        mean = after.adapter[name].astype(np.float64)
+        assert np.abs(mean - ends[0]).max() > 0.01
+        for own in draw.normal(size=(len(updates), *state.adapter[kept].shape)):
+            products = [own @ end if shared == "A" else end @ own for end in ends]
+            expected = sum(share * product for share, product in zip(shares, products, strict=True))
+            np.testing.assert_allclose(own @ mean if shared == "A" else mean @ own, expected, atol=2e-6)
+
+
 def test_of_two_pairs_the_shared_one_is_averaged_and_the_own_one_stays() -> None:
     strategy = FedDPA()
     state = strategy.init(TWO_PAIRS, starting_adapter(TWO_PAIRS, 5), 5)

@@ -9,6 +9,7 @@ from fedloom.core.errors import ConfigError
 from fedloom.core.schema import LORA, Array, Pair, Schema
 from fedloom.strategies.api import State, Strategy, Update
 from fedloom.strategies.conformance import StrategyConformance, run_round
+from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.ranks.flexlora import FlexLoRA
 from fedloom.strategies.ranks.hetlora import HetLoRA
 from fedloom.strategies.ranks.raflora import RaFLoRA
@@ -135,6 +136,28 @@ def test_hetlora_averages_padded_values_by_weight_and_norm(by_norm: bool) -> Non
             value = update.value(name)
             expected[tuple(map(slice, value.shape))] += share * value
         np.testing.assert_allclose(after[name], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_hetlora_of_equal_ranks_and_weights_is_the_mean_of_what_was_sent(rank: int) -> None:
+    """What is padded and cut again is what it was: clients at rank r get the mean factors of rank r back."""
+    strategy = HetLoRA(ranks={"*": rank}, by_norm=False)
+    state, updates = _begun(strategy)
+    updates = [replace(update, weight=2.0) for update in updates]
+
+    after = run_round(strategy, state, updates)
+
+    plan = strategy.plan(after, 1, "ada")
+    for name in state.schema.names(*LORA, "head"):
+        mean = np.mean([update.value(name) for update in updates], axis=0)
+        np.testing.assert_allclose(plan.broadcast[name], mean, atol=1e-6)
+    for pair in state.schema.pairs:
+        assert not after.adapter[pair.a][rank:].any()
+        assert not after.adapter[pair.b][:, rank:].any()
+    if rank == state.schema.rank:
+        plain = run_round(FedAvg(), state, updates)
+        for name, tensor in plain.adapter.items():
+            np.testing.assert_allclose(after.adapter[name], tensor, atol=1e-6)
 
 
 def test_products_of_zero_still_have_a_mean() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedloom.core.errors import ConfigError, SchemaError
-from fedloom.core.schema import Array, Pair, Role
+from fedloom.core.schema import Array, Pair, Role, Schema, TensorSpec
 from fedloom.strategies.api import State, Strategy, Update, corrections
 from fedloom.strategies.conformance import StrategyConformance, effective, respond, run_round
 from fedloom.strategies.lowrank import refactorize
@@ -15,6 +15,7 @@ from fedloom.strategies.stacking.flora import FLoRA
 from fedloom.strategies.stacking.florist import FLoRIST
 from fedloom.strategies.stacking.lora_fair import LoRAFAIR
 from fedloom.strategies.stacking.stack import keep, stack
+from fedloom.strategies.start import starting_adapter
 
 RANKS = {"ada": 1, "b*": 2}
 
@@ -85,6 +86,36 @@ def test_a_stack_is_the_sum_of_products_in_float64_whatever_the_ranks() -> None:
         assert b.shape[1] == 1 + 2 + 3
         np.testing.assert_allclose(b @ a, _mean_product(updates, pair), atol=1e-14)
         np.testing.assert_allclose(np.matmul(*refactorize(b, a)), b @ a, atol=1e-13)
+
+
+def test_a_stack_takes_a_scale_for_each_client() -> None:
+    """sum_k p_k s_k B_k A_k for unequal ranks and scales."""
+    state, updates = _begun(FLoRA(ranks=RANKS))
+    scales, ranks = {"ada": 4.0, "bo": 0.5, "cy": 1.25}, {"ada": 1, "bo": 2, "cy": 3}
+    total = sum(update.weight for update in updates)
+    kept = None
+    for update in updates:
+        kept = keep(state.schema.with_rank(ranks[update.client]), kept, update)
+    assert kept is not None
+    for pair in state.schema.pairs:
+        b, a = stack(kept, pair, lambda update, share: share * scales[update.client])
+
+        terms = [u.weight / total * scales[u.client] * u.value(pair.b) @ u.value(pair.a) for u in updates]
+        np.testing.assert_allclose(b @ a, np.sum(terms, axis=0), atol=1e-14)
+
+
+def test_flora_moves_the_model_by_the_mean_of_what_the_clients_added_to_it() -> None:
+    """W0 + sum_k p_k s_k B_k A_k: a client at a lower rank keeps the adapter's scale, so that all s_k are s."""
+    strategy = FLoRA(ranks=RANKS)
+    state, updates = _begun(strategy)
+    assert {state.schema.with_rank(rank).scale for rank in (1, 2, 3)} == {2.0}
+    before = {pair: _corrections(state, pair) for pair in state.schema.pairs}
+
+    found = effective(state.schema, strategy.result(run_round(strategy, state, updates)))
+
+    for pair in state.schema.pairs:
+        expected = 2.0 * before[pair] + 2.0 * _mean_product(updates, pair)
+        np.testing.assert_allclose(found[pair.module], expected, atol=5e-6)
 
 
 @pytest.mark.parametrize("ranks", [{}, RANKS], ids=["equal", "unequal"])
@@ -167,6 +198,24 @@ def test_the_residual_is_the_covariance_of_the_factors() -> None:
         b, a = after.adapter[pair.b].astype(np.float64), after.adapter[pair.a].astype(np.float64)
         covariance = sum(u.weight / total * (u.value(pair.b) - b) @ (u.value(pair.a) - a) for u in updates)
         np.testing.assert_allclose(_corrections(after, pair), covariance, atol=1e-5)
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 5])
+def test_the_residual_has_the_rank_of_the_clients_less_one(clients: int) -> None:
+    """sum_k p_k (B_k - B)(A_k - A) has rank (K - 1) r and not the stack's K r: changes from a mean are dependent."""
+    shapes = (("m.lora_A", Role.LORA_A, (2, 20)), ("m.lora_B", Role.LORA_B, (16, 2)))
+    schema = Schema(tuple(TensorSpec(name, "m", role, shape) for name, role, shape in shapes), scale=2.0)
+    strategy, (pair,) = FedEx(), schema.pairs
+    state = strategy.init(schema, starting_adapter(schema, 1), 1)
+    names = [f"c{index}" for index in range(clients)]
+    updates = [respond(schema, strategy.plan(state, 0, name), name, index) for index, name in enumerate(names)]
+
+    after = run_round(strategy, state, updates)
+
+    sigma = np.linalg.svd(_corrections(after, pair), compute_uv=False)
+    assert np.sum(sigma > 1e-5) == 2 * (clients - 1)
+    # What is stored takes in the means as well, for their rounding to float32.
+    assert after.memory["m.base_A"].shape[0] <= 2 * (clients + 1)
 
 
 def _objective(move: Array, b: Array, a: Array, product: Array, penalty: float) -> float:

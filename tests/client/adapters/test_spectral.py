@@ -11,6 +11,8 @@ from fedloom.client.adapters.wrapping import plain
 from fedloom.client.models.load import load_model
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
+from fedloom.strategies.api import Update
+from fedloom.strategies.fedavg import FedAvg
 from tests.conftest import make_model
 
 LAYER = "bert.encoder.layer.0.attention.self.query"
@@ -35,6 +37,32 @@ def test_lora_sb_adds_s_b_r_a_between_the_singular_vectors(model_section: ModelS
     expected = 2.0 * (left[:, :3] * signs) @ core @ (right[:3] * signs[:, None])
     np.testing.assert_allclose(now - was, expected, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(now - was), 2.0 * np.linalg.norm(core), rtol=1e-5)
+
+
+def test_the_mean_core_is_the_mean_of_the_models(model_section: ModelSection) -> None:
+    """Fed-SB: sum_k p_k s B R_k A = s B (sum_k p_k R_k) A, over a frozen B and A that all clients share."""
+    section = AdapterSection(kind="lora-sb", rank=3, alpha=6)
+    strategy, schema = FedAvg(train_head=False), load_model(model_section, section).schema
+    state, acc, draw = strategy.init(schema, schema.zeros(), 0), None, np.random.default_rng(2)
+    cores, weights = [], (1.0, 2.0, 5.0)
+    for index, weight in enumerate(weights):
+        plan = strategy.plan(state, 0, str(index))
+        delta = {s.name: draw.normal(size=s.shape).astype(np.float32) for s in schema.select(plan.train).tensors}
+        cores.append(delta[f"{LAYER}.lora_R"].astype(np.float64))
+        acc = strategy.fold(state, acc, Update(str(index), weight, plan.broadcast, delta))
+    model = load_model(model_section, section)
+    weight_of_layer = plain(model.model.get_base_model().get_submodule(LAYER).inner).weight
+    was = weight_of_layer.detach().double().numpy().copy()
+
+    model.load(strategy.commit(state, acc).adapter)
+    model.adapter.merge(model.model)
+
+    left, _, right = np.linalg.svd(was)
+    signs = np.sign(left[np.abs(left[:, :3]).argmax(0), range(3)])
+    models = [2.0 * (left[:, :3] * signs) @ core @ (right[:3] * signs[:, None]) for core in cores]
+    expected = np.average(models, axis=0, weights=weights)
+    np.testing.assert_allclose(weight_of_layer.detach().double().numpy() - was, expected, atol=1e-6)
+    assert np.abs(models[0] - expected).max() > 0.1
 
 
 def test_svfit_moves_singular_values_and_leaves_singular_vectors(model_section: ModelSection) -> None:

@@ -168,6 +168,20 @@ def test_a_round_costs_what_the_run_says(spec: Spec) -> None:
         training_spend(silent)
 
 
+def test_rounds_are_composed_and_neither_forgotten_nor_added_up(tmp_path: Path) -> None:
+    """The FedSVD paper's MNLI client over 1,000 steps, whose epsilon is 5.99 by Opacus' numerical composition."""
+    each = Spend(1 / 512, 0.46, 200)
+    with Ledger(tmp_path, "ab") as ledger:
+        for round in range(5):
+            ledger.release(ledger.reserve("run", round, each, budget=6.0, delta=1e-5), "sent")
+        spent, alone = ledger.epsilon(1e-5), epsilon([each], 1e-5)
+        with pytest.raises(BudgetError, match="round 6 of run 'run' would bring epsilon to"):
+            ledger.reserve("run", 5, each, budget=6.0, delta=1e-5)
+
+    assert spent == epsilon([Spend(1 / 512, 0.46, 1000)], 1e-5) == pytest.approx(5.9946, abs=5e-3)
+    assert alone < spent - 1 < 5 * alone - 1
+
+
 def test_a_statement_says_what_is_promised_and_by_which_charges(tmp_path: Path) -> None:
     with Ledger(tmp_path, "ab") as ledger:
         ledger.release(ledger.reserve("run", 0, SPEND, budget=50, delta=1e-5), "d" * 64)

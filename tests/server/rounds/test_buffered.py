@@ -65,6 +65,24 @@ def test_a_stale_update_counts_by_its_age_in_the_round_it_comes_to(federate: Any
     assert federation.coordinator.finished
 
 
+def test_where_all_are_waited_for_it_is_the_synchronous_run(federate: Any, configure: Any, tmp_path: Path) -> None:
+    """Staleness 0 and as many updates as clients: FedAvg, to the byte."""
+    ends = []
+    for mode in ("buffered", "synchronous"):
+        with Store(tmp_path / mode, durable=False) as store:
+            run = configure(3, rounds={"mode": mode, "clients_per_round": 3, "min_clients": 3})
+            federation = federate(store, run)
+            federation.begin("ann", "ben", "cat")
+            for _ in range(3):
+                sent = [federation.update(name) for name in ("ann", "ben", "cat")]
+                for each in sent:
+                    federation.send(*each)
+            assert federation.coordinator.finished
+            ends.append(state_to_bytes(federation.coordinator.state))
+
+    assert ends[0] == ends[1]
+
+
 def test_an_update_that_is_too_old_is_told_so(federate: Any, configure: Any, store: Store) -> None:
     federation = federate(store, buffered(configure, 5, max_staleness=1))
     federation.begin("ann", "ben", "cat", "dan")

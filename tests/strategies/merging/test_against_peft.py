@@ -84,6 +84,27 @@ def test_a_truncated_soup_is_svd(model: Any, rank: int) -> None:
     compare(model, Soup(), WEIGHTS, Rank(rank), "svd", svd_rank=rank)
 
 
+def test_linear_is_ours_of_one_adapter_and_another_model_of_two(model: Any) -> None:
+    """It adds up A and B by the roots of weight and scale: of one adapter that is exact, of two the factors mix."""
+    model.add_adapter("four", LoraConfig(r=4, lora_alpha=4.0, target_modules=["0", "1"]))
+    for key, parameter in model.named_parameters():
+        if ".four." in key:
+            nn.init.normal_(parameter)
+    model.double()
+    model.add_weighted_adapter(["three"], [0.25], "alone", "linear")
+    model.add_weighted_adapter(["three", "four"], [0.25, 0.25], "both", "linear")
+
+    ours = merge(adapters_of(model), TaskArithmetic(1.0), [0.0, 0.0, 0.25]).adapter
+
+    for name in LAYERS:
+        three, four, alone, both = (
+            layer(model, name).get_delta_weight(each).detach().numpy() for each in ("three", "four", "alone", "both")
+        )
+        np.testing.assert_allclose(ours.products[name].dense(), alone, rtol=0, atol=1e-10)
+        assert np.abs(alone).max() > 0.5
+        assert np.abs(both - 0.25 * (three + four)).max() > 0.5
+
+
 def test_task_arithmetic_is_svd_with_weights_of_any_sign(model: Any) -> None:
     compare(model, TaskArithmetic(1.0), [1.0, -0.5, 2.0], Rank(4), "svd", svd_rank=4)
 

@@ -31,6 +31,17 @@ def test_weights_of_a_quarter_and_three_quarters() -> None:
     np.testing.assert_array_equal(mean(acc)["b"], [7.0, 4.0])
 
 
+def test_fedavg_moves_by_a_quarter_of_one_client_and_three_quarters_of_the_other() -> None:
+    strategy, adapter = FedAvg(), {"b": np.array([1.0, -2.0], np.float32)}
+    state, acc = strategy.init(BIAS, adapter, 0), None
+    for client, weight, values in (("ada", 25.0, [4.0, -8.0]), ("bo", 75.0, [8.0, 8.0])):
+        delta = {"b": np.array(values, np.float32)}
+        acc = strategy.fold(state, acc, Update(client, weight, strategy.plan(state, 0, client).broadcast, delta))
+
+    # 1 + 0.25 * 4 + 0.75 * 8 and -2 + 0.25 * -8 + 0.75 * 8
+    np.testing.assert_array_equal(strategy.commit(state, acc).adapter["b"], [8.0, 2.0])
+
+
 def test_many_small_changes_do_not_drown_in_a_large_one() -> None:
     """A running float32 sum would lose every change of 1 beside 2**25."""
     acc = fold(BIAS, None, _update([2.0**25, 0.0]))

@@ -66,6 +66,20 @@ def test_factors_are_those_of_a_dense_svd_in_the_rounds_of_the_period(period: in
             np.testing.assert_allclose(b, u[:, :rank] * sigma[:rank] * sign, atol=1e-5)
 
 
+def test_the_span_of_a_is_that_of_the_first_a_for_good() -> None:
+    battery, strategy = TestAround(), FedSVD()
+    schema = battery.schema()
+    first = starting_adapter(schema, 3)
+    state = strategy.init(schema, first, 3)
+    for _ in range(12):
+        before, state = state, run_round(strategy, state, battery.updates(strategy, state))
+
+        for pair in schema.pairs:
+            start, a = first[pair.a].astype(np.float64), state.adapter[pair.a].astype(np.float64)
+            np.testing.assert_allclose(a.T @ a, np.linalg.pinv(start) @ start, atol=1e-5)
+            assert np.abs(a - before.adapter[pair.a]).max() > 1e-3, "it turns within its span"
+
+
 @dataclass(frozen=True)
 class Keeping(FedAvg):
     """Lets clients keep B."""
@@ -103,6 +117,36 @@ def test_roots_of_the_singular_values_go_to_both_factors(strategy: Strategy) -> 
             np.testing.assert_allclose(b @ a, product, atol=1e-6)
             np.testing.assert_allclose(b.T @ b, np.diag(sigma), atol=1e-5)
             np.testing.assert_allclose(a @ a.T, np.diag(sigma), atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "exact"), [(2, False), (3, True), (5, True)])
+def test_fedask_is_the_papers_sketch_where_that_is_as_wide_as_the_rank(width: int, exact: bool) -> None:
+    """Its two questions: Y = sum_k p_k B_k (A W), Q = qr(Y), and P = sum_k p_k A^T (B_k^T Q), whose SVD is taken."""
+    battery, strategy = TestAround(), FedASK()
+    schema, draw = battery.schema(), np.random.default_rng(2)
+    state = strategy.init(schema, starting_adapter(schema, 3), 3)
+    updates = battery.updates(strategy, state)
+    shares = [update.weight / sum(each.weight for each in updates) for update in updates]
+
+    after = run_round(strategy, state, updates)
+
+    for pair in schema.pairs:
+        a = state.adapter[pair.a].astype(np.float64)
+        clients = [(share, update.value(pair.b)) for share, update in zip(shares, updates, strict=True)]
+        probe = draw.normal(size=(a.shape[1], width))
+        basis, _ = np.linalg.qr(np.sum([share * b @ (a @ probe) for share, b in clients], axis=0))
+        answers = np.sum([share * a.T @ (b.T @ basis) for share, b in clients], axis=0)
+        u, sigma, vt = np.linalg.svd(answers.T, full_matrices=False)
+        theirs = (basis @ u * np.sqrt(sigma), np.sqrt(sigma)[:, None] * vt)
+        ours = (after.adapter[pair.b].astype(np.float64), after.adapter[pair.a].astype(np.float64))
+        missed = np.abs(ours[0] @ ours[1] - theirs[0] @ theirs[1]).max()
+        if not exact:
+            assert missed > 0.01
+            continue
+        assert missed < 1e-6
+        sign = np.sign(np.sum(ours[1] * theirs[1][:3], axis=1))
+        np.testing.assert_allclose(ours[0], theirs[0][:, :3] * sign, atol=1e-5)
+        np.testing.assert_allclose(ours[1], theirs[1][:3] * sign[:, None], atol=1e-5)
 
 
 def test_a_direction_without_a_singular_value_can_still_be_trained() -> None:

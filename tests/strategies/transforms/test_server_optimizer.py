@@ -82,6 +82,30 @@ def test_one_step_of_adam_is_the_number_worked_out_by_hand() -> None:
     assert after.adapter["b"][0] == pytest.approx(0.09802, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        # Changes 0.5 and 0.01, rate 0.1, betas 0.9 and 0.99, tau = 1e-3 and v = tau^2 before the first.
+        ("momentum", 0.1 * 0.5, 0.1 * (0.45 + 0.01)),
+        ("adagrad", 0.005 / (0.250001**0.5 + 0.001), 0.0046 / (0.250101**0.5 + 0.001)),
+        ("adam", 0.005 / (0.00250099**0.5 + 0.001), 0.0046 / (0.0024769801**0.5 + 0.001)),
+        # The second change is the smaller one, so that v falls from 0.002501 to 0.0025.
+        ("yogi", 0.005 / (0.002501**0.5 + 0.001), 0.0046 / (0.05 + 0.001)),
+    ],
+)
+def test_one_and_two_steps_are_the_numbers_worked_out_by_hand(name: Optimizer, first: float, second: float) -> None:
+    schema = Schema((TensorSpec("b", "m", Role.BIAS, (1,)),))
+    strategy = ServerOptimizer(FedAvg(), name, 0.1)
+    state = strategy.init(schema, schema.zeros(), 0)
+    found = []
+    for change in (0.5, 0.01):
+        delta = {"b": np.array([change], np.float32)}
+        state = run_round(strategy, state, [Update("ada", 1.0, state.adapter, delta)])
+        found.append(float(state.adapter["b"][0]))
+
+    assert found == pytest.approx([first, first + second], abs=1e-7)
+
+
 def test_momentum_without_memory_is_the_mean() -> None:
     plain, _ = rounds(FedAvg(), 4)
     stepped, _ = rounds(ServerOptimizer(FedAvg(), "momentum", 1.0, beta1=0.0), 4)

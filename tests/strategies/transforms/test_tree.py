@@ -9,7 +9,9 @@ import pytest
 from dp_accounting import GaussianDpEvent, NeighboringRelation, SingleEpochTreeAggregationDpEvent
 from dp_accounting.rdp import RdpAccountant
 
+from fedloom.strategies.api import Update
 from fedloom.strategies.transforms.tree_noise import retired, sensitivity
+from tests.strategies.transforms.test_user_level import WIDE, round_of, wrapped
 
 Matrix = npt.NDArray[np.float64]
 
@@ -92,6 +94,17 @@ def test_sensitivity_grows_with_rounds_and_participations() -> None:
 
     assert (np.diff(grid, axis=0) >= 0).all()
     assert (np.diff(grid, axis=1) >= 0).all()
+
+
+def test_a_released_sum_carries_one_noise_for_each_binary_digit_of_its_round() -> None:
+    """Variance popcount(t) (z S / m)^2 after round t, on 150,000 values: five standard errors are 1.8 %."""
+    strategy = wrapped(mechanism="tree", noise_multiplier=1.5, clip_norm=0.5, cohort=4)
+    state = strategy.init(WIDE, WIDE.zeros(), 0)
+    for round in range(1, 17):
+        state = round_of(strategy, state, [Update("ada", 1.0, WIDE.zeros(), WIDE.zeros())])
+
+        variance = float(np.var(state.adapter["b"], dtype=np.float64))
+        assert variance == pytest.approx(round.bit_count() * (1.5 * 0.5 / 4) ** 2, rel=0.018)
 
 
 def test_live_nodes_are_the_digits_of_the_rounds_that_have_ended() -> None:
