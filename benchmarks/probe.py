@@ -1,7 +1,8 @@
 """A federated linear classifier on frozen features: what any adapter has to beat.
 
-The features are the mean of the frozen base model's last hidden states over a text's tokens, brought to length one,
-which needs no look at other texts. With privacy each client takes the run file's steps of DP-SGD, with its noise
+The features are the mean of the frozen base model's last hidden states over a text's tokens; of a picture, those of its
+class token and the mean over its patches, which a new head of the model would read. They are brought to one length,
+which needs no look at other rows. With privacy each client takes the run file's steps of DP-SGD, with its noise
 multiplier, clip norm and rate, by plain numpy, and the coordinator averages, weighted as the run says. Without, it is
 scikit-learn's logistic regression on all clients' rows pooled, and a rate is the inverse strength of its L2 penalty.
 """
@@ -104,12 +105,16 @@ def embedded(model: Any, rows: Any) -> Floats:
     from fedloom.client.data.tokens import collate, microbatches
 
     encoder = model.model.get_base_model().base_model
-    found = np.zeros((len(rows), encoder.config.hidden_size))
+    found = np.zeros((len(rows), encoder.config.hidden_size * (1 if rows.input_ids else 2)))
     with torch.inference_mode():
         for part in microbatches(np.arange(len(rows)), rows, 64):
-            batch = collate(rows, part, model.tokenizer.pad_token_id)
-            mask = batch["attention_mask"].unsqueeze(-1)
-            hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
-            found[part] = ((hidden * mask).sum(1) / mask.sum(1)).double().numpy()
+            batch = collate(rows, part, model.tokenizer.pad_token_id if rows.input_ids else 0)
+            hidden = encoder(**{name: value for name, value in batch.items() if name != "labels"})[0]
+            if rows.input_ids:
+                mask = batch["attention_mask"].unsqueeze(-1)
+                features = (hidden * mask).sum(1) / mask.sum(1)
+            else:
+                features = torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], dim=1)
+            found[part] = features.double().numpy()
     scaled: Floats = _SCALE * found / np.linalg.norm(found, axis=1, keepdims=True)
     return scaled

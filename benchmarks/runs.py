@@ -12,7 +12,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,7 +107,6 @@ def federate(run: Run) -> Outcome:
     """Train in this process, on one thread."""
     import torch
 
-    from fedloom.client.data.tokens import Encoded
     from fedloom.client.eval.score import evaluate
     from fedloom.core.config.run import load_run
     from fedloom.server.build import build_strategy
@@ -139,7 +138,13 @@ def federate(run: Run) -> Outcome:
                 pass
             model.show(strategy.result(coordinator.state))
         spent = [each.epsilon for each in ledger_statements(federation).values()] if config.privacy.enabled else []
-        halves = [Encoded(rows.input_ids[first::2], rows.labels[first::2]) for first in (0, 1)]
+        halves = [
+            replace(
+                rows,
+                **{name: getattr(rows, name)[first::2] for name in ("input_ids", "labels", "targets", "pixels")},
+            )
+            for first in (0, 1)
+        ]
         tuning, report = (evaluate(model, half).accuracy for half in halves)
     return Outcome(
         *(run.setting, run.method, run.rate, run.seed, tuning, report, max(spent, default=None)),
