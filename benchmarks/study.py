@@ -48,15 +48,18 @@ METHODS: dict[str, tuple[str, ...]] = {
     PROBE: (),
 }
 
-COMMON = ("run.rounds=10", "model.max_length=32", "evaluation.max_examples=1000", "strategy.weighting=examples")
+COMMON = (
+    *("run.rounds=10", "model.max_length=32", "evaluation.max_examples=1000", "strategy.weighting=examples"),
+    "train.schedule=linear",
+)
 LAYERS = "adapter.layers=[-2,-1]"
 """Not for an adapter that has no layers: a head alone."""
 TASKS = {"sentiment": ("sentiment.toml", 0.01), "newsgroups": ("newsgroups.toml", 0.02)}
 """Run file, and the sampling rate of five steps a round; without privacy there are five times as many of a fifth."""
 LEVELS = {
-    "none": ("privacy.enabled=false", "train.optimizer=adam", "train.schedule=linear", "train.steps=25"),
-    "6": ("privacy.epsilon=6", "train.optimizer=sgd", "train.schedule=linear", "train.steps=5"),
-    "1": ("privacy.epsilon=1", "train.optimizer=sgd", "train.schedule=linear", "train.steps=5"),
+    "none": ("privacy.enabled=false", "train.optimizer=adam", "train.steps=25"),
+    "6": ("privacy.epsilon=6", "train.optimizer=sgd", "train.steps=5"),
+    "1": ("privacy.epsilon=1", "train.optimizer=sgd", "train.steps=5"),
 }
 RATES: dict[bool, tuple[float, ...]] = {True: (1.0, 4.0, 16.0), False: (0.001, 0.003, 0.01)}
 """With privacy (SGD on clipped gradients) and without (Adam)."""

@@ -42,7 +42,7 @@ def test_steps_are_the_papers(period: int, tall: bool) -> None:
 
 @pytest.mark.parametrize("tall", [False, True])
 def test_two_sided_steps_are_adam_between_both_projections(tall: bool) -> None:
-    """GradNormLoRP, eq. 8. Each coordinate of the projection moves alone, so any signs of the vectors give the same."""
+    """GradNormLoRP. Each coordinate of the projection moves alone, so any signs of the vectors give the same."""
     gradients = drawn(7, (6, 30))
     left, _, right = np.linalg.svd(gradients[0].astype(np.float64), full_matrices=False)
     p, q = left[:, :2], right[:2].T

@@ -140,8 +140,8 @@ def audit(
     # Three checks share what the whole audit may get wrong.
     confidence = 1 - (1 - CONFIDENCE) / 3
     shapes = [parameter.detach() for parameter in model.trainable(model.schema.roles)]
-    made = partial(make, automatic=True) if spec.privacy.clipping == "automatic" else make
-    mechanism = _Mechanism(made, sigma, spec.privacy.clip_norm, drawn)
+    clipping = partial(make, automatic=spec.privacy.clipping == "automatic")
+    mechanism = _Mechanism(clipping, sigma, spec.privacy.clip_norm, drawn)
     checks = (
         _one_step(mechanism, shapes, trials, delta, confidence),
         _sampled_steps(mechanism, spec, trials, delta, confidence),
