@@ -10,7 +10,9 @@ from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
+from fedloom.client.privacy.auditing.adversarial import adversarial
 from fedloom.client.privacy.auditing.audit import audit
+from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import Spec
@@ -54,6 +56,22 @@ def test_an_audit_finds_no_more_than_the_account_says(tiny_model: AdapterModel, 
     assert {each.name: each.verdict for each in checks} == dict.fromkeys(
         ("one step", "sampled steps", "whole trainer"), "consistent"
     )
+
+
+def test_attacks_are_made_on_automatic_clipping(tiny_model: AdapterModel, spec: Spec) -> None:
+    """A step that is wrong with automatic clipping alone is found in runs that use it, and in no others."""
+
+    class Unbounded(PrivateOptimizer):
+        def __init__(self, *arguments: Any, automatic: bool = False, **rest: Any) -> None:
+            super().__init__(*arguments, automatic=automatic, **rest)
+            self._longest *= 100 if automatic else 1
+
+    def verdicts(clipping: str, make: Any) -> set[str]:
+        run = changed(spec, privacy={"clipping": clipping})
+        return {each.verdict for each in adversarial(tiny_model, run, make=make)}
+
+    assert verdicts("automatic", PrivateOptimizer) == verdicts("threshold", Unbounded) == {"consistent"}
+    assert "VIOLATION" in verdicts("automatic", Unbounded)
 
 
 def test_runs_with_a_threshold_are_told_as_before(spec: Spec) -> None:

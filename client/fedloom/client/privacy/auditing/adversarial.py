@@ -7,6 +7,7 @@ and weights so large that gradients overflow or vanish.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +67,7 @@ def adversarial(
     if not spec.privacy.enabled or sigma is None:
         raise ConfigError("only a private run with a noise multiplier can be attacked; set privacy.enabled = true")
     drawn, bands = entropy or System(), spec.privacy.noise_bands
+    make = partial(make, automatic=spec.privacy.clipping == "automatic")
     return (
         correlated_noise(make, sigma, clip, steps=max(steps, bands), strategy=banded(spec), entropy=drawn),
         low_bits(make, 1.0, steps=steps, entropy=drawn),
