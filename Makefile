@@ -11,7 +11,7 @@ CLIENTS ?= 4
 IDS := $(shell id -u):$(shell id -g)
 export FEDLOOM_USER ?= $(if $(filter 0:%,$(IDS)),10001:10001,$(IDS))
 
-.PHONY: setup flower demo test test-slow prove chaos check fix proto docs bench study-small compose compose-test image-wheels lock wheels wheels-test clean
+.PHONY: setup flower demo test test-slow prove chaos check fix proto docs bench study study-small compose compose-test image-wheels lock wheels wheels-test clean
 
 setup: $(VENV)/.ready
 
@@ -88,6 +88,11 @@ bench: setup
 	fedloom bench dp-step
 	fedloom bench secagg
 	fedloom bench clients
+
+# Clothes come with the system's packages: apt-get install dataset-fashion-mnist.
+study: setup
+	python -m fedloom.client.assets.fetch minilm-l3-mean dinov2-small sentiment
+	python benchmarks/study.py
 
 study-small: setup
 	python benchmarks/study_small.py

@@ -1,12 +1,14 @@
 """A federated linear classifier on frozen features: what any adapter has to beat.
 
-The features are the mean of the frozen base model's last hidden states over a text's tokens; of a picture, those of its
-class token and the mean over its patches, which a new head of the model would read. They are brought to one length,
-which needs no look at other rows. With privacy each client takes the run file's steps of DP-SGD, with its noise
-multiplier, clip norm and rate, by plain numpy, and the coordinator averages, weighted as the run says. Without, it is
-scikit-learn's logistic regression on all clients' rows pooled, and a rate is the inverse strength of its L2 penalty.
+The features are the mean of the frozen base model's last hidden states over a text's tokens; of a picture, those of
+its class token and the mean over its patches, which a new head of the model would read. They are brought to one
+length, which needs no look at other rows. With privacy each client takes the run file's steps of DP-SGD, with its
+noise multiplier, clip norm and rate of the head, by plain numpy, and the coordinator averages, weighted as the run
+says. Without, it is scikit-learn's logistic regression on all clients' rows pooled, and a rate is the inverse
+strength of its L2 penalty.
 """
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ __all__ = ["federate_probe", "gradients"]
 Floats = npt.NDArray[np.float64]
 _SCALE = 10.0
 """Length of the features: cosines of sentence embeddings differ by little."""
+_known: dict[bytes, Floats] = {}
+"""Features by what the model read: the next run of this process need not compute them again."""
 
 
 def federate_probe(run: Run) -> Outcome:
@@ -39,9 +43,10 @@ def federate_probe(run: Run) -> Outcome:
         federation = build(config, Path(folder))
     model, limit = federation.model, config.model.max_length
     parts = [encode(rows, model.tokenizer, limit) for rows in federation.clients.values()]
-    sites = [(embedded(model, part), part.labels) for part in parts]
+    base = str(config.model.digest)
+    sites = [(embedded(model, part, base), part.labels) for part in parts]
     declared = [policy.data.declared_examples or 1 for policy in federation.policies.values()]
-    held_out = embedded(model, federation.held_out)
+    held_out = embedded(model, federation.held_out, base)
     if config.privacy.enabled:
         weights = trained(sites, declared, config, np.random.default_rng([run.seed, 7]))
     else:
@@ -63,14 +68,14 @@ def trained(sites: list[tuple[Floats, Any]], declared: list[int], config: Any, r
     weights = np.zeros((sites[0][0].shape[1], len(config.model.labels)))
     shares = np.array(declared) / sum(declared)
     for round in range(config.run.rounds):
-        rate = train.learning_rate * (1 - round / config.run.rounds)
+        rate = train.head_learning_rate * (1 - round / config.run.rounds)
         total = np.zeros_like(weights)
         for (features, labels), count, share in zip(sites, declared, shares, strict=True):
             mine = weights.copy()
             for _ in range(train.steps):
                 drawn = rng.random(len(labels)) < train.sampling_rate
                 each = gradients(features[drawn], labels[drawn], mine)
-                norms = np.linalg.norm(each.reshape(len(each), -1), axis=1)
+                norms = np.sqrt((each**2).sum((1, 2)))
                 clipped = (each * np.minimum(1, privacy.clip_norm / np.maximum(norms, 1e-12))[:, None, None]).sum(0)
                 noise = rng.normal(0, privacy.noise_multiplier * privacy.clip_norm, mine.shape)
                 mine -= rate * (clipped + noise) / (train.sampling_rate * count)
@@ -98,8 +103,20 @@ def gradients(features: Floats, labels: Any, weights: Floats) -> Floats:
     return each
 
 
-def embedded(model: Any, rows: Any) -> Floats:
-    """Features of every row."""
+def embedded(model: Any, rows: Any, base: str) -> Floats:
+    """Features of every row, shape (rows, features); `base` is the base model's digest."""
+    read, key = rows.input_ids or rows.pixels, base.encode()[:64]
+    keys = [hashlib.blake2b(each.tobytes(), digest_size=16, key=key).digest() for each in read]
+    missing = np.array([row for row, key in enumerate(keys) if key not in _known], np.int64)
+    for row, features in zip(missing, computed(model, rows, missing), strict=True):
+        _known[keys[row]] = features
+    found = np.stack([_known[key] for key in keys])
+    scaled: Floats = _SCALE * found / np.linalg.norm(found, axis=1, keepdims=True)
+    return scaled
+
+
+def computed(model: Any, rows: Any, chosen: npt.NDArray[np.int64]) -> Floats:
+    """What the frozen model gives for the chosen rows, in their order."""
     import torch
 
     from fedloom.client.data.tokens import collate, microbatches
@@ -107,7 +124,7 @@ def embedded(model: Any, rows: Any) -> Floats:
     encoder = model.model.get_base_model().base_model
     found = np.zeros((len(rows), encoder.config.hidden_size * (1 if rows.input_ids else 2)))
     with torch.inference_mode():
-        for part in microbatches(np.arange(len(rows)), rows, 64):
+        for part in microbatches(chosen, rows, 64):
             batch = collate(rows, part, model.tokenizer.pad_token_id if rows.input_ids else 0)
             hidden = encoder(**{name: value for name, value in batch.items() if name != "labels"})[0]
             if rows.input_ids:
@@ -116,5 +133,5 @@ def embedded(model: Any, rows: Any) -> Floats:
             else:
                 features = torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], dim=1)
             found[part] = features.double().numpy()
-    scaled: Floats = _SCALE * found / np.linalg.norm(found, axis=1, keepdims=True)
-    return scaled
+    picked: Floats = found[chosen]
+    return picked

@@ -208,8 +208,13 @@ def interval(scores: Sequence[float]) -> float:
 
 
 def settings(arm: Arm) -> str:
-    """A digest of what an arm's runs depend on, beside the code; the rates are in each run's line."""
-    plain = json.dumps([arm.setting, arm.method, arm.overrides, arm.head, arm.file.read_text("utf-8")])
+    """A digest of what an arm's runs depend on, beside the code and what each run's line has: its rate and seed."""
+    from fedloom.core.config.run import load_run
+
+    run = arm.at(1.0, 0)
+    # Without defaults: a key that a later version knows changes nothing of a run that does not have it.
+    config = load_run(arm.file, run.overrides).model_dump_json(exclude_defaults=True)
+    plain = json.dumps([arm.setting, arm.method, arm.head, config])
     return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
 

@@ -1,11 +1,12 @@
 """Which method to choose: adapters and strategies on two tasks, without privacy and at two levels of it.
 
-Every arm is a federation of the run file's clients in small: 10 rounds, 32 tokens of each text, adapters on the last
-two of the base model's six blocks, so that the others are computed once for each text. Under privacy it takes 10,000
-example gradients or so in few large batches with SGD; without, as many in more and smaller batches with Adam. The head
-is trained along. Every arm has three learning rates of one grid for all arms, see runs.py for how one is
+Every arm is a federation in small: 10 rounds of the run file's clients, pairs of rank 8 on queries and values.
+Sentences are judged on three blocks of MiniLM whose head reads the mean of the tokens, all of them adapted; pictures
+of clothes on the last two of DINOv2's twelve, so that the others are computed once for each picture. Under privacy an
+arm takes its example gradients in few large batches with SGD; without, as many in more and smaller batches with Adam.
+The head is trained along. Every arm has three learning rates of one grid for all arms, see runs.py for how one is
 chosen and for the interval. The frozen probe is the same federation of a linear classifier on the frozen base model's
-mean embeddings, with the same noise, see probe.py.
+features, with the same noise, see probe.py.
 
 A finished run is one line of benchmarks/study.jsonl; started again, it goes on from there. Prints the table and writes
 it to benchmarks/study.json.
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,31 +42,60 @@ METHODS: dict[str, tuple[str, ...]] = {
     "RoLoRA": ("strategy.name=rolora",),
     "alternating-orthonormal": ("strategy.name=alternating-orthonormal",),
     "FedEx": ("strategy.name=fedex",),
-    "Fed-SB": ("strategy.name=fedavg", "adapter.kind=lora-sb"),
+    "Fed-SB": ("strategy.name=fedavg", "adapter.kind=lora-sb", "adapter.rank=32"),
     "MiSS": ("strategy.name=fedavg", "adapter.kind=miss"),
     "bias": ("strategy.name=fedavg", "adapter.kind=bias"),
     "IA3": ("strategy.name=fedavg", "adapter.kind=ia3"),
     "head only": ("strategy.name=fedavg", "adapter.kind=head"),
     PROBE: (),
 }
+FROZEN = ("head only", PROBE)
+"""Methods that adapt no block."""
 
 COMMON = (
-    *("run.rounds=10", "model.max_length=32", "evaluation.max_examples=1000", "strategy.weighting=examples"),
-    "train.schedule=linear",
+    *("run.rounds=10", "evaluation.max_examples=1000", "strategy.weighting=examples", "train.schedule=linear"),
+    *("adapter.rank=8", "adapter.alpha=16", "train.microbatch=128", "privacy.delta=1e-5"),
 )
-LAYERS = "adapter.layers=[-2,-1]"
-"""Not for an adapter that has no layers: a head alone."""
-TASKS = {"sentiment": ("sentiment.toml", 0.01), "newsgroups": ("newsgroups.toml", 0.02)}
-"""Run file, and the sampling rate of five steps a round; without privacy there are five times as many of a fifth."""
-LEVELS = {
-    "none": ("privacy.enabled=false", "train.optimizer=adam", "train.steps=25"),
-    "6": ("privacy.epsilon=6", "train.optimizer=sgd", "train.steps=5"),
-    "1": ("privacy.epsilon=1", "train.optimizer=sgd", "train.steps=5"),
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned."""
+
+    file: str
+    """Its run file."""
+    overrides: tuple[str, ...]
+    layers: str
+    """The blocks with adapters."""
+    rate: float
+    """Sampling rate of four steps a round; without privacy there are five times as many of a fifth."""
+
+
+TASKS = {
+    "sentiment": Task(
+        "sentiment.toml",
+        ('model.base="minilm-l3-mean"', "model.max_length=24"),
+        "adapter.layers=[0,1,2]",
+        0.008,
+    ),
+    "clothes": Task(
+        "images.toml",
+        ("model.image_size=28", "data.max_examples=12000", "data.classes_per_client=6"),
+        "adapter.layers=[-2,-1]",
+        0.02,
+    ),
 }
-RATES: dict[bool, tuple[float, ...]] = {True: (1.0, 4.0, 16.0), False: (0.001, 0.003, 0.01)}
+LEVELS = {
+    "none": ("privacy.enabled=false", "train.optimizer=adam", "train.steps=20"),
+    "6": ("privacy.epsilon=6", "train.optimizer=sgd", "train.steps=4"),
+    "1": ("privacy.epsilon=1", "train.optimizer=sgd", "train.steps=4"),
+}
+RATES: dict[bool, tuple[float, ...]] = {True: (0.5, 2.0, 8.0), False: (0.001, 0.003, 0.01)}
 """With privacy (SGD on clipped gradients) and without (Adam)."""
-STRENGTHS: tuple[float, ...] = (0.01, 0.1, 1.0)
-"""Of the probe without privacy, see probe.py."""
+HEAD = {True: 2.0, False: 1.0}
+"""Learning rate of the head over that of the rest."""
+PROBE_RATES: dict[bool, tuple[float, ...]] = {True: (2.0, 8.0, 32.0), False: (0.01, 0.1, 1.0)}
+"""The same of the probe, whose features are longer than a head's; without privacy see probe.py."""
 SEEDS: tuple[int, ...] = (0, 1, 2)
 SMALLEST = ("run.rounds=1", "train.steps=1", "data.max_examples=400", "evaluation.max_examples=100")
 
@@ -72,18 +103,19 @@ SMALLEST = ("run.rounds=1", "train.steps=1", "data.max_examples=400", "evaluatio
 def arms(smallest: bool) -> list[Arm]:
     """One for each method, task and level of privacy."""
     found = []
-    for task, (file, rate) in TASKS.items():
+    for name, task in TASKS.items():
         for level, privacy in LEVELS.items():
-            for name, how in METHODS.items():
-                private = level != "none"
-                layers = () if name in ("head only", PROBE) else (LAYERS,)
-                size = f"train.sampling_rate={rate if private else rate / 5:g}"
-                overrides = (*COMMON, *privacy, size, *how, *layers, *(SMALLEST if smallest else ()))
-                rates = STRENGTHS if name == PROBE and not private else RATES[private]
+            private = level != "none"
+            size = f"train.sampling_rate={task.rate if private else task.rate / 5:g}"
+            common = (*COMMON, *task.overrides, *privacy, size, *(SMALLEST if smallest else ()))
+            for method, how in METHODS.items():
+                layers = () if method in FROZEN else (task.layers,)
+                rates, head = (PROBE_RATES[private], 1.0) if method == PROBE else (RATES[private], HEAD[private])
                 rates = rates[:1] if smallest else rates
-                found.append(Arm(f"{task}, {level}", name, EXAMPLES / file, overrides, rates, 0.5 if private else 1.0))
-    # A worker keeps what the frozen blocks gave for one number of them: those without layers come last.
-    return sorted(found, key=lambda arm: LAYERS not in arm.overrides)
+                place = (f"{name}, {level}", method, EXAMPLES / task.file)
+                found.append(Arm(*place, (*common, *how, *layers), rates, head))
+    # A worker keeps what the frozen blocks gave for one base model and number of them: arms that share it run together.
+    return sorted(found, key=lambda arm: ([*TASKS].index(arm.setting.split(",")[0]), arm.method in FROZEN))
 
 
 def train(run: Run) -> Outcome:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -10,12 +11,14 @@ from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
+from fedloom.client.privacy.auditing import attacks
 from fedloom.client.privacy.auditing.adversarial import adversarial
 from fedloom.client.privacy.auditing.audit import audit
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import Spec
+from fedloom.core.errors import ModelError
 from tests.client.rounds import ALL, Everyone, assignment, changed, start
 
 DELTA = 1e-3
@@ -58,13 +61,29 @@ def test_an_audit_finds_no_more_than_the_account_says(tiny_model: AdapterModel, 
     )
 
 
+class Unbounded(PrivateOptimizer):
+    """Wrong with automatic clipping alone."""
+
+    def __init__(self, *arguments: Any, automatic: bool = False, **rest: Any) -> None:
+        super().__init__(*arguments, automatic=automatic, **rest)
+        self._longest *= 100 if automatic else 1
+
+
+def test_a_client_tries_the_attacks_on_the_clipping_of_the_run(
+    tiny_model: AdapterModel, rows: Rows, spec: Spec, policy: Policy, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attacks, "PrivateOptimizer", Unbounded)
+    attacks.rehearse.cache_clear()
+
+    Trainer(tiny_model, rows, spec, policy, ledger)
+    with pytest.raises(ModelError, match="does not withstand an attack by"):
+        Trainer(tiny_model, rows, changed(spec, privacy={"clipping": "automatic"}), policy, ledger)
+
+    attacks.rehearse.cache_clear()
+
+
 def test_attacks_are_made_on_automatic_clipping(tiny_model: AdapterModel, spec: Spec) -> None:
     """A step that is wrong with automatic clipping alone is found in runs that use it, and in no others."""
-
-    class Unbounded(PrivateOptimizer):
-        def __init__(self, *arguments: Any, automatic: bool = False, **rest: Any) -> None:
-            super().__init__(*arguments, automatic=automatic, **rest)
-            self._longest *= 100 if automatic else 1
 
     def verdicts(clipping: str, make: Any) -> set[str]:
         run = changed(spec, privacy={"clipping": clipping})

