@@ -1,18 +1,21 @@
 """What a strategy may express gives one result in one process, over gRPC and over Flower's nodes.
 
 Corrections of frozen weights, a rank for each client, tensors that stay with it, tensors that take turns, and terms for
-gradients.
+gradients; and, of private runs, a strategy that reads the noise and noise that is spread over steps.
 """
 
 import shutil
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fedloom.client.data.rows import Rows
+from fedloom.client.data.rows import Rows, digest
 from fedloom.client.privacy.ledger.account import personal_folder
+from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.trainer import Trainer
 from fedloom.flower.resident_trainer import Resident
 from fedloom.proto.messages import Joined
@@ -20,11 +23,13 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import Federation, build, completed
 from fedloom.simulation.inprocess import run_inprocess
+from fedloom.strategies.alternating.as_lora import ASLoRA
 from fedloom.strategies.alternating.la_lora import LALoRA
 from fedloom.strategies.api import Strategy
 from fedloom.strategies.drift.feddyn import FedDyn
 from fedloom.strategies.drift.scaffold import SCAFFOLD
 from fedloom.strategies.fedsvd import FedSVD
+from fedloom.strategies.personal.feddpa import FedDPA
 from fedloom.strategies.personal.fedsa import FedSALoRA
 from fedloom.strategies.ranks.hetlora import HetLoRA
 from fedloom.strategies.stacking.flora import FLoRA
@@ -36,12 +41,34 @@ from tests.support.runs import tiny_run, write_rows
 RANKS = {name: rank + 1 for rank, name in enumerate(NAMES)}
 
 
-@pytest.fixture
-def federation(tmp_path: Path, tiny_base: Path, rows: Rows) -> Federation:
-    """Three clients, two rounds, not private."""
-    data = write_rows(tmp_path / "data", rows)
-    config = tiny_run(tiny_base, rounds={"min_clients": 3}, data={"source": str(data), "clients": 3})
-    return build(completed(config), tmp_path / "run")
+@dataclass(frozen=True)
+class Case:
+    """A strategy and what its run has beside it."""
+
+    strategy: Strategy
+    sections: dict[str, Any] = field(default_factory=dict)
+
+
+PRIVATE = {"enabled": True, "epsilon": 20.0, "delta": 1e-2}
+CASES = [
+    Case(FLoRA(ranks=RANKS)),
+    Case(HetLoRA(ranks=RANKS)),
+    Case(FedSALoRA()),
+    Case(FedSVD(refresh=1)),
+    Case(LALoRA()),
+    Case(SCAFFOLD()),
+    Case(FedDyn()),
+    Case(FedDPA(), {"adapter": {"kind": "dual-lora", "rank": 4, "alpha": 8}}),
+    Case(ASLoRA(warmup=2), {"run": {"name": "tiny", "rounds": 4, "seed": 5}, "privacy": PRIVATE}),
+    Case(FedSVD(), {"privacy": {**PRIVATE, "noise_bands": 2}}),
+]
+
+
+def federated(case: Case, folder: Path, base: Path, rows: Rows) -> Federation:
+    """Three clients, two rounds or as many as the case says."""
+    data = {"source": str(write_rows(folder / "data", rows)), "clients": 3}
+    config = tiny_run(base, rounds={"min_clients": 3}, data=data, **case.sections)
+    return build(completed(config, case.strategy), folder / "run")
 
 
 def over_nodes(federation: Federation, coordinator: Coordinator, store: Store) -> None:
@@ -49,13 +76,13 @@ def over_nodes(federation: Federation, coordinator: Coordinator, store: Store) -
     for node, name in enumerate(reversed(NAMES)):
 
         def prepare(joined: Joined, name: str = name) -> Trainer:
-            policy = federation.policies[name]
+            policy, rows = federation.policies[name], federation.clients[name]
             return Trainer(
                 federation.model,
-                federation.clients[name],
+                rows,
                 joined.spec,
                 policy,
-                None,
+                Ledger(policy.client.state / "node-ledger", digest(rows)),  # the resident closes it
                 personal=personal_folder(policy),
                 entropy_for=partial(entropy_of, name),
             )
@@ -70,12 +97,9 @@ def over_nodes(federation: Federation, coordinator: Coordinator, store: Store) -
             resident.close()
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [FLoRA(ranks=RANKS), HetLoRA(ranks=RANKS), FedSALoRA(), FedSVD(refresh=1), LALoRA(), SCAFFOLD(), FedDyn()],
-    ids=lambda strategy: type(strategy).__name__,
-)
-def test_every_engine_gives_one_result(strategy: Strategy, federation: Federation, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join([type(case.strategy).__name__, *case.sections]))
+def test_every_engine_gives_one_result(case: Case, tmp_path: Path, tiny_base: Path, rows: Rows) -> None:
+    strategy, federation = case.strategy, federated(case, tmp_path, tiny_base, rows)
     schema = federation.model.schema
     starting = starting_adapter(schema, 0)
     seams = {name: partial(entropy_of, name) for name in NAMES}
@@ -90,7 +114,7 @@ def test_every_engine_gives_one_result(strategy: Strategy, federation: Federatio
                 over_sockets(federation, coordinator)
             else:
                 over_nodes(federation, coordinator, store)
-            assert coordinator.state.round == 2
+            assert coordinator.state.round == federation.config.run.rounds
             results[engine] = strategy.result(coordinator.state)
         for policy in federation.policies.values():  # an engine begins with nothing kept by another
             shutil.rmtree(personal_folder(policy), ignore_errors=True)
