@@ -63,9 +63,9 @@ check: setup
 	mypy
 	pyright
 	lint-imports
-	python docs/make_reference.py --check
-	python docs/make_mutations.py --check
-	python docs/make_papers.py --check
+	python -m docs.make_reference --check
+	python -m docs.make_mutations --check
+	python -m docs.make_papers --check
 	$(MAKE) --no-print-directory proto
 	git diff --exit-code -- proto
 
@@ -78,9 +78,9 @@ proto: setup
 		--mypy_grpc_out=quiet:proto proto/fedloom/proto/v1/federation.proto
 
 docs: setup
-	python docs/make_reference.py
-	python docs/make_mutations.py
-	python docs/make_papers.py
+	python -m docs.make_reference
+	python -m docs.make_mutations
+	python -m docs.make_papers
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --site-dir site
 
 bench: setup

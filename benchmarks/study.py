@@ -4,9 +4,9 @@ Every arm is a federation in small: 10 rounds of the run file's clients, pairs o
 Sentences are judged on three blocks of MiniLM whose head reads the mean of the tokens, all of them adapted; pictures
 of clothes on the last two of DINOv2's twelve, so that the others are computed once for each picture. Under privacy an
 arm takes its example gradients in few large batches with SGD; without, half as many again in small ones with Adam.
-The head is trained along. Every arm has three learning rates of one grid for all arms, see runs.py for how one is
-chosen and for the interval. The frozen probe is the same federation of a linear classifier on the frozen base model's
-features, with the same noise, see probe.py.
+The head is trained along. All adapters are tried with the same two or three learning rates, see runs.py for how one
+is chosen and for the interval. The frozen probe is the same federation of a linear classifier on the frozen base
+model's features, with the same noise, see probe.py.
 
 A finished run is one line of benchmarks/study.jsonl; started again, it goes on from there. Prints the table and writes
 it to benchmarks/study.json.
@@ -76,7 +76,7 @@ TASKS = {
         "sentiment.toml",
         ('model.base="minilm-l3-mean"', "model.max_length=32"),
         "adapter.layers=[0,1,2]",
-        0.0075,
+        0.007,
     ),
     "clothes": Task(
         "images.toml",
@@ -85,17 +85,28 @@ TASKS = {
         0.015,
     ),
 }
+
+
+@dataclass(frozen=True)
+class Level:
+    """How private a run is, and how it trains."""
+
+    overrides: tuple[str, ...]
+    rates: tuple[float, ...]
+    """Learning rates that every adapter is tried with."""
+    probe: tuple[float, ...]
+    """Those of the probe, whose features are longer than a head's; without privacy see probe.py."""
+    head: float
+    """Learning rate of the head over that of the rest."""
+
+
+FEW = ("train.optimizer=sgd", "train.steps=4", "train.microbatch=128")
+MANY = ("train.optimizer=adam", "train.steps=24", "train.microbatch=8")
 LEVELS = {
-    "none": ("privacy.enabled=false", "train.optimizer=adam", "train.steps=24", "train.microbatch=8"),
-    "6": ("privacy.epsilon=6", "train.optimizer=sgd", "train.steps=4", "train.microbatch=128"),
-    "1": ("privacy.epsilon=1", "train.optimizer=sgd", "train.steps=4", "train.microbatch=128"),
+    "none": Level(("privacy.enabled=false", *MANY), (0.002, 0.008), (0.01, 0.1, 1.0), 1.0),
+    "6": Level(("privacy.epsilon=6", *FEW), (0.5, 2.0, 8.0), (2.0, 8.0, 32.0), 2.0),
+    "1": Level(("privacy.epsilon=1", *FEW), (0.5, 2.0), (2.0, 8.0), 2.0),
 }
-RATES: dict[bool, tuple[float, ...]] = {True: (0.5, 2.0, 8.0), False: (0.001, 0.003, 0.01)}
-"""With privacy (SGD on clipped gradients) and without (Adam)."""
-HEAD = {True: 2.0, False: 1.0}
-"""Learning rate of the head over that of the rest."""
-PROBE_RATES: dict[bool, tuple[float, ...]] = {True: (2.0, 8.0, 32.0), False: (0.01, 0.1, 1.0)}
-"""The same of the probe, whose features are longer than a head's; without privacy see probe.py."""
 SEEDS: tuple[int, ...] = (0, 1, 2)
 SMALLEST = ("run.rounds=1", "train.steps=1", "data.max_examples=400", "evaluation.max_examples=100")
 
@@ -104,16 +115,14 @@ def arms(smallest: bool) -> list[Arm]:
     """One for each method, task and level of privacy."""
     found = []
     for name, task in TASKS.items():
-        for level, privacy in LEVELS.items():
-            private = level != "none"
-            size = f"train.sampling_rate={task.rate if private else task.rate / 4:g}"
-            common = (*COMMON, *task.overrides, *privacy, size, *(SMALLEST if smallest else ()))
-            for method, how in METHODS.items():
+        for level, how in LEVELS.items():
+            size = f"train.sampling_rate={task.rate if level != 'none' else task.rate / 4:g}"
+            common = (*COMMON, *task.overrides, *how.overrides, size, *(SMALLEST if smallest else ()))
+            for method, own in METHODS.items():
                 layers = () if method in FROZEN else (task.layers,)
-                rates, head = (PROBE_RATES[private], 1.0) if method == PROBE else (RATES[private], HEAD[private])
-                rates = rates[:1] if smallest else rates
+                rates, head = (how.probe, 1.0) if method == PROBE else (how.rates, how.head)
                 place = (f"{name}, {level}", method, EXAMPLES / task.file)
-                found.append(Arm(*place, (*common, *how, *layers), rates, head))
+                found.append(Arm(*place, (*common, *own, *layers), rates[:1] if smallest else rates, head))
     # A worker keeps what the frozen blocks gave for one base model and number of them: arms that share it run together.
     return sorted(found, key=lambda arm: ([*TASKS].index(arm.setting.split(",")[0]), arm.method in FROZEN))
 
@@ -125,26 +134,36 @@ def train(run: Run) -> Outcome:
 
 def rows(arms: Sequence[Arm], outcomes: Sequence[Outcome], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The table: accuracy is the mean over the seeds on the half of the rows that chose nothing."""
+    probes = {arm.setting: reported(outcomes, arm, seeds) for arm in arms if arm.method == PROBE}
     found = []
     for arm in arms:
         mine = reported(outcomes, arm, seeds)
         scores, task = [each.report for each in mine], arm.setting.split(", ")
+        # The rows and the clients' shares of them are those of the probe with the same seed.
+        gains = [each.report - probe.report for each, probe in zip(mine, probes[arm.setting], strict=True)]
         found.append(
             {
                 "task": task[0],
                 "epsilon": None if task[1] == "none" else float(task[1]),
                 "method": arm.method,
                 "learning_rate": best(outcomes, arm, seeds[0]).rate,
-                "accuracy": round(float(np.mean(scores)), 4),
-                "interval": None if len(scores) < 2 else round(interval(scores), 4),
+                **_spread("accuracy", scores),
+                **_spread("over_probe", gains),
                 "by_seed": [round(each, 4) for each in scores],
                 "spent": max((each.epsilon for each in mine if each.epsilon is not None), default=None),
+                "values_up": mine[0].values,
                 "kilobytes_up": round(4 * mine[0].values / 1000, 1),
                 "commit_ms": round(1000 * float(np.mean([each.commit_seconds for each in mine])), 2),
                 "seconds": round(float(np.mean([each.seconds for each in mine])), 1),
             }
         )
     return found
+
+
+def _spread(name: str, figures: Sequence[float]) -> dict[str, float | None]:
+    """Their mean, and half of its interval if there is more than one."""
+    wide = None if len(figures) < 2 else round(interval(figures), 4)
+    return {name: round(float(np.mean(figures)), 4), f"{name}_interval": wide}
 
 
 def main() -> None:
@@ -160,7 +179,7 @@ def main() -> None:
     arguments.json.write_text(json.dumps({"seeds": seeds, "rows": table}, indent=1) + "\n", encoding="utf-8")
     shown = Table("task", "epsilon", "method", "accuracy", "rate", "kB up", "commit")
     for row in table:
-        spread = "" if row["interval"] is None else f" ± {100 * row['interval']:.1f}"
+        spread = "" if row["accuracy_interval"] is None else f" ± {100 * row['interval']:.1f}"
         level = "none" if row["epsilon"] is None else f"{row['epsilon']:g}"
         figures = (f"{row['learning_rate']:g}", f"{row['kilobytes_up']:.1f}", f"{row['commit_ms']:.1f} ms")
         shown.add_row(row["task"], level, row["method"], f"{row['accuracy']:.1%}{spread}", *figures)

@@ -1,48 +1,25 @@
 """Write the tables of docs/papers.md from docstrings; `--check` exits 1 when the page is not what would be written."""
 
 import re
-import sys
 from importlib import import_module
 from inspect import getdoc
 from pathlib import Path
 
+from docs.made import between_marks, write
 from fedloom.core.registry import Entry, entries, load, noun
-
-__all__ = ["main", "page"]
 
 TARGET = Path(__file__).with_name("papers.md")
 ROOT = TARGET.parent.parent
 
-_BEGIN, _END = "<!-- made by docs/make_papers.py -->\n", "<!-- end of what is made -->\n"
 _GROUPS = ("strategies", "adapters", "optimizers", "partitioners")
 _CITED = re.compile(r"\b(19|20)\d\d\b")
 _ARXIV = re.compile(r"arXiv[ :](\d{4}\.\d{4,5})")
 
 
-def page(text: str) -> str:
-    """The page with its tables made anew; what stands around them is left as it is.
-
-    Raises:
-        SystemExit: The page has lost its marks.
-    """
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        sys.exit(f"{TARGET.name} lacks the lines {_BEGIN.strip()} and {_END.strip()} around its tables; put them back")
-    return before + begin + "\n".join(_table(group) for group in _GROUPS) + end + after
-
-
 def main() -> None:
     """Write the page, or with `--check` only compare it."""
-    old = TARGET.read_text(encoding="utf-8")
-    new = page(old)
-    if sys.argv[1:] == ["--check"]:
-        if old != new:
-            sys.exit(f"{TARGET.name} is stale; run `python docs/make_papers.py`")
-    elif sys.argv[1:]:
-        sys.exit(f"unknown arguments {' '.join(sys.argv[1:])}; only --check is allowed")
-    else:
-        TARGET.write_text(new, encoding="utf-8")
+    tables = "\n".join(_table(group) for group in _GROUPS)
+    write("make_papers", {TARGET: between_marks(TARGET, "make_papers", tables)})
 
 
 def _table(group: str) -> str:

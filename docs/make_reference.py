@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 
+from docs.made import write
 from fedloom.cli.main import app
 from fedloom.client.policy import Policy
 from fedloom.core import errors
@@ -24,7 +24,7 @@ TARGET = Path(__file__).with_name("reference.md")
 
 _INTRODUCTION = """# Reference
 
-Made from the code by `python docs/make_reference.py`; do not edit it by hand.
+Made from the code by `python -m docs.make_reference`; do not edit it by hand.
 A run file and a policy file are TOML. Unknown keys are refused, and every key can be overridden with
 `--set section.key=value`."""
 
@@ -63,14 +63,7 @@ def reference() -> str:
 
 def main() -> None:
     """Write the file, or with `--check` only compare it."""
-    text = reference()
-    if sys.argv[1:] == ["--check"]:
-        if not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != text:
-            sys.exit(f"{TARGET.name} is stale; run `python docs/make_reference.py`")
-    elif sys.argv[1:]:
-        sys.exit(f"unknown arguments {' '.join(sys.argv[1:])}; only --check is allowed")
-    else:
-        TARGET.write_text(text, encoding="utf-8")
+    write("make_reference", {TARGET: reference()})
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

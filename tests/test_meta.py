@@ -157,7 +157,7 @@ def test_every_command_error_and_component_is_in_the_reference() -> None:
 
 @pytest.mark.parametrize("page", ["reference", "papers"])
 def test_what_is_made_from_the_code_is_current(page: str) -> None:
-    command = [sys.executable, f"docs/make_{page}.py", "--check"]
+    command = [sys.executable, "-m", f"docs.make_{page}", "--check"]
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
 
