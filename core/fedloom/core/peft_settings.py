@@ -1,10 +1,13 @@
-"""What adapter_config.json of a PEFT adapter says, as far as products s·B·A are concerned."""
+"""What PEFT calls the layers of a base model, and what adapter_config.json says of products s·B·A."""
 
 import json
 import math
 from typing import Any
 
-__all__ = ["lora_scale", "more_than_pairs"]
+__all__ = ["PREFIX", "lora_scale", "more_than_pairs"]
+
+PREFIX = "base_model.model."
+"""What PEFT puts before every name of the base model."""
 
 _PLAIN = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens")
 """Settings of PEFT's LoRA under which an adapter is no plain pair of factors of one rank."""

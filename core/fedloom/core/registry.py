@@ -8,7 +8,6 @@ Listing imports nothing. A name in a file or from a peer is only ever looked up 
 process has let in by itself for a while, see `locally`.
 """
 
-import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError, PydanticSerializati
 
 from fedloom.core.docstrings import arguments
 from fedloom.core.errors import ConfigError
+from fedloom.core.spelling import meant
 
 __all__ = [
     "GROUPS",
@@ -352,9 +352,8 @@ def _field(make: Callable[..., Any], parameter: inspect.Parameter, about: str | 
 
 
 def _nearest(word: str, allowed: list[str]) -> str:
-    near = difflib.get_close_matches(word, allowed, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}available: {', '.join(allowed) or 'none'}"
+    available = f"available: {', '.join(allowed) or 'none'}"
+    return " ".join(filter(None, [meant(word, allowed), available]))
 
 
 def _explained(what: str, model: type[BaseModel], options: Mapping[str, Any], errors: list[ErrorDetails]) -> str:

@@ -9,13 +9,12 @@ from rich.table import Table
 
 from fedloom.cli.console import Json, out, print_json
 from fedloom.core.errors import ConfigError
+from fedloom.core.peft_settings import PREFIX
 
 if TYPE_CHECKING:
     from fedloom.strategies.merging.peft_folder import PeftFolder
 
 __all__ = ["inspect"]
-
-_PREFIX = "base_model.model."
 
 
 def inspect(
@@ -56,7 +55,7 @@ def inspect(
     for module, product in sorted(ours.adapter.products.items()):
         found = spectrum(product)
         layer: dict[str, Any] = {
-            "module": module.removeprefix(_PREFIX),
+            "module": module.removeprefix(PREFIX),
             "norm": found.norm,
             "rank": found.rank,
             "effective_rank": found.effective_rank,
@@ -97,7 +96,7 @@ def _count_intruders(ours: "PeftFolder", layers: list[dict[str, Any]]) -> None:
     named = {each["module"]: each for each in layers}
     weights = base_weights(known["base"], known.get("base_digest"), known["task"], len(known["labels"]), named)
     for module, weight in weights:
-        named[module]["intruders"] = intruder_dimensions(weight, ours.adapter.products[_PREFIX + module])
+        named[module]["intruders"] = intruder_dimensions(weight, ours.adapter.products[PREFIX + module])
 
 
 def _check_layers(ours: "PeftFolder", theirs: "PeftFolder") -> None:

@@ -11,15 +11,13 @@ from fedloom.cli.console import Json, out, print_json
 from fedloom.cli.server.merge_atlas import learned_on_rows
 from fedloom.cli.server.merge_scores import chosen_by_score
 from fedloom.core.errors import ConfigError
+from fedloom.core.peft_settings import PREFIX
 
 if TYPE_CHECKING:
     from fedloom.strategies.merging.merge import Merged, Rank
     from fedloom.strategies.merging.peft_folder import PeftFolder
 
 __all__ = ["merge"]
-
-_PREFIX = "base_model.model."
-"""What PEFT puts before every name of the base model."""
 
 _BY_ROWS = {"greedy-soup": ("run", "score-on"), "atlas": ("run", "rows", "steps", "learning-rate")}
 """Methods that look at rows, and the options that they alone take."""
@@ -191,10 +189,10 @@ def _show(document: dict[str, Any], ranks: list[int], merged: "Merged") -> None:
         out.print(
             f"lost     {document['energy_lost']:.2%} of the energy at this rank, a relative error of "
             f"{document['relative_error']:.2g}; most in "
-            f"{worst.module.removeprefix(_PREFIX)}, {worst.error:.2g}"
+            f"{worst.module.removeprefix(PREFIX)}, {worst.error:.2g}"
         )
     if document["averaged"]:
-        out.print(f"averaged {', '.join(each.removeprefix(_PREFIX) for each in document['averaged'])}")
+        out.print(f"averaged {', '.join(each.removeprefix(PREFIX) for each in document['averaged'])}")
     if learned := document.get("coefficients"):
         counted = [[each[index] for each in learned.values()] for index in range(len(ranks))]
         said = (f"{min(each):.2f} to {max(each):.2f}" for each in counted)

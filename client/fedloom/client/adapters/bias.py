@@ -13,6 +13,7 @@ from fedloom.client.adapters.lora import Targets, carrier
 from fedloom.client.adapters.numbered_layers import Layers, in_layers
 from fedloom.client.adapters.slot import Slot, schema_name
 from fedloom.core.config.parsing import Section
+from fedloom.core.peft_settings import PREFIX
 from fedloom.core.schema import Role, TensorSpec
 
 __all__ = ["Bias"]
@@ -42,10 +43,10 @@ class Bias(Section):
         chosen = set(in_layers(base, self.layers, (name for name, _ in base.named_parameters())))
         for name, parameter in model.named_parameters():
             is_head = "modules_to_save" in name or ".original_module." in name
-            inside = name.removeprefix("base_model.model.") in chosen
+            inside = name.removeprefix(PREFIX) in chosen
             if inside and not is_head and name.endswith(".bias"):
                 key = schema_name(name)
-                module = key.removeprefix("base_model.model.").removesuffix(".bias").removesuffix(".base_layer")
+                module = key.removeprefix(PREFIX).removesuffix(".bias").removesuffix(".base_layer")
                 spec = TensorSpec(key, module, Role.BIAS, tuple(parameter.shape))
                 found.append(Slot(spec, parameter, origin=parameter.detach().clone()))
         return found

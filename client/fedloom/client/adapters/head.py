@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from fedloom.client.adapters.slot import Slot, schema_name
 from fedloom.client.tasks.api import Task
 from fedloom.core.errors import ModelError
+from fedloom.core.peft_settings import PREFIX
 from fedloom.core.schema import Role, Start, TensorSpec
 
 __all__ = ["PEFT_HEADS", "Head", "check_labels", "find_head", "slots"]
@@ -151,7 +152,7 @@ def slots(model: PeftModel, head: Head) -> list[Slot]:
     found: list[Slot] = []
     for name, parameter in model.named_parameters():
         key = schema_name(name)
-        plain = key.removeprefix("base_model.model.")
+        plain = key.removeprefix(PREFIX)
         if ".modules_to_save.default." in name and any(plain.startswith(f"{each}.") for each in head.modules):
             # A new vector starts as the model's own code makes it: one for the weight of a norm, zero for a bias.
             drawn = plain in head.new and (parameter.dim() > 1 or not parameter.any())

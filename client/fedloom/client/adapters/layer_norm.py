@@ -16,6 +16,7 @@ from fedloom.client.adapters.numbered_layers import Layers, in_layers
 from fedloom.client.adapters.slot import Slot, schema_name
 from fedloom.core.config.parsing import Section
 from fedloom.core.errors import ModelError
+from fedloom.core.peft_settings import PREFIX
 from fedloom.core.schema import Start, TensorSpec
 
 __all__ = ["LayerNorm", "layer_norms"]
@@ -54,7 +55,7 @@ class LayerNorm(Section):
             if type(module) is nn.LayerNorm and ".modules_to_save.default" in name:
                 for part, parameter in module.named_parameters():
                     key = schema_name(f"{name}.{part}")
-                    plain = key.removeprefix("base_model.model.").removesuffix(f".{part}")
+                    plain = key.removeprefix(PREFIX).removesuffix(f".{part}")
                     spec = TensorSpec(key, plain, f"norm_{part}", tuple(parameter.shape), Start.ZERO)
                     found.append(Slot(spec, parameter, origin=parameter.detach().clone()))
         return found

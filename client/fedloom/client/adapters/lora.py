@@ -27,6 +27,7 @@ from fedloom.client.adapters.spectral.lora_start import FROM_WEIGHTS, begin_from
 from fedloom.core.config.parsing import Section
 from fedloom.core.errors import ModelError
 from fedloom.core.limits import MAX_RANK
+from fedloom.core.peft_settings import PREFIX
 from fedloom.core.schema import Role, Start, TensorSpec
 
 __all__ = ["MAGNITUDE", "LoRA", "Targets", "carrier", "linear_targets", "with_pairs"]
@@ -101,13 +102,13 @@ class LoRA(Section):
                 if mark in name:
                     found.append(self._factor(name, name.partition(mark)[0], role, parameter))
             if (mark := ".lora_magnitude_vector.") in name:
-                module = name.partition(mark)[0].removeprefix("base_model.model.")
+                module = name.partition(mark)[0].removeprefix(PREFIX)
                 spec = TensorSpec(schema_name(name), module, MAGNITUDE, tuple(parameter.shape), Start.ZERO)
                 found.append(Slot(spec, parameter, origin=parameter.detach().clone()))
         return found
 
     def _factor(self, name: str, layer: str, role: str, factor: nn.Parameter) -> Slot:
-        module = layer.removeprefix("base_model.model.")
+        module = layer.removeprefix(PREFIX)
         if self.start in FROM_WEIGHTS:
             return change(self.start, module, role, factor)
         start = Start.ORTHOGONAL if self.start == "orthogonal" and role == Role.LORA_A else Start.DRAWN

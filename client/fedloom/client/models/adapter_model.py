@@ -14,6 +14,7 @@ from fedloom.client.adapters.lora import LoRA
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.tasks.api import Task
 from fedloom.core.errors import ModelError
+from fedloom.core.peft_settings import PREFIX
 from fedloom.core.schema import Array, Schema, Tensors, linear_name
 
 __all__ = ["AdapterModel"]
@@ -97,7 +98,7 @@ class AdapterModel:
         """
         with torch.no_grad():
             for module, pretrained in self._base_weights.items():
-                self.model.get_submodule(f"base_model.model.{module}").base_layer.weight.copy_(pretrained)
+                self.model.get_submodule(f"{PREFIX}{module}").base_layer.weight.copy_(pretrained)
         self.corrections = {}
         self.load(tensors, rank)
 
@@ -109,7 +110,7 @@ class AdapterModel:
 
     def _correct(self, module: str, tensors: Tensors) -> None:
         """Set a frozen weight to its pretrained value plus scale·base_B·base_A."""
-        layer: Any = self.model.get_submodule(f"base_model.model.{module}")
+        layer: Any = self.model.get_submodule(f"{PREFIX}{module}")
         weight = layer.base_layer.weight
         if not weight.is_floating_point():
             raise ModelError(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from fedloom.core.peft_settings import lora_scale
+from fedloom.core.peft_settings import PREFIX, lora_scale
 from fedloom.core.schema import Tensors
 
 __all__ = ["widen"]
@@ -24,7 +24,7 @@ def widen(folder: Path, corrections: Tensors) -> None:
     path = folder / "adapter_model.safetensors"
     tensors, rank = load_file(path), 0
     for module in (name.removesuffix(".base_A") for name in corrections if name.endswith(".base_A")):
-        a, b = (f"base_model.model.{module}.lora_{side}.weight" for side in "AB")
+        a, b = (f"{PREFIX}{module}.lora_{side}.weight" for side in "AB")
         tensors[a] = np.concatenate([tensors[a], corrections[f"{module}.base_A"]])
         tensors[b] = np.concatenate([tensors[b], corrections[f"{module}.base_B"]], axis=1)
         rank = len(tensors[a])

@@ -1,6 +1,5 @@
 """[data] of a run file: what a simulated federation learns from, and how it is split."""
 
-import difflib
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -10,6 +9,7 @@ from fedloom.core.config.parsing import FileName
 from fedloom.core.errors import ConfigError
 from fedloom.core.limits import MAX_CLIENTS
 from fedloom.core.registry import check_options, options_model
+from fedloom.core.spelling import meant
 
 __all__ = ["DataSection"]
 
@@ -45,12 +45,7 @@ class DataSection(Form, extra="allow"):
         own = _options_of(self.partition)
         for key in self.options.keys() - own:
             allowed = sorted({*DataSection.model_fields, *own})
-            near = difflib.get_close_matches(key, allowed, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"allowed with partition {self.partition!r}: {', '.join(allowed)}"
-            )
+            hint = meant(key, allowed) or f"allowed with partition {self.partition!r}: {', '.join(allowed)}"
             raise ValueError(f"unknown key 'data.{key}'; {hint}")
         try:
             check_options("partitioners", self.partition, self.options)

@@ -1,6 +1,5 @@
 """Files of tables, run files and policies alike: read, overridden and checked, with errors that name the key."""
 
-import difflib
 import json
 import math
 import tomllib
@@ -12,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 
 from fedloom.core import registry
 from fedloom.core.errors import ConfigError
+from fedloom.core.spelling import meant
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass as _Metaclass
@@ -219,8 +219,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _nearest(word: str, allowed: Collection[str]) -> str:
-    near = difflib.get_close_matches(word, allowed, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(set(allowed))) or 'none'}"
+    return meant(word, allowed) or f"allowed: {', '.join(sorted(set(allowed))) or 'none'}"
 
 
 def _keys_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
