@@ -15,7 +15,7 @@ Conversion = Literal["dinov2", "gguf", "mean-pooled"]
 
 _BLOCKS = 3
 """Of a sentence encoder that are kept."""
-_SHARPNESS = 20.0
+_MEAN_WEIGHT = 20.0
 """Weight of the tokens' mean over what each token brings itself, in the block that takes the mean."""
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -138,7 +138,7 @@ def mean_pooled(source: Path, folder: Path) -> None:
     for name in [each for each in found if each.startswith(kept[0])]:
         found[block + name.removeprefix(kept[0])] = torch.zeros_like(found[name])
     found[block + "attention.self.value.weight"] = one.clone()
-    found[block + "attention.output.dense.weight"] = _SHARPNESS * one
+    found[block + "attention.output.dense.weight"] = _MEAN_WEIGHT * one
     found[block + "attention.output.LayerNorm.weight"] = torch.ones(width)
     found[block + "output.LayerNorm.weight"] = torch.ones(width)
     # A coordinate of what comes here has variance 1: half of it is where tanh is nearly straight.

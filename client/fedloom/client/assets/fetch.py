@@ -84,7 +84,7 @@ ASSETS: dict[str, Asset] = {
     "minilm-l6": _MINILM,
     "minilm-l3-mean": replace(
         _MINILM,
-        about="the same, three of its six blocks and one that gives a head the mean of the tokens, 77 MB; Apache-2.0",
+        about="half of all-MiniLM-L6-v2, with a block that gives a head the mean of the tokens, 77 MB; Apache-2.0",
         conversion="mean-pooled",
         made=_MINILM_FILES,
     ),
