@@ -45,15 +45,15 @@ class Method:
 
 
 METHODS = {
-    "sgd": Method(("train.optimizer=sgd",), 4.0, 0.5),
-    "sgd, momentum 0.9": Method(("train.optimizer=sgd", "train.momentum=0.9"), 1.5, 0.5),
-    "sgd, mean of iterates": Method(("train.optimizer=sgd", "train.ema=0.5"), 4.0, 0.5),
-    "sgd, noise over 2 bands": Method(("train.optimizer=sgd", "privacy.noise_bands=2"), 4.0, 0.5),
-    "sgd, automatic clipping": Method(("train.optimizer=sgd", "privacy.clipping=automatic"), 4.0, 0.5),
+    "sgd": Method(("train.optimizer=sgd",), 2.0, 2.0),
+    "sgd, momentum 0.9": Method(("train.optimizer=sgd", "train.momentum=0.9"), 0.6, 2.0),
+    "sgd, mean of iterates": Method(("train.optimizer=sgd", "train.ema=0.5"), 2.0, 2.0),
+    "sgd, noise over 2 bands": Method(("train.optimizer=sgd", "privacy.noise_bands=2"), 2.0, 2.0),
+    "sgd, automatic clipping": Method(("train.optimizer=sgd", "privacy.clipping=automatic"), 2.0, 2.0),
     "adam": Method(("train.optimizer=adam",), 0.003, 1.0),
     "adamw, noise corrected": Method(("train.optimizer=adamw", "train.noise_correction=true"), 0.001, 1.0),
     "muon, momentum 0.9": Method(("train.optimizer=muon", "train.momentum=0.9"), 0.005, 1.0),
-    "spectrum, momentum 0.9": Method(("train.optimizer=spectrum", "train.momentum=0.9"), 1.5, 0.5),
+    "spectrum, momentum 0.9": Method(("train.optimizer=spectrum", "train.momentum=0.9"), 0.6, 2.0),
 }
 
 
