@@ -8,7 +8,6 @@ says. Without, it is scikit-learn's logistic regression on all clients' rows poo
 strength of its L2 penalty.
 """
 
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ __all__ = ["federate_probe", "gradients"]
 Floats = npt.NDArray[np.float64]
 _SCALE = 10.0
 """Length of the features: cosines of sentence embeddings differ by little."""
-_known: dict[bytes, Floats] = {}
-"""Features by what the model read: the next run of this process need not compute them again."""
+_known: dict[tuple[str, bytes], Floats] = {}
+"""Features by base model and what it read: the next run of this process need not compute them again."""
 
 
 def federate_probe(run: Run) -> Outcome:
@@ -105,8 +104,7 @@ def gradients(features: Floats, labels: Any, weights: Floats) -> Floats:
 
 def embedded(model: Any, rows: Any, base: str) -> Floats:
     """Features of every row, shape (rows, features); `base` is the base model's digest."""
-    read, key = rows.input_ids or rows.pixels, base.encode()[:64]
-    keys = [hashlib.blake2b(each.tobytes(), digest_size=16, key=key).digest() for each in read]
+    keys = [(base, rows.digest(row)) for row in range(len(rows))]
     missing = np.array([row for row, key in enumerate(keys) if key not in _known], np.int64)
     for row, features in zip(missing, computed(model, rows, missing), strict=True):
         _known[keys[row]] = features

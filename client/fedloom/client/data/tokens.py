@@ -1,5 +1,6 @@
 """Rows as token ids or pixels, and the padded tensors a model reads."""
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class Encoded:
     def evaluation_batch(self) -> int:
         """Rows in one forward pass of an evaluation: few where each token has its scores, a vocabulary of them."""
         return 8 if self.targets else 64
+
+    def digest(self, index: int) -> bytes:
+        """16 bytes that stand for what a model reads of a row: its tokens or its pixels."""
+        content = self.input_ids[index] if self.input_ids else self.pixels[index]
+        return hashlib.blake2b(content.tobytes(), digest_size=16).digest()
 
 
 def encode(

@@ -4,7 +4,6 @@ It is kept in an encrypted file without a name, whose key is in this process's m
 however it ends, nothing readable is left.
 """
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -85,7 +84,7 @@ class Activations:
 
         What is missing is computed first. Where there is no room for it, the context changes nothing.
         """
-        keys = [_key(encoded, int(index)) for index in indices]
+        keys = [encoded.digest(int(index)) for index in indices]
         missing = {key: row for row, key in enumerate(keys) if key not in self._file}
         if missing:
             chosen = list(missing.values())
@@ -135,11 +134,6 @@ def kept_activations(model: AdapterModel, base: str | None, compute: ComputePoli
 def _file(what: tuple[str | int, ...], most: int) -> EncryptedFile:
     """The file of one base model and one number of blocks; that of another one is given up."""
     return EncryptedFile(most)
-
-
-def _key(encoded: Encoded, index: int) -> bytes:
-    content = encoded.input_ids[index] if encoded.input_ids else encoded.pixels[index]
-    return hashlib.blake2b(content.tobytes(), digest_size=16).digest()
 
 
 def _lengths(hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> list[int]:
