@@ -12,6 +12,7 @@ started again, it goes on from there.
 """
 
 import argparse
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def rates(middle: float) -> tuple[float, ...]:
 def main() -> None:
     """Run them and show the table."""
     parser = argparse.ArgumentParser(description="local optimisers under the same privacy, tuned alike")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     parser.add_argument("--lines", type=Path, default=HERE / "optimizers.jsonl", help="a line for each finished run")
     parser.add_argument("--smallest", action="store_true", help="two steps of one round, one rate and one seed")
     arguments = parser.parse_args()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from runs import Outcome, Run
+from runs import Outcome, Run, given
 
 __all__ = ["federate_probe", "gradients"]
 
@@ -39,7 +39,7 @@ def federate_probe(run: Run) -> Outcome:
     torch.set_num_threads(1)
     began, config = time.monotonic(), completed(load_run(Path(run.file), run.overrides))
     with tempfile.TemporaryDirectory(prefix="fedloom-benchmark-") as folder:
-        federation = build(config, Path(folder))
+        federation = build(config, Path(folder), given(config))
     model, limit = federation.model, config.model.max_length
     parts = [encode(rows, model.tokenizer, limit) for rows in federation.clients.values()]
     base = str(config.model.digest)

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +21,12 @@ import numpy as np
 from rich.console import Console
 from scipy.stats import t as student
 
+from fedloom.client.data.load import load_rows
+from fedloom.core.config.run import RunConfig
+from fedloom.simulation.federation import Given, divided
 from fedloom.strategies.api import Plan, State, Strategy
 
-__all__ = ["Arm", "Outcome", "Run", "compare", "federate", "interval", "reported", "settings"]
+__all__ = ["Arm", "Outcome", "Run", "compare", "federate", "given", "interval", "reported", "settings"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,17 @@ class _Measured:
             self.seconds += time.monotonic() - began
 
 
+_read = lru_cache(maxsize=2)(load_rows)
+
+
+def given(config: RunConfig) -> Given:
+    """The rows of a run file on packaged data, which the next run of this process need not read and check again."""
+    assert config.data is not None
+    model = config.model
+    own, scored = (_read(config.data.source, model.labels, split, model.task) for split in ("train", "test"))
+    return Given(divided(own, config, config.data), scored)
+
+
 def federate(run: Run) -> Outcome:
     """Train in this process, on one thread."""
     import torch
@@ -120,7 +135,7 @@ def federate(run: Run) -> Outcome:
     torch.set_num_threads(1)
     began, config = time.monotonic(), completed(load_run(Path(run.file), run.overrides))
     with tempfile.TemporaryDirectory(prefix="fedloom-benchmark-") as folder:
-        federation = build(config, Path(folder))
+        federation = build(config, Path(folder), given(config))
         model, rows = federation.model, federation.held_out
         strategy = _Measured(build_strategy(config))
         starting = starting_adapter(model.schema, config.run.seed)

@@ -179,7 +179,7 @@ def main() -> None:
     arguments.json.write_text(json.dumps({"seeds": seeds, "rows": table}, indent=1) + "\n", encoding="utf-8")
     shown = Table("task", "epsilon", "method", "accuracy", "rate", "kB up", "commit")
     for row in table:
-        spread = "" if row["accuracy_interval"] is None else f" ± {100 * row['interval']:.1f}"
+        spread = "" if row["accuracy_interval"] is None else f" ± {100 * row['accuracy_interval']:.1f}"
         level = "none" if row["epsilon"] is None else f"{row['epsilon']:g}"
         figures = (f"{row['learning_rate']:g}", f"{row['kilobytes_up']:.1f}", f"{row['commit_ms']:.1f} ms")
         shown.add_row(row["task"], level, row["method"], f"{row['accuracy']:.1%}{spread}", *figures)

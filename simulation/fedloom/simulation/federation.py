@@ -36,6 +36,7 @@ __all__ = [
     "check_alive",
     "completed",
     "declared_size",
+    "divided",
     "shares",
     "simulated_policy",
     "write_client",
@@ -138,7 +139,15 @@ def shares(config: RunConfig, data: DataSection) -> dict[str, Rows]:
         ConfigError: There are more clients than rows.
         DataError: The data cannot be loaded.
     """
-    rows = load_rows(data.source, config.model.labels, "train", config.model.task, data)
+    return divided(load_rows(data.source, config.model.labels, "train", config.model.task, data), config, data)
+
+
+def divided(rows: Rows, config: RunConfig, data: DataSection) -> dict[str, Rows]:
+    """Rows that are read already, as `shares` gives them to the clients.
+
+    Raises:
+        ConfigError: There are more clients than rows.
+    """
     if data.max_examples is not None and data.max_examples < len(rows):
         rng = np.random.default_rng([config.run.seed, 1])
         rows = rows.take(np.sort(rng.permutation(len(rows))[: data.max_examples]))
