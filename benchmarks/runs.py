@@ -2,8 +2,8 @@
 
 Each method is tried with all of its rates and the first seed, and run with the other seeds at the rate that did best on
 one half of the held-out rows; the other half is reported. Every finished run is a line of a file, from which a
-comparison that was stopped goes on. Intervals are 95 % ones of Student's t over the seeds: they cover noise, start and
-partition, and not the choice of the held-out rows, which are the same for all.
+comparison that was stopped goes on. Intervals are 95 % ones of Student's t over the seeds: they cover noise, start,
+partition and the draw of the held-out rows, which all methods share at one seed.
 """
 
 import hashlib

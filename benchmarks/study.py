@@ -134,22 +134,21 @@ def train(run: Run) -> Outcome:
 
 def rows(arms: Sequence[Arm], outcomes: Sequence[Outcome], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The table: accuracy is the mean over the seeds on the half of the rows that chose nothing."""
-    probes = {arm.setting: reported(outcomes, arm, seeds) for arm in arms if arm.method == PROBE}
     found = []
     for arm in arms:
-        mine = reported(outcomes, arm, seeds)
-        scores, task = [each.report for each in mine], arm.setting.split(", ")
-        # The rows and the clients' shares of them are those of the probe with the same seed.
-        gains = [each.report - probe.report for each, probe in zip(mine, probes[arm.setting], strict=True)]
+        mine, task = reported(outcomes, arm, seeds), arm.setting.split(", ")
+        frozen = _best_frozen([each for each in arms if each.setting == arm.setting], outcomes, seeds)
+        # The rows and the clients' shares of them are those of the other method with the same seed.
+        gains = [each.report - other.report for each, other in zip(mine, frozen, strict=True)]
         found.append(
             {
                 "task": task[0],
                 "epsilon": None if task[1] == "none" else float(task[1]),
                 "method": arm.method,
                 "learning_rate": best(outcomes, arm, seeds[0]).rate,
-                **_spread("accuracy", scores),
-                **_spread("over_probe", gains),
-                "by_seed": [round(each, 4) for each in scores],
+                **_spread("accuracy", [each.report for each in mine]),
+                **_spread("over_frozen", gains),
+                "by_seed": [round(each.report, 4) for each in mine],
                 "spent": max((each.epsilon for each in mine if each.epsilon is not None), default=None),
                 "values_up": mine[0].values,
                 "kilobytes_up": round(4 * mine[0].values / 1000, 1),
@@ -158,6 +157,12 @@ def rows(arms: Sequence[Arm], outcomes: Sequence[Outcome], seeds: Sequence[int])
             }
         )
     return found
+
+
+def _best_frozen(arms: Sequence[Arm], outcomes: Sequence[Outcome], seeds: Sequence[int]) -> list[Outcome]:
+    """The runs of what an adapter has to beat: of the methods in FROZEN the one that did best on the tuning half."""
+    each = [reported(outcomes, arm, seeds) for arm in arms if arm.method in FROZEN]
+    return max(each, key=lambda runs: float(np.mean([run.tuning for run in runs])))
 
 
 def _spread(name: str, figures: Sequence[float]) -> dict[str, float | None]:
