@@ -11,7 +11,7 @@ CLIENTS ?= 4
 IDS := $(shell id -u):$(shell id -g)
 export FEDLOOM_USER ?= $(if $(filter 0:%,$(IDS)),10001:10001,$(IDS))
 
-.PHONY: setup flower demo test test-slow prove chaos check fix proto docs bench study study-small compose compose-test image-wheels lock wheels wheels-test clean
+.PHONY: setup flower demo test test-slow prove chaos check fix proto docs bench study compose compose-test image-wheels lock wheels wheels-test clean
 
 setup: $(VENV)/.ready
 
@@ -66,6 +66,7 @@ check: setup
 	python -m docs.make_reference --check
 	python -m docs.make_mutations --check
 	python -m docs.make_papers --check
+	python -m docs.make_study --check
 	$(MAKE) --no-print-directory proto
 	git diff --exit-code -- proto
 
@@ -81,6 +82,7 @@ docs: setup
 	python -m docs.make_reference
 	python -m docs.make_mutations
 	python -m docs.make_papers
+	python -m docs.make_study
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --site-dir site
 
 bench: setup
@@ -93,9 +95,6 @@ bench: setup
 study: setup
 	python -m fedloom.client.assets.fetch minilm-l3-mean dinov2-small sentiment
 	python benchmarks/study.py
-
-study-small: setup
-	python benchmarks/study_small.py
 
 # A coordinator and CLIENTS clients in containers of their own; ends when the run does, with the adapter in out/adapter.
 compose:

@@ -49,7 +49,9 @@ def mean_pooled(source: Path, folder: Path, blocks: int | None = None) -> None:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"{source} cannot be loaded as an encoder: {error}") from error
         if lacking := sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")):
-            raise ModelError(f"{source} lacks {lacking[0]} and {len(lacking) - 1} more weights of its encoder")
+            raise ModelError(
+                f"{source} lacks {lacking[0]} and {len(lacking) - 1} more weights of its encoder; save the whole model"
+            )
         layers = model.encoder.layer
         del layers[blocks or len(layers) :]
         layers.append(_averaging(layers[0]))
@@ -71,7 +73,9 @@ def _check(source: Path, config: Any, blocks: int | None) -> None:
     if config.model_type not in FAMILIES:
         raise ModelError(f"{source} is of the kind {config.model_type}; one of {', '.join(FAMILIES)} is needed")
     if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
-        raise ModelError(f"{source} adds relative positions to its attention, which then takes no mean")
+        raise ModelError(
+            f"{source} adds relative positions to its attention, which then takes no mean; give one with absolute positions"
+        )
     if blocks is not None and not 1 <= blocks <= config.num_hidden_layers:
         raise ModelError(f"{source} has {config.num_hidden_layers} blocks; {blocks} of them cannot be kept")
 
