@@ -74,7 +74,7 @@ def _check(source: Path, config: Any, blocks: int | None) -> None:
         raise ModelError(f"{source} is of the kind {config.model_type}; one of {', '.join(FAMILIES)} is needed")
     if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
         raise ModelError(
-            f"{source} adds relative positions to its attention, which then takes no mean; give one with absolute positions"
+            f"{source} has relative positions in its attention, which then takes no mean; give one without"
         )
     if blocks is not None and not 1 <= blocks <= config.num_hidden_layers:
         raise ModelError(f"{source} has {config.num_hidden_layers} blocks; {blocks} of them cannot be kept")
