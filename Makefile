@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[client,server,dev]'
-	$(BIN)/python -m fedloom.client.assets.fetch minilm-l6 sentiment
+	$(BIN)/python -m fedloom.client.assets.fetch minilm-l6 minilm-l3-mean sentiment
 	touch $@
 
 # Flower wants protobuf below 7 and typer below 0.21, our pins are above: its commands get an environment of their own.

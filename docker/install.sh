@@ -46,8 +46,9 @@ fedloom)
     install --no-deps --no-index /built/fedloom-*.whl
     ;;
 assets)
-    # By the base image's Python, which has pip; this module needs nothing that is not in the tree.
-    FEDLOOM_CACHE=/assets PYTHONPATH=core:client python3 -m fedloom.client.assets.fetch "$@"
+    # By the base image's Python, which has pip, with the client's packages.
+    packages=$(echo "$target"/lib/python3*/site-packages)
+    FEDLOOM_CACHE=/assets PYTHONPATH=$packages python3 -m fedloom.client.assets.fetch "$@"
     chmod -R a+rX /assets
     ;;
 *)

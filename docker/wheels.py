@@ -17,7 +17,7 @@ from fedloom.client.assets.fetch import ASSETS
 __all__ = ["main"]
 
 _FOLDER = Path(__file__).parent / "wheels"
-_ASSETS = ("minilm-l6", "sentiment")
+_ASSETS = ("minilm-l3-mean", "sentiment")
 
 
 def main() -> None:

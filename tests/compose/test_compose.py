@@ -135,7 +135,7 @@ def test_the_adapter_is_the_coordinators_and_predicts(finished: Containers, tmp_
     known = json.loads((adapter / "fedloom.json").read_text())
     assert known["rounds"] == known["privacy"]["rounds"] == 3
 
-    base, config = fetch("minilm-l6"), _config(finished)
+    base, config = fetch("minilm-l3-mean"), _config(finished)
     _, tokenizer, *_ = load_base(base, config.model.built())
     assert config.data is not None
     rows = load_rows(config.data.source, config.model.labels, "test").take(np.arange(50))

@@ -75,7 +75,7 @@ def test_every_mark_is_known_and_most_is_run(page: str) -> None:
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """A shell with the three scripts, in which the demo's model and data are in the cache."""
-    for asset in ("minilm-l6", "sentiment"):
+    for asset in ("minilm-l3-mean", "sentiment"):
         fetch(asset)
     programs, packages = tmp_path / "bin", tmp_path / "packages"
     programs.mkdir()

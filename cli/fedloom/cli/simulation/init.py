@@ -64,12 +64,12 @@ def init(
 
     Each question has an option, which answers it beforehand. Files that exist are left alone.
 
-    Example: fedloom init --name first --labels negative,positive --base minilm-l6 --epsilon 6 --yes
+    Example: fedloom init --name first --labels negative,positive --base minilm-l3-mean --epsilon 6 --yes
     """
     ask = _ask if not yes else _default
     chosen = ask(name, "Name of the run", "first", _named)
     words = ask(labels, "Labels, with commas between them (none: a language model)", "negative,positive", _labels)
-    model = ask(base, "Base model, a local folder or a name of `fedloom assets`", "minilm-l6", _base)
+    model = ask(base, "Base model, a local folder or a name of `fedloom assets`", "minilm-l3-mean", _base)
     limit = ask(epsilon, "Private with which epsilon (none: without privacy)", "6", _epsilon)
     source = data or ("sentiment" if words == ("negative", "positive") else "data")
     path = file or Path(f"{chosen}.toml")
@@ -129,7 +129,7 @@ def _named(text: str) -> str:
 
 
 _LEAST = {
-    "model": {"base": "minilm-l6", "labels": ["a", "b"]},
+    "model": {"base": "minilm-l3-mean", "labels": ["a", "b"]},
     "train": {"steps": 1, "sampling_rate": 0.5, "learning_rate": 1.0},
 }
 """The rest of a run file, while only its name is in question."""
