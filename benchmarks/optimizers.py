@@ -26,7 +26,7 @@ RUN_FILE = HERE.parent / "examples" / "sentiment.toml"
 
 COMMON = (
     *("run.rounds=10", "train.steps=4", "train.sampling_rate=0.01", 'model.base="minilm-l3-mean"'),
-    *("evaluation.max_examples=1000", "model.max_length=24", "train.microbatch=128"),
+    *("train.ema=0", "evaluation.max_examples=1000", "model.max_length=24", "train.microbatch=128"),
 )
 SEEDS: tuple[int, ...] = (0, 1, 2, 3, 4)
 FACTORS = (1 / 3, 1.0, 3.0)

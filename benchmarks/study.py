@@ -100,8 +100,8 @@ class Level:
     """Learning rate of the head over that of the rest."""
 
 
-FEW = ("train.optimizer=sgd", "train.steps=4", "train.microbatch=128")
-MANY = ("train.optimizer=adam", "train.steps=24", "train.microbatch=8")
+FEW = ("train.optimizer=sgd", "train.ema=0", "train.steps=4", "train.microbatch=128")
+MANY = ("train.optimizer=adam", "train.ema=0", "train.steps=24", "train.microbatch=8")
 LEVELS = {
     "none": Level(("privacy.enabled=false", *MANY), (0.002, 0.008), (0.01, 0.1, 1.0), 1.0),
     "6": Level(("privacy.epsilon=6", *FEW), (0.5, 2.0, 8.0), (2.0, 8.0, 32.0), 2.0),
