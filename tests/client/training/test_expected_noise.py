@@ -15,7 +15,16 @@ from fedloom.core.schema import Role
 from tests.client.rounds import assignment, changed
 
 
-@pytest.mark.parametrize("train", [{}, {"momentum": 0.8}, {"head_learning_rate": 0.05, "schedule": "linear"}])
+@pytest.mark.parametrize(
+    "train",
+    [
+        {},
+        {"momentum": 0.8},
+        {"head_learning_rate": 0.05, "schedule": "linear"},
+        {"ema": 0.5},
+        {"ema": 0.9, "momentum": 0.8},
+    ],
+)
 def test_an_update_of_noise_has_the_variance_that_is_expected(
     train: dict[str, object], tiny_model: AdapterModel, rows: Rows, spec: Spec, policy: Policy, ledger: Ledger
 ) -> None:
@@ -47,7 +56,7 @@ def test_without_momentum_it_is_the_sum_over_the_steps(spec: Spec) -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "declared"), [({"optimizer": "adam"}, 50), ({"proximal_mu": 0.1}, 50), ({"ema": 0.5}, 50), ({}, 0)]
+    ("train", "declared"), [({"optimizer": "adam"}, 50), ({"proximal_mu": 0.1}, 50), ({"smoothing": True}, 50), ({}, 0)]
 )
 def test_what_has_no_closed_form_is_not_known(spec: Spec, train: dict[str, object], declared: int) -> None:
     run = changed(spec, train=train)

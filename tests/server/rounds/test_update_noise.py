@@ -53,6 +53,21 @@ def test_it_is_that_of_the_sum_of_the_steps() -> None:
     assert float(np.std(2.0 * steps.sum(0))) == pytest.approx(noise_std(private(), 0, {}, 200), rel=0.02)
 
 
+@pytest.mark.parametrize(("ema", "momentum"), [(0.5, 0.0), (0.9, 0.0), (0.7, 0.8)])
+def test_it_is_that_of_the_mean_of_the_iterates(ema: float, momentum: float) -> None:
+    """By draws of nine steps, each followed and averaged as it is defined."""
+    noise = Seeded(5).normal(UNITS, 270_000).reshape(9, -1) / UNITS * 0.7 * 0.5 / 20
+    value = velocity = mean = np.zeros(noise.shape[1])
+    for step in noise:
+        velocity = momentum * velocity + step
+        value = value - 2.0 * velocity
+        mean = ema * mean + (1 - ema) * value
+
+    found = noise_std(private(ema=ema, momentum=momentum), 0, {}, 200)
+
+    assert found == pytest.approx(float(np.std(mean / (1 - ema**9))), rel=0.02)
+
+
 SIZES = {"ann": 200, "ben": 800, "cat": 400}
 
 
@@ -101,7 +116,7 @@ def test_others_are_told_nothing_and_their_log_is_as_before(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "train",
-    [{"optimizer": "adam"}, {"optimizer": "spectrum"}, {"smoothing": True}, {"ema": 0.5}, {"proximal_mu": 0.1}],
+    [{"optimizer": "adam"}, {"optimizer": "spectrum"}, {"smoothing": True}, {"proximal_mu": 0.1}],
     ids=str,
 )
 def test_a_run_that_leaves_the_noise_open_is_refused_before_it_begins(train: dict[str, object]) -> None:

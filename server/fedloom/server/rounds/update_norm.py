@@ -11,6 +11,7 @@ from fedloom.core.config.run import RunConfig, TrainSection
 from fedloom.core.config.schedules import share_of_rate
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.banded import Banded
+from fedloom.core.privacy.iterates import noise_of_mean
 from fedloom.core.privacy.spends import banded
 from fedloom.core.schema import Tensors
 from fedloom.proto.checks import overridden
@@ -63,7 +64,7 @@ def largest_norm(
 def noise_std(config: RunConfig, round: int, local: Mapping[str, float], declared_examples: int) -> float:
     """Standard deviation of what the noise of a round moves each value by, of a tensor that moves in every step.
 
-    By the learning rate of the round, but for the head's own. For SGD without momentum it is
+    By the learning rate of the round, but for the head's own. For SGD without momentum or a mean of iterates it is
     rate sqrt(steps) sigma C / B, with B = q n as above.
 
     Args:
@@ -84,14 +85,13 @@ def noise_std(config: RunConfig, round: int, local: Mapping[str, float], declare
     rate = share_of_rate(train, round, config.run.rounds) * train.learning_rate
     step = (privacy.noise_multiplier or 0.0) * privacy.clip_norm / (train.sampling_rate * max(1, declared_examples))
     claimed = getattr(_optimizer(train.model_dump_json()), "noise_moved", None)
-    moved = claimed(train.steps, rate, step) if claimed is not None else None
-    if moved is None or train.ema or train.proximal_mu or privacy.noise_bands > 1:
+    if claimed is None or claimed(1, rate, step) is None or train.proximal_mu or privacy.noise_bands > 1:
         raise ConfigError(
             f"strategy {config.strategy.name!r} takes the noise out of what it measures, and [train] leaves open how "
-            'far noise moves a value; set train.optimizer = "sgd" without smoothing, and leave out train.ema, '
+            'far noise moves a value; set train.optimizer = "sgd" without smoothing, and leave out '
             "train.proximal_mu and privacy.noise_bands"
         )
-    return float(moved)
+    return noise_of_mean(lambda steps: float(claimed(steps, rate, step)), train.steps, train.ema)
 
 
 def check_noise(config: RunConfig) -> None:
