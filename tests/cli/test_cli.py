@@ -182,7 +182,7 @@ def test_without_certificates_nothing_is_served_unless_asked_for(prepared: Path,
     ("override", "words"),
     [
         ("adapter.rank=4", "was made for another [adapter] section"),
-        ("model.max_length=32", "was made for another [model] section"),
+        ("model.max_length=48", "was made for another [model] section"),
         (f"model.digest=sha256:{'0' * 64}", "the run file pins sha256:0000"),
     ],
 )
