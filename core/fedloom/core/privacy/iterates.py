@@ -25,6 +25,8 @@ def noise_of_mean(moved: Callable[[int], float], steps: int, decay: float) -> fl
     >>> round(noise_of_mean(lambda steps: steps**0.5, 2, 0.5), 3)  # w_1 and w_2 count 1/3 and 2/3
     1.202
     """
+    if not decay:
+        return moved(steps)
     squares = np.array([0.0, *(moved(step) ** 2 for step in range(1, steps + 1))])
     response = np.sqrt(np.diff(squares))
     weights = decay ** np.arange(steps - 1, -1, -1.0)
