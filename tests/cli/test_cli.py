@@ -156,8 +156,8 @@ def test_prepare_writes_what_a_coordinator_needs(prepared: Path) -> None:
 
     schema = Schema.from_json(json.dumps(document["schema"], separators=(",", ":")))
     assert re.fullmatch("sha256:[0-9a-f]{64}", document["digest"])
-    # Six layers with a pair of rank 8 on query and value of width 384, and a head of 2 x 384 weights and 2 biases.
-    assert schema.size == 6 * 2 * 2 * 8 * 384 + 2 * 384 + 2
+    # Four layers with a pair of rank 8 on query and value of width 384, and a head of 2 x 384 weights and 2 biases.
+    assert schema.size == 4 * 2 * 2 * 8 * 384 + 2 * 384 + 2
     assert schema.scale == 16 / 8
 
 
