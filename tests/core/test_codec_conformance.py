@@ -1,4 +1,4 @@
-"""fp32 and fp16 pass the battery, and codecs that lie about themselves do not."""
+"""All codecs pass the battery, and those that lie about themselves do not."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,22 @@ import pytest
 
 from fedloom.conformance.codecs import CodecConformance
 from fedloom.core.codecs import Codec, CodecTraits, codec
+from fedloom.core.codecs.api import NO_SEED
 from fedloom.core.codecs.dense import FP16, FP32
+from fedloom.core.registry import entries
 from fedloom.core.schema import Array, Schema, Tensors
 
 
-class TestFP32(CodecConformance):
-    def codec(self) -> Codec:
-        return codec("fp32")
+@pytest.mark.parametrize("name", entries("codecs"))
+class TestOurs(CodecConformance):
+    """Every codec that is installed."""
 
+    @pytest.fixture(autouse=True)
+    def _named(self, name: str) -> None:
+        self.name = name
 
-class TestFP16(CodecConformance):
     def codec(self) -> Codec:
-        return codec("fp16")
+        return codec(self.name)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Square(FP32):
 
     traits = CodecTraits(unbiased=False, linear=True, max_error=1.0)
 
-    def encode(self, schema: Schema, tensors: Tensors) -> bytes:
+    def encode(self, schema: Schema, tensors: Tensors, seed: bytes = NO_SEED) -> bytes:
         return super().encode(schema, {name: value * np.abs(value) for name, value in tensors.items()})
 
 
@@ -52,7 +56,7 @@ class Square(FP32):
 class Chatty(FP32):
     """Ends with a byte of its own."""
 
-    def encode(self, schema: Schema, tensors: Tensors) -> bytes:
+    def encode(self, schema: Schema, tensors: Tensors, seed: bytes = NO_SEED) -> bytes:
         return super().encode(schema, tensors) + b"!"
 
 
@@ -68,7 +72,7 @@ class Lenient(FP32):
 class Tidy(FP32):
     """Makes numbers of what is none."""
 
-    def encode(self, schema: Schema, tensors: Tensors) -> bytes:
+    def encode(self, schema: Schema, tensors: Tensors, seed: bytes = NO_SEED) -> bytes:
         return super().encode(schema, {name: np.nan_to_num(value) for name, value in tensors.items()})
 
 

@@ -108,7 +108,7 @@ def new(
 ) -> None:
     """Write a small package for a component of your own, with a test that fails until it is written.
 
-    Example: fedloom components new codecs int4
+    Example: fedloom components new codecs nf4
     """
     from fedloom.cli.components.skeleton import write_package
 

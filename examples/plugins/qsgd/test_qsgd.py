@@ -1,7 +1,7 @@
-"""int8 passes fedloom's battery."""
+"""qsgd passes fedloom's battery."""
 
 import pytest
-from fedloom_int8 import Int8
+from fedloom_qsgd import Qsgd
 
 from fedloom.client.policy import Policy, check_spec
 from fedloom.conformance.codecs import CodecConformance
@@ -10,16 +10,16 @@ from fedloom.core.errors import PolicyError
 from fedloom.core.registry import faults
 
 
-class TestInt8(CodecConformance):
+class TestQsgd(CodecConformance):
     """What holds for every codec."""
 
-    def codec(self) -> Int8:
+    def codec(self) -> Qsgd:
         """The codec under test."""
-        return Int8()
+        return Qsgd()
 
 
 def test_it_is_found_by_name() -> None:
-    assert faults("codecs", "int8") == []
+    assert faults("codecs", "qsgd") == []
 
 
 def test_a_site_that_does_not_name_it_refuses_the_run() -> None:
@@ -30,10 +30,10 @@ def test_a_site_that_does_not_name_it_refuses_the_run() -> None:
             "model": {"base": "x", "labels": ["a", "b"]},
             "train": {"steps": 1, "sampling_rate": 0.1, "learning_rate": 1.0},
             "privacy": {"enabled": False},
-            "wire": {"upload": "int8"},
+            "wire": {"upload": "qsgd"},
         }
     )
 
-    with pytest.raises(PolicyError, match=r"codec 'int8' of the package fedloom-int8 .*add .int8. to allow it"):
+    with pytest.raises(PolicyError, match=r"codec 'qsgd' of the package fedloom-qsgd .*add .qsgd. to allow it"):
         check_spec(Policy.model_validate(tables), spec)
-    check_spec(Policy.model_validate(tables | {"components": {"codecs": ["fedloom", "int8"]}}), spec)
+    check_spec(Policy.model_validate(tables | {"components": {"codecs": ["fedloom", "qsgd"]}}), spec)

@@ -1,24 +1,21 @@
 """One byte a value by stochastic rounding (QSGD, Alistarh et al., NeurIPS 2017, arXiv 1610.02132, with 127 levels)."""
 
-import hashlib
-
 import numpy as np
 
-from fedloom.core.codecs import CodecTraits
+from fedloom.core.codecs.api import NO_SEED, CodecTraits
 from fedloom.core.errors import CodecError
 from fedloom.core.schema import Array, Schema, Tensors
 
-__all__ = ["Int8"]
+__all__ = ["Qsgd"]
 
 
-class Int8:
+class Qsgd:
     """A float32 step for each tensor, then one byte a value, rounded up or down at random: unbiased.
 
-    The randomness is drawn from the values, so that equal tensors give equal bytes. It only sees what is clipped and
-    noised already, and so changes no guarantee.
+    It only sees what is clipped and noised already, and so changes no guarantee.
     """
 
-    name = "int8"
+    name = "qsgd"
     largest = 1e38
     traits = CodecTraits(unbiased=True, linear=False, max_error=1 / 127)
 
@@ -26,14 +23,13 @@ class Int8:
         """Four bytes a tensor and one a value."""
         return 4 * len(schema.tensors) + schema.size
 
-    def encode(self, schema: Schema, tensors: Tensors) -> bytes:
+    def encode(self, schema: Schema, tensors: Tensors, seed: bytes = NO_SEED) -> bytes:
         """Steps, then levels from -127 to 127 in schema order; refuses what is not finite or too large."""
         schema.check(tensors)
         values = [np.ascontiguousarray(tensors[spec.name], np.float32).ravel() for spec in schema.tensors]
         if not all((np.abs(each) <= self.largest).all() for each in values):  # NaN is not
-            raise CodecError(f"int8 holds finite values up to {self.largest:g}; find out where others come from")
-        seed = hashlib.sha256(b"".join(each.tobytes() for each in values)).digest()
-        draw = np.random.Generator(np.random.Philox(key=np.frombuffer(seed[:16], np.uint64)))
+            raise CodecError(f"qsgd holds finite values up to {self.largest:g}; find out where others come from")
+        draw = np.random.Generator(np.random.Philox(key=np.frombuffer(seed, np.uint64)))
         steps = np.array([np.abs(each).max() / np.float32(127) for each in values], "<f4")
         steps[steps < np.finfo(np.float32).tiny] = 0  # all of a tensor that small is 0
         levels = [
@@ -45,7 +41,7 @@ class Int8:
     def decode(self, schema: Schema, payload: bytes) -> dict[str, Array]:
         """Level times step."""
         if len(payload) != self.encoded_size(schema):
-            raise CodecError(f"payload has {len(payload)} bytes; int8 needs {self.encoded_size(schema)}")
+            raise CodecError(f"payload has {len(payload)} bytes; qsgd needs {self.encoded_size(schema)}")
         count = len(schema.tensors)
         steps, levels = np.frombuffer(payload, "<f4", count), np.frombuffer(payload, np.int8, offset=4 * count)
         parts = np.split(levels, np.cumsum([spec.size for spec in schema.tensors])[:-1]) if count else []
