@@ -84,6 +84,7 @@ RANGES: dict[tuple[str, str], tuple[float, float]] = {
     ("secure_aggregation", "threshold"): (0.5, 1),
     ("secure_aggregation", "max_change"): (1e-6, 1e6),
     ("secure_aggregation", "max_clients"): (3, 1000),
+    ("secure_aggregation", "max_norm"): (1e-6, 1e6),
     ("secure_aggregation", "step_deadline_s"): (0, 1e8),
     ("federated_evaluation", "every"): (1, 100_000),
     ("federated_evaluation", "noise_multiplier"): (0.3, 1000),
@@ -108,7 +109,7 @@ class Script:
     def join(self, client: str, declared_examples: int) -> Joined:
         return self.joined
 
-    def work(self) -> Answer:
+    def work(self, held: str = "") -> Answer:
         return self.work_
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:

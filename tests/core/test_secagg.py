@@ -18,7 +18,7 @@ from sympy import isprime  # type: ignore[import-untyped]  # comes with torch
 from fedloom.core.errors import CodecError, ConfigError, PolicyError, ProtocolError, SchemaError
 from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.core.secagg import keys
-from fedloom.core.secagg.fixed_point import FixedPoint, Words, masked_bytes, words
+from fedloom.core.secagg.fixed_point import FixedPoint, Words, words
 from fedloom.core.secagg.keys import ADVERT_BYTES, SEALED_BYTES, Advert, Place
 from fedloom.core.secagg.masks import add_masks
 from fedloom.core.secagg.shamir import (
@@ -131,8 +131,8 @@ def test_every_value_is_rounded_to_the_nearest_step(values: list[float]) -> None
 
     payload = numbers.encode(SCHEMA, tensors)
 
-    assert len(payload) == masked_bytes(SCHEMA) == 4 * 14
-    for value, word in zip(values, words(payload).view(np.int32), strict=True):
+    assert len(payload) == 4 * numbers.size(SCHEMA) == 4 * 14
+    for value, word in zip(values, words(payload, "<u4").view(np.int32), strict=True):
         error = abs(Fraction(int(word)) * Fraction(numbers.step) - Fraction(value))
         assert error <= Fraction(numbers.step) * Fraction(1_000_001, 2_000_000)
 
@@ -146,8 +146,8 @@ def test_a_sum_of_extremes_cannot_wrap(clients: int) -> None:
         extreme = {each.name: np.full(each.shape, sign, np.float32) for each in SCHEMA.tensors}
         total = np.zeros(SCHEMA.size, "<u4")
         for _ in range(clients):
-            total += words(numbers.encode(SCHEMA, extreme))
-        for tensor in numbers.mean(SCHEMA, total, clients).values():
+            total += words(numbers.encode(SCHEMA, extreme), "<u4")
+        for tensor in numbers.mean(SCHEMA, total, b"", [b""] * clients).values():
             np.testing.assert_allclose(tensor, sign, rtol=1e-7)
 
 
@@ -160,10 +160,10 @@ def test_the_mean_of_a_sum_is_that_of_exact_integers() -> None:
     exact = [0] * SCHEMA.size
     for update in updates:
         payload = numbers.encode(SCHEMA, update)
-        total += words(payload)
-        exact = [a + int(b) for a, b in zip(exact, words(payload).view(np.int32), strict=True)]
+        total += words(payload, "<u4")
+        exact = [a + int(b) for a, b in zip(exact, words(payload, "<u4").view(np.int32), strict=True)]
 
-    mean = numbers.mean(SCHEMA, total, 5)
+    mean = numbers.mean(SCHEMA, total, b"", [b""] * 5)
 
     flat = np.concatenate([mean[each.name].ravel() for each in SCHEMA.tensors])
     np.testing.assert_array_equal(flat, (np.array(exact) * (numbers.step / 5)).astype(np.float32))
@@ -186,7 +186,7 @@ def test_a_sum_of_more_clients_than_the_step_was_chosen_for_is_refused() -> None
 
     for clients in (0, 257):
         with pytest.raises(ConfigError, match="1 to 256"):
-            numbers.mean(SCHEMA, np.zeros(SCHEMA.size, "<u4"), clients)
+            numbers.mean(SCHEMA, np.zeros(SCHEMA.size, "<u4"), b"", [b""] * clients)
 
 
 @pytest.mark.parametrize("arguments", [(0.0, 3), (-1.0, 3), (float("inf"), 3), (1e-310, 3), (1.0, 0), (1.0, 2**31)])
@@ -199,9 +199,9 @@ def test_what_is_not_the_schema_is_refused() -> None:
     with pytest.raises(SchemaError):
         FixedPoint(4.0, 3).encode(SCHEMA, {"m.A": np.zeros((2, 3), np.float32)})
     with pytest.raises(CodecError, match="shape"):
-        FixedPoint(4.0, 3).mean(SCHEMA, np.zeros(3, "<u4"), 3)
+        FixedPoint(4.0, 3).mean(SCHEMA, np.zeros(3, "<u4"), b"", [b""] * 3)
     with pytest.raises(CodecError, match="no whole number"):
-        words(bytes(5))
+        words(bytes(5), "<u4")
 
 
 # Masks

@@ -33,7 +33,7 @@ class Line:
     def join(self, client: str, declared_examples: int) -> Joined:
         raise AssertionError
 
-    def work(self) -> Answer:
+    def work(self, held: str = "") -> Answer:
         raise AssertionError
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:

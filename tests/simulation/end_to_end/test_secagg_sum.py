@@ -45,7 +45,7 @@ def sum_of(
 def _added(payloads: dict[str, bytes], names: tuple[str, ...]) -> Words:
     total = np.zeros(len(payloads[names[0]]) // 4, "<u4")
     for name in names:
-        total += words(payloads[name])
+        total += words(payloads[name], "<u4")
     return total
 
 

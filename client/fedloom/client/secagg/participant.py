@@ -183,7 +183,7 @@ class Attempt:
         for name, sealed in parts.items():
             peer = self._adverts[name].share_key
             self._shares[name] = open_shares(self._share_key, peer, place, name, me, sealed)
-        total = words(self._update).copy()
+        total = words(self._update, self._member.section.integers.word).copy()
         plus, minus = [self_key(self._seed, place, me)], list[bytes]()
         for name in parts:
             key = pair_key(self._mask_key, self._adverts[name].mask_key, place, me, name)

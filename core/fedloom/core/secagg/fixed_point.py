@@ -1,8 +1,10 @@
-"""Updates as integers modulo 2^32 with one public step, so that sums are exact and masks can hide them."""
+"""Updates as integers with one public step, so that sums are exact and masks can hide them."""
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,34 +12,34 @@ import numpy.typing as npt
 from fedloom.core.errors import CodecError, ConfigError
 from fedloom.core.schema import Array, Schema, Tensors
 
-__all__ = ["FixedPoint", "Words", "masked_bytes", "words"]
+__all__ = ["FixedPoint", "Words", "words"]
 
-Words = npt.NDArray[np.uint32]
-"""Integers modulo 2^32; negative numbers are in two's complement."""
+Words = npt.NDArray[np.unsignedinteger[Any]]
+"""Integers modulo a power of two, of 8, 16 or 32 bits; negative numbers are in two's complement."""
 
 _HALF = 1 << 31
-_WORD_BYTES = 4
 
 
-def masked_bytes(schema: Schema) -> int:
-    """Exact length of an update of `schema` as words, in bytes: four for each value."""
-    return _WORD_BYTES * schema.size
-
-
-def words(payload: bytes) -> Words:
+def words(payload: bytes, word: str) -> Words:
     """The words in a payload, a read-only view of it.
+
+    Args:
+        payload: Little-endian.
+        word: Numpy's name of them, such as "<u4".
 
     Raises:
         CodecError: It is no whole number of words.
     """
-    if len(payload) % _WORD_BYTES:
-        raise CodecError(f"a payload of {len(payload)} bytes is no whole number of {_WORD_BYTES}-byte words")
-    return np.frombuffer(payload, "<u4")
+    size = np.dtype(word).itemsize
+    if len(payload) % size:
+        raise CodecError(f"a payload of {len(payload)} bytes is no whole number of {size}-byte words")
+    found: Words = np.frombuffer(payload, word)
+    return found
 
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """What every client of a run rounds its update to.
+    """What every client of a run rounds its update to: integers modulo 2^32, value by value.
 
     The step is as fine as `max_clients` allows: that many values of `max_change` still add up to less than 2^31, so
     no sum of such a cohort can wrap around, whatever its members send within the range.
@@ -62,6 +64,15 @@ class FixedPoint:
             raise ConfigError(f"max_clients = {self.max_clients}; 1 to {_HALF - 1} values of a 32-bit sum are possible")
         if not (0 < self.max_change < math.inf and self.step > sys.float_info.min):
             raise ConfigError(f"max_change = {self.max_change}; a positive finite number is needed")
+
+    @property
+    def word(self) -> str:
+        """Numpy's name of the integers."""
+        return "<u4"
+
+    def size(self, schema: Schema) -> int:
+        """Integers in an update: one for each value."""
+        return schema.size
 
     @property
     def levels(self) -> int:
@@ -90,8 +101,8 @@ class FixedPoint:
                 "raise secure_aggregation.max_clients or lower rounds.clients_per_round"
             )
 
-    def encode(self, schema: Schema, tensors: Tensors) -> bytes:
-        """Every value as a multiple of the step, to nearest, in schema order; `masked_bytes` long.
+    def encode(self, schema: Schema, tensors: Tensors, shared: bytes = b"", own: bytes = b"") -> bytes:
+        """Every value as a multiple of the step, to nearest, in schema order; no seed is needed.
 
         Raises:
             SchemaError: Names or shapes differ from the schema.
@@ -113,18 +124,18 @@ class FixedPoint:
             offset += spec.size
         return flat.tobytes()
 
-    def mean(self, schema: Schema, total: Words, clients: int) -> dict[str, Array]:
-        """The mean change behind the sum of `clients` updates, float32, by the schema's names.
+    def mean(self, schema: Schema, total: Words, shared: bytes, owns: Sequence[bytes]) -> dict[str, Array]:
+        """The mean change behind the sum of as many updates as `owns` has seeds, float32, by the schema's names.
 
         Raises:
             CodecError: The sum has another length.
             ConfigError: So many clients' sum could have overflowed.
         """
-        self.check(clients)
+        self.check(len(owns))
         if total.shape != (schema.size,):
             raise CodecError(f"a sum of shape {total.shape}; the schema has {schema.size} values")
         # The total stays below 2^31 in size, so reading it as signed undoes the reduction modulo 2^32.
-        values = total.view(np.int32) * (self.step / clients)
+        values = total.view(np.int32) * (self.step / len(owns))
         tensors: dict[str, Array] = {}
         offset = 0
         for spec in schema.tensors:

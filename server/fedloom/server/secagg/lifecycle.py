@@ -6,6 +6,7 @@ Not safe for several threads but for `Secure.unmask`; the coordinator holds its 
 import logging
 
 from fedloom.core.codecs import codec
+from fedloom.core.codecs.api import seed_of
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ProtocolError
 from fedloom.core.secagg.keys import Place
@@ -36,6 +37,7 @@ class Secure:
 
     def __init__(self, config: RunConfig, history: History, store: Storage) -> None:
         self._section, self._min_clients = config.secure_aggregation, config.rounds.min_clients
+        self._seed = config.run.seed
         self.enabled = self._section.enabled
         self._history, self._store = history, store
         self._exchange: Exchange | None = None
@@ -99,7 +101,9 @@ class Secure:
             _log.error("round %d: %s; the secure sum begins anew", given.place.round + 1, error)
             return None
         upload = self._history.broadcasts.upload_schema(given.survivors[0])
-        mean = self._section.fixed_point.mean(upload, total, len(given.survivors))
+        place = self._seed, given.place.round
+        owns = [seed_of(*place, name) for name in given.survivors]
+        mean = self._section.integers.mean(upload, total, seed_of(*place), owns)
         digest = self._store.put_blob(codec(SUM_CODEC).encode(upload, mean))
         return SumAccepted(given.place.round, given.survivors, digest)
 
@@ -127,6 +131,6 @@ class Secure:
             raise ProtocolError(f"client {client!r} was not asked to train in round {number + 1}; ask for work")
         if self._exchange is None:
             place = Place(self._history.run, self._store.epoch, number)
-            values = self._history.broadcasts.upload_schema(client).size
+            values = self._section.integers.size(self._history.broadcasts.upload_schema(client))
             self._exchange = Exchange(place, self._section, self._min_clients, values)
         return self._exchange

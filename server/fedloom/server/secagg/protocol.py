@@ -123,7 +123,7 @@ class Exchange:
             raise ProtocolError(
                 f"masked update of attempt {attempt}; the sum is at attempt {self.attempt}, begin again"
             )
-        masked = words(payload)
+        masked = words(payload, self.section.integers.word)
         if masked.shape != (self.values,):
             raise ProtocolError(f"masked update of {len(masked)} words; {self.values} are needed")
         parts = {ALL: hashlib.sha256(payload).digest()}
