@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,8 +118,14 @@ def given(config: RunConfig) -> Given:
     return Given(divided(own, config, config.data), scored)
 
 
-def federate(run: Run) -> Outcome:
-    """Train in this process, on one thread."""
+def federate(run: Run, paired: bool = False) -> Outcome:
+    """Train in this process, on one thread.
+
+    Args:
+        run: What is trained.
+        paired: Whether samples and noise follow from seed, round and client, so that runs differ by what is compared
+            alone.
+    """
     import torch
 
     from fedloom.client.eval.score import evaluate
@@ -149,7 +155,10 @@ def federate(run: Run) -> Outcome:
                 clock=standing_clock,
                 expect=len(federation.clients),
             )
-            for _ in run_inprocess(federation, coordinator):
+            drawn: dict[str, Callable[[int], Any]] = {
+                name: partial(_drawn, run.seed, place) for place, name in enumerate(federation.clients)
+            }
+            for _ in run_inprocess(federation, coordinator, entropy=drawn if paired else None):
                 pass
             model.show(strategy.result(coordinator.state))
         spent = [each.epsilon for each in ledger_statements(federation).values()] if config.privacy.enabled else []
@@ -167,6 +176,12 @@ def federate(run: Run) -> Outcome:
         commit_seconds=strategy.seconds / config.run.rounds,
         seconds=time.monotonic() - began,
     )
+
+
+def _drawn(seed: int, client: int, round: int) -> Any:
+    from fedloom.client.privacy.dp_sgd.rng import Seeded
+
+    return Seeded(seed, client, round)
 
 
 def compare(

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedloom.cli.console import out
 
-__all__ = ["app", "clients", "commit", "dp_step", "round_", "rounds", "secagg"]
+__all__ = ["app", "clients", "codecs", "commit", "dp_step", "round_", "rounds", "secagg", "throughput", "wire"]
 
 app = typer.Typer(
     help="Measure this machine. With --json, a benchmark ends with one line of JSON.", no_args_is_help=True
@@ -98,6 +98,56 @@ def commit(
 
 
 @app.command()
+def wire(json_line: Json = False) -> None:
+    """Count the bytes of a round each way, for three strategies under each codec.
+
+    The adapter has 786,432 values (LoRA r=8 on query and value of a RoBERTa-large); nothing is trained.
+
+    Example: fedloom bench wire --json
+    """
+    from fedloom.simulation.benchmarks.round import roberta_large_schema
+    from fedloom.simulation.benchmarks.wire import bench_wire
+
+    rows = bench_wire(roberta_large_schema())
+    most = max(row["overhead_percent"] for row in rows)
+    _report_rows("wire", rows, {"max_overhead_percent": most}, json_line)
+
+
+@app.command()
+def codecs(
+    parameters: Annotated[int, typer.Option(help="Values in the adapter.", min=1)] = 1_000_000,
+    repeats: Annotated[int, typer.Option(help="How often each is measured; the median counts.", min=1)] = 25,
+    clients: Annotated[int, typer.Option(help="Updates in a round of the coordinator.", min=1)] = 100,
+    json_line: Json = False,
+) -> None:
+    """Measure what each codec loses of normal values, its time over that of copying them, and a coordinator's round.
+
+    Example: fedloom bench codecs --json
+    """
+    from fedloom.simulation.benchmarks.codecs import bench_codecs
+
+    rows = bench_codecs(parameters=parameters, repeats=repeats, clients=clients)
+    _report_rows("codecs", rows, {"parameters": parameters, "clients": clients}, json_line)
+
+
+@app.command()
+def throughput(
+    mib: Annotated[int, typer.Option(help="Adapter that goes each way over TLS, in MiB.", min=1)] = 100,
+    rounds: Annotated[int, typer.Option(help="Rounds to measure, after one to warm up.", min=1)] = 5,
+    rtt_ms: Annotated[float, typer.Option(help="Round trip through the slow proxy.", min=0.0)] = 50.0,
+    mbit_s: Annotated[float, typer.Option(help="Bandwidth of the slow proxy each way.", min=0.1)] = 20.0,
+    json_line: Json = False,
+) -> None:
+    """Time payloads both ways: large ones over TLS on this machine, and FedSVD at two bits on a slow line.
+
+    Example: fedloom bench throughput --json
+    """
+    from fedloom.simulation.benchmarks.throughput import bench_throughput
+
+    _report("throughput", bench_throughput(mib=mib, rounds=rounds, rtt_ms=rtt_ms, mbit_s=mbit_s), json_line)
+
+
+@app.command()
 def secagg(
     rounds: Annotated[int, typer.Option(help="Rounds of each kind, in turn, after two to warm up.", min=3)] = 15,
     clients: Annotated[int, typer.Option(help="Client processes.", min=3, max=256)] = 16,
@@ -141,6 +191,18 @@ def _report(name: str, figures: dict[str, Any], json_line: bool) -> None:
     out.print(table)
     if json_line:
         typer.echo(json.dumps({"bench": name, **figures, "machine": _machine(), "versions": _versions()}))
+
+
+def _report_rows(name: str, rows: list[dict[str, Any]], figures: dict[str, Any], json_line: bool) -> None:
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    out.print(table)
+    for key, value in figures.items():
+        out.print(f"{key}  {value:.4g}")
+    if json_line:
+        document = {"bench": name, **figures, "rows": rows, "machine": _machine(), "versions": _versions()}
+        typer.echo(json.dumps(document))
 
 
 def _machine() -> dict[str, Any]:

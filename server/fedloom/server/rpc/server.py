@@ -36,6 +36,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.max_frame_size", HTTP2_FRAME_BYTES),
+    ("grpc.http2.lookahead_bytes", 1 << 20),
     # Otherwise a second coordinator binds the same port without a word and takes half of the clients.
     ("grpc.so_reuseport", 0),
     ("grpc.max_concurrent_streams", 16),

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ from grpc import aio
 
 from fedloom.client.transport.tls import open_channel
 from fedloom.proto.frames import CHUNK_FIELD, DATA_FIELD, frames
+from fedloom.server.auth.tls import server_credentials
 from fedloom.server.rpc.server import OPTIONS
 
 __all__ = ["RawExchange", "raw_server"]
@@ -23,22 +25,31 @@ _SERVICE = "fedloom.bench.Raw"
 class RawExchange:
     """A client's end: takes a payload and sends one, in the same chunks as in a round."""
 
-    def __init__(self, address: str, payload: bytes) -> None:
+    def __init__(self, address: str, payload: bytes, certs: Path | None = None) -> None:
         """Open a channel.
 
         Args:
             address: HOST:PORT of a `raw_server`.
             payload: What goes up.
+            certs: The client's folder of certificates, where the server has an authority.
         """
-        channel = open_channel(address, None)
+        channel = open_channel(address, certs)
         self._down = channel.unary_stream(f"/{_SERVICE}/Down", request_serializer=None, response_deserializer=None)
         self._up = channel.stream_unary(f"/{_SERVICE}/Up", request_serializer=None, response_deserializer=None)
         self._payload = payload
 
     def __call__(self) -> None:
         """One exchange; it begins when all clients are there."""
+        self.down()
+        self.up()
+
+    def down(self) -> None:
+        """Take the payload."""
         for _ in self._down(b"", timeout=60):
             pass
+
+    def up(self) -> None:
+        """Send one."""
         self._up(frames(DATA_FIELD, self._payload), timeout=60)
 
 
@@ -72,13 +83,14 @@ class _Server:
 
 
 @contextmanager
-def raw_server(clients: int, size_bytes: int, spans_s: list[float]) -> Iterator[str]:
+def raw_server(clients: int, size_bytes: int, spans_s: list[float], authority: Path | None = None) -> Iterator[str]:
     """Serve exchanges of so many clients from a background thread; the value is the address bound.
 
     Args:
         clients: An exchange begins when all of them are there.
         size_bytes: Of the payload that goes down.
         spans_s: Gets how long each exchange took, in seconds, until all clients have sent theirs.
+        authority: Folder of the certificates that it serves with; None encrypts nothing.
     """
     bound: Future[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
@@ -90,7 +102,10 @@ def raw_server(clients: int, size_bytes: int, spans_s: list[float]) -> Iterator[
         }
         server = aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, methods),))
-        port = server.add_insecure_port("127.0.0.1:0")
+        if authority is None:
+            port = server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = server.add_secure_port("127.0.0.1:0", server_credentials(authority))
         await server.start()
         bound.set_result((f"127.0.0.1:{port}", asyncio.get_running_loop(), stop))
         await stop.wait()

@@ -27,7 +27,7 @@ from fedloom.simulation.credentials import certificates
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
-__all__ = ["bench_round", "idle_client"]
+__all__ = ["bench_round", "idle_client", "roberta_large_schema"]
 
 _WARM_UP = 10
 """Rounds before the first that counts."""
@@ -57,7 +57,7 @@ class _Idle:
         return False
 
 
-def _roberta_large_schema() -> Schema:
+def roberta_large_schema() -> Schema:
     """LoRA r=8 on query and value of 24 layers of width 1024: 786,432 values."""
     specs: list[TensorSpec] = []
     for layer in range(24):
@@ -100,7 +100,7 @@ def bench_round(*, rounds: int, clients: int, durable: bool, tls: bool) -> dict[
             "rounds": {"min_clients": clients},
         }
     )
-    schema = _roberta_large_schema()
+    schema = roberta_large_schema()
     commits: list[float] = []
     raw_s: list[float] = []
     with tempfile.TemporaryDirectory(prefix="fedloom-bench-") as name, ExitStack() as stack:
