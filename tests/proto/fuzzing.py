@@ -22,14 +22,24 @@ from google.protobuf.message import DecodeError, Message
 from fedloom.client import policy as policy_module
 from fedloom.client.session import outbox as spool_module
 from fedloom.core import schema as schema_module
+from fedloom.core.codecs import changes as changes_module
 from fedloom.core.codecs import codec
 from fedloom.core.codecs import dense as dense_module
+from fedloom.core.codecs import packing as packing_module
+from fedloom.core.codecs import rotated as rotated_module
+from fedloom.core.codecs import rotation as rotation_module
+from fedloom.core.codecs import rows as rows_module
+from fedloom.core.codecs import top as top_module
+from fedloom.core.codecs import uniform as uniform_module
+from fedloom.core.codecs.changes import Change
 from fedloom.core.config import parsing as tables_module
 from fedloom.core.config import run as run_module
 from fedloom.core.errors import FedloomError
+from fedloom.core.registry import entries
 from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.core.secagg import fixed_point as fixed_module
 from fedloom.core.secagg import keys as keys_module
+from fedloom.core.secagg import lattice as lattice_module
 from fedloom.core.secagg import shamir as shamir_module
 from fedloom.core.secagg.keys import Advert, Place
 from fedloom.core.secagg.steps import Step
@@ -42,6 +52,7 @@ from fedloom.proto.messages import (
     Assignment,
     Finished,
     Joined,
+    Link,
     RoundStatus,
     StepMessage,
     StepResult,
@@ -91,7 +102,11 @@ def from_peers() -> Iterator[Decoder]:
     """What reads messages."""
     kept, sent = frozenset({Role.HEAD}), frozenset({Role.LORA_A})
     assignment = Assignment(7, sent | kept, sent, DIGEST, 99, "fp16", "fp32", kept, 2, 16, {"learning_rate": 0.25})
-    answers = [wire_module.answer_to_wire(each) for each in (assignment, Wait(1.5), Finished(9, "fp32", DIGEST, 56))]
+    linked = dataclasses.replace(
+        assignment, adapter=DIGEST, links=(Link(DIGEST, DIGEST, sent, kept, "fp16", DIGEST, 5),)
+    )
+    orders = (assignment, linked, Wait(1.5), Finished(9, "fp32", DIGEST, 56))
+    answers = [wire_module.answer_to_wire(each) for each in orders]
     yield "work reply", of_messages(*answers), parsed(pb.WorkReply, wire_module.answer_from_wire)
     joined = wire_module.to_wire(pb.JoinReply, Joined(run="4f", epoch=3, spec=SPEC, schema=SCHEMA))
     yield "join reply", of_messages(joined), parsed(pb.JoinReply, partial(wire_module.from_wire, Joined))
@@ -128,12 +143,27 @@ def from_files(folder: Path) -> Iterator[Decoder]:
 def from_payloads() -> Iterator[Decoder]:
     """What reads payloads."""
     zeros = SCHEMA.zeros()
-    for name in ("fp32", "fp16"):
-        payload = codec(name).encode(SCHEMA, zeros)
+    values = {name: np.linspace(-1, 1, zero.size, dtype=np.float32).reshape(zero.shape) for name, zero in zeros.items()}
+    for name in entries("codecs"):
+        payload = codec(name).encode(SCHEMA, values)
         yield name, sized(payload), partial(codec(name).decode, SCHEMA)
+    change = Change({"m.A"}, {"m.B"}, "eden2")
+    payload = changes_module.changed(SCHEMA, zeros, values, change, bytes(16))
+    yield "change", sized(payload), lambda content: changes_module.followed(SCHEMA, zeros, content, change)
     fixed = fixed_module.FixedPoint(4.0, 16)
     masked = fixed.encode(SCHEMA, zeros)
-    yield "masked update", sized(masked), lambda content: fixed.mean(SCHEMA, fixed_module.words(content), 3)
+    yield (
+        "masked update",
+        sized(masked),
+        lambda content: fixed.mean(SCHEMA, fixed_module.words(content, "<u4"), b"", [b""] * 3),
+    )
+    lattice = lattice_module.Lattice(8, 4.0, 16)
+    coded = lattice.encode(SCHEMA, values, bytes(16), bytes(16))
+    yield (
+        "masked update of 8 bits",
+        sized(coded),
+        lambda content: lattice.mean(SCHEMA, fixed_module.words(content, lattice.word), bytes(16), [bytes(16)] * 3),
+    )
     share = shamir_module.share_to_bytes(5)
     yield (
         "share",
@@ -230,8 +260,9 @@ def _state_like(stored: bytes) -> Callable[[random.Random], bytes]:
 
 
 MODULES: tuple[ModuleType, ...] = (
-    wire_module, frames_module, schema_module, tables_module, dense_module, fixed_module, shamir_module,
-    state_module, spool_module, checks_module, codec_module,
+    wire_module, frames_module, schema_module, tables_module, dense_module, rotated_module, rotation_module,
+    rows_module, top_module, uniform_module, packing_module, changes_module, fixed_module, lattice_module,
+    shamir_module, state_module, spool_module, checks_module, codec_module,
 )  # fmt: skip
 
 
@@ -267,6 +298,7 @@ def _reads(node: ast.FunctionDef) -> bool:
         "from_", "decode", "unframed", "read_", "parse", "_parts", "_digest", "_size", "_roles", "_upload_codec",
         "words", "mean", "checked", "_score", "_local", "_step", "_oldest", "_epoch", "_wait", "combine",
         "secret_bytes", "_scalars", "_read", "kept", "explain", "_keys_at", "__post_init__",
+        "unpack", "followed", "_check", "turned_back", "taken", "_moved",
     )  # fmt: skip
     return any(part in node.name for part in inward)
 
@@ -285,17 +317,21 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inputs", type=int, default=100_000, help="inputs for each decoder")
+    parser.add_argument("--inputs", type=int, default=100_000, help="inputs for each decoder of messages and files")
+    parser.add_argument("--payloads", type=int, default=100_000, help="inputs for each decoder of payloads")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--report", type=Path, required=True)
     given = parser.parse_args()
     lines, rows, found = Lines(), [], []
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        for name, make, decode in (*from_peers(), *from_files(home), *from_payloads(), *from_disk(home)):
+        payloads = [(each, given.payloads) for each in from_payloads()]
+        others = [(each, given.inputs) for each in (*from_peers(), *from_files(home), *from_disk(home))]
+        total_inputs = sum(inputs for _, inputs in (*others, *payloads))
+        for (name, make, decode), inputs in (*others, *payloads):
             rng = random.Random(f"{given.seed} {name}")
             counts = {"accepted": 0, "refused": 0}
-            for number in range(given.inputs):
+            for number in range(inputs):
                 content = make(rng)
                 # Tracing costs more than decoding, and the first inputs reach nearly all there is to reach.
                 sys.settrace(lines.trace if number < 2000 else None)
@@ -309,7 +345,7 @@ def main() -> None:
                 finally:
                     sys.settrace(None)
             rows.append({"decoder": name, **counts})
-            print(f"{name:14} {counts['accepted']:8} accepted {counts['refused']:8} refused")
+            print(f"{name:23} {counts['accepted']:8} accepted {counts['refused']:8} refused")
     wanted = {path: lines.all[path] for path in lines.all}
     missed = {Path(path).name: sorted(wanted[path] - lines.reached[path]) for path in wanted}
     total = sum(map(len, wanted.values()))
@@ -317,7 +353,7 @@ def main() -> None:
     # What getrusage says is inherited from the process that started this one.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak_mib = int(status.partition("VmHWM:")[2].split()[0]) / 1024
-    report = {"inputs": given.inputs, "seed": given.seed, "decoders": rows, "lines": total, "lines_reached": reached,
+    report = {"inputs": total_inputs, "seed": given.seed, "decoders": rows, "lines": total, "lines_reached": reached,
               "missed": missed, "peak_rss_mib": round(peak_mib, 1), "errors": found[:20]}  # fmt: skip
     given.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"{reached} of {total} lines of the decoders reached; peak {peak_mib:.0f} MiB")

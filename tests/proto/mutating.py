@@ -89,8 +89,12 @@ def twisted(message: Message, rng: random.Random) -> bytes:
         owner: Any = message  # the stubs do not know what a descriptor holds
         field = rng.choice(owner.DESCRIPTOR.fields)
         while field.message_type and not field.message_type.GetOptions().map_entry and rng.random() < 0.9:
-            owner = getattr(owner, field.name)
-            owner.SetInParent()
+            inner = getattr(owner, field.name)
+            if isinstance(inner, Message):
+                owner = inner
+                owner.SetInParent()
+            else:  # repeated: one that is there, or a new one
+                owner = rng.choice(inner) if inner and rng.random() < 0.8 else inner.add()
             if not owner.DESCRIPTOR.fields:
                 break
             field = rng.choice(owner.DESCRIPTOR.fields)
