@@ -37,7 +37,8 @@ def test_it_is_what_dp_accounting_makes(rate: float, noise: float, grid: float) 
     assert distributions(gaussian_step(rate, noise, grid)) == distributions(theirs)
 
 
-@given(rate=st.floats(1e-9, 1.0), noise=st.floats(0.2, 50.0))
+# Between 1 - 1e-9 and 1 it is dp-accounting that fails at some noise.
+@given(rate=st.floats(1e-9, 1 - 1e-9) | st.just(1.0), noise=st.floats(0.2, 50.0))
 def test_it_is_what_dp_accounting_makes_at_any_rate_and_noise(rate: float, noise: float) -> None:
     theirs = from_gaussian_mechanism(noise, value_discretization_interval=0.05, sampling_prob=rate)
 
