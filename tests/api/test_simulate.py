@@ -21,6 +21,7 @@ from fedloom.server.build import build_strategy, calibrated
 from fedloom.simulation.in_memory import rows_of
 from fedloom.strategies.api import State, Traits
 from fedloom.strategies.fedavg import FedAvg
+from fedloom.strategies.transforms.coded_broadcast import CodedBroadcast
 from tests.api.conftest import same, tensors
 
 Make = Callable[..., fl.Run]
@@ -178,8 +179,9 @@ def test_a_local_strategy_works_without_being_packaged(tiny_run: Make, go: Go) -
 def test_a_local_strategy_is_told_whether_the_head_is_trained(tiny_run: Make) -> None:
     run = tiny_run(strategy=Mine())
 
-    assert build_strategy(run.config, run.local_strategy) == Mine(train_head=True)
-    assert build_strategy(run.replace({"model.head": "frozen"}).config, run.local_strategy) == Mine(train_head=False)
+    frozen = run.replace({"model.head": "frozen"})
+    for each, told in ((run, True), (frozen, False)):
+        assert build_strategy(each.config, run.local_strategy) == CodedBroadcast(Mine(train_head=told), "auto")
 
 
 def test_a_local_strategy_that_takes_no_weights_gets_none(tiny_run: Make) -> None:

@@ -23,6 +23,7 @@ from fedloom.client.session.heartbeat import Timing
 from fedloom.client.session.outbox import keep, kept
 from fedloom.client.session.participant import Participant
 from fedloom.core.codecs import codec
+from fedloom.core.codecs.auto import chosen
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import FedloomError, PolicyError, ProtocolError
 from fedloom.core.privacy.accounting import Spend
@@ -58,7 +59,7 @@ def spec_of(**sections: dict[str, Any]) -> Spec:
 
 SECURE = spec_of()
 OPEN = spec_of(secure_aggregation={"enabled": False})
-SECRET = SECURE.secure_aggregation.fixed_point.encode(SCHEMA, DELTA)
+SECRET = SECURE.secure_aggregation.integers.encode(SCHEMA, DELTA, b"", b"")
 
 
 def order(round: int, upload: str) -> Assignment:
@@ -84,8 +85,8 @@ class Coordinator:
     def join(self, client: str, declared_examples: int) -> Joined:
         return Joined(self.run, 1, self.spec, SCHEMA)
 
-    def work(self) -> Answer:
-        return order(0, MASKED if self.spec.secure_aggregation.enabled else self.spec.wire.upload)
+    def work(self, held: str = "") -> Answer:
+        return order(0, MASKED if self.spec.secure_aggregation.enabled else chosen(self.spec.wire.upload, SCHEMA))
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:
         return BROADCAST

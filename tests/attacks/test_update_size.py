@@ -13,11 +13,13 @@ import pytest
 from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.errors import ConfigError, UpdateRejected
 from fedloom.core.privacy.banded import Banded
+from fedloom.core.registry import build
 from fedloom.proto.messages import Assignment, Finished
 from fedloom.server.build import build_strategy
 from fedloom.server.rounds.update_norm import largest_norm
 from fedloom.server.storage.local import Store
 from fedloom.strategies.ffa import FFA
+from fedloom.strategies.transforms.coded_broadcast import steps
 from tests.server.conftest import Federation, config
 
 BIG = "max_update_norm"
@@ -29,7 +31,7 @@ def store(tmp_path: Path) -> Any:
         yield opened
 
 
-@pytest.mark.parametrize("name", ["fedavg", "ffa", "fedsvd", "median", "trimmed-mean", "krum", "multi-krum"])
+@pytest.mark.parametrize("name", ["median", "trimmed-mean", "krum", "multi-krum"])
 @pytest.mark.parametrize("size", [2.1e5, 66_000.0, -66_000.0])
 def test_an_update_that_no_broadcast_could_carry_is_refused_and_the_round_goes_on(
     store: Store, name: str, size: float
@@ -49,19 +51,39 @@ def test_an_update_that_no_broadcast_could_carry_is_refused_and_the_round_goes_o
     assert isinstance(federation.work("bo"), Assignment)
 
 
+@pytest.mark.parametrize("name", ["fedavg", "ffa", "fedsvd"])
+def test_a_change_that_no_codec_could_carry_is_sent_whole(store: Store, name: str) -> None:
+    run = config(3, strategy={"name": name}, wire={"broadcast": "fp16"}, rounds={BIG: 1e30})
+    federation = Federation(store, run, build_strategy(run))
+    federation.begin("ada", "bo")
+
+    linked = []
+    for shift in (None, 66_000.0, None):
+        for client in ("ada", "bo"):
+            federation.send(*federation.update(client, shift))
+        if not federation.coordinator.finished:
+            linked.append(bool(steps(federation.coordinator.state)))
+
+    assert linked == [True, False]
+    assert federation.coordinator.finished
+    assert max(abs(value) for values in federation.adapter().values() for value in values) > 60_000
+
+
 def run_with_a_void_round(folder: Path, *, restart: bool) -> list[dict[str, list[float]]]:
     """The adapter after each of three rounds, the second of which is poison; `restart` opens the directory anew then.
 
-    FedSVD writes all singular values into B: once the rows of A are orthonormal, B of 60,000 becomes 84,853.
+    FedSVD writes all singular values into B: once the rows of A are orthonormal, B of 60,000 becomes 84,853. It is not
+    wrapped here: what clients are sent is the adapter itself.
     """
+    strategy = build("strategies", "fedsvd", {})
     run = config(3, strategy={"name": "fedsvd"}, wire={"broadcast": "fp16"}, rounds={BIG: 1e30})
     found = []
     with Store(folder, durable=False) as store:
-        federation = Federation(store, run, build_strategy(run))
+        federation = Federation(store, run, strategy)
         federation.begin("ada", "bo")
         for round, shift in enumerate((None, 60_000.0, None)):
             if restart and round == 2:
-                federation = Federation(store, run, build_strategy(run))
+                federation = Federation(store, run, strategy)
                 federation.begin("ada", "bo")
             for client in ("ada", "bo"):
                 federation.send(*federation.update(client, shift))

@@ -120,6 +120,8 @@ def test_what_it_says_is_what_happened(page: Browser, busy: Stage) -> None:
         "charite",
         "guys",
     ]
+    assert " up in fp32, " in text
+    assert " down in fp32" in text
     assert "lost: update rejected" in text
     assert "a name with spaces" in text
     # A live view: what happens next is seen without a reload.

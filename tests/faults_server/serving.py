@@ -63,6 +63,7 @@ CONFIG = RunConfig.model_validate(
         "train": {"steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
         "privacy": {"enabled": False},
         "rounds": {"min_clients": 2},
+        "wire": {"upload": "fp32", "broadcast": "fp32"},
     }
 )
 NAMES = ("ann", "ben")
@@ -130,7 +131,7 @@ class Client:
     def answer(self, asked: "grpc.CallFuture[pb.WorkReply]") -> Assignment | Wait | Finished:
         return answer_from_wire(asked.result())
 
-    def work(self) -> Assignment | Wait | Finished:
+    def work(self, held: str = "") -> Assignment | Wait | Finished:
         return self.answer(self.ask())
 
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:

@@ -24,6 +24,7 @@ from fedloom.proto.messages import (
     Assignment,
     Finished,
     Joined,
+    Link,
     RoundStatus,
     StepMessage,
     StepResult,
@@ -67,6 +68,8 @@ ORDER = Assignment(
 )
 LINEAR_ORDER = replace(ORDER, linear=frozenset({Role.LORA_B}))
 ORDER_IN_TURNS = replace(ORDER, train=ORDER.train | {Role.LORA_A}, turns=(Role.LORA_B, Role.LORA_A))
+LINK = Link(OTHER, DIGEST, frozenset({"m.A"}), frozenset({"m.B"}), "fp16", "ef" * 32, 40)
+ORDER_WITH_LINKS = replace(ORDER, adapter=DIGEST, links=(LINK,))
 HEADER = UpdateHeader("ward-3", 7, DIGEST, "fp16", 24, OTHER)
 SCORED_HEADER = replace(HEADER, score=(120.5, -3.25, 40.0))
 MASKED_HEADER = UpdateHeader("ward-3", 7, DIGEST, MASKED, 24, OTHER, attempt=2)
@@ -134,6 +137,8 @@ MESSAGES: dict[str, Message] = {
     "WorkReply finished, corrected": answer_to_wire(Finished(9, "fp32", DIGEST, 56, 3)),
     "WorkReply assignment, linear": answer_to_wire(LINEAR_ORDER),
     "WorkReply assignment in turns": answer_to_wire(ORDER_IN_TURNS),
+    "WorkReply assignment with links": answer_to_wire(ORDER_WITH_LINKS),
+    "WorkRequest held": pb.WorkRequest(held=DIGEST, **ADDRESS),
 }
 """One message of each kind, named by its type and what tells it from others of the type."""
 
@@ -142,6 +147,7 @@ READ: dict[str, tuple[Callable[[Any], object], object]] = {
     "WorkReply assignment": (answer_from_wire, ORDER),
     "WorkReply assignment, linear": (answer_from_wire, LINEAR_ORDER),
     "WorkReply assignment in turns": (answer_from_wire, ORDER_IN_TURNS),
+    "WorkReply assignment with links": (answer_from_wire, ORDER_WITH_LINKS),
     "WorkReply wait": (answer_from_wire, Wait(1.5)),
     "WorkReply finished": (answer_from_wire, Finished(9, "fp32", DIGEST, 56)),
     "SubmitRequest header": (lambda message: header_from_wire(message.header), (HEADER, "4f", 3)),
@@ -202,7 +208,7 @@ def golden(path: Path) -> dict[str, str]:
 
 def test_every_message_of_the_protocol_is_in_the_transcript() -> None:
     """But for those that stand in another one."""
-    inner = {"Assignment", "Wait", "Finished", "UpdateHeader"}
+    inner = {"Assignment", "Link", "Wait", "Finished", "UpdateHeader"}
 
     assert {name.split()[0] for name in MESSAGES} == set(pb.DESCRIPTOR.message_types_by_name) - inner
 

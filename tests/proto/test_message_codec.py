@@ -14,9 +14,18 @@ from fedloom.proto.message_codec import from_json, to_json
 from fedloom.proto.messages import Finished, Joined, RoundStatus, Wait
 from fedloom.proto.v1 import federation_pb2 as pb
 from fedloom.proto.wire import from_wire, to_wire
-from tests.proto.test_golden import DIGEST, JOINED, LINEAR_ORDER, MASKED_HEADER, ORDER_IN_TURNS, STEP, STEP_RESULT
+from tests.proto.test_golden import (
+    DIGEST,
+    JOINED,
+    LINEAR_ORDER,
+    LINK,
+    MASKED_HEADER,
+    ORDER_IN_TURNS,
+    STEP,
+    STEP_RESULT,
+)
 
-ASSIGNMENT = replace(LINEAR_ORDER, upload_codec=MASKED, turns=ORDER_IN_TURNS.turns)
+ASSIGNMENT = replace(LINEAR_ORDER, upload_codec=MASKED, turns=ORDER_IN_TURNS.turns, adapter=DIGEST, links=(LINK,))
 HEADER = replace(MASKED_HEADER, score=(1.5, -2.0))
 OF_BOTH: tuple[tuple[object, type[Message], frozenset[str]], ...] = (
     (JOINED, pb.JoinReply, frozenset()),
@@ -30,7 +39,7 @@ OF_GRPC: tuple[tuple[object, type[Message], frozenset[str]], ...] = (
     (STEP, pb.ExchangeRequest, frozenset({"run", "epoch", "client"})),
     (STEP_RESULT, pb.ExchangeReply, frozenset({"waiting"})),
 )
-OF_FLOWER = (Request(JOINED, ASSIGNMENT, True), Reply("ward-3", 40, HEADER, "refused"))
+OF_FLOWER = (Request(JOINED, ASSIGNMENT, True), Reply("ward-3", 40, HEADER, DIGEST, "refused"))
 """Messages in which every field has another value than its default, with the protobuf field beside them."""
 
 

@@ -14,6 +14,7 @@ from fedloom.server.build import build_strategy
 from fedloom.server.rounds.state import RunCreated
 from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
+from fedloom.strategies.transforms.coded_broadcast import CodedBroadcast
 from fedloom.strategies.transforms.norm_bound import NormBound
 
 NAMES = ("ada", "bo", "cy", "dee", "eve", "flo", "gus")
@@ -99,7 +100,7 @@ def test_a_run_files_bound_reaches_every_update(
 ) -> None:
     config = configure(length=1, strategy={"norm_bound": 0.5}, rounds={"max_update_norm": 1e30})
     strategy = build_strategy(config)
-    assert strategy == NormBound(FedAvg(), 0.5)
+    assert strategy == NormBound(CodedBroadcast(FedAvg(), "auto"), 0.5)
     federation = federate(store, config, strategy)
     federation.begin("ada", "bo")
     before = {name: tensor.copy() for name, tensor in federation.coordinator.state.adapter.items()}
@@ -113,14 +114,17 @@ def test_a_run_files_bound_reaches_every_update(
 
 
 def test_runs_from_before_the_bound_go_on(store: Store, federate: Any, configure: Callable[..., RunConfig]) -> None:
-    """What was agreed is told as it was when [strategy] had three keys."""
+    """What was agreed is told as it was when [strategy] had three keys and no codec was chosen by size."""
     config = configure()
     federate(store, config, FedAvg())
 
     created = store.events()[0]
 
     strategy = '{"name":"fedavg","weighting":"uniform","options":{}}'
-    text = config.spec.model_dump_json() + strategy + config.user_level.model_dump_json()
+    spec = config.spec.model_dump_json().replace(
+        '{"upload":"auto","broadcast":"auto"}', '{"upload":"fp32","broadcast":"fp32"}'
+    )
+    text = spec + strategy + config.user_level.model_dump_json()
     assert isinstance(created, RunCreated)
     assert created.spec == hashlib.sha256(text.encode()).hexdigest()
 

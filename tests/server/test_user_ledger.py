@@ -21,6 +21,7 @@ from fedloom.server.rounds.state import RoundClosed, RoundOpened
 from fedloom.server.storage.local import Store
 from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.state import state_to_bytes
+from fedloom.strategies.transforms.coded_broadcast import CodedBroadcast
 from fedloom.strategies.transforms.tree_noise import sensitivity
 from fedloom.strategies.transforms.user_level_dp import UserLevel
 
@@ -104,7 +105,7 @@ def test_without_user_level_privacy_nothing_changes(configure: Any) -> None:
 
     assert settled(config) == config.user_level
     assert statement(config.user_level, 5) is None
-    assert isinstance(build_strategy(config), FedAvg)
+    assert build_strategy(config) == CodedBroadcast(FedAvg(), "auto")
 
 
 def test_the_strategy_is_wrapped_with_a_new_secret_each_time(run: Any) -> None:

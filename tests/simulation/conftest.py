@@ -60,6 +60,7 @@ def made(tmp_path: Path) -> Iterator[Coordinator]:
             "model": {"base": "tiny", "labels": ["no", "yes"]},
             "train": {"steps": 1, "sampling_rate": 0.5, "learning_rate": 0.1},
             "rounds": {"min_clients": 2},
+            "wire": {"upload": "fp32", "broadcast": "fp32"},
         }
     )
     with Store(tmp_path / "state", durable=False) as store:

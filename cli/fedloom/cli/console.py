@@ -21,11 +21,11 @@ __all__ = [
     "INSECURE",
     "Json",
     "failed",
-    "megabytes",
     "out",
     "pace",
     "print_json",
     "show_classes",
+    "size",
     "terms",
     "times",
     "told",
@@ -61,13 +61,13 @@ def failed(error: object) -> None:
     _err.print(str(error))
 
 
-def megabytes(size_bytes: int) -> str:
-    """A size for people, in units of 10⁶ bytes.
+def size(size_bytes: int) -> str:
+    """A size for people, in units of 10⁶ or 10³ bytes.
 
-    >>> megabytes(1234567)
-    '1.2 MB'
+    >>> size(1234567), size(49_600)
+    ('1.2 MB', '50 kB')
     """
-    return f"{size_bytes / 1e6:.1f} MB"
+    return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.0f} kB"
 
 
 def told(score: Mapping[str, float | None]) -> str:

@@ -5,6 +5,7 @@ __all__ = [
     "HTTP2_FRAME_BYTES",
     "LONG_POLL_S",
     "MAX_CLIENTS",
+    "MAX_LINKS",
     "MAX_MESSAGE_BYTES",
     "MAX_NAME_LENGTH",
     "MAX_PAYLOAD_BYTES",
@@ -52,6 +53,9 @@ MAX_SCHEMA_BYTES = 2 << 20
 
 MAX_SPEC_BYTES = 64 << 10
 """Largest run specification a client accepts."""
+
+MAX_LINKS = 16
+"""Most changes of the adapter that a client is sent one after the other in place of the whole."""
 
 MAX_TENSORS = 20_000
 """Most tensors in one schema."""

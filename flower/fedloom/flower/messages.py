@@ -10,7 +10,7 @@ from pydantic import Field, with_config
 
 from fedloom.core.errors import ProtocolError
 from fedloom.core.limits import MAX_NAME_LENGTH, MAX_SCHEMA_BYTES, MAX_SPEC_BYTES
-from fedloom.proto.checks import STRICT, Natural
+from fedloom.proto.checks import STRICT, HeldDigest, Natural
 from fedloom.proto.message_codec import from_json
 from fedloom.proto.messages import Assignment, Joined, UpdateHeader
 
@@ -29,7 +29,8 @@ class Request:
 
     joined: Joined
     assignment: Assignment | None = None
-    """One round's work, whose broadcast is the payload; None asks the site to get ready and to declare its size."""
+    """One round's work; None asks the site to get ready and to declare its size. The payload is its broadcast, or what
+    its links have, one after the other."""
     over: bool = False
     """Whether the run is over, and nothing of it will be asked for again."""
 
@@ -44,6 +45,8 @@ class Reply:
     declared_examples: Natural = 0
     header: UpdateHeader | None = None
     """What precedes the update, which is the payload; None where no work was asked."""
+    held: HeldDigest = ""
+    """Digest of the adapter that the site has now; empty for none."""
     refusal: Annotated[str, Field(max_length=64)] = ""
     """Kind of the error that kept the site from it; its text stays there, since it may name files."""
 

@@ -57,13 +57,19 @@ class _Relay:
         self.declared_examples = declared_examples
         return self.joined
 
-    def work(self) -> Answer:
+    def work(self, held: str = "") -> Answer:
         """The message's assignment, or the end of the run."""
         return self._work[0] if self._work else Finished(0, "fp32", "", 0)
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:
-        """The message's payload, if it is the broadcast that the assignment names."""
-        payload = self._work[1] if self._work else b""
+        """The message's payload or the part of it that one link has, if it is what the assignment names."""
+        asked, payload = self._work or (None, b"")
+        start = 0
+        for link in asked.links if asked else ():
+            if link.digest == digest:
+                payload = payload[start : start + link.bytes]
+                break
+            start += link.bytes
         if len(payload) != size_bytes or hashlib.sha256(payload).hexdigest() != digest:
             raise CodecError(
                 f"payload {digest} arrived with {len(payload)} of {size_bytes} bytes or with other content"
@@ -152,7 +158,7 @@ class Resident:
             except _Handed:
                 assert relay.handed is not None  # it was raised with it
             header, update = relay.handed
-            return Reply(reply.client, reply.declared_examples, header), update
+            return Reply(reply.client, reply.declared_examples, header, participant.held.digest), update
         return reply, b""
 
     def _joined(self, request: Request, payload: bytes) -> tuple[Participant, _Relay]:

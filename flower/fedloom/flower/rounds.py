@@ -57,7 +57,7 @@ class _Site:
 
     def __init__(self, node: int) -> None:
         self.node = node
-        self.client = ""
+        self.client = self.held = ""
         self.line: LocalConnection | None = None
         self.message: str | None = None
         self.tries = 0
@@ -131,14 +131,22 @@ def _next(site: _Site, present: Collection[_Site], joined: Joined, nodes: Nodes)
     if site.message is not None:
         site.line.heartbeat()
         return
+    held = "" if site.tries else site.held  # what has failed may have cost it its adapter
     try:
-        answer = site.line.work()
+        answer = site.line.work(held)
     except ConfigError as error:
         _dismiss(site, str(error))
         return
     if isinstance(answer, Assignment):
-        payload = site.line.fetch(answer.broadcast_digest, answer.broadcast_bytes)
-        site.ask(nodes, Request(joined, answer), payload)
+        site.ask(nodes, Request(joined, answer), _payload(site.line, answer, held))
+
+
+def _payload(line: LocalConnection, asked: Assignment, held: str) -> bytes:
+    """What a site with the adapter `held` has to get for an assignment."""
+    if asked.adapter and asked.adapter == held:
+        return b""
+    wanted = [(link.digest, link.bytes) for link in asked.links] or [(asked.broadcast_digest, asked.broadcast_bytes)]
+    return b"".join(line.fetch(*each) for each in wanted)
 
 
 def _take(sites: dict[int, _Site], site: _Site, answered: Answered, coordinator: Coordinator) -> None:
@@ -153,6 +161,7 @@ def _take(sites: dict[int, _Site], site: _Site, answered: Answered, coordinator:
         elif site.line is None:
             _welcome(sites, site, reply, coordinator)
         else:
+            site.held = reply.held
             _submit(site, reply, answered.payload)
     except (StoreError, StrategyError):
         raise  # the coordinator must stop

@@ -27,6 +27,7 @@ __all__ = [
     "Digest",
     "Epoch",
     "Figures",
+    "HeldDigest",
     "LocalValues",
     "Natural",
     "OldestRound",
@@ -114,6 +115,10 @@ def _digest(text: str, info: ValidationInfo) -> str:
         what = str(info.field_name).replace("_", " ")
         raise ProtocolError(f"{what} {text[:64]!r} is not 64 lower-case hexadecimal digits")
     return text
+
+
+def _held_digest(text: str, info: ValidationInfo) -> str:
+    return text and _digest(text, info)
 
 
 def _size(size_bytes: int) -> int:
@@ -214,6 +219,8 @@ Size = Annotated[int, AfterValidator(_size)]
 """A payload's length in bytes."""
 Digest = Annotated[str, AfterValidator(_digest)]
 """A SHA-256 in lower-case hexadecimal digits."""
+HeldDigest = Annotated[str, AfterValidator(_held_digest)]
+"""A digest, or nothing."""
 SchemaDigest = Annotated[str, Field(validate_default=True), AfterValidator(_schema_digest)]
 """That of the schema in the same message."""
 Codec = Annotated[str, AfterValidator(_codec)]

@@ -6,10 +6,12 @@ what must hold of one that came from a peer; `message_codec` derives the rest.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from pydantic import with_config
+from pydantic import Field, with_config
 
 from fedloom.core.errors import ProtocolError
+from fedloom.core.limits import MAX_LINKS
 from fedloom.core.schema import Schema
 from fedloom.proto.checks import (
     STRICT,
@@ -17,6 +19,7 @@ from fedloom.proto.checks import (
     Digest,
     Epoch,
     Figures,
+    HeldDigest,
     LocalValues,
     Natural,
     OldestRound,
@@ -42,6 +45,7 @@ __all__ = [
     "Assignment",
     "Finished",
     "Joined",
+    "Link",
     "RoundStatus",
     "StepMessage",
     "StepResult",
@@ -77,6 +81,22 @@ class Joined:
 
 @with_config(STRICT)
 @dataclass(frozen=True)
+class Link:
+    """A step from one adapter to the next, for a client that has the first."""
+
+    before: Digest
+    after: Digest
+    values: Words
+    """What is sent as it is, float32, first in the payload: roles and names of tensors, see `Schema.select`."""
+    changes: Words
+    """What follows as its coded change."""
+    codec: Codec
+    digest: Digest
+    bytes: Size
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
 class Assignment:
     """One round's work for one client."""
 
@@ -97,6 +117,10 @@ class Assignment:
     """Tensors that the broadcast carries a term for, which is added to their gradients in every step."""
     turns: Turns = ()
     """What moves by turns, see `moving`."""
+    adapter: HeldDigest = ""
+    """Digest of the tensors to train from, see `held_digest`; empty where only the payload says."""
+    links: Annotated[tuple[Link, ...], Field(max_length=MAX_LINKS)] = ()
+    """Steps that lead there from what the client has."""
 
 
 @with_config(STRICT)

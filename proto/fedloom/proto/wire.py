@@ -160,6 +160,8 @@ def overloaded(text: str, retry_after_ms: str) -> Overloaded:
 
 def _plain(value: Any) -> Any:
     """A field's value as Python's own types: protobuf's lists and maps are its own."""
+    if isinstance(value, Message):
+        return {each.name: _plain(getattr(value, each.name)) for each in value.DESCRIPTOR.fields}
     if isinstance(value, Mapping):
         return dict(value)
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    return [_plain(each) for each in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

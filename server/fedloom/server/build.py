@@ -9,8 +9,10 @@ from fedloom.core.privacy.accounting import calibrate, epsilon
 from fedloom.core.privacy.spends import evaluation_spend, evaluations, round_participation
 from fedloom.core.registry import build
 from fedloom.server.privacy.user_ledger import settled
+from fedloom.server.rounds.update_norm import moves_linearly
 from fedloom.strategies.api import Strategy
 from fedloom.strategies.transforms.buffered import Buffered
+from fedloom.strategies.transforms.coded_broadcast import CodedBroadcast
 from fedloom.strategies.transforms.noise import KEY_BYTES
 from fedloom.strategies.transforms.norm_bound import NormBound
 from fedloom.strategies.transforms.user_level_dp import UserLevel
@@ -87,6 +89,9 @@ def build_strategy(config: RunConfig, own: Strategy | None = None) -> Strategy:
         strategy = replace(own, train_head=train_head)
     else:
         strategy = own
+    strategy = _with_basis(strategy, config)
+    if strategy.traits.linear:
+        strategy = CodedBroadcast(strategy, config.wire.broadcast)
     if config.strategy.norm_bound is not None:
         strategy = NormBound(strategy, config.strategy.norm_bound)
     user = settled(config)
@@ -104,3 +109,19 @@ def build_strategy(config: RunConfig, own: Strategy | None = None) -> Strategy:
         user.target_quantile,
         user.clip_rate,
     )
+
+
+def _with_basis(strategy: Strategy, config: RunConfig) -> Strategy:
+    """A strategy that turns the basis of pairs, told to keep it where the run's local steps do not see it.
+
+    Moves that are linear in the gradients are the same moves in every basis, and clients then need no new one. So it is
+    with L2 clipping and noise that is alike in all directions.
+    """
+    open_ = is_dataclass(strategy) and any(field.name == "basis" for field in fields(strategy))
+    if not open_ or "basis" in config.strategy.options or not moves_linearly(config):
+        return strategy
+    try:
+        kept: Strategy = replace(strategy, basis="kept")  # type: ignore[type-var]  # it is a dataclass, see above
+        return kept
+    except ConfigError:
+        return strategy  # another option needs the turning

@@ -54,8 +54,14 @@ class Coordinator(Course):
                 _log.warning("client %r: %s", client, drowned)
         return Joined(run=self._history.run, epoch=self.epoch, spec=self.config.spec, schema=self._schema)
 
-    def work(self, client: str, run: str, epoch: int) -> Answer:
+    def work(self, client: str, run: str, epoch: int, held: str = "") -> Answer:
         """What this client should do now. Asking counts it among the live.
+
+        Args:
+            client: Who asks.
+            run: The run it joined.
+            epoch: The epoch it joined in.
+            held: Digest of the adapter that it has from an earlier round; "" for none.
 
         Raises:
             ProtocolError: The run, the epoch or the client is not known here.
@@ -71,14 +77,14 @@ class Coordinator(Course):
             self._advance()
             if self.finished:
                 return self._history.final[0]
-            if self._secure.idle and (assignment := self._assigned(client)):
+            if self._secure.idle and (assignment := self._assigned(client, held)):
                 return assignment
             return Wait(retry_after_s=0.0)
 
-    def _assigned(self, client: str) -> Assignment | None:
+    def _assigned(self, client: str, held: str) -> Assignment | None:
         """What this client is to do; the round goes on without one for whom the strategy has no plan."""
         try:
-            return self._history.assign(client)
+            return self._history.assign(client, held)
         except (ConfigError, StrategyError) as error:
             self._refuse(client, error)
             if isinstance(error, ConfigError):

@@ -29,8 +29,8 @@ def check_config(config: RunConfig, strategy: Strategy) -> None:
             large.
         CodecError: A codec is unknown.
     """
-    codec(config.wire.upload)
-    codec(config.wire.broadcast)
+    for name in config.spec.components["codecs"]:
+        codec(name)
     size = config.rounds.clients_per_round
     if size is not None and size < config.rounds.min_clients:
         raise ConfigError(
@@ -189,4 +189,4 @@ def _check_secure(config: RunConfig, strategy: Strategy) -> None:
             f"rounds.min_clients = {rounds.min_clients} with secure aggregation: in a sum of two each client knows the "
             f"other's update; at least {_LEAST_SUMMED} are needed"
         )
-    section.fixed_point.check(max(rounds.min_clients, rounds.clients_per_round or 0))
+    section.integers.check(max(rounds.min_clients, rounds.clients_per_round or 0))

@@ -141,6 +141,8 @@ class Traits:
     """Every update counts once, whatever its weight; a run that weighs clients by examples is refused."""
     least_updates: int = 1
     """`commit` raises `ProtocolError` for fewer updates; a run whose `rounds.min_clients` is below it is refused."""
+    coded_broadcast: bool = False
+    """Plans broadcast what all clients hold, which follows the adapter by coded changes (`CodedBroadcast`)."""
     reads_noise: bool = False
     """It looks at `Update.noise_std`; a private run whose optimizer leaves that unknown is refused."""
 

@@ -72,6 +72,7 @@ def made(tmp_path: Path) -> Iterator[Coordinator]:
             "train": {"steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
             "privacy": {"enabled": False},
             "rounds": {"min_clients": 1},
+            "wire": {"upload": "fp32", "broadcast": "fp32"},
         }
     )
     with Store(tmp_path / "state", durable=False) as store:
@@ -108,9 +109,9 @@ def test_a_site_works_within_its_hours_only(
     monkeypatch.setattr(participant_module, "until_open_s", hours.until_open_s)
     work = GrpcConnection.work
 
-    def asked(connection: GrpcConnection) -> Answer:
+    def asked(connection: GrpcConnection, held: str) -> Answer:
         """The hours end while the client asks for its second round."""
-        answer = work(connection)
+        answer = work(connection, held)
         if isinstance(answer, Assignment) and answer.round == 1 and not hours.asked.is_set():
             hours.open.clear()
         return answer

@@ -147,7 +147,7 @@ class World:
     def join(self, client: str, declared_examples: int) -> Joined:
         return Joined("run-1", 1, SPEC, SCHEMA)
 
-    def work(self) -> Assignment | Wait:
+    def work(self, held: str = "") -> Assignment | Wait:
         return Assignment(self.round, SCHEMA.roles, SCHEMA.roles, DIGEST, len(BROADCAST))
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:

@@ -49,6 +49,7 @@ def coordinator(store: Store, clients: int = 1, rounds: int = 1) -> Coordinator:
             "train": {"steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
             "privacy": {"enabled": False},
             "rounds": {"min_clients": clients},
+            "wire": {"upload": "fp32", "broadcast": "fp32"},
         }
     )
     return Coordinator(run, SCHEMA, FedAvg(), store, starting=starting_adapter(SCHEMA, 0))

@@ -64,7 +64,7 @@ class Script:
         self.declared.append(declared_examples)
         return self.joined
 
-    def work(self) -> Answer:
+    def work(self, held: str = "") -> Answer:
         self.calls.append("work")
         return self.answers.pop(0)
 
@@ -370,7 +370,7 @@ def test_a_line_that_is_cut_in_every_poll_does_not_use_up_patience(
     now, cuts = [0.0], 20
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
-    def work() -> Answer:
+    def work(held: str) -> Answer:
         nonlocal cuts
         now[0] += 10.0
         cuts -= 1

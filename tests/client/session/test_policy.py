@@ -245,7 +245,9 @@ def test_a_site_may_allow_less_than_what_comes_with_fedloom() -> None:
     said = re.escape("""codec 'fp16' of the package fedloom (components.codecs = ["fp32"]; add""")
     with pytest.raises(PolicyError, match=said):
         check_spec(policy(components={"codecs": ["fp32"]}), spec(wire={"broadcast": "fp16"}))
-    check_spec(policy(components={"codecs": ["fp32"]}), spec())
+    with pytest.raises(PolicyError, match=said.replace("fp16", "eden4")):
+        check_spec(policy(components={"codecs": ["fp32"]}), spec())  # which may be eden4
+    check_spec(policy(components={"codecs": ["fp32"]}), spec(wire={"upload": "fp32", "broadcast": "fp32"}))
 
 
 def test_a_codec_that_is_not_here_is_refused_before_the_run() -> None:

@@ -45,7 +45,7 @@ class Recorder:
         self.messages.append(("join", client, declared_examples))
         return self.joined
 
-    def work(self) -> Answer:
+    def work(self, held: str = "") -> Answer:
         self.messages.append(("work",))
         return self.answers.pop(0)
 
@@ -184,7 +184,8 @@ def test_a_failed_probe_is_told_as_a_refusal_and_no_more(
 # What a message to the coordinator may hold. A field that is added here needs a reason why it is public, or noise.
 PUBLIC = {
     "JoinRequest": {"client", "protocol", "declared_examples"},
-    "WorkRequest": {"run", "epoch", "client"},
+    # Of an adapter that the coordinator itself has sent.
+    "WorkRequest": {"run", "epoch", "client", "held"},
     "FetchRequest": {"run", "epoch", "client", "digest", "offset"},
     "SubmitRequest": {"header", "data"},
     # The offset says how much of the noised update has arrived before; the score is noised, see test_evaluation.py.

@@ -222,7 +222,7 @@ class Line:
         longer = self.spec.run.model_copy(update={"rounds": 10})
         return Joined("run-1", 1, self.spec.model_copy(update={"run": longer}), SCHEMA)
 
-    def work(self) -> Answer:
+    def work(self, held: str = "") -> Answer:
         return self.answers.pop(0)
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:

@@ -60,6 +60,7 @@ def coordinator(store: Store, clients: int, schema: Schema = SCHEMA) -> Coordina
             "train": {"steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
             "privacy": {"enabled": False},
             "rounds": {"min_clients": clients, "lease_s": 120.0},
+            "wire": {"upload": "fp32", "broadcast": "fp32"},
         }
     )
     return Coordinator(run, schema, FedAvg(), store, starting=starting_adapter(schema, 0))

@@ -72,7 +72,7 @@ class Noting(GrpcConnection):
 
     told: list[float]
 
-    def work(self) -> Answer:
+    def work(self, held: str = "") -> Answer:
         answer = super().work()
         if isinstance(answer, Wait):
             self.told.append(answer.retry_after_s)

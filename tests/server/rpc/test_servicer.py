@@ -39,6 +39,7 @@ def config(length: int = 1, lease_s: float = 30.0) -> RunConfig:
             "model": {"base": "tiny", "labels": ["no", "yes"]},
             "train": {"steps": 1, "sampling_rate": 0.5, "learning_rate": 0.1},
             "rounds": {"min_clients": 2, "lease_s": lease_s},
+            "wire": {"upload": "fp32", "broadcast": "fp32"},
         }
     )
 
@@ -61,7 +62,7 @@ class Client:
         self.joined = from_wire(Joined, self.stub.Join(request, timeout=TIMEOUT_S))
         return self.joined
 
-    def work(self) -> Assignment | Wait | Finished:
+    def work(self, held: str = "") -> Assignment | Wait | Finished:
         request = pb.WorkRequest(run=self.joined.run, epoch=self.joined.epoch, client=self.name)
         return answer_from_wire(self.stub.Work(request, timeout=TIMEOUT_S))
 

@@ -8,8 +8,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.cli.console import megabytes, out, show_classes, terms, told
+from fedloom.cli.console import out, show_classes, size, terms, told
 from fedloom.cli.server.observing import ReportTo, reports
+from fedloom.core.codecs import codec
+from fedloom.core.codecs.auto import chosen
 from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.privacy.spends import faint
 
@@ -58,6 +60,15 @@ def simulate(
     _summary(config, result)
 
 
+def _lost(config: RunConfig, name: str) -> str:
+    """What the codec of updates takes from them; empty for one that takes nothing, and where sums have their own."""
+    error = codec(name).traits.mean_error
+    if not error or config.secure_aggregation.enabled:
+        return ""
+    more = f", as {100 * ((1 + error) ** 0.5 - 1):.2g}% more noise would" if config.privacy.enabled else ""
+    return f"what is lost has {100 * error:.2g}% of their squared length{more}"
+
+
 def _introduce(federation: "Federation", folder: Path) -> None:
     """Say what is about to run, before it takes minutes."""
     config, schema = federation.config, federation.model.schema
@@ -83,6 +94,9 @@ def _introduce(federation: "Federation", folder: Path) -> None:
         )
     else:
         out.print("  [yellow]not private[/]: updates leave the clients without noise", markup=True)
+    name = chosen(config.wire.upload, schema)
+    if lost := _lost(config, name):
+        out.print(f"  updates in {name}: {lost}")
     for name, policy in federation.policies.items():
         if (drowned := faint(config.spec, policy.data.declared_examples or 0)) is not None:
             out.print(f"  [yellow]{name}[/]: {drowned}", markup=True)
@@ -103,7 +117,7 @@ def _line(config: RunConfig, record: "RoundRecord") -> None:
         score += f"  begun at {told(record.federated)} by the clients"
     spent = f"  epsilon {_range(record.epsilon.values())}" if record.epsilon else ""
     spent += f"  user-level {record.user_epsilon:.2f}" if record.user_epsilon is not None else ""
-    traffic = f"  {record.clients} clients  up {megabytes(record.bytes_up)}  down {megabytes(record.bytes_down)}"
+    traffic = f"  {record.clients} clients  up {size(record.bytes_up)}  down {size(record.bytes_down)}"
     out.print(f"{label}  {score}{spent}{traffic if record.round else ''}  {record.seconds:.0f} s")
 
 
@@ -123,7 +137,7 @@ def _summary(config: RunConfig, result: "Result") -> None:
     for name, value in result.final.metrics.items():
         table.add_row(f"held-out {name}", f"{result.start.metrics[name]:.4g}", f"{value:.4g}")
     up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
-    table.add_row("sent by all clients", "", f"{megabytes(up)} up, {megabytes(down)} down")
+    table.add_row("sent by all clients", "", f"{size(up)} up, {size(down)} down")
     table.add_row("time", "", f"{result.records[-1].seconds:.0f} s")
     for name, stated in result.privacy.items():
         joined = f"{stated.rounds} of {config.run.rounds} rounds joined"

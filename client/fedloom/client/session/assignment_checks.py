@@ -145,7 +145,8 @@ def _check_selections(schema: Schema, assignment: Assignment) -> None:
 
 def _check_codecs(policy: Policy, assignment: Assignment) -> None:
     """Codecs that this site allows, also where they are not those that the run named."""
-    names = [installed(name) for name in (assignment.broadcast_codec, assignment.upload_codec) if name != MASKED]
+    asked = (assignment.broadcast_codec, assignment.upload_codec, *(link.codec for link in assignment.links))
+    names = sorted({installed(name) for name in asked if name != MASKED})
     if problems := component_problems(policy.components, {"codecs": names}):
         raise PolicyError(f"the coordinator asks for {problems[0]}")
 

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fedloom.client.policy import Policy, check_spec
+from fedloom.client.privacy.ledger.account import left_out_folder
 from fedloom.client.privacy.ledger.hash_chain import FAILED, OVER
 from fedloom.client.secagg.participant import Delivery, check_assignment, membership
 from fedloom.client.session.api import RoundCancelled, RoundContext, Training, check_same_run, check_schema
 from fedloom.client.session.assignment_checks import check_order, final_schema
 from fedloom.client.session.heartbeat import USUAL, Timing, heartbeats
+from fedloom.client.session.held import HeldAdapter
+from fedloom.client.session.left_out import LeftOut
 from fedloom.client.session.outbox import OutboxEntry, drop, keep, kept
 from fedloom.client.session.payloads import packed, reader
 from fedloom.client.session.send_times import AT_ONCE, Pace
@@ -37,7 +40,7 @@ from fedloom.core.errors import (
 )
 from fedloom.core.runtime.failpoints import failpoint, reach
 from fedloom.core.schema import Tensors
-from fedloom.proto.messages import REFUSED, Assignment, Finished, Joined, Wait, broadcast_schema
+from fedloom.proto.messages import REFUSED, Assignment, Finished, Joined, Wait
 
 if TYPE_CHECKING:
     from fedloom.client.transport.grpc import Connection  # without gRPC, another framework may be the line
@@ -84,6 +87,7 @@ class Participant:
         self.ended: Callable[[Tensors, int], tuple[float, ...]] | None = None
         """Gets the result of the run and how many rounds made it; figures that it returns are released."""
         self._prepare = prepare
+        self.held, self._left_out = HeldAdapter(), LeftOut(left_out_folder(policy), policy.client.name)
         self._trainer: Training | None = None
         self._joined: Joined | None = None
         self._pending: OutboxEntry | None = None
@@ -135,7 +139,7 @@ class Participant:
             with self._leaving_on(PolicyError):
                 self._deliver()
             return None
-        answer = self._insist(self.connection.work)
+        answer = self._insist(lambda: self.connection.work(self.held.digest))
         if isinstance(answer, Finished):
             self._forget()
             return answer
@@ -204,7 +208,7 @@ class Participant:
         if self.ended is not None:
             schema = final_schema(self.policy, joined.schema, finished)
             decode = reader(finished.codec, schema, finished.bytes, "a final adapter")
-            result = decode(self._insist(lambda: self.connection.fetch(finished.digest, finished.bytes)))
+            result = decode(self._fetch(finished.digest, finished.bytes))
             self._busy.set()
             with self._pace(joined).training():
                 score = self.ended(result, finished.rounds)
@@ -296,22 +300,16 @@ class Participant:
         check_order(self.policy, joined.spec, joined.schema, assignment)
         if not joined.spec.secure_aggregation.enabled:
             codec(assignment.upload_codec)  # one that is unknown here is refused before anything is charged
-        schema = broadcast_schema(joined.schema, assignment)
-        decode = reader(assignment.broadcast_codec, schema, assignment.broadcast_bytes, "broadcast")
+        legs = self.held.legs(assignment, joined.schema)
         self._task = task = RoundContext(assignment.round)
         try:
-            try:
-                payload = self._insist(
-                    lambda: self.connection.fetch(assignment.broadcast_digest, assignment.broadcast_bytes)
-                )
-            except ProtocolError as error:
-                raise RoundCancelled(f"nothing to train from: {error}") from error
+            start = self.held.follow(assignment, legs, self._fetch)
             reach("participant.fetched")
             task.check_cancelled()  # a round that closed meanwhile is not even charged
-            trained = trainer.train(joined.run, assignment, decode(payload), task.check_cancelled)
+            trained = trainer.train(joined.run, assignment, start, task.check_cancelled)
             task.check_cancelled()  # nothing is kept, noted or sent, whatever the training made of being told
             reach("participant.trained")
-            update = packed(self.policy, joined, assignment, trained)
+            update = packed(self.policy, joined, assignment, trained, self._left_out)
             digest = update.header.digest
             # First the bytes, then the word that they leave: what is released can always be sent again.
             if self.outbox is not None:
@@ -377,6 +375,9 @@ class Participant:
             log.info("%s; joining again", error)
             self.join()
             return call()
+
+    def _fetch(self, digest: str, size_bytes: int) -> bytes:
+        return self._insist(lambda: self.connection.fetch(digest, size_bytes))
 
     def _leave(self, reason: str, score: tuple[float, ...] = ()) -> None:
         """Say so. A line that fails now must not hide why the client leaves; the lease runs out on its own."""

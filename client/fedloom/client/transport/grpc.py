@@ -58,8 +58,8 @@ class Connection(Protocol):
     def join(self, client: str, declared_examples: int) -> Joined:
         """Learn about the run."""
 
-    def work(self) -> Answer:
-        """Ask for work; may block for as long as a long poll."""
+    def work(self, held: str = "") -> Answer:
+        """Ask for work; may block for as long as a long poll. `held`: digest of the adapter that is here, if any."""
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:
         """The bytes with SHA-256 `digest`, of exactly `size_bytes`."""
@@ -147,11 +147,11 @@ class GrpcConnection:
         return joined
 
     @failpoint("line.work")
-    def work(self) -> Answer:
+    def work(self, held: str = "") -> Answer:
         """Ask for work; with a certificate that was renewed meanwhile, if it was."""
         if self._stamp != stamp(self._certs):
             self._open()  # the old channel is left to the calls that other threads may have on it
-        request = pb.WorkRequest(run=self._run, epoch=self._epoch, client=self._client)
+        request = pb.WorkRequest(run=self._run, epoch=self._epoch, client=self._client, held=held)
         return answer_from_wire(self._call(self._stub.Work, request, LONG_POLL_S + 10))
 
     @failpoint("line.fetch")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fedloom.core.codecs.auto import AUTO
 from fedloom.core.config.run import RunConfig
 from fedloom.core.registry import entries, options_model
 
@@ -22,6 +23,8 @@ _APART = {"strategies": "options"}
 """Groups whose options lie in a table of their own; those of the others are keys beside the name."""
 
 _NO_OPTIONS = {"codecs"}
+_OTHERS = {"codecs": [AUTO]}
+"""What may stand in place of a name."""
 
 
 def run_file_schema() -> dict[str, Any]:
@@ -42,7 +45,7 @@ def run_file_schema() -> dict[str, Any]:
 def _name_components(schema: dict[str, Any], section: dict[str, Any], key: str, group: str) -> None:
     """Let `key` be an installed name of the group, and its options be known in this table and no others."""
     named = section["properties"][key]
-    named["enum"] = list(entries(group))
+    named["enum"] = [*entries(group), *_OTHERS.get(group, ())]
     if group in _NO_OPTIONS:
         return
     for name in entries(group):

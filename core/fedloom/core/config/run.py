@@ -6,15 +6,16 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from fedloom.core import registry
+from fedloom.core.codecs.auto import AUTO, possible
 from fedloom.core.config.data import DataSection
 from fedloom.core.config.evaluation import EvaluationSection, FederatedEvaluationSection
 from fedloom.core.config.parsing import FileName, OpenSection, Section, explain, parse, read_toml
+from fedloom.core.config.secure_aggregation import SecureAggregationSection
 from fedloom.core.config.start import StartSection
 from fedloom.core.config.train import TrainSection
 from fedloom.core.errors import ConfigError
 from fedloom.core.limits import MAX_CLIENTS, MAX_RANK, MAX_ROUNDS, MAX_SPEC_BYTES
 from fedloom.core.privacy.banded import MAX_BANDS, check_bands
-from fedloom.core.secagg.fixed_point import FixedPoint
 
 __all__ = [
     "AdapterSection",
@@ -247,32 +248,11 @@ class RoundsSection(Section):
 class WireSection(Section):
     """[wire]: codecs."""
 
-    upload: str = "fp32"
-    """Codec of updates."""
-    broadcast: str = "fp32"
-    """Codec of the global adapter."""
-
-
-class SecureAggregationSection(Section):
-    """[secure_aggregation]: the coordinator sees only the sum of a round's updates."""
-
-    enabled: bool = False
-    """True masks every update among the cohort's clients; needs a linear strategy, uniform weights and peers that have
-    pinned each other's keys."""
-    threshold: float = Field(default=2 / 3, gt=0.5, le=1)
-    """Share of a cohort that must last to the end of a sum; so many clients together could unmask an update."""
-    max_change: float = Field(default=4.0, ge=1e-6, le=1e6)
-    """Largest absolute change of one value in one round. Values are rounded to steps of about max_change times
-    max_clients / 2³¹."""
-    max_clients: int = Field(default=256, ge=3, le=1000)
-    """Most clients in one sum."""
-    step_deadline_s: float = Field(default=60.0, gt=0, le=1e8)
-    """Seconds after which a step of the sum goes on without those who are missing."""
-
-    @property
-    def fixed_point(self) -> FixedPoint:
-        """The integers that updates are rounded to."""
-        return FixedPoint(self.max_change, self.max_clients)
+    upload: str = AUTO
+    """Codec of updates. auto: fp32 for adapters of up to 1 MiB, eden4 for larger ones."""
+    broadcast: str = AUTO
+    """Codec of the global adapter, or of its changes where all clients hold the same. auto: as for updates where they
+    do, fp32 where they do not."""
 
 
 class EngineSection(Section):
@@ -335,7 +315,7 @@ class Spec(Section):
             "tasks": (self.model.task,),
             "adapters": (self.adapter.kind,),
             "optimizers": (self.train.optimizer,),
-            "codecs": (self.wire.upload, self.wire.broadcast),
+            "codecs": (*possible(self.wire.upload), *possible(self.wire.broadcast)),
         }
 
     @classmethod

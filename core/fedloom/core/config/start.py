@@ -9,6 +9,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from fedloom.core.codecs import codec
+from fedloom.core.codecs.auto import AUTO
 from fedloom.core.config.parsing import FileName, Section
 from fedloom.core.errors import CodecError, ConfigError, SchemaError
 from fedloom.core.schema import Array, Role, Schema, Tensors
@@ -146,7 +147,7 @@ def beginning(found: Tensors, schema: Schema, fresh: Tensors, broadcast: str) ->
     if spoilt := [name for name, each in values.items() if not np.isfinite(each).all()]:
         raise ConfigError(f"start.adapter has NaN or Inf in {spoilt[0]}; it cannot be trained on")
     try:
-        codec(broadcast).encode(schema, values)
+        codec("fp32" if broadcast == AUTO else broadcast).encode(schema, values)  # as whole adapters then go
     except CodecError as error:
         raise ConfigError(f'start.adapter cannot be sent to clients: {error}; set wire.broadcast = "fp32"') from error
     return values

@@ -47,14 +47,16 @@ class JoinReply(_message.Message):
     def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., spec: _Optional[str] = ..., schema: _Optional[str] = ..., schema_digest: _Optional[str] = ...) -> None: ...
 
 class WorkRequest(_message.Message):
-    __slots__ = ("run", "epoch", "client")
+    __slots__ = ("run", "epoch", "client", "held")
     RUN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     run: str
     epoch: int
     client: str
-    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
+    held: str
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., client: _Optional[str] = ..., held: _Optional[str] = ...) -> None: ...
 
 class WorkReply(_message.Message):
     __slots__ = ("assignment", "wait", "finished")
@@ -67,7 +69,7 @@ class WorkReply(_message.Message):
     def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("round", "train", "personal", "rank", "base_rank", "local", "broadcast_roles", "broadcast_codec", "broadcast_digest", "broadcast_bytes", "upload_codec", "linear", "turns")
+    __slots__ = ("round", "train", "personal", "rank", "base_rank", "local", "broadcast_roles", "broadcast_codec", "broadcast_digest", "broadcast_bytes", "upload_codec", "linear", "turns", "adapter", "links")
     class LocalEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +90,8 @@ class Assignment(_message.Message):
     UPLOAD_CODEC_FIELD_NUMBER: _ClassVar[int]
     LINEAR_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     round: int
     train: _containers.RepeatedScalarFieldContainer[str]
     personal: _containers.RepeatedScalarFieldContainer[str]
@@ -101,7 +105,27 @@ class Assignment(_message.Message):
     upload_codec: str
     linear: _containers.RepeatedScalarFieldContainer[str]
     turns: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, round: _Optional[int] = ..., train: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., rank: _Optional[int] = ..., base_rank: _Optional[int] = ..., local: _Optional[_Mapping[str, float]] = ..., broadcast_roles: _Optional[_Iterable[str]] = ..., broadcast_codec: _Optional[str] = ..., broadcast_digest: _Optional[str] = ..., broadcast_bytes: _Optional[int] = ..., upload_codec: _Optional[str] = ..., linear: _Optional[_Iterable[str]] = ..., turns: _Optional[_Iterable[str]] = ...) -> None: ...
+    adapter: str
+    links: _containers.RepeatedCompositeFieldContainer[Link]
+    def __init__(self, round: _Optional[int] = ..., train: _Optional[_Iterable[str]] = ..., personal: _Optional[_Iterable[str]] = ..., rank: _Optional[int] = ..., base_rank: _Optional[int] = ..., local: _Optional[_Mapping[str, float]] = ..., broadcast_roles: _Optional[_Iterable[str]] = ..., broadcast_codec: _Optional[str] = ..., broadcast_digest: _Optional[str] = ..., broadcast_bytes: _Optional[int] = ..., upload_codec: _Optional[str] = ..., linear: _Optional[_Iterable[str]] = ..., turns: _Optional[_Iterable[str]] = ..., adapter: _Optional[str] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ...) -> None: ...
+
+class Link(_message.Message):
+    __slots__ = ("before", "after", "values", "changes", "codec", "digest", "bytes")
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    before: str
+    after: str
+    values: _containers.RepeatedScalarFieldContainer[str]
+    changes: _containers.RepeatedScalarFieldContainer[str]
+    codec: str
+    digest: str
+    bytes: int
+    def __init__(self, before: _Optional[str] = ..., after: _Optional[str] = ..., values: _Optional[_Iterable[str]] = ..., changes: _Optional[_Iterable[str]] = ..., codec: _Optional[str] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class Wait(_message.Message):
     __slots__ = ("retry_after_s",)

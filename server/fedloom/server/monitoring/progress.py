@@ -48,6 +48,8 @@ class Progress:
     waiting_s: float
     refusing: tuple[str, ...]
     """Clients that have said that they refuse the run, and not come back since."""
+    codecs: tuple[str, str]
+    """Of updates and of what is broadcast."""
 
     @classmethod
     def of(
@@ -59,6 +61,7 @@ class Progress:
         traffic: Traffic,
         elapsed_s: float,
         told: tuple[str, float, tuple[str, ...]] = ("", 0.0, ()),
+        codecs: tuple[str, str] = ("", ""),
     ) -> "Progress":
         """The picture of what the arguments say."""
         is_open = rounds.phase == "open"
@@ -82,6 +85,7 @@ class Progress:
             waiting=told[0],
             waiting_s=told[1],
             refusing=told[2],
+            codecs=codecs,
         )
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom.core.codecs import codec
+from fedloom.core.codecs.auto import AUTO, chosen
+from fedloom.core.codecs.changes import held_digest
 from fedloom.core.config.run import RunConfig
 from fedloom.core.config.schedules import learning_rates
 from fedloom.core.errors import CodecError, ConfigError, ProtocolError, SchemaError, StrategyError
@@ -17,12 +19,13 @@ from fedloom.core.runtime.failpoints import failpoint
 from fedloom.core.schema import Array, Role, Schema, Tensors, linear_name
 from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.checks import overridden
-from fedloom.proto.messages import Assignment, Finished, broadcast_schema, moving, upload_schema
+from fedloom.proto.messages import Assignment, Finished, Link, broadcast_schema, moving, upload_schema
 from fedloom.server.strategy_errors import blamed
 from fedloom.strategies.api import Plan, State, Strategy, Update
 from fedloom.strategies.result import base_rank, result_schema
+from fedloom.strategies.transforms.coded_broadcast import Step, steps
 
-__all__ = ["FINAL_CODEC", "Broadcasts", "final"]
+__all__ = ["FINAL_CODEC", "Broadcasts", "codecs_of", "final"]
 
 FINAL_CODEC = "fp32"
 """Codec of the final adapter: it is what the run is for, so nothing of it is rounded away."""
@@ -54,6 +57,9 @@ class Broadcasts:
         self._planned: dict[object, tuple[Plan, Assignment]] = {}
         self._distinct: dict[object, Assignment] = {}
         self._digests: dict[object, list[tuple[Tensors, str]]] = {}
+        self._coded = strategy.traits.coded_broadcast
+        self._links = tuple(_linked(step) for step in steps(state))
+        self._payloads |= {link.digest: step.payload for link, step in zip(self._links, steps(state), strict=True)}
         self._uploads: dict[object, Schema] = {}
         self._rate_sums: dict[object, dict[str, float]] = {}
 
@@ -91,9 +97,16 @@ class Broadcasts:
             pass
         return None
 
-    def payload(self, client: str) -> bytes:
-        """The bytes of the client's broadcast."""
-        return self._payloads[self.assignment(client).broadcast_digest]
+    def asked(self, client: str, held: str) -> Assignment:
+        """The assignment of a client that has the adapter with this digest: what leads from there, if anything does."""
+        assignment = self.assignment(client)
+        leading = [place for place, link in enumerate(self._links) if link.before == held]
+        return replace(assignment, links=self._links[leading[0] :]) if leading else assignment
+
+    def payload(self, client: str, digest: str) -> bytes | None:
+        """The bytes under this digest, if they are of the client's broadcast or a step that leads to it; else None."""
+        mine = {self.assignment(client).broadcast_digest, *(link.digest for link in self._links)}
+        return self._payloads[digest] if digest in mine else None
 
     def start(self, client: str) -> Tensors:
         """What the client starts from: the broadcast as it reads it, after the codec's rounding."""
@@ -156,15 +169,15 @@ class Broadcasts:
 
     def _converted(self, plan: Plan) -> Assignment:
         """The plan as a message, in which the payload's address stands for the tensors."""
-        wire, secure = self._config.wire, self._config.secure_aggregation.enabled
+        upload, broadcast = codecs_of(self._config, self._schema, self._strategy)
         asked = Assignment(
             round=self._state.round,
             train=plan.train,
             broadcast_roles=self._schema.words(plan.broadcast) | _correction_roles(plan.broadcast.keys() - self._names),
             broadcast_digest="",
             broadcast_bytes=0,
-            broadcast_codec=wire.broadcast,
-            upload_codec=MASKED if secure else wire.upload,
+            broadcast_codec=FINAL_CODEC if self._coded else broadcast,
+            upload_codec=upload,
             personal=plan.personal,
             rank=plan.rank,
             base_rank=base_rank(self._schema, plan.broadcast),
@@ -173,7 +186,8 @@ class Broadcasts:
             turns=plan.turns,
         )
         digest = self._digest(_sent(plan), asked)
-        return replace(asked, broadcast_digest=digest, broadcast_bytes=len(self._payloads[digest]))
+        adapter = held_digest(plan.broadcast) if self._coded and not plan.linear else ""
+        return replace(asked, broadcast_digest=digest, broadcast_bytes=len(self._payloads[digest]), adapter=adapter)
 
     def _digest(self, sent: Tensors, asked: Assignment) -> str:
         """The digest of a plan's tensors, which are encoded and hashed unless equal ones were before."""
@@ -224,11 +238,30 @@ class Broadcasts:
             raise ConfigError(f"no client would take the strategy's plan: {error}; look at its options") from error
 
 
+def codecs_of(config: RunConfig, schema: Schema, strategy: Strategy) -> tuple[str, str]:
+    """Names of the codecs of updates and of what is broadcast; whole adapters of coded changes go in `FINAL_CODEC`.
+
+    Without one adapter for all there are no changes to send, and four bits would take too much of the values.
+    """
+    wire = config.wire
+    upload = MASKED if config.secure_aggregation.enabled else chosen(wire.upload, schema)
+    if wire.broadcast == AUTO and not strategy.traits.coded_broadcast:
+        return upload, FINAL_CODEC
+    return upload, chosen(wire.broadcast, schema)
+
+
 def final(schema: Schema, rounds: int, model: Tensors) -> tuple[Finished, bytes]:
     """The end of a run: its announcement, and its result under the whole schema."""
     payload = codec(FINAL_CODEC).encode(result_schema(schema, model), model)
     digest = hashlib.sha256(payload).hexdigest()
     return Finished(rounds, FINAL_CODEC, digest, len(payload), base_rank(schema, model)), payload
+
+
+def _linked(step: Step) -> Link:
+    """A step as a message."""
+    digest, change = hashlib.sha256(step.payload).hexdigest(), step.change
+    sent = frozenset(change.values), frozenset(change.changes), change.codec
+    return Link(step.before, step.after, *sent, digest, len(step.payload))
 
 
 def _check_turns(config: RunConfig, plan: Plan) -> None:

@@ -11,6 +11,7 @@ from fedloom.core.errors import ConfigError, ProtocolError, StrategyError, Updat
 from fedloom.core.schema import Schema, Tensors
 from fedloom.server.monitoring.progress import Progress, warn_if_short
 from fedloom.server.monitoring.waiting import Patience, waiting
+from fedloom.server.rounds.broadcast import codecs_of
 from fedloom.server.rounds.clock import Attentive, Busy
 from fedloom.server.rounds.evaluation import federated_score
 from fedloom.server.rounds.membership import Members
@@ -85,6 +86,8 @@ class Course:
         self._traffic, self._stirred, self.folder = store.traffic, False, store.folder
         self._settled: tuple[Rounds, int, bool] | None = None
         self._history = History(config, schema, strategy, store, starting=starting)
+        self._codecs = codecs_of(config, schema, strategy)
+        _log.info("updates are sent in %s, the adapter or its changes in %s", *self._codecs)
         self._secure = Secure(config, self._history, store)
         self.audit = Audit(store)
         self.audit.note("started", detail=f"run {self._history.run}")
@@ -136,7 +139,7 @@ class Course:
             now_s = self._clock()
             live, seen, elapsed_s = self._members.live(now_s), self._members.seen_ago(now_s), now_s - self._opened_s
             told = self._patience.what, self._patience.seconds, tuple(sorted(self._refusing))
-            return Progress.of(self._rounds, self.config, live, seen, self._traffic, elapsed_s, told)
+            return Progress.of(self._rounds, self.config, live, seen, self._traffic, elapsed_s, told, self._codecs)
 
     @property
     def over(self) -> bool:

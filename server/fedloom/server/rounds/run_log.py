@@ -10,8 +10,12 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 
-from fedloom.core.config.run import RunConfig
+import numpy as np
+
+from fedloom.core.codecs.auto import chosen, possible
+from fedloom.core.config.run import RunConfig, WireSection
 from fedloom.core.errors import ConfigError, SchemaError, StoreError, StrategyError
 from fedloom.core.runtime.failpoints import failpoint, reach
 from fedloom.core.schema import Schema, Tensors
@@ -42,7 +46,7 @@ from fedloom.strategies.result import result_schema
 from fedloom.strategies.state import state_from_bytes, state_to_bytes
 from fedloom.strategies.transforms.user_level_dp import check_memory
 
-__all__ = ["History", "agreed"]
+__all__ = ["History", "agreed", "may_be"]
 
 _log = logging.getLogger(__name__)
 
@@ -201,8 +205,7 @@ class History:
             return payload if digest == ending.digest else None
         if self.rounds.phase != "open" or client not in self.rounds.cohort:
             return None
-        broadcasts = self._asked_in(client)
-        return broadcasts.payload(client) if digest == broadcasts.assignment(client).broadcast_digest else None
+        return self._asked_in(client).payload(client, digest)
 
     def expected(self, header: UpdateHeader) -> int | None:
         """The exact length in bytes of the payload that must follow; None when exactly this update is accepted already.
@@ -219,12 +222,16 @@ class History:
         check_address(header, self.rounds)
         check_score(header, self._config)
         broadcasts = self._asked_in(header.client)
-        return expected_bytes(
-            header, broadcasts.assignment(header.client).upload_codec, broadcasts.upload_schema(header.client)
-        )
+        upload, integers = broadcasts.upload_schema(header.client), self._config.secure_aggregation.integers
+        masked_bytes = np.dtype(integers.word).itemsize * integers.size(upload)
+        return expected_bytes(header, broadcasts.assignment(header.client).upload_codec, upload, masked_bytes)
 
-    def assign(self, client: str) -> Assignment | None:
+    def assign(self, client: str, held: str) -> Assignment | None:
         """What a client that asks for work is to do; in a buffered round, the decision that it is asked is recorded.
+
+        Args:
+            client: Who asks.
+            held: Digest of the adapter that it has; "" for none.
 
         Raises:
             ConfigError: The strategy plans what the run file rules out.
@@ -232,7 +239,7 @@ class History:
         if event := asking(self.rounds, client, self._config.rounds):
             self.record(event)
         asked = self.rounds.takes_from(client) and self.rounds.started(client) == self.rounds.round
-        return self._asked_in(client).assignment(client) if asked else None
+        return self._asked_in(client).asked(client, held) if asked else None
 
     def failing(self, client: str, error: StrategyError | ConfigError) -> None:
         """Note that the strategy fails for a client of the open round.
@@ -321,17 +328,18 @@ class History:
         self.result(self.state)
         digest = self._store.put_blob(state_to_bytes(self.state))
         reach("history.born")
-        created = RunCreated(uuid.uuid4().hex, agreed(self._config), self._schema.digest, digest)
+        created = RunCreated(uuid.uuid4().hex, agreed(self._config, self._schema), self._schema.digest, digest)
         self.record(created)
         self.write()
         return created.run
 
     @failpoint("history.continue")
     def _continue(self, created: RunCreated) -> str:
-        if (created.spec, created.schema) != (agreed(self._config), self._schema.digest):
+        if (created.spec, created.schema) != (agreed(self._config, self._schema), self._schema.digest):
             raise ConfigError(
                 f"{self._store.where} holds run {created.run[:8]} of another run file or base model; give its own (of "
-                "0.1: strategy.weighting = 'uniform') or another directory; start.adapter is for more rounds"
+                "0.1: strategy.weighting = 'uniform', wire.upload and wire.broadcast = 'fp32') or another directory; "
+                "start.adapter is for more rounds"
             )
         self.state = state_from_bytes(self._store.get_blob(self.rounds.state), self._schema)
         _log.info("run %s goes on at round %d, epoch %d", created.run[:8], self.rounds.round + 1, self._store.epoch)
@@ -348,10 +356,23 @@ class History:
         self._store.sweep({*self._states.values(), *updates, *tuple(self._arriving), self._schema.digest})
 
 
-def agreed(config: RunConfig) -> str:
+def agreed(config: RunConfig, schema: Schema) -> str:
     """Digest of what a run may not change on the way: all that clients were told, and the strategy."""
-    # Absent rather than null, and uniform where weights are left open: runs from before either keep their digest.
+    wire = config.wire
+    return _digest(config, WireSection(upload=chosen(wire.upload, schema), broadcast=chosen(wire.broadcast, schema)))
+
+
+def may_be(config: RunConfig, spec: str) -> bool:
+    """Whether this is what was `agreed` for some schema."""
+    wires = product(possible(config.wire.upload), possible(config.wire.broadcast))
+    return any(spec == _digest(config, WireSection(upload=up, broadcast=down)) for up, down in wires)
+
+
+def _digest(config: RunConfig, wire: WireSection) -> str:
+    # Absent rather than null, and uniform where weights are left open: runs from before either keep their digest. So do
+    # small ones that name no codec, which was fp32.
     weighting = "uniform" if config.strategy.weighting == "auto" else config.strategy.weighting
     strategy = config.strategy.model_copy(update={"weighting": weighting}).model_dump_json(exclude_none=True)
-    text = config.spec.model_dump_json() + strategy + config.user_level.model_dump_json()
+    spec = config.spec.model_copy(update={"wire": wire}).model_dump_json()
+    text = spec + strategy + config.user_level.model_dump_json()
     return hashlib.sha256(text.encode()).hexdigest()

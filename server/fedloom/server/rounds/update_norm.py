@@ -16,7 +16,7 @@ from fedloom.core.privacy.spends import banded
 from fedloom.core.schema import Tensors
 from fedloom.proto.checks import overridden
 
-__all__ = ["check_noise", "largest_norm", "noise_std"]
+__all__ = ["check_noise", "largest_norm", "moves_linearly", "noise_std"]
 
 _FACTOR = 10.0
 """Room for rounded declarations, samples and noise above their mean, and steps that all point one way."""
@@ -92,6 +92,12 @@ def noise_std(config: RunConfig, round: int, local: Mapping[str, float], declare
             "train.proximal_mu and privacy.noise_bands"
         )
     return noise_of_mean(lambda steps: float(claimed(steps, rate, step)), train.steps, train.ema)
+
+
+def moves_linearly(config: RunConfig) -> bool:
+    """Whether a round's move is the same linear function of its gradients in all directions, as SGD's is."""
+    claimed = getattr(_optimizer(config.train.model_dump_json()), "noise_moved", None)
+    return claimed is not None and claimed(config.train.steps, 1.0, 1.0) is not None
 
 
 def check_noise(config: RunConfig) -> None:

@@ -11,7 +11,6 @@ from fedloom.core.config.run import Spec
 from fedloom.core.errors import CodecError, Overloaded, ProtocolError, SchemaError, UpdateRejected
 from fedloom.core.runtime.failpoints import failpoint
 from fedloom.core.schema import Schema, Tensors
-from fedloom.core.secagg.fixed_point import masked_bytes
 from fedloom.core.secagg.steps import MASKED
 from fedloom.proto.messages import Assignment, UpdateHeader
 from fedloom.server.rounds.state import Rounds, UpdateAccepted
@@ -102,8 +101,14 @@ def check_result_score(client: str, score: tuple[float, ...], spec: Spec, finish
         )
 
 
-def expected_bytes(header: UpdateHeader, wanted: str, upload: Schema) -> int:
+def expected_bytes(header: UpdateHeader, wanted: str, upload: Schema, masked_bytes: int) -> int:
     """The payload's exact length, from the codec and the schema that the client was asked for.
+
+    Args:
+        header: What precedes it.
+        wanted: The codec that it must have.
+        upload: Its schema.
+        masked_bytes: Its length where it is masked.
 
     Raises:
         ProtocolError: Schema, codec or announced length differ from that.
@@ -115,7 +120,7 @@ def expected_bytes(header: UpdateHeader, wanted: str, upload: Schema) -> int:
         )
     if header.codec != wanted:
         raise ProtocolError(f"client {header.client!r} sends codec {header.codec[:32]!r}; this run takes {wanted!r}")
-    size_bytes = masked_bytes(upload) if wanted == MASKED else codec(wanted).encoded_size(upload)
+    size_bytes = masked_bytes if wanted == MASKED else codec(wanted).encoded_size(upload)
     if header.payload_bytes != size_bytes:
         raise ProtocolError(
             f"client {header.client!r} announces {header.payload_bytes} bytes; the schema in {wanted} is {size_bytes}"

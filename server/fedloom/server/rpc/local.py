@@ -19,9 +19,9 @@ class LocalConnection:
         self._client, self._run, self._epoch = client, joined.run, joined.epoch
         return joined
 
-    def work(self) -> Answer:
+    def work(self, held: str = "") -> Answer:
         """Ask for work; never waits, since the others can only move when this call returns."""
-        return self._coordinator.work(self._client, self._run, self._epoch)
+        return self._coordinator.work(self._client, self._run, self._epoch, held)
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:
         """The payload."""

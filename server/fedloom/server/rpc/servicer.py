@@ -169,7 +169,7 @@ class Servicer(pb_grpc.FederationServicer):
     async def Work(self, request: pb.WorkRequest, context: Context) -> pb.WorkReply:
         """See federation.proto."""
         asked = request.client, request.run, request.epoch
-        work = partial(self._coordinator.work, *asked)
+        work = partial(self._coordinator.work, *asked, request.held)
         with self._clients.call(request.client):
             return answer_to_wire(await self._polls.poll(asked, work, lambda answer: isinstance(answer, Wait), Wait))
 

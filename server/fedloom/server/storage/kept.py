@@ -11,7 +11,7 @@ from fedloom.core.schema import Schema
 from fedloom.proto.checks import overridden
 from fedloom.server.build import build_strategy
 from fedloom.server.rounds.broadcast import Broadcasts
-from fedloom.server.rounds.run_log import agreed
+from fedloom.server.rounds.run_log import may_be
 from fedloom.server.rounds.state import AdapterCommitted, Rounds, UpdateAccepted, apply
 from fedloom.server.storage.verify import look, read_blob
 from fedloom.strategies.api import State, Strategy, Update
@@ -51,7 +51,7 @@ def kept_rounds(folder: Path, config: RunConfig) -> Iterator[KeptRound]:
     created = snapshot.rounds.created
     if created is None or not (folder / "blobs" / created.schema).is_file():
         return
-    if created.spec != agreed(config):
+    if not may_be(config, created.spec):
         raise ConfigError(
             f"{folder} holds run {created.run[:8]} of another run file; give the run folder as the run left it"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError, StoreError
-from fedloom.server.rounds.run_log import agreed
+from fedloom.server.rounds.run_log import may_be
 from fedloom.server.rounds.state import Event, Rounds, apply
 from fedloom.server.storage.audit_log import AuditRecord, record_from_json
 from fedloom.server.storage.hash_chain import read_mark
@@ -76,7 +76,7 @@ def newest_state(folder: Path, config: RunConfig) -> bytes:
         rounds = look(folder).rounds
         if rounds.created is None:
             raise StoreError(f"no run has begun in {folder}; start `fedloom server` with it first")
-        if rounds.created.spec != agreed(config):
+        if not may_be(config, rounds.created.spec):
             raise ConfigError(
                 f"{folder} holds run {rounds.created.run[:8]} of another run file or base model; give the run file and "
                 "the overrides that its coordinator was started with"

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedloom.core.errors import ConfigError
 from fedloom.strategies.api import State, Strategy, Traits, Update
-from fedloom.strategies.transforms.transform import Transform
+from fedloom.strategies.transforms.transform import Transform, named
 
 __all__ = ["Buffered"]
 
@@ -31,7 +31,7 @@ class Buffered(Transform):
         traits = self.inner.traits
         if traits.rewrites or not (traits.linear and traits.same_tensors):
             raise ConfigError(
-                f"strategy {type(self.inner).__name__} cannot use changes made from an older state: it rewrites its "
+                f"strategy {named(self.inner)} cannot use changes made from an older state: it rewrites its "
                 "coordinates, trains other tensors in other rounds or is not linear; set rounds.mode = "
                 '"synchronous" or choose fedavg, ffa or fedpeft'
             )

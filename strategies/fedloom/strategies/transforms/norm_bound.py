@@ -8,7 +8,7 @@ import numpy as np
 
 from fedloom.core.errors import ConfigError
 from fedloom.strategies.api import State, Strategy, Traits, Update
-from fedloom.strategies.transforms.transform import Transform
+from fedloom.strategies.transforms.transform import Transform, named
 
 __all__ = ["NormBound", "norm"]
 
@@ -42,7 +42,7 @@ class NormBound(Transform):
             raise ConfigError(f"norm bound is {self.bound!r}; set a positive finite number")
         if self.inner.traits.remembers_clients:
             raise ConfigError(
-                f"strategy {type(self.inner).__name__} reads a client's gradient off its change, which a norm bound "
+                f"strategy {named(self.inner)} reads a client's gradient off its change, which a norm bound "
                 "scales; leave strategy.norm_bound out, rounds.max_update_norm refuses longer updates instead"
             )
 

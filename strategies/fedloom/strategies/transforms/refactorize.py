@@ -12,7 +12,10 @@ from fedloom.strategies.lowrank import RANK_TOLERANCE, orthonormal_rows, refacto
 from fedloom.strategies.transforms.server_optimizer import FIRST_MOMENT
 from fedloom.strategies.transforms.transform import Transform
 
-__all__ = ["OrthonormalStart", "Refactorize", "SingularValues"]
+__all__ = ["Basis", "OrthonormalStart", "Refactorize", "SingularValues"]
+
+Basis = Literal["turned", "kept"]
+"""What becomes of A after its first rewriting: it turns with every further one, or it stays."""
 
 SingularValues = Literal["B", "both"]
 """Where the singular values go: into B (algorithm 1 of FedSVD), or their roots into both factors."""
@@ -33,15 +36,18 @@ class Refactorize(Transform):
         inner: Any strategy whose memory holds nothing in the coordinates of a pair but momentum.
         period: Rounds from one rewriting to the next, at least 1.
         singular_values: "B" leaves the rows of A orthonormal; "both" gives B = U S^(1/2), A = S^(1/2) V^T.
+        basis: "kept" rewrites once and leaves A as it is then. Its rows span what they would span, B takes the turn,
+            and no client needs A again. Where local steps do not see the basis, the model has the same law.
 
     Raises:
-        ConfigError: `period` is below 1, or the inner strategy keeps moments that cannot be turned, or remembers
-            clients.
+        ConfigError: `period` is below 1, A is to be kept and not orthonormal, or the inner strategy keeps moments that
+            cannot be turned, or remembers clients.
     """
 
     inner: Strategy
     period: int = 1
     singular_values: SingularValues = "B"
+    basis: Basis = "turned"
 
     def __post_init__(self) -> None:
         """Refuse a period that never comes, and moments that would be left in the old coordinates."""
@@ -50,6 +56,12 @@ class Refactorize(Transform):
             raise ConfigError(f"refactorization period is {self.period}; set a number of rounds from 1 up")
         if self.singular_values not in get_args(SingularValues):
             raise ConfigError(f"singular values go to {self.singular_values!r}; choose B or both")
+        if self.basis not in get_args(Basis):
+            raise ConfigError(f"the basis is {self.basis!r}; choose turned or kept")
+        if self.basis == "kept" and self.singular_values != "B":
+            raise ConfigError(
+                'a basis that is kept has orthonormal rows; set singular_values = "B" or basis = "turned"'
+            )
         if traits.remembers_clients:
             raise ConfigError(
                 f"{who} remembers a gradient of every client in the coordinates of A and B, which a refactorization "
@@ -99,7 +111,8 @@ class Refactorize(Transform):
     def commit(self, state: State, acc: Any) -> State:
         """What the inner strategy commits, with its pairs rewritten if their round has come."""
         after = self.inner.commit(state, acc)
-        return self._rewritten(after) if after.round % self.period == 0 else after
+        due = after.round % self.period == 0 and (self.basis == "turned" or after.round == self.period)
+        return self._rewritten(after) if due else after
 
     def _rewritten(self, state: State) -> State:
         adapter, memory = dict(state.adapter), dict(state.memory)

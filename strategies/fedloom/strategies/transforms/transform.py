@@ -4,12 +4,12 @@ What a transform does to updates comes before the strategy inside sees them; wha
 strategy's commit. So `NormBound(Robust(Average(...), KRUM), 0.5)` bounds, then compares, then moves the adapter.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from fedloom.core.schema import Schema, Tensors
 from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
 
-__all__ = ["Composed", "Transform"]
+__all__ = ["Composed", "Transform", "named"]
 
 
 class _Around(Strategy):
@@ -70,6 +70,8 @@ class Transform(_Around):
     """All of `inner`, but for the methods that a subclass replaces. Subclasses are frozen dataclasses."""
 
     inner: Strategy
+    implied: ClassVar[bool] = False
+    """Whether it comes without being asked for, so that messages name what is inside."""
 
     def _inside(self) -> Strategy:
         return self.inner
@@ -97,3 +99,8 @@ class Composed(_Around):
 
     def _inside(self) -> Strategy:
         return self._built
+
+
+def named(strategy: Strategy) -> str:
+    """Class name of a strategy in messages: of what is inside where the transform is no choice of the run file's."""
+    return named(strategy.inner) if isinstance(strategy, Transform) and strategy.implied else type(strategy).__name__

@@ -18,7 +18,7 @@ from fedloom.strategies.api import Plan, State, Strategy, Traits, Update
 from fedloom.strategies.transforms.average import check, uploaded
 from fedloom.strategies.transforms.noise import KEY_BYTES, derive, normal
 from fedloom.strategies.transforms.norm_bound import norm
-from fedloom.strategies.transforms.transform import Transform
+from fedloom.strategies.transforms.transform import Transform, named
 from fedloom.strategies.transforms.tree_noise import retired
 
 __all__ = ["Clipped", "UserLevel", "check_memory", "count_noise"]
@@ -91,7 +91,7 @@ class UserLevel(Transform):
 
     def __post_init__(self) -> None:
         """Refuse what has no user-level guarantee."""
-        name = type(self.inner).__name__
+        name = named(self.inner)
         if not self.inner.traits.linear:
             raise ConfigError(
                 f"strategy {name} does not declare the trait linear; user-level privacy hands it one noised mean, "

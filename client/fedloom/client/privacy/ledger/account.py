@@ -12,7 +12,15 @@ from fedloom.client.privacy.ledger.file import InUse, stored_accounts
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.privacy.ledger.read_only import Glance
 
-__all__ = ["anchors_folder", "existing_account", "ledger_folder", "open_account", "outbox_folder", "personal_folder"]
+__all__ = [
+    "anchors_folder",
+    "existing_account",
+    "ledger_folder",
+    "left_out_folder",
+    "open_account",
+    "outbox_folder",
+    "personal_folder",
+]
 
 
 def ledger_folder(policy: Policy) -> Path:
@@ -28,6 +36,11 @@ def outbox_folder(policy: Policy) -> Path:
 def personal_folder(policy: Policy) -> Path:
     """Folder of what the site trains and keeps."""
     return policy.client.state / "personal"
+
+
+def left_out_folder(policy: Policy) -> Path:
+    """Folder of what codecs have left out of updates."""
+    return policy.client.state / "left-out"
 
 
 def anchors_folder(policy: Policy) -> Path:

@@ -112,6 +112,7 @@ def document(
             "noted": dict(journal.noted),
             "live": len(progress.live) if progress else None,
         },
+        "codecs": progress.codecs if progress else None,
         "clients": clients[:CLIENTS],
         "clients_total": len(clients),
         "states": Counter(each["state"] for each in clients),

@@ -254,13 +254,15 @@ function tiles(run) {
   );
   const lost = Object.values(totals.lost).reduce((sum, each) => sum + each, 0);
   found.push({ label: "Updates", value: count(totals.accepted), more: lost ? `${plural(lost, "time")} a client was lost` : "none lost" });
-  found.push({ label: "Traffic", value: bytes(totals.up + totals.down), more: `${bytes(totals.up)} up, ${bytes(totals.down)} down` });
+  found.push({ label: "Traffic", value: bytes(totals.up + totals.down), more: `${bytes(totals.up)} up${coded(run, 0)}, ${bytes(totals.down)} down${coded(run, 1)}` });
   part("tiles", found, () => found.map((each) => {
     const meter = each.meter === undefined ? null : el("div", { class: "meter", "aria-hidden": "true" }, el("div"));
     if (meter) meter.firstChild.style.width = `${Math.min(100, 100 * each.meter)}%`;
     return el("div", { class: "tile" }, el("p", { class: "label" }, each.label), el("p", { class: "value" }, each.value, each.unit ? el("small", {}, each.unit) : null), meter, el("p", { class: "more" }, each.more));
   }));
 }
+
+const coded = (run, way) => (run.codecs ? ` in ${run.codecs[way]}` : "");
 
 function chart(name, spec, wanted = true) {
   charts[name] ??= new Chart($("charts"));
