@@ -71,6 +71,7 @@ def coordinate(folder: str, expected: str, certs: str = "") -> None:
             "train": {"steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
             "privacy": {"enabled": False},
             "rounds": {"min_clients": min(clients, _COHORT), "clients_per_round": min(clients, _COHORT)},
+            "wire": {"upload": "fp32", "broadcast": "fp32"},
         }
     )
     schema = Schema((TensorSpec("m.A", "m", Role.LORA_A, (8, 1024)), TensorSpec("m.B", "m", Role.LORA_B, (1024, 8))))

@@ -98,6 +98,7 @@ def bench_round(*, rounds: int, clients: int, durable: bool, tls: bool) -> dict[
             "train": {"steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
             "privacy": {"enabled": False},
             "rounds": {"min_clients": clients},
+            "wire": {"upload": "fp32", "broadcast": "fp32"},
         }
     )
     schema = roberta_large_schema()

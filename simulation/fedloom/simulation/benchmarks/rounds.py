@@ -62,6 +62,7 @@ def _measured(clients: int, rounds: int) -> tuple[float, float]:
             "train": {"steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
             "privacy": {"enabled": False},
             "rounds": {"min_clients": clients},
+            "wire": {"upload": "fp32", "broadcast": "fp32"},
         }
     )
     names = [f"client-{number}" for number in range(clients)]
