@@ -19,12 +19,12 @@ from fedloom.core.errors import FedloomError
 from fedloom.core.runtime.memory import keep_freed_memory
 from fedloom.core.schema import Role, Schema, Tensors, TensorSpec
 from fedloom.proto.messages import Assignment, Joined, upload_schema
+from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.rpc.server import serving
 from fedloom.server.storage.local import Store
 from fedloom.simulation.benchmarks.raw_grpc import RawExchange, raw_server
 from fedloom.simulation.credentials import certificates
-from fedloom.strategies.fedavg import FedAvg
 from fedloom.strategies.start import starting_adapter
 
 __all__ = ["bench_round", "idle_client", "roberta_large_schema"]
@@ -110,7 +110,7 @@ def bench_round(*, rounds: int, clients: int, durable: bool, tls: bool) -> dict[
         names = [f"client-{k}" for k in range(clients)]
         certs = certificates(folder, names) if tls else {}
         starting = starting_adapter(schema, 0)
-        coordinator = Coordinator(config, schema, FedAvg(), store, starting=starting, expect=clients)
+        coordinator = Coordinator(config, schema, build_strategy(config), store, starting=starting, expect=clients)
         coordinator.on_commit = lambda _rounds, _state: commits.append(time.perf_counter())
         raw_address = stack.enter_context(raw_server(clients, 4 * schema.size, raw_s))
         with serving(coordinator, certs=folder / "authority" if tls else None) as address:
