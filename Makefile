@@ -67,6 +67,7 @@ check: setup
 	python -m docs.make_mutations --check
 	python -m docs.make_papers --check
 	python -m docs.make_study --check
+	python -m docs.make_wire --check
 	$(MAKE) --no-print-directory proto
 	git diff --exit-code -- proto
 
@@ -83,6 +84,7 @@ docs: setup
 	python -m docs.make_mutations
 	python -m docs.make_papers
 	python -m docs.make_study
+	python -m docs.make_wire
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --site-dir site
 
 bench: setup
