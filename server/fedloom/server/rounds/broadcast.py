@@ -58,8 +58,9 @@ class Broadcasts:
         self._distinct: dict[object, Assignment] = {}
         self._digests: dict[object, list[tuple[Tensors, str]]] = {}
         self._coded = strategy.traits.coded_broadcast
-        self._links = tuple(_linked(step) for step in steps(state))
-        self._payloads |= {link.digest: step.payload for link, step in zip(self._links, steps(state), strict=True)}
+        chain = steps(state)
+        self._links = tuple(map(_linked, chain))
+        self._payloads |= {link.digest: step.payload for link, step in zip(self._links, chain, strict=True)}
         self._uploads: dict[object, Schema] = {}
         self._rate_sums: dict[object, dict[str, float]] = {}
 

@@ -89,25 +89,35 @@ class CodedBroadcast(Transform):
         schema = (state.schema.with_base(rank) if rank else state.schema).select(wanted)
         trained, seed = state.schema.select(before.train).names(), seed_of(state.seed, state.round, "broadcast")
         name = chosen(self.codec, state.schema)
+        chain = steps(state)
+        # A chain ends at what is held, whose digest it has.
+        start = chain[-1].after if chain else held_digest(before.broadcast)
         try:
-            step, held = self._step(schema, name, before.broadcast, wanted, trained, seed)
+            step, held = self._step(schema, name, start, before.broadcast, wanted, trained, seed)
         except CodecError:
             return after  # beyond what the codec carries: the whole is float32
         memory = {_HELD + name: each for name, each in held.items() if not np.array_equal(each, wanted[name])}
-        for place, each in enumerate(_short([*steps(state), step], schema)):
+        for place, each in enumerate(_short([*chain, step], schema)):
             memory[f"{_STEP}{place:02d}"] = _packed(each)
         return replace(after, memory={**after.memory, **memory})
 
     def _step(
-        self, schema: Schema, name: str, before: Tensors, wanted: Tensors, trained: frozenset[str], seed: bytes
+        self,
+        schema: Schema,
+        name: str,
+        start: str,
+        before: Tensors,
+        wanted: Tensors,
+        trained: frozenset[str],
+        seed: bytes,
     ) -> tuple[Step, Tensors]:
-        """The step from `before` toward `wanted` in the codec called `name`, and where it ends."""
+        """The step from `before`, whose digest is `start`, toward `wanted` in the codec `name`, and where it ends."""
         other = {name for name, each in wanted.items() if not np.array_equal(each, before[name])}
         coded = other & trained if codec(name).traits.mean_error != 0 else set[str]()
         change = Change(schema.words(other - coded), schema.words(coded), name)
         payload = changed(schema, before, wanted, change, seed)
         held = followed(schema, before, payload, change)
-        return Step(held_digest(before), held_digest(held), change, payload), held
+        return Step(start, held_digest(held), change, payload), held
 
 
 def steps(state: State) -> list[Step]:
