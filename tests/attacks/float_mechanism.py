@@ -19,13 +19,9 @@ class FloatMechanism(PrivateOptimizer):
         self.max_grad_norm = clip_norm
         self._floats = torch.zeros(self.tape.width)
 
-    def clip_and_accumulate(self) -> None:
-        norms = self.tape.norms()
-        finite = torch.isfinite(norms)
-        if not bool(finite.all()):
-            self.tape.drop(~finite)
-            norms = torch.where(finite, norms, torch.zeros_like(norms))
-        self._floats += (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0) @ self.tape.flat
+    def clip_and_accumulate(self, real: int | None = None) -> None:
+        factors = (self.max_grad_norm / (self.tape.norms() + 1e-6)).clamp(max=1.0)
+        self._floats += factors[:real] @ self.tape.flat[:real]
 
     def add_noise(self) -> None:
         half, system = (self.tape.width + 1) // 2, System()

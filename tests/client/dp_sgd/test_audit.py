@@ -47,7 +47,7 @@ class MuchNoise(PrivateOptimizer):
 class Sums(PrivateOptimizer):
     """Keeps the sum of a microbatch's gradients as a subclass says."""
 
-    def clip_and_accumulate(self) -> None:
+    def clip_and_accumulate(self, real: int | None = None) -> None:
         self._total += (self.total(self.tape.flat) * (UNITS / self.max_grad_norm)).round().long()
 
     def total(self, flat: torch.Tensor) -> torch.Tensor:

@@ -187,7 +187,7 @@ def test_a_trained_parameter_that_is_not_recorded_is_refused(build_task: Build) 
 def test_a_clip_that_does_nothing_is_refused(build_task: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_task("bert", "text-classification")
 
-    def unclipped(self: PrivateOptimizer) -> None:
+    def unclipped(self: PrivateOptimizer, real: int | None = None) -> None:
         self._total += (self.tape.flat.sum(0) * UNITS / self.max_grad_norm).long()
 
     monkeypatch.setattr(PrivateOptimizer, "clip_and_accumulate", unclipped)
@@ -200,7 +200,7 @@ def test_a_clip_of_each_tensor_by_itself_is_refused(build_task: Build, monkeypat
     """Several tensors with a bound of C each are together longer than C."""
     model = build_task("bert", "text-classification")
 
-    def separately(self: PrivateOptimizer) -> None:
+    def separately(self: PrivateOptimizer, real: int | None = None) -> None:
         for parameter in self.tape.parameters:
             part = self.tape.flat[:, self.tape.columns[parameter]]
             norms = torch.linalg.vector_norm(part, dim=1, keepdim=True)

@@ -35,7 +35,7 @@ def test_a_candidate_at_the_edge_of_being_accepted_is_decided_by_further_bits() 
 
 @pytest.mark.parametrize("edge", [0, 1, 2])
 def test_a_candidate_at_the_edge_of_a_whole_part_is_decided_by_further_bits(edge: int) -> None:
-    place = gaussian._edges()[edge]
+    place = gaussian.edges()[edge]
 
     assert candidate(place, 0, 0, 0) == [1000 * edge]
     assert candidate(place, 0, 0, (1 << 64) - 1) == [1000 * (edge + 1)]

@@ -12,6 +12,7 @@ from fedloom.client.adapters.api import Adapter
 from fedloom.client.adapters.head import Head
 from fedloom.client.adapters.lora import LoRA
 from fedloom.client.adapters.slot import Slot
+from fedloom.client.models.attention import padding_known
 from fedloom.client.tasks.api import Task
 from fedloom.core.errors import ModelError
 from fedloom.core.peft_settings import PREFIX
@@ -166,5 +167,6 @@ class AdapterModel:
     def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Class scores, float32, shape (batch, labels), or (batch, length, labels or vocabulary) at each token."""
         inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}
-        scores: torch.Tensor = self.model(**inputs).logits
+        with padding_known(batch.get("attention_mask")):
+            scores: torch.Tensor = self.model(**inputs).logits
         return scores.float()

@@ -106,7 +106,8 @@ class Trainer:
             self.check_sensitivity()
             privacy = spec.privacy
             assert privacy.noise_multiplier is not None  # checked when the spec met the policy
-            rehearse(privacy.noise_multiplier, privacy.clip_norm, banded(spec), privacy.clipping == "automatic")
+            automatic = privacy.clipping == "automatic"
+            rehearse(privacy.noise_multiplier, privacy.clip_norm, banded(spec), automatic, model.device)
         self._activations = kept_activations(model, spec.model.digest, policy.compute)
         self.microbatch = Microbatch(fitting(model, self._batch_loss, spec, policy.compute.memory_mib), model.device)
 

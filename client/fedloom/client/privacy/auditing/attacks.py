@@ -45,6 +45,7 @@ Verdict = Literal["consistent", "blind", "VIOLATION"]
 LIMIT = 8.0
 """Standard errors beyond which nothing is chance: of a million figures one is in a billion attempts."""
 
+_CPU = torch.device("cpu")
 _WIDTH = 4096
 _FAINT = 2.0**-7
 """Norm of the example in `low_bits`, over C: it changes low bits, and nothing else that shows."""
@@ -93,16 +94,16 @@ class FloatNoise(PrivateOptimizer):
         self.max_grad_norm = clip_norm
         self._float_sum = torch.zeros(self.tape.width)
 
-    def clip_and_accumulate(self) -> None:
+    def clip_and_accumulate(self, real: int | None = None) -> None:
         """Add up in float32."""
         factors = (self.max_grad_norm / (self.tape.norms() + 1e-6)).clamp(max=1.0)
-        self._float_sum += factors @ self.tape.flat
+        self._float_sum += factors[:real] @ self.tape.flat[:real]
 
     def add_noise(self) -> None:
         """Add a float32 multiple of sigma times C."""
         drawn = self.entropy.normal(LARGEST_DEVIATION, self.tape.width) / LARGEST_DEVIATION
         alpha = self.noise_multiplier * self.max_grad_norm
-        noisy = torch.add(self._float_sum, torch.from_numpy(drawn).float(), alpha=alpha)
+        noisy = torch.add(self._float_sum, torch.from_numpy(drawn).to(self._float_sum), alpha=alpha)
         self._float_sum.zero_()
         for parameter in self.tape.parameters:
             parameter.grad = noisy[self.tape.columns[parameter]].view_as(parameter)
@@ -211,7 +212,7 @@ def low_bits(make: Make, clip_norm: float, *, steps: int, entropy: Entropy | Non
         entropy: Test seam; None is the operating system's.
     """
     drawn = entropy or System()
-    gradient = torch.randn(_WIDTH, generator=torch.Generator().manual_seed(1))
+    gradient = torch.randn(_WIDTH, generator=torch.Generator().manual_seed(1), device="cpu")
     gradient *= _FAINT * clip_norm / gradient.norm()
 
     def found(make: Make) -> float:
@@ -294,7 +295,11 @@ def _beyond(present: Floats, absent: Floats, sigma: float) -> float:
 
 @lru_cache(maxsize=64)
 def rehearse(
-    noise_multiplier: float, clip_norm: float, strategy: Banded | None = None, automatic: bool = False
+    noise_multiplier: float,
+    clip_norm: float,
+    strategy: Banded | None = None,
+    automatic: bool = False,
+    device: torch.device = _CPU,
 ) -> None:
     """Try the attacks in short on the private step of this installation, at a run's settings; once in a process.
 
@@ -305,16 +310,18 @@ def rehearse(
         clip_norm: The run's.
         strategy: Of noise that is spread over several steps.
         automatic: Whether every gradient is brought to the clip norm, rather than the long ones alone.
+        device: Where the steps are made, and the noise with them.
 
     Raises:
         ModelError: One of them succeeded, or could not have.
     """
     make, bands = partial(PrivateOptimizer, automatic=automatic), strategy.bands if strategy else 1
-    attacks = (
-        correlated_noise(make, noise_multiplier, clip_norm, steps=max(4, bands), strategy=strategy),
-        low_bits(make, 1.0, steps=8),
-        extreme_settings(make, noise_multiplier, clip_norm, trials=8),
-    )
+    with device:
+        attacks = (
+            correlated_noise(make, noise_multiplier, clip_norm, steps=max(4, bands), strategy=strategy),
+            low_bits(make, 1.0, steps=8),
+            extreme_settings(make, noise_multiplier, clip_norm, trials=8),
+        )
     for each in attacks:
         if each.verdict != "consistent":
             raise ModelError(
@@ -345,8 +352,8 @@ def _releases(
         if example is not None:
             tape.begin(1)
             for parameter in parameters:
-                tape.add(parameter, example[tape.columns[parameter]][None].clone())
+                tape.add(parameter, example[tape.columns[parameter]][None].to(parameter.device, copy=True))
             optimizer.accumulate()
         optimizer.release()
-        row[:] = torch.cat([each.grad for each in parameters if each.grad is not None]).numpy()
+        row[:] = torch.cat([each.grad for each in parameters if each.grad is not None]).cpu().numpy()
     return released

@@ -9,6 +9,7 @@ from torch import nn
 
 from fedloom.client.privacy.dp_sgd.correlated import Correlated
 from fedloom.client.privacy.dp_sgd.grad_sample import Tape
+from fedloom.client.privacy.dp_sgd.noise import noise
 from fedloom.client.privacy.dp_sgd.rng import Entropy
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.banded import Banded
@@ -103,23 +104,25 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
             real: How many of the examples count; those after them fill a microbatch up. None counts all.
         """
         self.tape.finish()
-        if real is not None:
-            self.tape.drop(torch.arange(self.tape.batch, device=self._total.device) >= real)
-        self.clip_and_accumulate()
+        self.clip_and_accumulate(real)
         self.tape.clear()
 
-    def clip_and_accumulate(self) -> None:
+    def clip_and_accumulate(self, real: int | None = None) -> None:
         """Add each example's whole gradient, scaled to norm at most C and rounded to the grid, to the sum.
 
-        A non-finite one counts as zero: a run that failed on it would tell that such an example is there.
+        A non-finite one counts as zero: a run that failed on it would tell that such an example is there. Its scale is
+        0 or not a number, and both add nothing. No value is read from the device: a GPU would first have to do all the
+        work that it has been given.
+
+        Args:
+            real: As for `accumulate`.
         """
         norms = self.tape.norms()
-        finite = torch.isfinite(norms)
-        if not bool(finite.all()):
-            self.tape.drop(~finite)
-            norms = torch.where(finite, norms, torch.zeros_like(norms))
         least = norms + _GAMMA if self._automatic else norms.clamp(min=self.max_grad_norm)
-        self.tape.add_rounded_sum(self._longest / least, self._total)
+        scales = self._longest / least
+        if real is not None:
+            scales[real:] = 0.0
+        self.tape.add_rounded_sum(scales, self._total)
 
     def add_noise(self) -> None:
         """One draw of the Gaussian mechanism over all parameters; then back from steps of the grid to gradients."""
@@ -139,8 +142,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
             self._total += self._normal()
 
     def _normal(self) -> torch.Tensor:
-        drawn = torch.from_numpy(self.entropy.normal(self._deviation, self.tape.width))
-        return drawn.to(self._total.device)
+        return noise(self.entropy, self._deviation, self.tape.width, self._total.device)
 
     def scale_grad(self) -> None:
         """Divide by the public expected batch size."""

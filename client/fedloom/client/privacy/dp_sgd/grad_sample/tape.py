@@ -127,19 +127,12 @@ class Tape:
         parts += [_product_norms(left, right) for left, right in self._factors.values()]
         return _norms(torch.stack(parts, 1)) if parts else torch.zeros(self.batch, device=self.parameters[0].device)
 
-    def drop(self, examples: torch.Tensor) -> None:
-        """Set the gradients of some examples to zero, even if they are not finite; `examples` is a mask (batch,)."""
-        for gradient in self._formed.values():
-            gradient[examples] = 0.0
-        for parameter, (left, right) in self._factors.items():
-            mask = examples[:, None, None]
-            self._factors[parameter] = left.masked_fill(mask, 0.0), right.masked_fill(mask, 0.0)
-
     def add_rounded_sum(self, scales: torch.Tensor, total: torch.Tensor) -> None:
         """Add round(scale times gradient), summed over the examples without any error, to `total`.
 
         Args:
-            scales: Shape (batch,), float32; each brings its example's gradient to a norm of at most 2^20.
+            scales: Shape (batch,), float32; each brings its example's gradient to a norm of at most 2^20. An example
+                whose scale is 0 or not a number adds nothing, even if its gradient is not finite.
             total: Shape (width,), int64.
         """
         for parameter, gradient in self._formed.items():
@@ -182,6 +175,8 @@ def _multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def _add_rounded(scaled: torch.Tensor, total: torch.Tensor) -> None:
     """Round (n, m) in place, n up to `_MOST`, and add the sum over the first axis to `total`."""
+    # Infinity times 0 is NaN; an integer made of one would be whatever the processor says.
+    scaled.nan_to_num_(0.0)
     # In float32 a whole number up to 2^24 is exact, and `_MOST` of up to 2^20 each add up to less than 2^31.
     total += scaled.round_().to(torch.int32).sum(0, dtype=torch.int32)
 
