@@ -214,9 +214,9 @@ def test_attacks_on_a_step_whose_noise_a_device_draws_fail() -> None:
 def test_a_device_draws_under_a_whole_key_of_the_systems_that_no_seed_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[bytes] = []
 
-    def noting(key: bytes, *rest: int, device: torch.device) -> torch.Tensor:
+    def noting(key: bytes, first: int, count: int, device: torch.device) -> torch.Tensor:
         keys.append(key)
-        return words(key, *rest, device=device)
+        return words(key, first, count, device)
 
     check_device(CPU)
     monkeypatch.setattr(module, "words", noting)

@@ -185,4 +185,4 @@ def test_the_step_with_bands_is_tried_before_a_run_is_joined(
 
     Trainer(tiny_model, rows, bands, policy, ledger)
 
-    assert asked == [(1.0, 0.7, Banded(5, 2), False)]
+    assert asked == [(1.0, 0.7, Banded(5, 2), False, tiny_model.device)]

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from fedloom.client.data.tokens import collate, encode
 from fedloom.client.models import adapter_model
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import Policy
-from fedloom.client.privacy.dp_sgd.grad_sample import recording
+from fedloom.client.privacy.dp_sgd.grad_sample import hooked, recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.trainer import Trainer, batch_loss
 from fedloom.core.config.run import Spec
 from fedloom.core.schema import Role
+from tests.client.dp_sgd.test_private_step import examples, network
 from tests.client.rounds import assignment, start
 from tests.client.training.test_tasks import CASES, rows_of
 from tests.support.waits import Waits, no_waits
@@ -38,6 +40,24 @@ def test_a_private_round_waits_for_nothing(
         trainer = Trainer(tiny_model, rows, chosen, policy, ledger, entropy_for=lambda number: Seeded(7, number))
         with no_waits():
             trainer.train("run", assignment(), start(tiny_model))
+
+
+@pytest.mark.parametrize("by", [recording, hooked])
+@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
+def test_no_example_makes_the_sum_wait(value: float, by: Callable[..., Any]) -> None:
+    """Gradients that are formed and those that are factors, finite or not."""
+    model, data = network(), examples(5)
+    data[1] *= value
+    parameters = list(model.parameters())
+    with by(model, parameters) as tape:
+        base = torch.optim.SGD(parameters, lr=0.1)
+        optimizer = PrivateOptimizer(base, tape, Seeded(1), noise_multiplier=1.0, clip_norm=1.0, expected_batch=5)
+        with no_waits():
+            tape.begin(5)
+            torch.autograd.backward(model(data).square().sum())
+            optimizer.accumulate(4)
+            optimizer.release()
+    assert all(bool(each.grad.isfinite().all()) for each in parameters if each.grad is not None)
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -69,11 +89,12 @@ def test_scores_are_those_of_a_mask_that_is_looked_at(
     chosen = np.arange(5) if padded else np.zeros(5, np.int64)
     batch = collate(encoded, chosen, model.tokenizer.pad_token_id)
     masks: list[bool] = []
-    attention = F.scaled_dot_product_attention
+    attention: Any = F.scaled_dot_product_attention
 
     def noting(*given: torch.Tensor, attn_mask: torch.Tensor | None = None, **options: object) -> torch.Tensor:
         masks.append(attn_mask is not None)
-        return attention(*given, attn_mask=attn_mask, **options)  # type: ignore[arg-type]
+        result: torch.Tensor = attention(*given, attn_mask=attn_mask, **options)
+        return result
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
     with torch.no_grad():
