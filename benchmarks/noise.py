@@ -61,7 +61,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--values", type=int, default=1_000_000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
