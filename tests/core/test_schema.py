@@ -211,3 +211,14 @@ def test_check_names_what_does_not_fit() -> None:
         SCHEMA.check(zeros | {"stranger": np.zeros(3, np.float32)})
     with pytest.raises(SchemaError, match=rf"'{head}' has shape \(16, 2\); the schema says \(2, 16\)"):
         SCHEMA.check(zeros | {head: np.zeros((16, 2), np.float32)})
+
+
+def test_a_selection_is_made_once_and_few_are_remembered() -> None:
+    schema = Schema(tuple(TensorSpec(f"t{number}", "m", f"role{number}", (2,)) for number in range(100)))
+    first = schema.select(["role3", "t4"])
+    assert schema.select(iter(["t4", "role3"])) is first
+    assert schema.select(["role3"], but=["t3"]).tensors == ()
+    for number in range(100):
+        assert [spec.name for spec in schema.select([f"t{number}"]).tensors] == [f"t{number}"]
+    assert len(schema._selected) <= 64
+    assert schema.select(["role3", "t4"]) == first

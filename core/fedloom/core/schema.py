@@ -70,6 +70,9 @@ _LEAST_SCALE, _MOST_SCALE = 1e-7, 1e4
 _AXES = {Role.LORA_A: 0, Role.BASE_A: 0, Role.LORA_B: 1, Role.BASE_B: 1}
 """The rank axis of the roles that a schema document needs not name it for."""
 
+_SELECTIONS = 64
+"""How many selections a schema remembers."""
+
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}", re.ASCII)
 
 
@@ -149,6 +152,11 @@ class Schema:
         return sum(spec.size for spec in self.tensors)
 
     @cached_property
+    def _selected(self) -> dict[tuple[frozenset[str], frozenset[str]], "Schema"]:
+        """What `select` has given: every client of a round asks for the same few, and for their digests."""
+        return {}
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON form, hex."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
@@ -193,8 +201,14 @@ class Schema:
         A word that is neither here selects nothing, see `unknown`.
         """
         wanted, left_out = frozenset(words), frozenset(but)
+        if (known := self._selected.get((wanted, left_out))) is not None:
+            return known
         chosen = (spec for spec in self.tensors if not wanted.isdisjoint((spec.role, spec.name)))
-        return replace(self, tensors=tuple(spec for spec in chosen if left_out.isdisjoint((spec.role, spec.name))))
+        found = replace(self, tensors=tuple(spec for spec in chosen if left_out.isdisjoint((spec.role, spec.name))))
+        if len(self._selected) >= _SELECTIONS:  # the words may be a peer's
+            self._selected.clear()
+        self._selected[wanted, left_out] = found
+        return found
 
     def with_rank(self, rank: int) -> "Schema":
         """The same tensors, each cut to at most `rank` along its rank axis.

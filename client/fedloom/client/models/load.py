@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from fedloom.client.adapters.api import Host
 from fedloom.client.adapters.attach import adapter_of, attach, scale_of
 from fedloom.client.adapters.head import Head, check_labels, find_head
+from fedloom.client.adapters.thin_forward import thin_forward
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_checks import check_base
 from fedloom.client.models.base_folder import base_digest, resolve_base
@@ -79,6 +80,7 @@ def load_model(model: ModelSection, adapter: AdapterSection, compute: ComputePol
     if model.head == "train" and not heads:
         raise ModelError(f"{type(base).__name__} in {folder} has no head that could be trained; take another model")
     keep_float32(peft_model, slots)
+    thin_forward(peft_model)
     if compute.gradient_checkpointing:
         recompute_layers(peft_model)
     return AdapterModel(peft_model, tokenizer, slots, scale_of(adapter, kind), device, task, head, kind)

@@ -122,12 +122,19 @@ def kept_activations(model: AdapterModel, base: str | None, compute: ComputePoli
     Returns:
         None if the model has no such blocks, its digest is not known, or the policy gives no room.
     """
-    prefix = frozen_prefix(model) if base is not None and compute.activation_cache_mib else None
-    if base is None or prefix is None:
+    if base is None or not compute.activation_cache_mib:
+        return None
+    if model not in _prefixes:
+        _prefixes[model] = frozen_prefix(model)
+    if (prefix := _prefixes[model]) is None:
         return None
     log.info("the first %d blocks are computed once for each example", len(prefix.blocks))
     what = (base, len(prefix.blocks), str(prefix.dtype), compute.quantization, str(model.device))
     return Activations(model, prefix, _file(what, compute.activation_cache_mib << 20))
+
+
+_prefixes: "weakref.WeakKeyDictionary[AdapterModel, FrozenPrefix | None]" = weakref.WeakKeyDictionary()
+"""By model: the trainers that share one need not all look for it."""
 
 
 @lru_cache(maxsize=1)

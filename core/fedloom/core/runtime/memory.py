@@ -1,8 +1,9 @@
-"""Memory that a resident process keeps for its next round."""
+"""Memory that a resident process keeps for its next round, and the most that it has held."""
 
 import ctypes
+from pathlib import Path
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["clear_peak", "keep_freed_memory", "peak_bytes"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 """Parameters of mallopt(3), as numbered in glibc's malloc.h; the last is documented in its manual only by name."""
@@ -28,3 +29,14 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_MMAP_THRESHOLD, _MAPPED_FROM_BYTES), (_TRIM_THRESHOLD, _KEPT_BYTES), (_ARENA_MAX, 1))
     return all([mallopt(name, value) for name, value in settings])
+
+
+def clear_peak() -> None:
+    """Set the peak of this process's resident set to what it holds now (proc(5), clear_refs). Linux only."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes(pid: int | str = "self") -> int:
+    """The most bytes that a process has held in memory, since it began or since `clear_peak`. Linux only."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

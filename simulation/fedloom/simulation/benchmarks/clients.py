@@ -25,7 +25,7 @@ from fedloom.client.transport.tls import member_pair
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError, FedloomError
 from fedloom.core.limits import LONG_POLL_S
-from fedloom.core.runtime.memory import keep_freed_memory
+from fedloom.core.runtime.memory import keep_freed_memory, peak_bytes
 from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.core.security.certificates import read_ca
 from fedloom.proto.frames import DATA_FIELD, SERVICE, frames
@@ -150,7 +150,7 @@ async def _hold(
         life.cancel()
     ended = await asyncio.gather(*lives, return_exceptions=True)
     tally.errors += [repr(each) for each in ended if isinstance(each, Exception)]
-    peak_mib = _status_kib(pid, "VmHWM") / 1024
+    peak_mib = peak_bytes(pid) / 2**20
     for start in range(0, clients, _ARRIVING):
         await asyncio.gather(*(channel.close(None) for channel in channels[start : start + _ARRIVING]))
     return {
@@ -243,12 +243,6 @@ def _allow_files(clients: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     elif soft < needed:
         raise ConfigError(f"{clients} clients need {needed} open files, {hard} are allowed; raise `ulimit -n`")
-
-
-def _status_kib(pid: int, key: str) -> int:
-    """A line of Linux's /proc/PID/status, in KiB."""
-    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{key}:"))
 
 
 def _cpu_s(pid: int) -> float:

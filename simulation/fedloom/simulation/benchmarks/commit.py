@@ -4,12 +4,12 @@ import gc
 import multiprocessing
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedloom.core.registry import build
+from fedloom.core.runtime.memory import clear_peak, peak_bytes
 from fedloom.core.schema import Role, Schema, TensorSpec
 from fedloom.strategies.api import State, Strategy, Update
 from fedloom.strategies.start import starting_adapter
@@ -18,7 +18,6 @@ __all__ = ["bench_commit"]
 
 _FEW, _MANY = 10, 200
 _LAYERS_IN_MEMORY = 16
-_CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
 def bench_commit(*, strategy: str, width: int, rank: int, layers: int) -> dict[str, Any]:
@@ -98,15 +97,9 @@ def _round_bytes(strategy: str, width: int, rank: int, clients: int) -> int:
     made: Strategy = build("strategies", strategy, {"train_head": False})
     state, acc = _begun(made, width, rank, _LAYERS_IN_MEMORY), None
     gc.collect()
-    _CLEAR_PEAK.write_text("5")
-    before = _peak()
+    clear_peak()
+    before = peak_bytes()
     for update in _updates(made, state, clients):
         acc = made.fold(state, acc, update)
     made.commit(state, acc)
-    return _peak() - before
-
-
-def _peak() -> int:
-    """The peak of the resident set since it was last cleared, in bytes."""
-    (line,) = (each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("VmHWM:"))
-    return 1024 * int(line.split()[1])
+    return peak_bytes() - before
