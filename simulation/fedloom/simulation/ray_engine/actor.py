@@ -30,6 +30,8 @@ ASIDE = "aside"
 """Ray's name for the thread that answers beside the one that trains."""
 _KEPT_TRAINERS = 64
 """Clients whose tokenized rows an actor keeps at a time."""
+_SHARE = 0.8
+"""Of a node's free memory; the rest is for what else it does."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Footprint:
     """Most that this process alone has had."""
     free: int
     """What its node has left."""
+
+    @property
+    def more(self) -> int:
+        """Actors that fit beside it."""
+        return int(_SHARE * self.free / self.peak)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,17 @@ from typing import Any
 
 from fedloom.core.errors import ConfigError, FedloomError
 
-__all__ = ["check_installed", "connected"]
+__all__ = ["ALONE", "check_installed", "connected"]
 
 _LOOPBACK = "127.0.0.1"
-_EVERYWHERE = {"RAY_USAGE_STATS_ENABLED": "0"}
-_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
-"""Ray reads these when it is imported. The first makes it listen on loopback, on Linux too; by the second, other users
-of this machine get nowhere without a token."""
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+ALONE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32)),
+}
+"""Of a Ray that is this process's own. Ray reads the first when it is imported, and then listens on loopback on Linux
+too; the others keep out other users of this machine. The token is read once in a process, so it stays the same."""
 
 
 def check_installed() -> None:
@@ -35,8 +39,6 @@ def check_installed() -> None:
 def connected(address: str) -> Iterator[Any]:
     """Ray, connected to a cluster until the block ends.
 
-    A Ray that this process is connected to already is used as it is, and stays.
-
     Args:
         address: Of a running cluster, HOST:PORT or "auto"; this machine must be one of its nodes. "" starts Ray on
             this machine, where nothing but loopback reaches it, and ends it afterwards.
@@ -45,40 +47,48 @@ def connected(address: str) -> Iterator[Any]:
         The module `ray`.
 
     Raises:
-        ConfigError: Ray is not installed, or there is no such cluster.
+        ConfigError: Ray is not installed, is in use by this process already, or there is no such cluster.
         FedloomError: Ray would listen beyond loopback though no address is given.
     """
     check_installed()
-    os.environ.update(_EVERYWHERE)
-    if not address:
-        os.environ.update({"RAY_AUTH_TOKEN": secrets.token_hex(32)} | _ALONE | _given())
-    import ray
+    with _environment({} if address else ALONE):
+        import ray
 
-    if ray.is_initialized():
-        yield ray
-        return
+        if ray.is_initialized():
+            raise ConfigError("this process is connected to Ray already; call ray.shutdown() before the simulation")
+        try:
+            if address:
+                ray.init(address, **_QUIET)
+            else:
+                ray.init("local", include_dashboard=False, **_QUIET)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = f"engine.address = {address!r}: no Ray cluster answers" if address else "Ray does not start"
+            raise ConfigError(
+                f"{where}: {error}; start one with `ray start`, with the same versions of Python, Ray and fedloom on "
+                "every node, or leave engine.address out"
+            ) from error
+        try:
+            if not address:
+                _check_loopback(ray)
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables that Ray and its processes read."""
+    values = {"RAY_USAGE_STATS_ENABLED": "0", **values}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
-        ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else _QUIET))
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"engine.address = {address!r}: no Ray cluster answers there" if address else "Ray does not start here"
-        raise ConfigError(
-            f"{where}: {error}; start one with `ray start`, with the same versions of Python, Ray and fedloom on every "
-            "node, or leave engine.address out"
-        ) from error
-    try:
-        if not address:
-            _check_loopback(ray)
-        yield ray
+        yield
     finally:
-        ray.shutdown()
-
-
-_QUIET = {"include_dashboard": False}
-
-
-def _given() -> dict[str, str]:
-    """A token that whoever started this process has chosen."""
-    return {name: os.environ[name] for name in ("RAY_AUTH_TOKEN",) if name in os.environ}
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _check_loopback(ray: Any) -> None:

@@ -1,9 +1,9 @@
 """The actors: how many each node has, where one that died is replaced, and who is free.
 
-Every node of the cluster first gets one actor. When that has made its first step it says how much memory it took and how
-much the node has left, and the node gets as many more as fit, up to one for each GPU or, where there is none, one for
-each share of its CPUs. What a node has is looked at all the time, so a node that goes away is done without and one that
-comes is used.
+Every node of the cluster first gets one actor. When that has made its first step it says how much memory it took and
+how much the node has left, and the node gets as many more as fit, up to one for each share of its CPUs. A node with
+GPUs gets one for each of them at once. What nodes there are is looked at all the time, so one that goes away is done
+without and one that comes is used.
 """
 
 import logging
@@ -26,8 +26,6 @@ __all__ = ["Fleet"]
 
 log = logging.getLogger(__name__)
 
-_SHARE = 0.8
-"""Of a node's free memory; the rest is for what else it does."""
 _MOST_DEATHS = 3
 """Actors that may die over one piece of work, or one after the other while they load on a node."""
 _LOOK_S = 0.2
@@ -223,7 +221,7 @@ class Fleet:
     def _measured(self, node: _Node, footprint: Footprint) -> None:
         if node.gpus or node.peak:
             return
-        node.peak, node.room = footprint.peak, 1 + int(_SHARE * footprint.free / footprint.peak)
+        node.peak, node.room = footprint.peak, 1 + footprint.more
         log.info("an actor takes %d MiB and %d MiB are free: %d fit", node.peak >> 20, footprint.free >> 20, node.room)
 
     def _done(self, reference: Any) -> bool:
