@@ -29,7 +29,7 @@ from fedloom.strategies.start import starting_adapter
 from tests.support.engines import entropy_of, largest_difference
 from tests.support.runs import tiny_run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning:ray.*")]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

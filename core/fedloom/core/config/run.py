@@ -266,7 +266,7 @@ class EngineSection(Section):
     GPUs an equal share."""
     address: str = Field(default="", pattern=r"^(auto|[A-Za-z0-9.\[\]:_-]+:[0-9]+)?$")
     """ray: HOST:PORT of a running cluster of which this machine is a node, or auto for the one that runs here. Empty
-    starts Ray on this machine's loopback for this run. All of the cluster is one owner's: see docs/scale.md."""
+    starts Ray on this machine's loopback for this run. Its machines must be one owner's."""
 
 
 class Spec(Section):

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _MOST_DEATHS = 3
 """Actors that may die over one piece of work, or one after the other while they load on a node."""
-_LOOK_S = 0.2
+_LOOK_S, _PING_S = 0.2, 30.0
 _ALONE_S = 60.0
 """Seconds without any actor after which that is said."""
 
@@ -57,8 +57,12 @@ class _Node:
     actors: set[_Actor] = field(default_factory=set)
 
     @property
+    def slots(self) -> int:
+        return self.gpus or self.cpus // self.threads
+
+    @property
     def wanted(self) -> int:
-        return min(self.room, self.gpus or self.cpus // self.threads)
+        return min(self.room, self.slots)
 
 
 class Fleet:
@@ -122,24 +126,40 @@ class Fleet:
                 self._free.put(actor)
                 raise _cause(error) from None
             except self._ray.exceptions.RayError as error:
+                if self._closed.is_set():
+                    break
                 log.warning("an actor on node %s is lost, and its work done again elsewhere: %s", actor.node[:8], error)
                 self._lose(actor)
                 continue
             self._free.put(actor)
             return result
+        self._check_open()
         raise FedloomError(
             f"{_MOST_DEATHS} actors have died over the same {method} of client {arguments[0]!r}; if the nodes' memory "
             "does not suffice, lower train.microbatch, or raise engine.threads, which makes fewer actors"
         )
 
     def _take(self) -> _Actor:
-        while not self._closed.is_set():
+        while True:
+            self._check_open()
             self.check()
             with suppress(queue.Empty):
                 actor = self._free.get(timeout=_LOOK_S)
-                if actor in self._actors:  # or its node has gone away meanwhile
+                if self._alive(actor):
                     return actor
-        raise FedloomError("the run has ended")
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise FedloomError("the run has ended")
+
+    def _alive(self, actor: _Actor) -> bool:
+        """Whether an actor that has nothing to do is still there: what did not kill it is not to be blamed."""
+        try:
+            self._ray.get(actor.handle.__ray_ready__.remote(), timeout=_PING_S)
+        except self._ray.exceptions.RayError:
+            self._lose(actor)
+            return False
+        return True
 
     def _lose(self, actor: _Actor) -> None:
         self._kill(actor)  # one that only could not be reached is not to come back
@@ -179,6 +199,10 @@ class Fleet:
                 del self._nodes[gone]
             for name in found.keys() - self._nodes.keys():
                 self._nodes[name] = self._node(found[name])
+            if not any(node.slots for node in self._nodes.values()):
+                raise FedloomError(
+                    f"no node of the Ray cluster has a GPU or engine.threads = {self._threads or 1} CPUs; lower it"
+                )
             for actor in self._actors:
                 self._hear(actor, self._nodes[actor.node])
             left = self._most - len(self._actors)
@@ -204,7 +228,7 @@ class Fleet:
                 node.actors.discard(actor)
                 if node.deaths >= _MOST_DEATHS:
                     raise FedloomError(
-                        f"{_MOST_DEATHS} actors have died while they loaded {actor.node[:8]}: {error}"
+                        f"{_MOST_DEATHS} actors have died while they loaded the model on node {actor.node[:8]}: {error}"
                     ) from error
                 return
             if there != here:
