@@ -16,7 +16,6 @@ from fedloom.simulation.simulate import simulate
 from tests.support.runs import tiny_run
 
 SPEND = Spend(0.1, 2.0, 3)
-TERMS = {"budget": 8.0, "delta": 1e-5}
 
 
 def order(turns: Turns, count: int) -> list[str | None]:
@@ -79,18 +78,24 @@ def test_turns_end_when_all_are_done_or_one_has_failed() -> None:
 
 def test_a_receipt_pays_for_what_was_charged_and_for_nothing_else() -> None:
     receipt = Receipt("run", 4, SPEND, None, 7)
-    assert receipt.reserve("run", 4, SPEND, **TERMS) == 7
-    assert receipt.reserve("run", 4, SPEND, **TERMS) == 7, "work that is begun again"
-    assert receipt.reserve_result("run", 4, SPEND, **TERMS) == 7
-    assert receipt.evaluated("run", 4)
-    other = replace(SPEND, steps=4)
-    for asked in (("run", 5, SPEND), ("other", 4, SPEND), ("run", 4, other)):
+
+    def reserve(run: str, round: int, spend: Spend, evaluation: Spend | None = None) -> int:
+        return receipt.reserve(run, round, spend, evaluation=evaluation, budget=8.0, delta=1e-5)
+
+    def reserve_result(run: str, rounds: int, spend: Spend) -> int:
+        return receipt.reserve_result(run, rounds, spend, budget=8.0, delta=1e-5)
+
+    assert reserve("run", 4, SPEND) == 7
+    assert reserve("run", 4, SPEND) == 7, "work that is begun again"
+    assert reserve_result("run", 4, SPEND) == 7
+    assert receipt.evaluated("run", 4), "no evaluation is paid for, so there is to be none"
+    for asked in (("run", 5, SPEND), ("other", 4, SPEND), ("run", 4, replace(SPEND, steps=4))):
         with pytest.raises(PolicyError, match="the driver has paid for"):
-            receipt.reserve(*asked, **TERMS)
+            reserve(*asked)
         with pytest.raises(PolicyError, match="the driver has paid for"):
-            receipt.reserve_result(*asked, **TERMS)
+            reserve_result(*asked)
     with pytest.raises(PolicyError, match="the driver has paid for"):
-        receipt.reserve("run", 4, SPEND, evaluation=SPEND, **TERMS)
+        reserve("run", 4, SPEND, evaluation=SPEND)
 
 
 @pytest.mark.parametrize(("free", "more"), [(0, 0), (1000, 0), (1249, 0), (1250, 1), (12_500, 10)])

@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from fedloom.client.data.rows import digest
 from fedloom.client.privacy.dp_sgd.rng import Entropy
 from fedloom.client.privacy.ledger.account import personal_folder
+from fedloom.client.privacy.ledger.hash_chain import Charge
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.core.config.run import RunConfig
 from fedloom.server.build import build_strategy
@@ -90,13 +91,13 @@ class Deadly:
         return True
 
 
-def accounts(federation: Federation) -> dict[str, list[tuple[object, ...]]]:
+def accounts(federation: Federation) -> dict[str, list[Charge]]:
     """What each client was charged, and what it released for it; its ledger begins anew."""
-    found = {}
+    found: dict[str, list[Charge]] = {}
     for name, rows in federation.clients.items():
         folder = federation.policies[name].client.state / "ledger"
         with Ledger(folder, digest(rows)) as ledger:
-            found[name] = [(c.round, c.spends, c.digest, c.result, c.dropped) for c in ledger.charges()]
+            found[name] = [replace(charge, run="") for charge in ledger.charges()]
         shutil.rmtree(folder)
         shutil.rmtree(personal_folder(federation.policies[name]), ignore_errors=True)
     return found
