@@ -22,6 +22,7 @@ from fedloom.client.data.rows import Rows
 from fedloom.client.data.site_data import own_data, own_rows
 from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
+from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.api import CheckCancelled, Trained
 from fedloom.client.session.heartbeat import Timing
 from fedloom.client.session.participant import Participant
@@ -115,7 +116,7 @@ def _life(policy: Policy, line: GrpcConnection, scripted: Scripted) -> None:
     try:
         Participant(line, policy, ready, pace=pace, timing=Timing(heartbeat_s=0.01)).run()
     finally:
-        if made and made[0].ledger is not None:
+        if made and isinstance(made[0].ledger, Ledger):
             made[0].ledger.close()
 
 

@@ -60,8 +60,8 @@ def simulate(
         FedloomError: Anything else that stops the run; nothing is left that looks like a finished run.
     """
     config, own = run.config, run.local_strategy
-    if config.engine.kind == "grpc" and (why := run.not_installed()) is not None:
-        raise ConfigError(f'engine.kind = "grpc" needs what is installed, and {why}')
+    if config.engine.kind != "inprocess" and (why := run.not_installed()) is not None:
+        raise ConfigError(f'engine.kind = "{config.engine.kind}" needs what is installed, and {why}')
     if data is None and (test is not None or form is not None):
         raise ConfigError("test and form are for data that are given; name them in the run's [data] section instead")
     # Loads torch, which takes seconds: a mistake above should not have to wait for it.

@@ -43,6 +43,8 @@ from fedloom.simulation.federation import Federation, Given, build, completed
 from fedloom.simulation.inprocess import run_inprocess, standing_clock
 from fedloom.simulation.personal import save_clients, scored
 from fedloom.simulation.processes import run_processes
+from fedloom.simulation.ray_engine.cluster import check_installed
+from fedloom.simulation.ray_engine.engine import run_ray
 from fedloom.simulation.run_folder import new_folder, plot, write_json
 from fedloom.strategies.api import State, Strategy
 
@@ -158,6 +160,8 @@ def _simulate(
     strategy = build_strategy(config, own)
     check_config(config, strategy)  # as the coordinator will, but before anything is loaded or written
     check_private(config)
+    if config.engine.kind == "ray":
+        check_installed()
     folder = new_folder(out, config.run.name)
     write_config(folder, config)
     try:
@@ -186,7 +190,7 @@ def _simulate(
             strategy,
             store,
             starting=starting,
-            clock=standing_clock if config.engine.kind == "inprocess" else None,
+            clock=None if config.engine.kind == "grpc" else standing_clock,
             expect=len(federation.clients),
         )
         coordinator.on_commit = lambda rounds, state: tape.commits.put((rounds, state))
@@ -219,6 +223,8 @@ def _engine(federation: Federation, coordinator: Coordinator, folder: Path) -> I
     engine = federation.config.engine
     if engine.kind == "inprocess":
         return run_inprocess(federation, coordinator)
+    if engine.kind == "ray":
+        return run_ray(federation, coordinator)
     # Several processes on few cores: one torch thread each is fastest, more only wait for each other.
     share = max(1, (os.cpu_count() or 1) // len(federation.clients))
     return run_processes(federation, coordinator, folder, engine.threads or share)

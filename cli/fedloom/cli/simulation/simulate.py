@@ -26,8 +26,11 @@ __all__ = ["simulate"]
 def simulate(
     run: Annotated[Path, typer.Argument(help="The run file.")],
     engine: Annotated[
-        Literal["inprocess", "grpc"] | None,
-        typer.Option(help="inprocess: one process. grpc: a coordinator and a process per client, on loopback."),
+        Literal["inprocess", "grpc", "ray"] | None,
+        typer.Option(
+            help="inprocess: one process. grpc: a coordinator and a process per client, on loopback. ray: an actor of "
+            "Ray per GPU or CPU, here or on a cluster of your own."
+        ),
     ] = None,
     no_privacy: Annotated[
         bool, typer.Option("--no-privacy", help="Train without differential privacy, for comparison.")

@@ -21,11 +21,9 @@ from fedloom.client.privacy.dp_sgd.grad_sample import Tape, recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded, System, drawn_groups, poisson
-from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.api import CheckCancelled, Trained
-from fedloom.client.session.assignment_checks import check_broadcast, check_order
-from fedloom.client.session.personal_tensors import Personal
 from fedloom.client.training.activations import kept_activations
+from fedloom.client.training.admission import Account, Admission
 from fedloom.client.training.averaging import averaged
 from fedloom.client.training.gradient_terms import GradientTerms
 from fedloom.client.training.local_eval import Table, released, row_scores, split
@@ -33,10 +31,10 @@ from fedloom.client.training.microbatch import Microbatch, fitting
 from fedloom.core.config.evaluation import largest_loss
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.config.schedules import learning_rates
-from fedloom.core.errors import DataError, PolicyError, ProtocolError
-from fedloom.core.privacy.spends import banded, evaluation_spend, round_participation, training_spend
-from fedloom.core.schema import Array, Role, Schema, Tensors
-from fedloom.proto.messages import Assignment, moving, upload_schema
+from fedloom.core.errors import DataError
+from fedloom.core.privacy.spends import banded, round_participation
+from fedloom.core.schema import Role, Tensors
+from fedloom.proto.messages import Assignment, moving
 
 __all__ = ["EntropyFor", "Trainer", "batch_loss"]
 log = logging.getLogger(__name__)
@@ -48,7 +46,7 @@ _Cycle = Sequence[frozenset[str]]
 """Names of the tensors that move in each step, from the first again after the last."""
 
 
-class Trainer:
+class Trainer(Admission):
     """Trains one client's data on a model that may be shared with other trainers of the same process.
 
     What leaves a private run is the noised change of the adapter and, where the run and the policy ask for them, noised
@@ -62,7 +60,7 @@ class Trainer:
         rows: Rows,
         spec: Spec,
         policy: Policy,
-        ledger: Ledger | None,
+        ledger: Account | None,
         *,
         personal: Path | None = None,
         entropy_for: EntropyFor | None = None,
@@ -88,9 +86,8 @@ class Trainer:
         """
         if len(rows) == 0:
             raise DataError(f"client {policy.client.name!r} has no training example; check data.source in its policy")
-        if spec.privacy.enabled and (ledger is None or policy.data.declared_examples is None):
-            raise PolicyError("a private run needs a ledger and data.declared_examples in the policy")
-        self.model, self.spec, self.policy, self.ledger = model, spec, policy, ledger
+        super().__init__(model.schema, spec, policy, ledger, personal=personal)
+        self.model = model
         rows, held_out = split(rows, policy.data.held_out)
         if len(rows) == 0:
             raise DataError(f"data.held_out = {policy.data.held_out:g} leaves no example to train on; lower it")
@@ -101,7 +98,6 @@ class Trainer:
         scored = held_out if spec.federated_evaluation.enabled else held_out.take(np.zeros(0, np.int64))
         self.held_out: Encoded = encode(scored, model.tokenizer, spec.model.max_length, strict=strict)
         self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
-        self._personal = Personal(personal, policy.client.name, model.schema)
         if spec.privacy.enabled:
             self.check_sensitivity()
             privacy = spec.privacy
@@ -118,11 +114,6 @@ class Trainer:
             ModelError: See `probe`.
         """
         probe(self.model, self._batch_loss, self.spec.model.max_length)
-
-    @property
-    def schema(self) -> Schema:
-        """The adapter's schema as the base model here gives it."""
-        return self.model.schema
 
     @property
     def declared_examples(self) -> int:
@@ -154,12 +145,8 @@ class Trainer:
             ProtocolError: It trains nothing this adapter has, or something without a broadcast value.
             BudgetError: The privacy budget does not cover the round; nothing was done.
         """
-        train = check_order(self.policy, self.spec, self.schema, assignment)
-        check_broadcast(self.policy, self.schema, broadcast)
-        self._personal.check(run, assignment)
-        schema = self._upload(assignment, broadcast)
-        evaluating = self._evaluates(run, assignment.round)
-        charge = self._reserve(run, assignment.round, evaluating)
+        admitted = self.admit(run, assignment, broadcast)
+        train, evaluating = admitted.train, admitted.evaluating
         if assignment.personal:
             # Another trainer of this process may have left its own personal values in the shared model.
             self.model.reset(assignment.personal, assignment.rank)
@@ -175,44 +162,22 @@ class Trainer:
         with averaged(optimizer, parameters, train.ema):
             steps(optimizer, cycle, entropy, terms, check_cancelled)
         if assignment.personal:
-            self._personal.keep(run, self.model.read(self.model.schema.select(assignment.personal)))
+            self.keep_personal(run, self.model.read(self.model.schema.select(assignment.personal)))
         if evaluating and self.spec.federated_evaluation.personalised:
             scores.append(self._row_scores())
         score = self._released(scores, entropy) if evaluating else ()
-        after = self.model.read(schema)
-        return Trained({name: after[name] - broadcast[name] for name in after}, charge, score)
+        after = self.model.read(admitted.upload)
+        return Trained({name: after[name] - broadcast[name] for name in after}, admitted.charge, score)
 
     def score(self, run: str, rounds: int, result: Tensors) -> tuple[float, ...]:
         """Figures on the model that a run ended with, as `evaluation.released`; none where they cannot be charged."""
-        charge = None
-        if not self.spec.federated_evaluation.enabled or not 0 < rounds <= self.spec.run.rounds:
-            return ()
-        try:
-            check_broadcast(self.policy, self.schema, result)
-            if self.ledger is not None and self.spec.privacy.enabled:
-                mine, spend = self.policy.privacy, evaluation_spend(self.spec)
-                charge = self.ledger.reserve_result(run, rounds, spend, budget=mine.epsilon, delta=mine.delta)
-        except PolicyError as error:
-            log.warning("the result is not scored here: %s", error)
+        admitted = self.admit_result(run, rounds, result)
+        if admitted is None:
             return ()
         self.model.show({**result, **self.personal(run)})
         figures = self._released([self._row_scores()], self._entropy_for(rounds))
-        self.release(charge, hashlib.sha256(np.array(figures).tobytes()).hexdigest())
+        self.release_figures(admitted.charge, figures)
         return figures
-
-    def personal(self, run: str) -> dict[str, Array]:
-        """What was trained and kept here in this run, float32, by the schema's names; empty if nothing was.
-
-        Raises:
-            LedgerError: It is damaged.
-        """
-        return self._personal.of(run)
-
-    def _evaluates(self, run: str, round: int) -> bool:
-        """Whether this round's update carries figures. If it is trained anew it does not: they were charged once."""
-        if not self.spec.federated_evaluation.due(round):
-            return False
-        return self.ledger is None or not self.ledger.evaluated(run, round)
 
     def _released(self, tables: list[Table], entropy: Entropy) -> tuple[float, ...]:
         noise = self.spec.federated_evaluation.noise_multiplier
@@ -228,41 +193,6 @@ class Trainer:
 
         self.microbatch.attempt(len(self.held_out), score)
         return table
-
-    def _upload(self, assignment: Assignment, broadcast: Tensors) -> Schema:
-        """The schema of the round's delta, once it is sure that the round can be trained."""
-        schema = upload_schema(self.model.schema, assignment)
-        missing = [spec.name for spec in schema.tensors if spec.name not in broadcast]
-        if missing:
-            raise ProtocolError(f"{len(missing)} tensors to train are not in the broadcast, such as {missing[0]!r}")
-        return schema
-
-    def release(self, charge: int | None, digest: str) -> None:
-        """Note in the ledger what is about to leave for a charge; durable on return.
-
-        Raises:
-            PolicyError: It was charged, but there is no ledger here to note it in.
-        """
-        if charge is None:
-            return
-        if self.ledger is None:
-            raise PolicyError(
-                f"charge {charge} was made in a ledger that this run does not use; nothing is sent for it"
-            )
-        self.ledger.release(charge, digest)
-
-    def drop(self, why: str | None) -> bool:
-        """Give up the work that was begun last, if it was charged and not released; see `Training.drop`."""
-        return self.ledger is not None and self.ledger.drop(why)
-
-    def _reserve(self, run: str, round: int, evaluating: bool) -> int | None:
-        if not self.spec.privacy.enabled:
-            return None
-        assert self.ledger is not None  # checked at construction
-        mine, evaluation = self.policy.privacy, evaluation_spend(self.spec) if evaluating else None
-        spend, bands = training_spend(self.spec), self.spec.privacy.noise_bands
-        account = partial(self.ledger.reserve, run, round, spend, evaluation=evaluation, noise_bands=bands)
-        return account(budget=mine.epsilon, delta=mine.delta)
 
     def _optimizer(self, parameters: list[nn.Parameter], train: TrainSection, round: int) -> torch.optim.Optimizer:
         rate, head_rate = learning_rates(train, round, self.spec.run.rounds)

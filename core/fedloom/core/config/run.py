@@ -258,10 +258,15 @@ class WireSection(Section):
 class EngineSection(Section):
     """[engine]: how a simulation runs."""
 
-    kind: Literal["inprocess", "grpc"] = "inprocess"
-    """inprocess: one process, one base model. grpc: a coordinator and one process per client."""
+    kind: Literal["inprocess", "grpc", "ray"] = "inprocess"
+    """inprocess: one process, one base model. grpc: a coordinator and one process per client. ray: actors of Ray, one
+    for each GPU or share of the CPUs, that serve any number of clients; needs the extra fedloom[ray]."""
     threads: int = Field(default=0, ge=0)
-    """Torch threads in each process; 0 shares the machine's cores out."""
+    """Torch threads in each process; 0 shares the machine's cores out. ray: CPUs of an actor; 0 takes one, and beside
+    GPUs an equal share."""
+    address: str = Field(default="", pattern=r"^(auto|[A-Za-z0-9.\[\]:_-]+:[0-9]+)?$")
+    """ray: HOST:PORT of a running cluster of which this machine is a node, or auto for the one that runs here. Empty
+    starts Ray on this machine's loopback for this run. Its machines must be one owner's."""
 
 
 class Spec(Section):

@@ -1,0 +1,1 @@
+"""The Ray engine: clients are trained by actors on one machine or a cluster of them."""
