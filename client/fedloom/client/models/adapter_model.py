@@ -13,6 +13,7 @@ from fedloom.client.adapters.head import Head
 from fedloom.client.adapters.lora import LoRA
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.tasks.api import Task
+from fedloom.client.training.device import on_device
 from fedloom.core.errors import ModelError
 from fedloom.core.peft_settings import PREFIX
 from fedloom.core.schema import Array, Schema, Tensors, linear_name
@@ -114,7 +115,7 @@ class AdapterModel:
         weight = layer.base_layer.weight
         if not weight.is_floating_point():
             raise ModelError(
-                "this run's strategy corrects the frozen base model, which cannot be done to 4-bit weights; set "
+                "this run's strategy corrects the frozen base model, which cannot be done to quantised weights; set "
                 'compute.quantization = "none", with compute.dtype = "bfloat16" to save memory'
             )
         pretrained = self._base_weights.setdefault(module, weight.detach().clone())
@@ -165,6 +166,6 @@ class AdapterModel:
 
     def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Class scores, float32, shape (batch, labels), or (batch, length, labels or vocabulary) at each token."""
-        inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}
+        inputs = {name: on_device(value, self.device) for name, value in batch.items() if name != "labels"}
         scores: torch.Tensor = self.model(**inputs).logits
         return scores.float()

@@ -27,7 +27,7 @@ from fedloom.core.schema import Role
 __all__ = ["ON_CPU", "Base", "load_base", "load_model"]
 
 ON_CPU = ComputePolicy(device="cpu")
-"""Where simulations and exports work, whatever device there is: their results are compared."""
+"""For exports and for values that every party must have alike: float32 on the CPU, whatever device there is."""
 
 _FLOAT32: Mapping[str, Any] = {"dtype": torch.float32}
 _REPORTED: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}

@@ -28,7 +28,7 @@ def loading(compute: ComputePolicy, traits: Traits, device: torch.device) -> dic
     """Options of `from_pretrained` under which the frozen base is as the policy has it.
 
     Raises:
-        ConfigError: 4-bit weights are asked for without bitsandbytes.
+        ConfigError: Fewer bits are asked for without bitsandbytes.
         ModelError: The adapter trains parts of the base itself.
     """
     if compute.dtype == "float32" and compute.quantization == "none":
@@ -43,13 +43,18 @@ def loading(compute: ComputePolicy, traits: Traits, device: torch.device) -> dic
         return {"dtype": dtype}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            'compute.quantization = "4bit" needs bitsandbytes, which is not installed; install fedloom[quantized], or '
-            'set compute.quantization = "none"'
+            f'quantization = "{compute.quantization}" needs bitsandbytes, which is not installed; install '
+            'fedloom[quantized], or set quantization = "none"'
         )
     # transformers compares modules by their full name's last part; without the list it would quantise some heads.
-    bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_HEADS
-    )
+    skipped: dict[str, Any] = {"llm_int8_skip_modules": _HEADS}
+    if compute.quantization == "4bit":
+        four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        bits = BitsAndBytesConfig(load_in_4bit=True, **four, **skipped)
+    else:
+        # LLM.int8 picks the columns that it keeps whole by the largest values of the batch, so that one example would
+        # change what another one gives. At 0 it picks none, and each row is rounded by its own largest value.
+        bits = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, **skipped)
     return {"dtype": dtype, "quantization_config": bits, "device_map": {"": str(device)}}
 
 
