@@ -20,14 +20,15 @@ from fedloom.client.policy import ComputePolicy, Policy, load_policy
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.training_hours import until_open_s
-from fedloom.client.training.device import choose_device, kept_bytes, prepare_device
+from fedloom.client.training.device import choose_device, kept_bytes, prepare_device, shared
 from fedloom.client.training.trainer import Trainer
 from fedloom.client.transport import rate_limit as bandwidth_module
 from fedloom.client.transport.rate_limit import Bucket
-from fedloom.core.config.run import AdapterSection, ModelSection, Spec
+from fedloom.core.config.run import AdapterSection, EngineSection, ModelSection, Spec
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.schema import Array, Role
 from fedloom.proto.messages import Assignment
+from tests.support.cuda import pretend_cuda
 
 ALL = frozenset({Role.LORA_A, Role.LORA_B, Role.HEAD})
 LORA = AdapterSection(rank=4, alpha=8)
@@ -89,6 +90,25 @@ def test_a_device_that_is_not_here_is_refused(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=rf'^device = ["\']{name}["\']: torch .*"cpu"'):
         choose_device(name)
+
+
+def test_processes_that_share_a_gpu_leave_each_other_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shared(compute(), 5) == compute()  # nothing holds a process to its part of the CPU's memory
+
+    pretend_cuda(monkeypatch, 24 << 30)
+    each = shared(compute(device="auto"), 5).memory_mib
+    assert each is not None
+    assert 4 << 10 < each <= (24 << 10) // 5 - 512  # what CUDA itself takes in every process
+    assert shared(compute(device="auto", memory_mib=700), 5).memory_mib == 700
+    assert shared(compute(device="cuda"), 1000).memory_mib == 64
+
+
+def test_a_run_and_a_policy_have_the_same_options() -> None:
+    lean = {"device": "cpu", "dtype": "bfloat16", "quantization": "4bit", "gradient_checkpointing": True}
+    lean |= {"memory_mib": 900, "activation_cache_mib": 7, "threads": 3}
+
+    assert ComputePolicy.of(EngineSection.model_validate({"kind": "grpc", **lean})) == compute(**lean)
+    assert ComputePolicy.of(EngineSection()) == ComputePolicy()
 
 
 def test_threads_are_set() -> None:
@@ -221,7 +241,9 @@ def test_a_base_of_few_bits_trains_privately(
 def test_eight_bits_keep_no_columns_that_other_examples_choose(wide_section: ModelSection) -> None:
     model = load_model(wide_section, LORA, compute(quantization="8bit"))
 
-    layers = [each for each in model.model.modules() if type(each).__name__ == "Linear8bitLt" and hasattr(each, "state")]
+    layers = [
+        each for each in model.model.modules() if type(each).__name__ == "Linear8bitLt" and hasattr(each, "state")
+    ]
     assert layers
     assert {each.state.threshold for each in layers} == {0.0}
 

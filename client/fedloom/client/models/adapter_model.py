@@ -164,6 +164,13 @@ class AdapterModel:
                 masks[slot.parameter] = mask
         return masks
 
+    def leave(self) -> None:
+        """Go to the CPU, so that the device's memory is free for others."""
+        self.model.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.device = torch.device("cpu")
+
     def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Class scores, float32, shape (batch, labels), or (batch, length, labels or vocabulary) at each token."""
         inputs = {name: on_device(value, self.device) for name, value in batch.items() if name != "labels"}

@@ -16,7 +16,7 @@ from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_checks import check_base
 from fedloom.client.models.base_folder import base_digest, resolve_base
 from fedloom.client.models.loading_context import LOCAL_ONLY, quiet, repeatable
-from fedloom.client.models.quantization import keep_float32, loading, recompute_layers
+from fedloom.client.models.quantization import check_frozen, keep_float32, loading, recompute_layers
 from fedloom.client.policy import ComputePolicy
 from fedloom.client.tasks.api import Task
 from fedloom.client.training.device import prepare_device
@@ -60,7 +60,8 @@ def load_model(model: ModelSection, adapter: AdapterSection, compute: ComputePol
         )
     device = prepare_device(compute)
     kind = adapter_of(adapter)
-    options = loading(compute, kind.traits, device)
+    check_frozen(compute, kind.traits)
+    options = loading(compute, device)
     task: Task = model.built()
     base, tokenizer, head, names = load_base(folder, task, options)
     check_labels(head, names, model.labels, folder)

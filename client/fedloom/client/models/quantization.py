@@ -1,6 +1,7 @@
 """A frozen base model in fewer bits, or with less kept of it, under an adapter that is exact."""
 
 import importlib.util
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedloom.client.adapters.api import Traits
@@ -17,27 +18,32 @@ from fedloom.client.policy import ComputePolicy
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.schema import Role
 
-__all__ = ["keep_float32", "loading", "recompute_layers"]
+__all__ = ["check_frozen", "keep_float32", "loading", "recompute_layers", "saved_in_float32"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HEADS = ["classifier", "score", "lm_head", "pooler", "head", "summary", "logits_proj", "pre_classifier"]
 """Layers that are left whole: heads are trained, or give scores whose small differences count."""
 
 
-def loading(compute: ComputePolicy, traits: Traits, device: torch.device) -> dict[str, Any]:
-    """Options of `from_pretrained` under which the frozen base is as the policy has it.
+def check_frozen(compute: ComputePolicy, traits: Traits) -> None:
+    """Refuse a base model of fewer bits under an adapter that needs all of them.
 
     Raises:
-        ConfigError: Fewer bits are asked for without bitsandbytes.
         ModelError: The adapter trains parts of the base itself.
     """
-    if compute.dtype == "float32" and compute.quantization == "none":
-        return {"dtype": torch.float32}
-    if traits.trains_base:
+    if traits.trains_base and (compute.dtype, compute.quantization) != ("float32", "none"):
         raise ModelError(
             "this kind of adapter trains the base model's own parameters, or makes its own of them, which needs all of "
             'it in float32; set compute.dtype = "float32" and compute.quantization = "none"'
         )
+
+
+def loading(compute: ComputePolicy, device: torch.device) -> dict[str, Any]:
+    """Options of `from_pretrained` under which the frozen base is as the policy has it.
+
+    Raises:
+        ConfigError: Fewer bits are asked for without bitsandbytes.
+    """
     dtype = _DTYPES[compute.dtype]
     if compute.quantization == "none":
         return {"dtype": dtype}
@@ -76,6 +82,13 @@ def keep_float32(model: PeftModel, slots: list[Slot]) -> None:
         # Only the layers whose own parameters are trained: what a head does in between follows them.
         if name.replace(".modules_to_save.default", "") in heads and ".original_module" not in name:
             module.register_forward_pre_hook(_in_float32)
+
+
+def saved_in_float32(base: PreTrainedModel, saved: Collection[str]) -> None:
+    """Give the modules of a plain base model that PEFT saves by these names 32 bits, as `keep_float32` does."""
+    for name, module in base.named_modules():
+        if any(name == each or name.endswith(f".{each}") for each in saved):
+            module.float().register_forward_pre_hook(_in_float32)
 
 
 def _in_float32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
