@@ -167,7 +167,7 @@ def test_recomputed_layers_keep_less_and_run_twice(model_section: ModelSection, 
         layer.register_forward_pre_hook(partial(_count, calls))
         ids = torch.arange(100, 116)[None]
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        kept[again] = kept_bytes(partial(model.logits, batch))
+        kept[again] = kept_bytes(partial(model.logits, batch), model.model)
         calls.clear()
         torch.autograd.backward(model.logits(batch).sum())
         passes[again] = len(calls)

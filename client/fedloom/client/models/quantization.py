@@ -1,7 +1,8 @@
 """A frozen base model in fewer bits, or with less kept of it, under an adapter that is exact."""
 
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fedloom.client.adapters.api import Traits
 from fedloom.client.adapters.slot import Slot
@@ -18,7 +21,16 @@ from fedloom.client.policy import ComputePolicy
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.schema import Role
 
-__all__ = ["check_frozen", "keep_float32", "loading", "recompute_layers", "saved_in_float32"]
+__all__ = [
+    "check_frozen",
+    "dtype_of",
+    "is_quantised",
+    "keep_float32",
+    "loading",
+    "one_layer_whole",
+    "recompute_layers",
+    "saved_in_float32",
+]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HEADS = ["classifier", "score", "lm_head", "pooler", "head", "summary", "logits_proj", "pre_classifier"]
@@ -44,7 +56,7 @@ def loading(compute: ComputePolicy, device: torch.device) -> dict[str, Any]:
     Raises:
         ConfigError: Fewer bits are asked for without bitsandbytes.
     """
-    dtype = _DTYPES[compute.dtype]
+    dtype = dtype_of(compute)
     if compute.quantization == "none":
         return {"dtype": dtype}
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -62,6 +74,16 @@ def loading(compute: ComputePolicy, device: torch.device) -> dict[str, Any]:
         # change what another one gives. At 0 it picks none, and each row is rounded by its own largest value.
         bits = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, **skipped)
     return {"dtype": dtype, "quantization_config": bits, "device_map": {"": str(device)}}
+
+
+def dtype_of(compute: ComputePolicy) -> torch.dtype:
+    """The type of the frozen base's values, of those that have not fewer bits."""
+    return _DTYPES[compute.dtype]
+
+
+def is_quantised(name: str, module: nn.Module) -> bool:
+    """Whether a module of a base model, by its full name, is one that `loading` gives few bits."""
+    return isinstance(module, (nn.Linear, Conv1D)) and bool(should_convert_module(name, _HEADS))
 
 
 def keep_float32(model: PeftModel, slots: list[Slot]) -> None:
@@ -113,3 +135,18 @@ def recompute_layers(model: nn.Module) -> None:
     for layer in layers:
         # Set beside the class's method, where peft and the tape leave it alone: both change the linear layers within.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+@contextmanager
+def one_layer_whole(model: nn.Module) -> Iterator[None]:
+    """Have one of the layers that are recomputed keep what it computes, as each does in its turn of a backward pass."""
+    for layer in model.modules():
+        recomputed = vars(layer).get("forward")
+        if isinstance(recomputed, partial) and recomputed.func is checkpoint:
+            layer.forward = recomputed.args[0]
+            try:
+                yield
+            finally:
+                layer.forward = recomputed
+            return
+    yield

@@ -106,17 +106,18 @@ def free_bytes(device: torch.device, cap_mib: int | None) -> int | None:
     return free if cap_mib is None else max(0, min(free, (cap_mib << 20) - used))
 
 
-def kept_bytes(work: Callable[[], object]) -> int:
-    """Bytes that the forward passes of `work` keep for the backward pass, each storage once, parameters left out.
+def kept_bytes(work: Callable[[], object], model: torch.nn.Module) -> int:
+    """Bytes that the forward passes of `work` keep for the backward pass, each storage once, those of `model` left out.
 
     What `work` returns must hold its graph, so that no storage is given out twice meanwhile.
     """
+    # By what they are stored in: a layer keeps its weight as a view, which is no parameter.
+    own = {_storage(each) for each in [*model.parameters(), *model.buffers()]}
     seen: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
+        if (place := _storage(tensor)) not in own:
+            seen[place] = tensor.untyped_storage().nbytes()
         return tensor
 
     hooks: Any = torch.autograd.graph.saved_tensors_hooks
@@ -124,6 +125,11 @@ def kept_bytes(work: Callable[[], object]) -> int:
         held = work()
     del held
     return sum(seen.values())
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Which storage a tensor is in; not its address, which fake tensors have not."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def out_of_memory(error: BaseException) -> bool:
