@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -173,9 +174,7 @@ def _figures(case: Case, device: torch.device, until: float) -> dict[str, Any]:
             if repeat:  # the first round warms up
                 times[name].append(spent)
                 peaks |= {f"{name}_peak_gib": (resident + each) / 2**30 for each in peak}
-        began = time.perf_counter()
-        draw_noise(model.schema.size)
-        noise.append(1e3 * (time.perf_counter() - began))
+        noise.append(_timed(partial(draw_noise, model.schema.size, device), device))
         if repeat and time.monotonic() > until:
             break
     medians = {name: float(np.median(each)) for name, each in times.items()}

@@ -84,14 +84,14 @@ def _times(repeats: int) -> dict[str, list[float]]:
                 times[name].append(1e3 * (time.process_time() - began))
         # Beside the steps, so that both see the machine at the same speed.
         began = time.process_time()
-        draw_noise(width)
+        draw_noise(width, torch.device("cpu"))
         noise.append(1e3 * (time.process_time() - began))
     return {**times, "noise": noise[1:]}
 
 
-def draw_noise(width: int) -> None:
-    """Draw the noise of one step of so many trained values."""
-    System().normal(deviation(_SIGMA), width)
+def draw_noise(width: int, device: torch.device) -> None:
+    """Draw the noise of one step of so many trained values, and have it on the device."""
+    torch.from_numpy(System().normal(deviation(_SIGMA), width)).to(device)
 
 
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
