@@ -72,8 +72,9 @@ def _lost(config: RunConfig, name: str) -> str:
 def _introduce(federation: "Federation", folder: Path) -> None:
     """Say what is about to run, before it takes minutes."""
     config, schema = federation.config, federation.model.schema
+    place = "" if (device := str(federation.model.device)) == "cpu" else f" on {device}"
     out.print(
-        f"[bold]{folder.name}[/]: {config.strategy.name}, {len(federation.clients)} clients, {config.engine.kind}",
+        f"[bold]{folder.name}[/]: {config.strategy.name}, {len(federation.clients)} clients, {config.engine.kind}{place}",
         markup=True,
     )
     trained = f"{config.adapter.kind}, head {config.model.head}"
