@@ -33,7 +33,7 @@ def doctor(
         Path | None,
         typer.Option(
             help="Run file: print what training it takes of memory, before anything is loaded, and look at nothing "
-            "else. The policy's [compute] counts, without one the run's [engine]."
+            "else. Device and precision are the policy's, or without one those of the run's engine."
         ),
     ] = None,
     certs: Annotated[
