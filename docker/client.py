@@ -46,7 +46,7 @@ def main() -> None:
         # The coordinator has no torch; whoever has the first slot makes what it needs of the model.
         if name == names[0] and not run.with_suffix(".schema.json").exists():
             prepare(run)
-        policy = furnish(load_run(run), name, folder, os.environ.get("FEDLOOM_DEVICE") or "cpu")
+        policy = furnish(load_run(run), name, folder, os.environ.get("FEDLOOM_DEVICE") or "auto")
         _enrol(shared / f"{name}.token", server, folder / "certs", name)
     except FedloomError as error:
         sys.exit(f"error: {error}")

@@ -22,6 +22,7 @@ from fedloom.server.storage.local import Store
 from fedloom.simulation.containers import SPARE_ROUNDS, furnish
 from fedloom.simulation.federation import build, completed
 from fedloom.simulation.slots import take_seat
+from tests.support.cuda import pretend_cuda
 
 NAMES = ("client-0", "client-1", "client-2")
 WORDS = ("good", "bad", "fine", "awful", "great", "poor", "happy", "sad")
@@ -119,9 +120,12 @@ def run(tmp_path: Path, tiny_base: Path) -> Path:
     return path
 
 
-def test_a_seat_has_what_a_simulation_gives_the_client(run: Path, tmp_path: Path) -> None:
+def test_a_seat_has_what_a_simulation_gives_the_client(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = load_run(run)
     federation = build(completed(config), tmp_path / "simulated")
+    pretend_cuda(monkeypatch, 16 << 30)
 
     texts: list[str] = []
     for name, rows in federation.clients.items():
@@ -131,6 +135,7 @@ def test_a_seat_has_what_a_simulation_gives_the_client(run: Path, tmp_path: Path
         assert tuple(json.loads(line)["text"] for line in lines) == rows.texts
         texts += rows.texts
         assert (policy.client.name, policy.client.state, policy.compute.device) == (name, tmp_path / name, "cuda")
+        assert 3 << 10 < (policy.compute.memory_mib or 0) < 4 << 10  # four share sixteen GiB
         assert policy.client.anchors == tmp_path / name / "ledger"
         theirs = federation.policies[name]
         assert policy.model == theirs.model

@@ -23,7 +23,7 @@ def tiny_run(base: Path, **sections: dict[str, Any]) -> RunConfig:
             "adapter": {"rank": 4, "alpha": 8},
             "train": {"steps": 3, "sampling_rate": 0.5, "learning_rate": 0.3},
             "privacy": {"enabled": False},
-            "engine": {"threads": 1},
+            "engine": {"threads": 1, "device": "cpu"},
             **sections,
         }
     )

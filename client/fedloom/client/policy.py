@@ -3,12 +3,13 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedloom.client.component_policy import ComponentsPolicy, component_problems
 from fedloom.client.session.training_hours import check_hours
+from fedloom.core.config.compute import ComputeOptions
 from fedloom.core.config.file_format import Form
 from fedloom.core.config.parsing import FileName, FilePath, Section, explain, parse, read_toml
 from fedloom.core.config.run import Spec, task_traits
@@ -123,26 +124,9 @@ class PrivacyPolicy(Section):
     """Whether a run without differential privacy may train on this data."""
 
 
-class ComputePolicy(Section):
+class ComputePolicy(ComputeOptions):
     """[compute]: what of this machine training may use, and when."""
 
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$")
-    """auto (CUDA where there is such a device, otherwise the CPU), cpu, cuda, cuda:1 or mps."""
-    threads: int = Field(default=0, ge=0)
-    """Torch threads; 0 leaves torch's own choice."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the frozen base model. The adapter and its head are float32 whatever this is."""
-    quantization: Literal["none", "4bit"] = "none"
-    """4bit keeps the linear layers of the frozen base as NF4; needs the extra fedloom[quantized]."""
-    gradient_checkpointing: bool = False
-    """Compute each layer again in the backward pass rather than keep what it computed: less memory, about a third more
-    time, the same gradients."""
-    memory_mib: int | None = Field(default=None, ge=64)
-    """Memory for the client in MiB; the micro-batch is fitted to it. On CUDA the allocator keeps to it. None is what is
-    free."""
-    activation_cache_mib: int = Field(default=2048, ge=0)
-    """Most MiB of an encrypted temporary file with what the frozen blocks below all that is trained give for each
-    example, so that they are computed once for it. 0 computes them in every step."""
     upload_bytes_per_s: int | None = Field(default=None, ge=SLOWEST_BYTES_PER_S)
     """Most bytes of updates sent in a second, on average. None sets no cap. A coordinator ends slower transfers."""
     download_bytes_per_s: int | None = Field(default=None, ge=SLOWEST_BYTES_PER_S)
@@ -150,6 +134,11 @@ class ComputePolicy(Section):
     hours: str | None = None
     """HH:MM-HH:MM, this machine's time of day: outside it the client leaves the run and waits. A round that has begun
     is finished, and sent. None is always."""
+
+    @classmethod
+    def of(cls, options: ComputeOptions) -> Self:
+        """The policy that has these options and no others."""
+        return cls.model_validate(options.model_dump(include=set(ComputeOptions.model_fields)))
 
     @field_validator("hours")
     @classmethod

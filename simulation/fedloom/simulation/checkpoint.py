@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fedloom.client.models.export import facts, privacy_facts, save_result
+from fedloom.client.models.export import facts, privacy_facts, save_result, writable
 from fedloom.core.schema import Tensors
 from fedloom.server.monitoring.recorders.api import RoundRecord
 from fedloom.simulation.federation import Federation
@@ -14,7 +14,7 @@ def save_round(federation: Federation, result: Tensors, record: RoundRecord, fol
     """Write the model of one round as a PEFT adapter, with the guarantee that holds for it.
 
     Args:
-        federation: Its model is left with this result.
+        federation: Its config and model.
         result: What the strategy gives for the state after the round.
         record: Of the round.
         folder: Where to; an adapter that is there is replaced.
@@ -25,6 +25,7 @@ def save_round(federation: Federation, result: Tensors, record: RoundRecord, fol
     known = {**facts(federation.config, None), "rounds": record.round, "held_out_accuracy": record.accuracy}
     if record.privacy is not None:
         known["privacy"] = privacy_facts(federation.config, record.privacy)
-    federation.model.show(result)
+    model = writable(federation.model, federation.config)
+    model.show(result)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_result(federation.model, folder, known)
+    save_result(model, folder, known)

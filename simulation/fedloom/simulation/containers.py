@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from fedloom.client.policy import ComputePolicy, Policy
+from fedloom.client.training.device import shared
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.accounting import epsilon
@@ -16,14 +17,14 @@ SPARE_ROUNDS = 3
 """Rounds that a client can pay for beyond the run's. One that is killed while it trains pays for that round twice."""
 
 
-def furnish(config: RunConfig, name: str, folder: Path, device: str = "cpu") -> Path:
+def furnish(config: RunConfig, name: str, folder: Path, device: str = "auto") -> Path:
     """Write a slot's data and policy, as `fedloom simulate` gives them to the client of this name.
 
     Args:
         config: The run file, with the number of clients in data.clients.
         name: The client's name.
         folder: The slot's folder.
-        device: Torch device.
+        device: As compute.device of a policy; containers that share a GPU get equal parts of its memory.
 
     Returns:
         Path of the policy file.
@@ -36,14 +37,14 @@ def furnish(config: RunConfig, name: str, folder: Path, device: str = "cpu") -> 
     if config.data is None:
         raise ConfigError("a simulated client needs a [data] section with source and clients in the run file")
     clients = config.data.clients
-    shared = shares(config, config.data)
-    if name not in shared:
-        raise ConfigError(f"no client {name!r} among {clients}; they are {', '.join(list(shared)[:3])} ...")
+    parts = shares(config, config.data)
+    if name not in parts:
+        raise ConfigError(f"no client {name!r} among {clients}; they are {', '.join(list(parts)[:3])} ...")
     config = completed(config)
-    policy = simulated_policy(name, len(shared[name]), config, folder)
     threads = config.engine.threads or max(1, (os.cpu_count() or 1) // clients)
-    compute = ComputePolicy(device=device, threads=threads)
-    return write_client(_with_spare(policy.model_copy(update={"compute": compute}), config), shared[name], folder)
+    alone = ComputePolicy.of(config.engine).model_copy(update={"device": device, "threads": threads})
+    policy = simulated_policy(name, len(parts[name]), config, folder, shared(alone, clients))
+    return write_client(_with_spare(policy, config), parts[name], folder)
 
 
 def _with_spare(policy: Policy, config: RunConfig) -> Policy:

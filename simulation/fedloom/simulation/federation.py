@@ -15,7 +15,7 @@ from fedloom.client.eval.held_out import drawn, held_out
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_folder import base_digest, resolve_base
 from fedloom.client.models.load import load_model
-from fedloom.client.policy import Policy, SecureAggregationPolicy
+from fedloom.client.policy import ComputePolicy, Policy, SecureAggregationPolicy
 from fedloom.client.secagg.identity_key import load_identity, public_text
 from fedloom.core.config.data import DataSection
 from fedloom.core.config.run import RunConfig, Spec
@@ -120,10 +120,11 @@ def build(config: RunConfig, folder: Path, given: Given | None = None) -> Federa
         assert config.data is not None  # checked above
         given = Given(shares(config, config.data), held_out(config, config.data.source))
     clients, scored = given.clients, drawn(given.held_out, config)
-    policies = {name: simulated_policy(name, len(own), config, folder) for name, own in clients.items()}
+    compute = ComputePolicy.of(config.engine)
+    policies = {name: simulated_policy(name, len(own), config, folder, compute) for name, own in clients.items()}
     if config.secure_aggregation.enabled:
         policies = _acquainted(policies)
-    model = load_model(config.model, config.adapter)
+    model = load_model(config.model, config.adapter, compute)
     encoded = encode(scored, model.tokenizer, config.model.max_length)
     return Federation(config, model, clients, policies, encoded)
 
@@ -201,7 +202,7 @@ def _acquainted(policies: dict[str, Policy]) -> dict[str, Policy]:
     return {name: policy.model_copy(update={"secure_aggregation": sums}) for name, policy in policies.items()}
 
 
-def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
+def simulated_policy(name: str, count: int, spec: Spec, folder: Path, compute: ComputePolicy) -> Policy:
     """A policy that allows exactly what the run asks, as an agreeing site would write it."""
     held_out = _HELD_OUT if spec.federated_evaluation.enabled else 0.0
     return Policy.model_validate(
@@ -235,6 +236,7 @@ def simulated_policy(name: str, count: int, spec: Spec, folder: Path) -> Policy:
                 "max_rounds": spec.run.rounds,
                 "max_learning_rate": 1e4,  # a strategy may set another one than the run file
             },
+            "compute": compute.model_dump(),
             "components": {group: [OURS, *names] for group, names in spec.components.items()},
         }
     )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.client.eval.score import Score, evaluate
+from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.export import result_name, save_result
 from fedloom.client.privacy.ledger.account import personal_folder
 from fedloom.client.session.personal_tensors import kept_personal
@@ -46,13 +47,22 @@ def _mean(scores: list[Score]) -> Score:
 
 
 def save_clients(
-    federation: Federation, run: str, adapter: Tensors, scores: dict[str, Score], folder: Path, facts: dict[str, Any]
+    federation: Federation,
+    model: AdapterModel,
+    run: str,
+    adapter: Tensors,
+    scores: dict[str, Score],
+    folder: Path,
+    facts: dict[str, Any],
 ) -> None:
-    """Write the result of each client in `scores` to `adapters/NAME`, or `merged-by-client/NAME`, of the run folder."""
-    inside = folder / ("adapters" if result_name(federation.model) == "adapter" else "merged-by-client")
+    """Write the result of each client in `scores` to `adapters/NAME`, or `merged-by-client/NAME`, of the run folder.
+
+    `model` is what they are written with, see `writable`; it is left with one of the adapters.
+    """
+    inside = folder / ("adapters" if result_name(model) == "adapter" else "merged-by-client")
     for name, score in scores.items():
-        federation.model.show({**adapter, **_own(federation, run, name)})
-        save_result(federation.model, inside / name, {**facts, "client": name, "held_out_accuracy": score.accuracy})
+        model.show({**adapter, **_own(federation, run, name)})
+        save_result(model, inside / name, {**facts, "client": name, "held_out_accuracy": score.accuracy})
 
 
 def _own(federation: Federation, run: str, name: str) -> Tensors:

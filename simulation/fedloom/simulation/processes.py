@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from fedloom.client.policy import ComputePolicy
+from fedloom.client.training.device import shared
 from fedloom.core.errors import FedloomError, Unavailable
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.rpc.server import serving
@@ -18,6 +18,9 @@ __all__ = ["CLIENT", "run_processes"]
 
 CLIENT = [sys.executable, "-m", "fedloom.cli.main", "client"]
 """The command that starts one client, before its options."""
+
+_ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Of clients that share a GPU: pieces of their parts that nobody uses grow together again."""
 
 _END_S = 60.0
 
@@ -64,13 +67,13 @@ def _start(
 ) -> "subprocess.Popen[bytes]":
     """Start one client; whatever happens, it is gone when the stack is unwound."""
     policy = federation.policies[name]
-    # The engines are to give one result, so a GPU that happens to be here is not used.
-    compute = ComputePolicy(device="cpu", threads=threads)
+    # One part of the device is this process's own, which scores the adapters.
+    compute = shared(policy.compute.model_copy(update={"threads": threads}), len(federation.clients) + 1)
     path = write_client(policy.model_copy(update={"compute": compute}), federation.clients[name], folder)
     log = stack.enter_context((folder / "client.log").open("wb"))
     # One machine, one user, made-up clients: no certificates.
     command = [*CLIENT, "--server", address, "--policy", str(path), "--insecure-loopback"]
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_ALLOCATOR | os.environ)
     stack.callback(_end, process)
     return process
 

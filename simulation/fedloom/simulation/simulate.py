@@ -18,8 +18,10 @@ from fedloom.client.data.rows import digest
 from fedloom.client.eval.confusion import classes_document
 from fedloom.client.eval.score import Score, evaluate
 from fedloom.client.models.base_folder import resolve_base
-from fedloom.client.models.export import facts, load_exported, predict, result_name, save_result
+from fedloom.client.models.export import facts, load_exported, predict, result_name, save_result, writable
+from fedloom.client.models.load import ON_CPU
 from fedloom.client.models.start import start_of
+from fedloom.client.policy import ComputePolicy
 from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.trainer import batch_loss
@@ -118,8 +120,9 @@ class _Tape:
                 return self.seen
 
 
-_AGREEMENT = 0.995
-"""Share of held-out predictions that the exported adapter must repeat; rounding may turn a tie."""
+_AGREEMENT, _AGREEMENT_IN_FEW_BITS = 0.995, 0.95
+"""Share of held-out predictions that the exported adapter must repeat; rounding may turn a tie. In a base of few bits
+what a strategy adds to frozen weights is rounded too, and in the exported adapter it is not."""
 
 
 def simulate(
@@ -269,19 +272,21 @@ def _finish(
     federation: Federation, folder: Path, tape: _Tape, start: Score, run: str, rounds: int, trained: Tensors
 ) -> Result:
     """Export the adapter, or each client's, reload it as a user would, and write the summary and the plot."""
-    config, model = federation.config, federation.model
+    config, model = federation.config, writable(federation.model, federation.config)
+    compute = ComputePolicy.of(config.engine) if model is federation.model else ON_CPU
     final, own = scored(federation, run, trained)
     spent = ledger_statements(federation) if config.privacy.enabled else {}
     user = user_statement(config.user_level, rounds)
     known = facts(config, _worst(spent) if spent else None, user)
     exported = folder / result_name(model)
-    save_clients(federation, run, trained, own, folder, known)
+    save_clients(federation, model, run, trained, own, folder, known)
     model.show(trained)
     save_result(model, exported, {**known, "held_out_accuracy": final.accuracy})
     pad = model.tokenizer.pad_token_id
-    ours = predict(model.model, model.task, federation.held_out, pad, str(model.device))
+    ours = predict(model.model, model.task, federation.held_out, pad)
+    model.leave()  # its place is needed for the same model again
     base, section = resolve_base(config.model.base), config.model
-    reloaded = load_exported(base, exported, len(section.labels), section.task, section.image_size)
+    reloaded = load_exported(base, exported, len(section.labels), section.task, section.image_size, compute)
     agreement = float(np.mean(np.isclose(ours, predict(reloaded, model.task, federation.held_out, pad), rtol=1e-3)))
     plot(folder, f"{folder.name}: {config.strategy.name}, {len(federation.clients)} clients", tape.records)
     user_epsilon = user["epsilon"] if user else None
@@ -306,10 +311,12 @@ def _finish(
             "bytes_down": sum(r.bytes_down for r in tape.records),
         },
     )
-    if agreement < _AGREEMENT:
+    exact = (compute.dtype, compute.quantization) == ("float32", "none")
+    needed = _AGREEMENT if exact else _AGREEMENT_IN_FEW_BITS
+    if agreement < needed:
         raise ModelError(
             f"the {exported.name} in {exported} gives {agreement:.1%} of the held-out predictions of the model that "
-            f"was trained, at least {_AGREEMENT:.1%} must be the same; do not use it: loaded by transformers and PEFT, "
+            f"was trained, at least {needed:.1%} must be the same; do not use it: loaded by transformers and PEFT, "
             "this base model is another one than in the run"
         )
     return result

@@ -319,3 +319,11 @@ def test_an_unknown_target_lists_what_there_is(model_section: ModelSection, kind
 
     with pytest.raises(ModelError, match=r"targets q_proj: BertFor\w+ has no such .*it has dense, key, q"):
         load_model(model_section, adapter)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
+def test_attention_is_torchs_own(build_task: Callable[..., AdapterModel], architecture: str) -> None:
+    """It keeps no table of every pair of tokens for the backward pass."""
+    model = build_task(architecture, "text-classification", labels=("a", "b"))
+
+    assert model.model.config._attn_implementation == "sdpa"

@@ -20,14 +20,15 @@ from fedloom.client.policy import ComputePolicy, Policy, load_policy
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.training_hours import until_open_s
-from fedloom.client.training.device import choose_device, kept_bytes, prepare_device
+from fedloom.client.training.device import choose_device, kept_bytes, prepare_device, shared
 from fedloom.client.training.trainer import Trainer
 from fedloom.client.transport import rate_limit as bandwidth_module
 from fedloom.client.transport.rate_limit import Bucket
-from fedloom.core.config.run import AdapterSection, ModelSection, Spec
+from fedloom.core.config.run import AdapterSection, EngineSection, ModelSection, Spec
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.schema import Array, Role
 from fedloom.proto.messages import Assignment
+from tests.support.cuda import pretend_cuda
 
 ALL = frozenset({Role.LORA_A, Role.LORA_B, Role.HEAD})
 LORA = AdapterSection(rank=4, alpha=8)
@@ -62,7 +63,7 @@ def policy_file(tmp_path: Path) -> Path:
         ("compute.device=gpu", "compute.device"),
         ("compute.device=cuda:x", "compute.device"),
         ("compute.dtype=float16", "'float32' or 'bfloat16'"),
-        ("compute.quantization=8bit", "'none' or '4bit'"),
+        ("compute.quantization=2bit", "'none', '8bit' or '4bit'"),
         ("compute.memory_mib=1", "greater than or equal to 64"),
         ("compute.upload_bytes_per_s=1000", "greater than or equal to 262144"),
         ("compute.hours=22-6", "hours look like 22:00-06:00"),
@@ -87,8 +88,27 @@ def test_auto_is_cuda_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["cuda:64", "mps"])
 def test_a_device_that_is_not_here_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=rf'compute.device = ["\']{name}["\']: torch .*"cpu"'):
+    with pytest.raises(ConfigError, match=rf'^device = ["\']{name}["\']: torch .*"cpu"'):
         choose_device(name)
+
+
+def test_processes_that_share_a_gpu_leave_each_other_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shared(compute(), 5) == compute()  # nothing holds a process to its part of the CPU's memory
+
+    pretend_cuda(monkeypatch, 24 << 30)
+    each = shared(compute(device="auto"), 5).memory_mib
+    assert each is not None
+    assert 4 << 10 < each <= (24 << 10) // 5 - 512  # what CUDA itself takes in every process
+    assert shared(compute(device="auto", memory_mib=700), 5).memory_mib == 700
+    assert shared(compute(device="cuda"), 1000).memory_mib == 64
+
+
+def test_a_run_and_a_policy_have_the_same_options() -> None:
+    lean = {"device": "cpu", "dtype": "bfloat16", "quantization": "4bit", "gradient_checkpointing": True}
+    lean |= {"memory_mib": 900, "activation_cache_mib": 7, "threads": 3}
+
+    assert ComputePolicy.of(EngineSection.model_validate({"kind": "grpc", **lean})) == compute(**lean)
+    assert ComputePolicy.of(EngineSection()) == ComputePolicy()
 
 
 def test_threads_are_set() -> None:
@@ -147,7 +167,7 @@ def test_recomputed_layers_keep_less_and_run_twice(model_section: ModelSection, 
         layer.register_forward_pre_hook(partial(_count, calls))
         ids = torch.arange(100, 116)[None]
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        kept[again] = kept_bytes(partial(model.logits, batch))
+        kept[again] = kept_bytes(partial(model.logits, batch), model.model)
         calls.clear()
         torch.autograd.backward(model.logits(batch).sum())
         passes[again] = len(calls)
@@ -156,49 +176,76 @@ def test_recomputed_layers_keep_less_and_run_twice(model_section: ModelSection, 
     assert kept[True] < 0.5 * kept[False]
 
 
-@pytest.mark.parametrize("keys", [{"dtype": "bfloat16"}, {"quantization": "4bit"}])
+@pytest.mark.parametrize("keys", [{"dtype": "bfloat16"}, {"quantization": "8bit"}, {"quantization": "4bit"}])
 def test_biases_of_a_leaner_base_are_not_trained(model_section: ModelSection, keys: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"trains the base model's own .* compute.dtype = .float32"):
         load_model(model_section, AdapterSection(kind="bias"), compute(**keys))
 
 
-def test_four_bits_without_bitsandbytes_are_refused(
-    model_section: ModelSection, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_few_bits_without_bitsandbytes_are_refused(
+    bits: str, model_section: ModelSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
 
-    with pytest.raises(ConfigError, match=r"bitsandbytes, which is not installed; install fedloom\[quantized\]"):
-        load_model(model_section, LORA, compute(quantization="4bit"))
+    with pytest.raises(ConfigError, match=rf'"{bits}" needs bitsandbytes, .* install fedloom\[quantized\]'):
+        load_model(model_section, LORA, compute(quantization=bits))
 
 
-@pytest.mark.skipif(not QUANTIZED, reason="needs fedloom[quantized]")
-@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes.*", "ignore::FutureWarning:bitsandbytes.*")
-def test_a_base_of_four_bits_trains_privately(
-    tiny_base: Path, model_section: ModelSection, rows: Rows, spec: Spec, policy: Policy, tmp_path: Path
-) -> None:
-    wide = shutil.copytree(tiny_base, tmp_path / "wide")  # bitsandbytes packs blocks of 64 values of a row
+@pytest.fixture
+def wide_section(tiny_base: Path, model_section: ModelSection, tmp_path: Path) -> ModelSection:
+    """Layers of 128 values in a row: bitsandbytes packs blocks of 64."""
+    wide = shutil.copytree(tiny_base, tmp_path / "wide")
     config = BertConfig.from_pretrained(wide, hidden_size=128, intermediate_size=128)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         BertModel(config).save_pretrained(wide)
-        section = model_section.model_copy(update={"base": str(wide)})
-        exact, lean = (load_model(section, LORA, compute(quantization=each)) for each in ("none", "4bit"))
+    return model_section.model_copy(update={"base": str(wide)})
+
+
+@pytest.mark.skipif(not QUANTIZED, reason="needs fedloom[quantized]")
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes.*", "ignore::FutureWarning:bitsandbytes.*")
+@pytest.mark.parametrize(("bits", "stored", "cosine"), [("8bit", torch.int8, 0.99), ("4bit", torch.uint8, 0.8)])
+def test_a_base_of_few_bits_trains_privately(
+    bits: str,
+    stored: torch.dtype,
+    cosine: float,
+    wide_section: ModelSection,
+    rows: Rows,
+    spec: Spec,
+    policy: Policy,
+    tmp_path: Path,
+) -> None:
+    exact, lean = (load_model(wide_section, LORA, compute(quantization=each)) for each in ("none", bits))
     base = next(p for n, p in lean.model.named_parameters() if n.endswith("query.base_layer.weight"))
-    assert base.dtype == torch.uint8
+    assert base.dtype == stored
     assert {slot.parameter.dtype for slot in lean.slots.values()} == {torch.float32}
     assert lean.schema.digest == exact.schema.digest
 
     expected = trained(exact, rows, spec, policy, tmp_path / "exact")
     found = trained(lean, rows, spec, policy, tmp_path / "lean")
 
+    assert lean.probed
     whole = np.concatenate([value.ravel() for value in expected.values()])
     other = np.concatenate([found[name].ravel() for name in expected])
-    assert whole @ other > 0.8 * np.linalg.norm(whole) * np.linalg.norm(other)
+    assert whole @ other > cosine * np.linalg.norm(whole) * np.linalg.norm(other)
     pair = next(iter(lean.schema.pairs)).module
     zeros = {s.name: np.zeros(s.shape, np.float32) for s in lean.schema.tensors if s.module == pair}
     corrections = {f"{pair}.base_{side}": next(v for n, v in zeros.items() if f"lora_{side}" in n) for side in "AB"}
-    with pytest.raises(ModelError, match="cannot be done to 4-bit weights"):
+    with pytest.raises(ModelError, match="cannot be done to quantised weights"):
         lean.load(zeros | corrections)
+
+
+@pytest.mark.skipif(not QUANTIZED, reason="needs fedloom[quantized]")
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes.*", "ignore::FutureWarning:bitsandbytes.*")
+def test_eight_bits_keep_no_columns_that_other_examples_choose(wide_section: ModelSection) -> None:
+    model = load_model(wide_section, LORA, compute(quantization="8bit"))
+
+    layers = [
+        each for each in model.model.modules() if type(each).__name__ == "Linear8bitLt" and hasattr(each, "state")
+    ]
+    assert layers
+    assert {each.state.threshold for each in layers} == {0.0}
 
 
 @pytest.mark.parametrize(

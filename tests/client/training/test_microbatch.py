@@ -262,10 +262,11 @@ def test_hooks_forget_a_pass_that_ended_half_way(tiny_model: AdapterModel, rows:
 
 def test_what_a_forward_pass_keeps_is_counted_once_and_without_parameters() -> None:
     x = torch.ones(1000, requires_grad=True)
-    weight = torch.nn.Parameter(torch.ones(1000))
+    layer = torch.nn.Linear(1000, 2, bias=False).requires_grad_(False)
 
-    assert kept_bytes(lambda: (x.exp() * weight).sum()) == 4000
-    assert kept_bytes(lambda: [x.exp().cos() for _ in range(2)]) == 8000
+    assert kept_bytes(lambda: (x.exp() * layer.weight[0]).sum(), layer) == 4000
+    assert kept_bytes(lambda: layer(x.exp()).sum(), layer) == 4000  # the weight is kept as a view of it
+    assert kept_bytes(lambda: [x.exp().cos() for _ in range(2)], layer) == 8000
 
 
 def test_the_size_follows_what_is_free(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

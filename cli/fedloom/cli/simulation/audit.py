@@ -85,9 +85,10 @@ def _site(policy: Path | None) -> "Policy | None":
 
 def _load(config: "RunConfig", site: "Policy | None") -> "AdapterModel":
     from fedloom.client.models.load import load_model
+    from fedloom.client.policy import ComputePolicy
 
     if site is None:
-        return load_model(config.model, config.adapter)
+        return load_model(config.model, config.adapter, ComputePolicy.of(config.engine))
     base = site.model.folder or config.model.base
     return load_model(config.model.model_copy(update={"base": base}), config.adapter, site.compute)
 

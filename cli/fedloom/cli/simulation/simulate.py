@@ -75,9 +75,10 @@ def _lost(config: RunConfig, name: str) -> str:
 def _introduce(federation: "Federation", folder: Path) -> None:
     """Say what is about to run, before it takes minutes."""
     config, schema = federation.config, federation.model.schema
+    engine, device = config.engine.kind, federation.model.device.type
+    place = engine if device == "cpu" else f"{engine} on {device}"
     out.print(
-        f"[bold]{folder.name}[/]: {config.strategy.name}, {len(federation.clients)} clients, {config.engine.kind}",
-        markup=True,
+        f"[bold]{folder.name}[/]: {config.strategy.name}, {len(federation.clients)} clients, {place}", markup=True
     )
     trained = f"{config.adapter.kind}, head {config.model.head}"
     if modules := federation.model.head.modules:

@@ -139,6 +139,6 @@ def _weights_bytes(folder: Path, compute: ComputePolicy) -> int:
                 for side in tensors.get_slice(name).get_shape():
                     size *= side
                 values += size
-    if compute.quantization == "4bit":
-        return values // 2
+    if compute.quantization != "none":
+        return values // {"8bit": 1, "4bit": 2}[compute.quantization]
     return values * (2 if compute.dtype == "bfloat16" else 4)

@@ -18,6 +18,7 @@ from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_folder import base_digest, resolve_base
 from fedloom.client.models.export import is_merged, load_exported
 from fedloom.client.models.load import load_model
+from fedloom.client.policy import ComputePolicy
 from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError, ModelError
@@ -64,7 +65,7 @@ class HeldOut:
             ModelError: See `load_model`.
         """
         rows = held_out(config, source, split)
-        model = load_model(config.model, config.adapter)
+        model = load_model(config.model, config.adapter, ComputePolicy.of(config.engine))
         return cls(config, model, encode(rows, model.tokenizer, config.model.max_length))
 
     def score(self, adapter: Tensors) -> Score:
@@ -91,7 +92,7 @@ class HeldOut:
             ModelError: The folder has none, or one of another base model, task or labels.
         """
         section, known = self.config.model, _facts(folder)
-        base = resolve_base(section.base)
+        base, compute = resolve_base(section.base), ComputePolicy.of(self.config.engine)
         ours = {
             "task": section.task,
             "labels": list(section.labels),
@@ -104,7 +105,7 @@ class HeldOut:
                     "give the run file that it was trained with"
                 )
         try:
-            plain = load_exported(base, folder, len(section.labels), section.task, section.image_size)
+            plain = load_exported(base, folder, len(section.labels), section.task, section.image_size, compute)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"the adapter in {folder} cannot be loaded: {error}; export it again") from error
         return AdapterModel(plain, self.model.tokenizer, [], 1.0, self.model.device, self.model.task)

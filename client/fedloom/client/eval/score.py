@@ -9,6 +9,7 @@ import torch
 from fedloom.client.data.tokens import Encoded
 from fedloom.client.eval.confusion import MOST_CLASSES, Confusion, count
 from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.tasks.api import Task
 from fedloom.client.training.local_eval import answers
 from fedloom.client.training.losses import labelled, positions
 
@@ -38,7 +39,10 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) ->
         encoded: Rows with labels.
         batch: Rows in one forward pass; None takes `Encoded.evaluation_batch`.
     """
-    task, right, total, loss, classes = model.task, 0, 0, 0.0, 0
+    task, classes = model.task, 0
+    more = type(task).metrics is not Task.metrics
+    counts: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
     pairs: list[torch.Tensor] = []
     sums: Counter[str] = Counter()
     with torch.inference_mode():
@@ -46,13 +50,19 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) ->
             each = task.loss(scores, labels)
             scores, labels = positions(scores, labels)
             places = labelled(labels)
-            right += int((task.right(scores, labels) & places).sum())
-            total += int(places.sum())
-            loss += float(each @ places.sum(1).float())
+            counts.append(torch.stack([(task.right(scores, labels) & places).sum(), places.sum()]))
+            losses.append(each @ places.sum(1).float())
             classes = scores.shape[-1]
             if task.traits.labels and classes <= MOST_CLASSES:
-                pairs.append(torch.stack([labels[places], task.answer(scores)[places]]).cpu())
-            sums.update(task.metrics(scores[places], labels[places]))
-    both = torch.cat(pairs, 1).numpy() if pairs else None
-    confusion = () if both is None else count(both[0], both[1], classes)
+                pairs.append(torch.stack([labels, task.answer(scores)]).flatten(1))
+            if more:
+                sums.update(task.metrics(scores[places], labels[places]))
+    # A device is waited for only here, and where metrics of the task's own need to know which places are labelled.
+    right, total = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
+    loss = sum(torch.stack(losses).tolist()) if losses else 0.0
+    confusion: Confusion = ()
+    if pairs:
+        true, predicted = (each.cpu() for each in torch.cat(pairs, 1))
+        places = labelled(true)
+        confusion = count(true[places].numpy(), predicted[places].numpy(), classes)
     return Score(right / max(1, total), loss / max(1, total), len(encoded), confusion, task.summary(sums))

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from transformers import PreTrainedModel
@@ -17,7 +16,10 @@ from fedloom.client.adapters.api import Host
 from fedloom.client.adapters.attach import adapter_of, attach, scale_of
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_base
+from fedloom.client.models.quantization import keep_float32, loading
+from fedloom.client.policy import ComputePolicy
 from fedloom.client.tasks.api import Task
+from fedloom.client.training.device import prepare_device
 from fedloom.core import registry
 from fedloom.core.config.parsing import Section, parse, read_json
 from fedloom.core.config.run import AdapterSection
@@ -69,13 +71,14 @@ def write_folder(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
     (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def load_folder(base: Path, folder: Path, task: Task) -> PreTrainedModel:
-    """The base model with the adapter of a folder, on the CPU, in evaluation mode.
+def load_folder(base: Path, folder: Path, task: Task, compute: ComputePolicy) -> PreTrainedModel:
+    """The base model with the adapter of a folder, in evaluation mode.
 
     Args:
         base: The base model's folder.
         folder: The adapter's.
         task: What it was trained for.
+        compute: Where, and in what precision.
 
     Raises:
         ConfigError: The kind is not installed here, or refuses its options.
@@ -83,9 +86,11 @@ def load_folder(base: Path, folder: Path, task: Task) -> PreTrainedModel:
     """
     section = parse(AdapterSection, read_json(folder / _OPTIONS), source=str(folder / _OPTIONS))
     adapter = adapter_of(section)
-    plain, reader, head, _ = load_base(base, task)
+    device = prepare_device(compute)
+    plain, reader, head, _ = load_base(base, task, loading(compute, device))
     model, slots = attach(Host(plain, head, task.traits.peft), section.kind, adapter)
-    whole = AdapterModel(model, reader, slots, scale_of(section, adapter), torch.device("cpu"), task, head, adapter)
+    keep_float32(model, slots)
+    whole = AdapterModel(model, reader, slots, scale_of(section, adapter), device, task, head, adapter)
     try:
         tensors = load_file(folder / TENSORS)
         whole.schema.check(tensors)

@@ -14,6 +14,7 @@ from fedloom.client.adapters.lora import LoRA
 from fedloom.client.adapters.slot import Slot
 from fedloom.client.models.attention import padding_known
 from fedloom.client.tasks.api import Task
+from fedloom.client.training.device import on_device
 from fedloom.core.errors import ModelError
 from fedloom.core.peft_settings import PREFIX
 from fedloom.core.schema import Array, Schema, Tensors, linear_name
@@ -115,7 +116,7 @@ class AdapterModel:
         weight = layer.base_layer.weight
         if not weight.is_floating_point():
             raise ModelError(
-                "this run's strategy corrects the frozen base model, which cannot be done to 4-bit weights; set "
+                "this run's strategy corrects the frozen base model, which cannot be done to quantised weights; set "
                 'compute.quantization = "none", with compute.dtype = "bfloat16" to save memory'
             )
         pretrained = self._base_weights.setdefault(module, weight.detach().clone())
@@ -164,9 +165,16 @@ class AdapterModel:
                 masks[slot.parameter] = mask
         return masks
 
+    def leave(self) -> None:
+        """Go to the CPU, so that the device's memory is free for others."""
+        self.model.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.device = torch.device("cpu")
+
     def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Class scores, float32, shape (batch, labels), or (batch, length, labels or vocabulary) at each token."""
-        inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}
+        inputs = {name: on_device(value, self.device) for name, value in batch.items() if name != "labels"}
         with padding_known(batch.get("attention_mask")):
             scores: torch.Tensor = self.model(**inputs).logits
         return scores.float()

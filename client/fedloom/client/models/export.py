@@ -18,10 +18,14 @@ from fedloom.client.adapters.spectral.lora_start import taken_out
 from fedloom.client.data.tokens import Encoded, collate, microbatches
 from fedloom.client.models.adapter_folder import is_folder, load_folder, write_folder
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.load import load_base, load_model
+from fedloom.client.models.load import ON_CPU, load_base, load_model
+from fedloom.client.models.quantization import loading, saved_in_float32
 from fedloom.client.models.wide_adapter import widen
+from fedloom.client.policy import ComputePolicy
 from fedloom.client.tasks.api import Task, task_named
+from fedloom.client.training.device import on_device, prepare_device
 from fedloom.client.training.losses import labelled, positions
+from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.privacy.accounting import Statement
@@ -43,6 +47,7 @@ __all__ = [
     "save_folder",
     "save_merged",
     "save_result",
+    "writable",
 ]
 
 _SHORT = 8
@@ -244,9 +249,7 @@ def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path, 
         ConfigError: The folder cannot be written.
     """
     privacy = run_statement(spec, rounds) if spec.privacy.enabled else None
-    if result_name(model) == "merged" and any(each.dtype != torch.float32 for each in model.model.parameters()):
-        own = spec.model.model_copy(update={"base": model.model.get_base_model().name_or_path})
-        model = load_model(own, spec.adapter)  # weights of few bits would be rounded by what is folded into them
+    model = writable(model, spec)
     model.show(tensors)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -264,6 +267,20 @@ def save_final(model: AdapterModel, spec: Spec, tensors: Tensors, folder: Path, 
                     folder.rename(Path(tempfile.mkdtemp(dir=scratch)) / folder.name)
     except OSError as error:
         raise ConfigError(f"the adapter cannot be written to {folder}: {error}; let this user write there") from error
+
+
+def writable(model: AdapterModel, spec: Spec) -> AdapterModel:
+    """The model to write results of a run with: this one, or one that gives the same bytes wherever it is loaded.
+
+    A result that holds weights of the base model is made in float32 on the CPU: in fewer bits they would be rounded by
+    what is folded into them, and each device adds up in an order of its own.
+    """
+    weights = list(model.model.parameters())
+    here = all(each.dtype == torch.float32 and each.device.type == "cpu" for each in weights)
+    if here or model.adapter.traits.result != "merged":
+        return model
+    own = spec.model.model_copy(update={"base": model.model.get_base_model().name_or_path})
+    return load_model(own, spec.adapter)
 
 
 def facts(spec: Spec, privacy: Statement | None, user: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -311,9 +328,22 @@ def is_merged(folder: Path) -> bool:
 
 
 def load_exported(
-    base: Path, adapter: Path, labels: int, task: str = "text-classification", image_size: int | None = None
+    base: Path,
+    adapter: Path,
+    labels: int,
+    task: str = "text-classification",
+    image_size: int | None = None,
+    compute: ComputePolicy = ON_CPU,
 ) -> PreTrainedModel | PeftModel:
     """What a user gets who follows the card: the plain base model with the saved adapter, or the merged model.
+
+    Args:
+        base: The base model's folder.
+        adapter: The adapter's, or the merged model's.
+        labels: How many there are.
+        task: Name of the task.
+        image_size: Side of pictures in pixels; None is the base model's own.
+        compute: Where, and in what precision of the frozen weights.
 
     Raises:
         ModelError: The base model, or the merged one, cannot be loaded, or the adapter is not one for it.
@@ -321,17 +351,20 @@ def load_exported(
     """
     names = tuple(f"LABEL_{index}" for index in range(labels))
     kind = task_named(task, names, _SHORT, image_size)
+    device = prepare_device(compute)
+    options = loading(compute, device)
     if is_merged(adapter):
-        return load_base(adapter, kind).model.eval()
+        return load_base(adapter, kind, options).model.to(device).eval()
     if is_folder(adapter):
-        return load_folder(base, adapter, kind)
-    plain = load_base(base, kind).model
+        return load_folder(base, adapter, kind, compute)
+    plain = load_base(base, kind, options).model.to(device)
+    saved_in_float32(plain, read_json(adapter / "adapter_config.json").get("modules_to_save") or ())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers deprecates an attribute that peft reads
         return PeftModel.from_pretrained(plain, str(adapter)).eval()
 
 
-def predict(model: Any, task: Task, encoded: Encoded, pad_id: int, device: str = "cpu") -> np.ndarray[Any, Any]:
+def predict(model: Any, task: Task, encoded: Encoded, pad_id: int) -> np.ndarray[Any, Any]:
     """What a model with the Hugging Face call convention answers, see `Task.answer`.
 
     Returns:
@@ -341,7 +374,7 @@ def predict(model: Any, task: Task, encoded: Encoded, pad_id: int, device: str =
     with torch.inference_mode():
         for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, encoded.evaluation_batch):
             batch = collate(encoded, part, pad_id)
-            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            inputs = {name: on_device(value, model.device) for name, value in batch.items() if name != "labels"}
             scores, labels = positions(model(**inputs).logits.cpu(), batch["labels"])
             for row, answers, places in zip(part, task.answer(scores), labelled(labels), strict=True):
                 found[int(row)] = answers[places].numpy()

@@ -17,7 +17,7 @@ from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_checks import check_base
 from fedloom.client.models.base_folder import base_digest, resolve_base
 from fedloom.client.models.loading_context import LOCAL_ONLY, quiet, repeatable
-from fedloom.client.models.quantization import keep_float32, loading, recompute_layers
+from fedloom.client.models.quantization import check_frozen, keep_float32, loading, recompute_layers
 from fedloom.client.policy import ComputePolicy
 from fedloom.client.tasks.api import Task
 from fedloom.client.training.device import prepare_device
@@ -25,10 +25,10 @@ from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 from fedloom.core.schema import Role
 
-__all__ = ["ON_CPU", "Base", "load_base", "load_model"]
+__all__ = ["ON_CPU", "Base", "empty_base", "load_base", "load_model"]
 
 ON_CPU = ComputePolicy(device="cpu")
-"""Where simulations and exports work, whatever device there is: their results are compared."""
+"""For exports and for values that every party must have alike: float32 on the CPU, whatever device there is."""
 
 _FLOAT32: Mapping[str, Any] = {"dtype": torch.float32}
 _REPORTED: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -61,7 +61,8 @@ def load_model(model: ModelSection, adapter: AdapterSection, compute: ComputePol
         )
     device = prepare_device(compute)
     kind = adapter_of(adapter)
-    options = loading(compute, kind.traits, device)
+    check_frozen(compute, kind.traits)
+    options = loading(compute, device)
     task: Task = model.built()
     base, tokenizer, head, names = load_base(folder, task, options)
     check_labels(head, names, model.labels, folder)
@@ -96,6 +97,26 @@ def load_base(folder: Path, task: Task, options: Mapping[str, Any] = _FLOAT32) -
         ModelError: The folder has no model for the task, its weights are not those of the model that it describes, or
             its tokenizer, its images or texts of `task.max_length` tokens do not fit the model.
     """
+    found = _read_base(folder, task, options)
+    base, reader = found.model, found.reader
+    if not (task.traits.per_token or task.traits.images):
+        # A decoder scores a text at its last token, which it finds by the id of the padding. Set now: some encoders
+        # count positions by the id that they were built with.
+        base.config.pad_token_id = reader.pad_token_id
+    check_base(base, reader, task, folder)
+    return found
+
+
+def empty_base(folder: Path, task: Task, dtype: torch.dtype) -> Base:
+    """The same without its weights: they have shapes and a type, on the meta device.
+
+    Raises:
+        ModelError: As by `load_base`, but for what only a model with weights can show.
+    """
+    return _read_base(folder, task, {"dtype": dtype, "device_map": {"": "meta"}})
+
+
+def _read_base(folder: Path, task: Task, options: Mapping[str, Any]) -> Base:
     reader, what = task.reader(folder), type(task).__name__
     try:
         with warnings.catch_warnings(), quiet():
@@ -117,9 +138,4 @@ def load_base(folder: Path, task: Task, options: Mapping[str, Any] = _FLOAT32) -
                 "without it; take a model of a kind that transformers knows"
             ) from error
         raise ModelError(f"base model {folder} cannot be loaded for {what}: {error}") from error
-    if not (task.traits.per_token or task.traits.images):
-        # A decoder scores a text at its last token, which it finds by the id of the padding. Set now: some encoders
-        # count positions by the id that they were built with.
-        base.config.pad_token_id = reader.pad_token_id
-    check_base(base, reader, task, folder)
     return Base(base, reader, find_head(base, report, task, folder), names)

@@ -1,6 +1,8 @@
 """A frozen base model in fewer bits, or with less kept of it, under an adapter that is exact."""
 
 import importlib.util
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -8,8 +10,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fedloom.client.adapters.api import Traits
 from fedloom.client.adapters.slot import Slot
@@ -17,40 +21,69 @@ from fedloom.client.policy import ComputePolicy
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.schema import Role
 
-__all__ = ["keep_float32", "loading", "recompute_layers"]
+__all__ = [
+    "check_frozen",
+    "dtype_of",
+    "is_quantised",
+    "keep_float32",
+    "loading",
+    "one_layer_whole",
+    "recompute_layers",
+    "saved_in_float32",
+]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HEADS = ["classifier", "score", "lm_head", "pooler", "head", "summary", "logits_proj", "pre_classifier"]
 """Layers that are left whole: heads are trained, or give scores whose small differences count."""
 
 
-def loading(compute: ComputePolicy, traits: Traits, device: torch.device) -> dict[str, Any]:
-    """Options of `from_pretrained` under which the frozen base is as the policy has it.
+def check_frozen(compute: ComputePolicy, traits: Traits) -> None:
+    """Refuse a base model of fewer bits under an adapter that needs all of them.
 
     Raises:
-        ConfigError: 4-bit weights are asked for without bitsandbytes.
         ModelError: The adapter trains parts of the base itself.
     """
-    if compute.dtype == "float32" and compute.quantization == "none":
-        return {"dtype": torch.float32}
-    if traits.trains_base:
+    if traits.trains_base and (compute.dtype, compute.quantization) != ("float32", "none"):
         raise ModelError(
             "this kind of adapter trains the base model's own parameters, or makes its own of them, which needs all of "
             'it in float32; set compute.dtype = "float32" and compute.quantization = "none"'
         )
-    dtype = _DTYPES[compute.dtype]
+
+
+def loading(compute: ComputePolicy, device: torch.device) -> dict[str, Any]:
+    """Options of `from_pretrained` under which the frozen base is as the policy has it.
+
+    Raises:
+        ConfigError: Fewer bits are asked for without bitsandbytes.
+    """
+    dtype = dtype_of(compute)
     if compute.quantization == "none":
         return {"dtype": dtype}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            'compute.quantization = "4bit" needs bitsandbytes, which is not installed; install fedloom[quantized], or '
-            'set compute.quantization = "none"'
+            f'quantization = "{compute.quantization}" needs bitsandbytes, which is not installed; install '
+            'fedloom[quantized], or set quantization = "none"'
         )
     # transformers compares modules by their full name's last part; without the list it would quantise some heads.
-    bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_HEADS
-    )
+    skipped: dict[str, Any] = {"llm_int8_skip_modules": _HEADS}
+    if compute.quantization == "4bit":
+        four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        bits = BitsAndBytesConfig(load_in_4bit=True, **four, **skipped)
+    else:
+        # LLM.int8 picks the columns that it keeps whole by the largest values of the batch, so that one example would
+        # change what another one gives. At 0 it picks none, and each row is rounded by its own largest value.
+        bits = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, **skipped)
     return {"dtype": dtype, "quantization_config": bits, "device_map": {"": str(device)}}
+
+
+def dtype_of(compute: ComputePolicy) -> torch.dtype:
+    """The type of the frozen base's values, of those that have not fewer bits."""
+    return _DTYPES[compute.dtype]
+
+
+def is_quantised(name: str, module: nn.Module) -> bool:
+    """Whether a module of a base model, by its full name, is one that `loading` gives few bits."""
+    return isinstance(module, (nn.Linear, Conv1D)) and bool(should_convert_module(name, _HEADS))
 
 
 def keep_float32(model: PeftModel, slots: list[Slot]) -> None:
@@ -71,6 +104,13 @@ def keep_float32(model: PeftModel, slots: list[Slot]) -> None:
         # Only the layers whose own parameters are trained: what a head does in between follows them.
         if name.replace(".modules_to_save.default", "") in heads and ".original_module" not in name:
             module.register_forward_pre_hook(_in_float32)
+
+
+def saved_in_float32(base: PreTrainedModel, saved: Collection[str]) -> None:
+    """Give the modules of a plain base model that PEFT saves by these names 32 bits, as `keep_float32` does."""
+    for name, module in base.named_modules():
+        if any(name == each or name.endswith(f".{each}") for each in saved):
+            module.float().register_forward_pre_hook(_in_float32)
 
 
 def _in_float32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -95,3 +135,18 @@ def recompute_layers(model: nn.Module) -> None:
     for layer in layers:
         # Set beside the class's method, where peft and the tape leave it alone: both change the linear layers within.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+@contextmanager
+def one_layer_whole(model: nn.Module) -> Iterator[None]:
+    """Have one of the layers that are recomputed keep what it computes, as each does in its turn of a backward pass."""
+    for layer in model.modules():
+        recomputed = vars(layer).get("forward")
+        if isinstance(recomputed, partial) and recomputed.func is checkpoint:
+            layer.forward = recomputed.args[0]
+            try:
+                yield
+            finally:
+                layer.forward = recomputed
+            return
+    yield

@@ -20,6 +20,7 @@ from fedloom.client.data.rows import Indices
 from fedloom.client.data.tokens import Encoded
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import ComputePolicy
+from fedloom.client.training.device import on_device
 from fedloom.client.training.frozen_prefix import FrozenPrefix, frozen_prefix, only_tokens
 
 __all__ = ["Activations", "EncryptedFile", "kept_activations"]
@@ -108,7 +109,7 @@ class Activations:
         whole = torch.zeros(len(rows), places, width, dtype=dtype)
         for place, row in zip(whole, rows, strict=True):
             place[: len(row)] = row
-        return whole.to(self._model.device)
+        return on_device(whole, self._model.device)
 
 
 def kept_activations(model: AdapterModel, base: str | None, compute: ComputePolicy) -> Activations | None:

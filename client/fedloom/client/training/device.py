@@ -10,10 +10,13 @@ import torch
 from fedloom.client.policy import ComputePolicy
 from fedloom.core.errors import ConfigError
 
-__all__ = ["choose_device", "free_bytes", "kept_bytes", "out_of_memory", "prepare_device"]
+__all__ = ["choose_device", "free_bytes", "kept_bytes", "on_device", "out_of_memory", "prepare_device", "shared"]
 
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 """What torch says in a RuntimeError: CUDA's and MPS's allocators, and the CPU's."""
+
+_CONTEXT = 600 << 20
+"""Bytes that CUDA takes in each process beside what torch's allocator counts."""
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/proc/self/cgroup")
@@ -21,7 +24,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `compute.device`.
+    """The device that compute.device of a policy or engine.device of a run file names. Nothing else chooses one.
 
     auto never takes MPS, on which the tests of per-example gradients have not been run; name it to use it.
 
@@ -33,11 +36,11 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
         raise ConfigError(
-            f"compute.device = {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
+            f"device = {name!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
             'take "auto" or "cpu", or install the driver and a torch built for it'
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError('compute.device = "mps": torch finds no Apple GPU here; take "auto" or "cpu"')
+        raise ConfigError('device = "mps": torch finds no Apple GPU here; take "auto" or "cpu"')
     return device
 
 
@@ -54,6 +57,33 @@ def prepare_device(compute: ComputePolicy) -> torch.device:
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (compute.memory_mib << 20) / whole), device)
     return device
+
+
+def shared(compute: ComputePolicy, processes: int) -> ComputePolicy:
+    """What one of several processes may use that work on one machine at a time.
+
+    On CUDA each gets an equal part of the memory, unless `memory_mib` is given: torch would keep whatever it has once
+    had, and whoever comes last would find nothing.
+
+    Args:
+        compute: What each would use alone.
+        processes: How many there are, at least 1.
+
+    Raises:
+        ConfigError: There is no such device here.
+    """
+    device = choose_device(compute.device)
+    if device.type != "cuda" or compute.memory_mib is not None:
+        return compute
+    part = torch.cuda.get_device_properties(device).total_memory // processes - _CONTEXT
+    return compute.model_copy(update={"memory_mib": max(64, part >> 20)})
+
+
+def on_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU's on a device. On CUDA the copy is one that nobody waits for."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def free_bytes(device: torch.device, cap_mib: int | None) -> int | None:
@@ -76,17 +106,18 @@ def free_bytes(device: torch.device, cap_mib: int | None) -> int | None:
     return free if cap_mib is None else max(0, min(free, (cap_mib << 20) - used))
 
 
-def kept_bytes(work: Callable[[], object]) -> int:
-    """Bytes that the forward passes of `work` keep for the backward pass, each storage once, parameters left out.
+def kept_bytes(work: Callable[[], object], model: torch.nn.Module) -> int:
+    """Bytes that the forward passes of `work` keep for the backward pass, each storage once, those of `model` left out.
 
     What `work` returns must hold its graph, so that no storage is given out twice meanwhile.
     """
+    # By what they are stored in: a layer keeps its weight as a view, which is no parameter.
+    own = {_storage(each) for each in [*model.parameters(), *model.buffers()]}
     seen: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
+        if (place := _storage(tensor)) not in own:
+            seen[place] = tensor.untyped_storage().nbytes()
         return tensor
 
     hooks: Any = torch.autograd.graph.saved_tensors_hooks
@@ -94,6 +125,11 @@ def kept_bytes(work: Callable[[], object]) -> int:
         held = work()
     del held
     return sum(seen.values())
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Which storage a tensor is in; not its address, which fake tensors have not."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, collate, microbatches
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.rng import Entropy
+from fedloom.client.training.device import on_device
 from fedloom.client.training.losses import labelled, positions
 from fedloom.core.privacy.gaussian import UNITS, deviation
 
@@ -50,7 +51,7 @@ def answers(model: AdapterModel, encoded: Encoded, size: int) -> Iterator[tuple[
     """
     for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, size):
         batch = collate(encoded, part, model.tokenizer.pad_token_id)
-        yield model.logits(batch), batch["labels"].to(model.device)
+        yield model.logits(batch), on_device(batch["labels"], model.device)
 
 
 def row_scores(model: AdapterModel, encoded: Encoded, size: int, max_loss: float) -> Table:

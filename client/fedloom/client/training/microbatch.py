@@ -8,12 +8,13 @@ import torch
 
 from fedloom.client.data.tokens import collate
 from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.quantization import one_layer_whole
 from fedloom.client.privacy.dp_sgd.probe import BatchLoss, made_up
 from fedloom.client.training.device import free_bytes, kept_bytes, out_of_memory
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import ModelError
 
-__all__ = ["Microbatch", "example_bytes", "fitting"]
+__all__ = ["Microbatch", "example_bytes", "example_size", "fitting", "room_for"]
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def fitting(model: AdapterModel, loss: BatchLoss, spec: Spec, cap_mib: int | Non
         return spec.train.microbatch
     if model.example_bytes is None:
         model.example_bytes = example_bytes(model, loss, spec)
-    room = int(_SHARE * free / model.example_bytes)
+    room = room_for(free, model.example_bytes)
     if room < 1:
         log.warning("%d MiB are free on %s and one example may need more", free >> 20, model.device)
     return max(1, min(room, spec.train.microbatch))
@@ -100,11 +101,22 @@ def example_bytes(model: AdapterModel, loss: BatchLoss, spec: Spec) -> int:
 
     def measure(_: int) -> None:
         nonlocal kept
-        kept = kept_bytes(lambda: loss(batch))
+        with one_layer_whole(model.model):
+            kept = kept_bytes(lambda: loss(batch), model.model)
 
     try:
         Microbatch(1, model.device).attempt(1, measure)
     finally:
         for parameter, trained in before:
             parameter.requires_grad_(trained)
+    return example_size(kept)
+
+
+def example_size(kept: int) -> int:
+    """Bytes that training takes for an example whose forward pass keeps so many for the backward pass."""
     return max(1, int(_BACKWARD * kept))
+
+
+def room_for(free: int, example: int) -> int:
+    """Examples of so many bytes that go into so many that are free."""
+    return int(_SHARE * free / example)

@@ -25,6 +25,7 @@ from fedloom.client.session.api import CheckCancelled, Trained
 from fedloom.client.training.activations import kept_activations
 from fedloom.client.training.admission import Account, Admission
 from fedloom.client.training.averaging import averaged
+from fedloom.client.training.device import on_device
 from fedloom.client.training.gradient_terms import GradientTerms
 from fedloom.client.training.local_eval import Table, released, row_scores, split
 from fedloom.client.training.microbatch import Microbatch, fitting
@@ -300,7 +301,7 @@ class Trainer(Admission):
 
 def batch_loss(model: AdapterModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum of per-example losses; no term of one example depends on another."""
-    return model.task.loss(model.logits(batch), batch["labels"].to(model.device)).sum()
+    return model.task.loss(model.logits(batch), on_device(batch["labels"], model.device)).sum()
 
 
 def _system(_: int) -> Entropy:

@@ -7,6 +7,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 
 from fedloom.core import registry
 from fedloom.core.codecs.auto import AUTO, possible
+from fedloom.core.config.compute import ComputeOptions
 from fedloom.core.config.data import DataSection
 from fedloom.core.config.evaluation import EvaluationSection, FederatedEvaluationSection
 from fedloom.core.config.parsing import FileName, OpenSection, Section, explain, parse, read_toml
@@ -255,8 +256,8 @@ class WireSection(Section):
     do, fp32 where they do not."""
 
 
-class EngineSection(Section):
-    """[engine]: how a simulation runs."""
+class EngineSection(ComputeOptions):
+    """[engine]: how a simulation runs, and where a coordinator scores its adapters. Clients are told nothing of it."""
 
     kind: Literal["inprocess", "grpc", "ray"] = "inprocess"
     """inprocess: one process, one base model. grpc: a coordinator and one process per client. ray: actors of Ray, one

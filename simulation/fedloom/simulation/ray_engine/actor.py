@@ -139,12 +139,11 @@ class Resident:
     """The actor. Ray runs `load`, `train` and `score` one at a time, and `footprint` beside them.
 
     Args:
-        threads: Torch threads.
-        gpu: Whether Ray has given it a GPU.
+        compute: What it may use of its node.
     """
 
-    def __init__(self, threads: int, gpu: bool) -> None:
-        self._compute = ComputePolicy(device="cuda" if gpu else "cpu", threads=threads)
+    def __init__(self, compute: ComputePolicy) -> None:
+        self._compute = compute
         self._trainers: OrderedDict[str, Trainer] = OrderedDict()
         self._stepped = threading.Event()
 

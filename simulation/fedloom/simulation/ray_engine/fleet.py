@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from fedloom.client.assets.fetch import ASSETS
+from fedloom.client.policy import ComputePolicy
 from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.errors import FedloomError
 from fedloom.simulation.ray_engine.actor import ASIDE, Footprint, Resident
@@ -75,7 +76,7 @@ class Fleet:
     """
 
     def __init__(self, ray: Any, config: RunConfig, most: int) -> None:
-        self._ray, self._most, self._threads = ray, most, config.engine.threads
+        self._ray, self._most, self._compute = ray, most, ComputePolicy.of(config.engine)
         self._kind = ray.remote(concurrency_groups={ASIDE: 1})(Resident)
         self._spec = ray.put(_for_any_node(config.spec))
         self._nodes: dict[str, _Node] = {}
@@ -200,9 +201,8 @@ class Fleet:
             for name in found.keys() - self._nodes.keys():
                 self._nodes[name] = self._node(found[name])
             if not any(node.slots for node in self._nodes.values()):
-                raise FedloomError(
-                    f"no node of the Ray cluster has a GPU or engine.threads = {self._threads or 1} CPUs; lower it"
-                )
+                threads = self._compute.threads or 1
+                raise FedloomError(f"no node of the Ray cluster has a GPU or engine.threads = {threads} CPUs; lower it")
             for actor in self._actors:
                 self._hear(actor, self._nodes[actor.node])
             left = self._most - len(self._actors)
@@ -213,7 +213,8 @@ class Fleet:
 
     def _node(self, resources: dict[str, float]) -> _Node:
         cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-        threads = self._threads or (max(1, cpus // gpus) if gpus else 1)
+        gpus = 0 if self._compute.device == "cpu" else gpus
+        threads = self._compute.threads or (max(1, cpus // gpus) if gpus else 1)
         return _Node(cpus, gpus, threads, room=gpus or 1)
 
     def _hear(self, actor: _Actor, node: _Node) -> None:
@@ -254,10 +255,12 @@ class Fleet:
     def _start(self, name: str, node: _Node) -> _Actor:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        # Ray shows an actor the GPU that it has given it, and no other.
+        own = {"device": "cuda" if node.gpus else "cpu", "threads": node.threads}
         reserved = {"num_gpus": 1, "num_cpus": 0} if node.gpus else {"num_cpus": node.threads, "memory": node.peak}
         there = NodeAffinitySchedulingStrategy(name, soft=False)
         handle = self._kind.options(scheduling_strategy=there, max_restarts=0, **reserved).remote(
-            node.threads, bool(node.gpus)
+            self._compute.model_copy(update=own)
         )
         beside = handle.footprint.options(concurrency_group=ASIDE)
         return _Actor(name, handle, handle.load.remote(self._spec), beside.remote())

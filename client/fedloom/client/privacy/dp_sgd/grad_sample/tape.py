@@ -176,7 +176,7 @@ def _multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _add_rounded(scaled: torch.Tensor, total: torch.Tensor) -> None:
     """Round (n, m) in place, n up to `_MOST`, and add the sum over the first axis to `total`."""
     # Infinity times 0 is NaN; an integer made of one would be whatever the processor says.
-    scaled.nan_to_num_(0.0)
+    scaled.nan_to_num_(0.0, 0.0, 0.0)
     # In float32 a whole number up to 2^24 is exact, and `_MOST` of up to 2^20 each add up to less than 2^31.
     total += scaled.round_().to(torch.int32).sum(0, dtype=torch.int32)
 

@@ -17,23 +17,22 @@ from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipp
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
-from torch.nn import functional as F
 
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_model
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
+from fedloom.client.privacy.dp_sgd.noise import noise
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import System
+from fedloom.client.tasks.api import Task
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.privacy.gaussian import deviation
 from fedloom.core.runtime.memory import keep_freed_memory
-from fedloom.core.schema import Role
 
-__all__ = ["bench_step", "peak_bytes"]
+__all__ = ["VARIANTS", "Batch", "Step", "bench_step", "draw_noise", "peak_bytes"]
 
 BATCH, LENGTH = 32, 64
 _CLIP, _SIGMA, _RATE = 1.0, 1.0, 0.01
-_ROLES = (Role.LORA_A, Role.LORA_B, Role.HEAD)
 
 Batch = dict[str, torch.Tensor]
 Step = Callable[[], None]
@@ -55,7 +54,7 @@ def bench_step(*, repeats: int) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     plain = np.array(times["plain"])
-    others = [name for name in _VARIANTS if name != "plain"]
+    others = [name for name in VARIANTS if name != "plain"]
     figures: dict[str, Any] = {f"ratio_{name}": float(np.median(np.array(times[name]) / plain)) for name in others}
     figures |= {f"{name}_ms": float(np.median(each)) for name, each in times.items()}
     figures["noise_share"] = figures["noise_ms"] / figures["ours_ms"]
@@ -63,9 +62,9 @@ def bench_step(*, repeats: int) -> dict[str, Any]:
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh:
             # Up to three, for a median: where the allocator puts things moves the peak by some percent.
             runs = [
-                {name: fresh.submit(peak_bytes, name).result() for name in _VARIANTS} for _ in range(min(3, repeats))
+                {name: fresh.submit(peak_bytes, name).result() for name in VARIANTS} for _ in range(min(3, repeats))
             ]
-        peaks = {name: float(np.median([run[name] for run in runs])) for name in _VARIANTS}
+        peaks = {name: float(np.median([run[name] for run in runs])) for name in VARIANTS}
         figures |= {f"peak_memory_ratio_{name}": peaks[name] / peaks["plain"] for name in others}
         figures |= {f"{name}_peak_mib": peak / 2**20 for name, peak in peaks.items()}
     return {**figures, "repeats": repeats, "batch": BATCH, "length": LENGTH, "threads": 1}
@@ -74,10 +73,10 @@ def bench_step(*, repeats: int) -> dict[str, Any]:
 def _times(repeats: int) -> dict[str, list[float]]:
     """Milliseconds of each repetition."""
     # Each variant has a model of its own: hooks that are switched off still slow a backward pass down.
-    steps = {name: build(_model(), _batch()) for name, build in _VARIANTS.items()}
+    steps = {name: build(_model(), _batch()) for name, build in VARIANTS.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     noise: list[float] = []
-    width = sum(parameter.numel() for parameter in _model().trainable(_ROLES))
+    width = _model().schema.size
     for repeat in range(repeats + 1):
         for name, step in steps.items():
             began = time.process_time()
@@ -86,9 +85,14 @@ def _times(repeats: int) -> dict[str, list[float]]:
                 times[name].append(1e3 * (time.process_time() - began))
         # Beside the steps, so that both see the machine at the same speed.
         began = time.process_time()
-        System().normal(deviation(_SIGMA), width)
+        draw_noise(width, torch.device("cpu"))
         noise.append(1e3 * (time.process_time() - began))
     return {**times, "noise": noise[1:]}
+
+
+def draw_noise(width: int, device: torch.device) -> None:
+    """Draw the noise of one step of so many trained values, and have it on the device."""
+    noise(System(), deviation(_SIGMA), width, device)
 
 
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
@@ -103,7 +107,7 @@ def peak_bytes(variant: str) -> int:
     """
     keep_freed_memory()
     torch.set_num_threads(1)
-    step = _VARIANTS[variant](_model(), _batch())
+    step = VARIANTS[variant](_model(), _batch())
     step()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -134,34 +138,46 @@ def _batch() -> Batch:
     }
 
 
-def _loss(model: AdapterModel, batch: Batch, reduction: str) -> torch.Tensor:
-    return F.cross_entropy(model.logits(batch), batch["labels"], reduction=reduction)
+class _Loss(nn.Module):
+    """A task's loss of each example, as Opacus has them from a criterion of torch."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task, self.reduction = task, "sum"
+
+    def forward(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.task.loss(scores, labels.to(scores.device))
+
+
+def _loss(model: AdapterModel, batch: Batch) -> torch.Tensor:
+    """The sum over the examples."""
+    return torch.sum(_Loss(model.task)(model.logits(batch), batch["labels"]))
 
 
 def _plain(model: AdapterModel, batch: Batch) -> Step:
-    parameters = model.trainable(_ROLES)
+    parameters = model.trainable(model.schema.roles)
     optimizer = torch.optim.SGD(parameters, lr=_RATE)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(_loss(model, batch, "mean"))
+        torch.autograd.backward(_loss(model, batch) / len(batch["labels"]))
         optimizer.step()
 
     return step
 
 
 def _ours(model: AdapterModel, batch: Batch) -> Step:
-    parameters = model.trainable(_ROLES)
+    parameters = model.trainable(model.schema.roles)
     base = torch.optim.SGD(parameters, lr=_RATE)
 
     def step() -> None:
         # Entering the recording is part of the price: a round enters it once for all its steps.
         with recording(model.model, parameters) as tape:
             optimizer = PrivateOptimizer(
-                base, tape, System(), noise_multiplier=_SIGMA, clip_norm=_CLIP, expected_batch=BATCH
+                base, tape, System(), noise_multiplier=_SIGMA, clip_norm=_CLIP, expected_batch=len(batch["labels"])
             )
-            tape.begin(BATCH)
-            torch.autograd.backward(_loss(model, batch, "sum"))
+            tape.begin(len(batch["labels"]))
+            torch.autograd.backward(_loss(model, batch))
             optimizer.accumulate()
             optimizer.release()
 
@@ -178,14 +194,16 @@ def _for_opacus(model: AdapterModel) -> nn.Module:
 
 
 def _hooks(model: AdapterModel, batch: Batch) -> Step:
-    base = torch.optim.SGD(model.trainable(_ROLES), lr=_RATE)
+    base = torch.optim.SGD(model.trainable(model.schema.roles), lr=_RATE)
     GradSampleHooks(_for_opacus(model), loss_reduction="sum", strict=False)
-    optimizer = DPOptimizer(base, noise_multiplier=_SIGMA, max_grad_norm=_CLIP, expected_batch_size=BATCH)
+    optimizer = DPOptimizer(
+        base, noise_multiplier=_SIGMA, max_grad_norm=_CLIP, expected_batch_size=len(batch["labels"])
+    )
 
     def step() -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            torch.autograd.backward(_loss(model, batch, "sum"))
+            torch.autograd.backward(_loss(model, batch))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -193,14 +211,18 @@ def _hooks(model: AdapterModel, batch: Batch) -> Step:
 
 
 def _ghost(model: AdapterModel, batch: Batch) -> Step:
-    base = torch.optim.SGD(model.trainable(_ROLES), lr=_RATE)
+    base = torch.optim.SGD(model.trainable(model.schema.roles), lr=_RATE)
     hooks = GradSampleHooksFastGradientClipping(
         _for_opacus(model), loss_reduction="sum", strict=False, max_grad_norm=_CLIP
     )
     optimizer = DPOptimizerFastGradientClipping(
-        base, noise_multiplier=_SIGMA, max_grad_norm=_CLIP, expected_batch_size=BATCH, loss_reduction="sum"
+        base,
+        noise_multiplier=_SIGMA,
+        max_grad_norm=_CLIP,
+        expected_batch_size=len(batch["labels"]),
+        loss_reduction="sum",
     )
-    criterion = DPLossFastGradientClipping(hooks, optimizer, nn.CrossEntropyLoss(reduction="sum"), "sum")
+    criterion = DPLossFastGradientClipping(hooks, optimizer, _Loss(model.task), "sum")
 
     def step() -> None:
         with warnings.catch_warnings():
@@ -212,4 +234,5 @@ def _ghost(model: AdapterModel, batch: Batch) -> Step:
     return step
 
 
-_VARIANTS = {"plain": _plain, "ours": _ours, "opacus_hooks": _hooks, "opacus_ghost": _ghost}
+VARIANTS = {"plain": _plain, "ours": _ours, "opacus_hooks": _hooks, "opacus_ghost": _ghost}
+"""A training step of each kind, made of a model and a batch. Opacus's need a model of their own."""
