@@ -15,6 +15,7 @@ from fedloom.client.doctor.plan import MemoryPlan, plan_memory
 from fedloom.client.models import load as load_module
 from fedloom.client.models.load import load_model
 from fedloom.client.policy import ComputePolicy
+from fedloom.client.training.device import free_bytes
 from fedloom.client.training.microbatch import example_bytes, fitting
 from fedloom.client.training.trainer import batch_loss
 from fedloom.core.config.run import AdapterSection, ModelSection, Spec
@@ -69,7 +70,7 @@ def test_nothing_of_the_base_model_is_loaded(model_section: ModelSection, spec: 
 def test_less_memory_plans_smaller_microbatches(spec: Spec) -> None:
     whole = plan_memory(spec, ComputePolicy(device="cpu"))
     each = sizes(whole)["activations"] // whole.microbatch
-    resident = plan_module.free_bytes(torch.device("cpu"), 1 << 20)
+    resident = free_bytes(torch.device("cpu"), 1 << 20)
     assert resident is not None
     taken = (1 << 40) - resident  # by this process
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from fedloom.client.policy import ComputePolicy, load_policy
 from fedloom.core.config.run import EngineSection, RunConfig
 from fedloom.core.schema import Schema
 from fedloom.server.rounds.run_log import agreed
-from fedloom.simulation import processes
 from fedloom.simulation.federation import Federation
 from fedloom.simulation.simulate import Watcher, simulate
 from tests.support.cuda import pretend_cuda
@@ -104,7 +104,7 @@ def test_processes_on_one_gpu_get_a_part_of_it_each(
             compute = policy.compute.model_copy(update={"device": "cuda"})
             federation.policies[name] = policy.model_copy(update={"compute": compute})
 
-    monkeypatch.setattr(processes.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     with pytest.raises(Stopped):
         simulate(on(config, kind="grpc"), tmp_path / "runs", Watcher(ready=ready))

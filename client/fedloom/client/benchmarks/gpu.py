@@ -127,8 +127,7 @@ def clipped_sum_error(size: str, device: torch.device) -> float:
     expected = (gradients * (clip / norms).clamp(max=1)[:, None]).sum(0)
     with recording(model.model, parameters) as tape:
         base = torch.optim.SGD(parameters, lr=0.0)
-        options = {"noise_multiplier": 0.0, "clip_norm": clip, "expected_batch": 1.0}
-        optimizer = PrivateOptimizer(base, tape, Seeded(0), **options)
+        optimizer = PrivateOptimizer(base, tape, Seeded(0), noise_multiplier=0.0, clip_norm=clip, expected_batch=1.0)
         tape.begin(case.batch)
         torch.autograd.backward(model.task.loss(model.logits(batch), on_device(batch["labels"], model.device)).sum())
         optimizer.accumulate()

@@ -30,8 +30,6 @@ from fedloom.core.errors import ModelError
 
 __all__ = ["MemoryPlan", "Part", "plan_memory"]
 
-_BITS = {"8bit": (8, lambda shape: shape[0]), "4bit": (4, lambda shape: -(-shape[0] * shape[1] // 64))}
-"""Bits of a value, and how many float32 scales a weight of shape (out, in) has: one a row, or one for 64 values."""
 _PRIVATE, _PLAIN = 24, 4
 """Bytes of each trained value in a step: the gradient; in a private one also the whole-number sum and its noise (8
 each), and the noised sum in float32."""
@@ -117,19 +115,20 @@ def _vector(spec: Spec) -> int:
 
 def _frozen_bytes(model: PeftModel, trained: set[nn.Parameter], compute: ComputePolicy) -> int:
     """What the base model takes once it is loaded as `compute` says; weights that are shared count once."""
-    few = {
+    few: set[Any] = {  # LoRA's own layers among them, which are trained
         module.weight
         for name, module in model.get_base_model().named_modules()
         if compute.quantization != "none" and is_quantised(name.replace(".base_layer", ""), module)
     }
-    whole = 0
-    for parameter in model.parameters():
-        if parameter in few:
-            bits, scales = _BITS[compute.quantization]
-            whole += parameter.numel() * bits // 8 + 4 * scales(parameter.shape)
-        elif parameter not in trained:
+    whole: int = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    for parameter in set(model.parameters()) - trained:
+        if parameter in few and compute.quantization == "8bit":
+            whole += parameter.numel() + 4 * len(parameter)  # a float32 scale for each row
+        elif parameter in few:
+            whole += parameter.numel() // 2 + 4 * -(-parameter.numel() // 64)  # and here for each 64 values
+        else:
             whole += parameter.numel() * parameter.element_size()
-    return whole + sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    return whole
 
 
 def _kept(model: PeftModel, slots: list[Slot], task: Task, reader: Any, length: int, device: torch.device) -> int:
@@ -140,8 +139,10 @@ def _kept(model: PeftModel, slots: list[Slot], task: Task, reader: Any, length: 
             # A trained value has 32 bits whatever the base has, see `keep_float32`.
             dtype = torch.float32 if tensor in trained else tensor.dtype
             fake = torch.empty(tensor.shape, dtype=dtype, device=device)
-            table = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
-            table[name] = nn.Parameter(fake, tensor in trained) if isinstance(tensor, nn.Parameter) else fake
+            if isinstance(tensor, nn.Parameter):
+                module._parameters[name] = nn.Parameter(fake, tensor in trained)
+            else:
+                module._buffers[name] = fake
         batch = {
             name: torch.zeros(shape, dtype=kind, device=device)
             for name, (shape, kind) in _example(task, reader, length)
