@@ -119,8 +119,8 @@ def test_a_round_closes_at_its_deadline_without_a_client_that_is_slow(
 def test_staleness_is_what_the_speeds_make_it(configure: Any, trace: Any, tmp_path: Path) -> None:
     """One step of 2, 3 and 7 s; two updates make a round.
 
-    At 3 s the first two close round 1, at 6 s round 2; at 7 s the third comes with what it began at 0, two rounds ago, and
-    the first closes round 3 at 8 s.
+    At 3 s the first two close round 1, at 6 s round 2; at 7 s the third comes with what it began at 0, two rounds ago,
+    and the first closes round 3 at 8 s.
     """
     speeds = trace((0, 0, "", 2), (1, 0, "", 3), (2, 0, "", 7))
 
@@ -174,7 +174,7 @@ def test_a_client_that_is_back_begins_anew(configure: Any, trace: Any, tmp_path:
     assert outcomes(result, "client-2") == ["away", "counted", "counted", "counted"]
 
 
-PRIVATE = {"enabled": True, "epsilon": 20.0, "delta": 1e-2}
+PRIVATE = {"enabled": True, "epsilon": 20.0, "delta": 1e-2, "noise_multiplier": 3.0}
 
 
 def charges(result: Result, client: str) -> list[Charge]:
@@ -185,7 +185,7 @@ def charges(result: Result, client: str) -> list[Charge]:
 
 def test_every_assignment_that_was_begun_is_charged_whatever_became_of_it(configure: Any, tmp_path: Path) -> None:
     virtual = {"step_s": 2.0, "step_spread": 0.5, "mean_on_s": 60, "mean_off_s": 10, "dropout_rate": 0.3, "seed": 1}
-    rounds = {"min_clients": 1, "clients_per_round": 2, "deadline_s": 20, "spare_rounds": 20}
+    rounds = {"min_clients": 1, "clients_per_round": 2, "deadline_s": 20}
     run = {"name": "tiny", "rounds": 8, "seed": 5}
 
     result = simulate(configure(rounds, virtual, run=run, privacy=PRIVATE), tmp_path / "runs")
@@ -203,9 +203,9 @@ def test_a_client_that_is_cut_off_three_times_in_a_row_declines_and_the_run_goes
     configure: Any, trace: Any, tmp_path: Path
 ) -> None:
     """As its ledger has it that a machine dies in every round; a simulation must not spend more than a site would."""
-    cut_off = [(2, start, start + 1, 5) for start in (0, 100, 200, 300, 400)]
+    cut_off = [(2, start, start + 1, 5) for start in (0, 10, 20, 30, 40)]
     speeds = trace((0, 0, "", 40), (1, 0, "", 40), *cut_off)
-    rounds, run = {"min_clients": 2, "spare_rounds": 20}, {"name": "tiny", "rounds": 5, "seed": 5}
+    rounds, run = {"min_clients": 2}, {"name": "tiny", "rounds": 5, "seed": 5}
 
     result = simulate(configure(rounds, {"trace": speeds}, run=run, privacy=PRIVATE), tmp_path / "runs")
 

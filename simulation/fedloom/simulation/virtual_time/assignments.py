@@ -6,9 +6,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TextIO
 
-__all__ = ["FILE", "Assignments", "Outcome", "Work"]
+__all__ = ["ASSIGNMENTS_FILE", "Assignments", "Outcome", "Work"]
 
-FILE = "assignments.csv"
+ASSIGNMENTS_FILE = "assignments.csv"
 
 Outcome = Literal["counted", "refused", "over", "dropped", "away", "declined"]
 """counted: the update is in a round. refused: it came, and was not taken. over: the round closed before it was there.
@@ -44,7 +44,7 @@ class Assignments:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file: TextIO = (folder / FILE).open("w", encoding="utf-8", newline="")
+        self._file: TextIO = (folder / ASSIGNMENTS_FILE).open("w", encoding="utf-8", newline="")
         self._lines = csv.DictWriter(self._file, [*Work.__dataclass_fields__, *_ENDING])
         self._lines.writeheader()
 

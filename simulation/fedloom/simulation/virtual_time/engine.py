@@ -18,7 +18,7 @@ from fedloom.core.errors import ConfigError, FedloomError, PolicyError
 from fedloom.server.coordinator import Coordinator
 from fedloom.simulation.federation import Federation, check_alive
 from fedloom.simulation.inprocess import client_trainer
-from fedloom.simulation.virtual_time.assignments import Assignments
+from fedloom.simulation.virtual_time.assignments import ASSIGNMENTS_FILE, Assignments
 from fedloom.simulation.virtual_time.client import Client
 from fedloom.simulation.virtual_time.devices import devices
 from fedloom.simulation.virtual_time.trace import Session
@@ -229,13 +229,13 @@ class _Events:
         self._look_in(self._rounds.give_up_s)
 
     def _stuck(self) -> FedloomError:
-        progress, config = self._coordinator.progress, self._federation.config
+        progress = self._coordinator.progress
         there = sum(each.there and not each.finished for each in self._clients)
         return FedloomError(
-            f"round {progress.round + 1} of {config.run.rounds} does not end: at {self._clock():,.0f} s of virtual time it "
-            f"has {len(progress.submitted)} of the {progress.needed} updates it needs, and {there} of "
-            f"{len(self._clients)} clients are there. assignments.csv in the run folder says what became of their work; "
-            "lower rounds.min_clients or what a step takes, or let clients stay for longer"
+            f"round {progress.round + 1} of {progress.rounds} does not end: at {self._clock():,.0f} s of virtual time "
+            f"it has {len(progress.submitted)} of the {progress.needed} updates it needs, and {there} of "
+            f"{len(self._clients)} clients are there. {ASSIGNMENTS_FILE} in the run folder says what became of their "
+            "work; lower rounds.min_clients or what a step takes, or let clients stay for longer"
         )
 
     def _next(self, index: int, time_s: float, do: Callable[[], None], *, again: bool = False) -> None:
