@@ -135,22 +135,24 @@ class _Events:
         Raises:
             FedloomError: There is none, or no round has ended for long, and the run is not over.
         """
+        coordinator = self._coordinator
         self._pass_word()
-        if self._coordinator.finished and not any(each.there and not each.finished for each in self._clients):
+        if coordinator.finished and not any(each.there and not each.finished for each in self._clients):
             return False
         if not self._queue:
             self._look_once_more()
         time_s, rank, self._cycle, self._index, _, do = heappop(self._queue)
-        if rank != _LOOKS and time_s - self._committed_s > self._rounds.give_up_s + self._rounds.deadline_s:
+        waited_s = time_s - self._committed_s
+        if rank != _LOOKS and waited_s > self._rounds.give_up_s + self._rounds.deadline_s and not coordinator.finished:
             raise self._stuck()
         self._clock.now_s = time_s
         if time_s - self._beat_s >= self._rounds.lease_s / 3:
             self._beat()
         do()
-        self._coordinator.tick()
-        check_alive(self._federation, self._coordinator)
-        if self._coordinator.state.round > self._committed:
-            self._committed, self._committed_s = self._coordinator.state.round, time_s
+        coordinator.tick()
+        check_alive(self._federation, coordinator)
+        if coordinator.state.round > self._committed:
+            self._committed, self._committed_s, self._last_look = coordinator.state.round, time_s, False
         return True
 
     def expect(self, index: int, sessions: Iterator[Session]) -> None:
