@@ -184,6 +184,7 @@ def _simulate(
         store = stack.enter_context(Store(folder / "state", durable=False))
         store.appended = tape.append
         clock = None if config.virtual_time is None else Clock()
+        virtual_s: Callable[[], float | None] = clock or (lambda: None)
         coordinator = Coordinator(
             config,
             schema,
@@ -193,9 +194,9 @@ def _simulate(
             clock=clock or (standing_clock if config.engine.kind == "inprocess" else None),
             expect=expected,
         )
-        coordinator.on_commit = lambda rounds, state: tape.commits.put((rounds, state, clock and clock()))
+        coordinator.on_commit = lambda rounds, state: tape.commits.put((rounds, state, virtual_s()))
         began = time.monotonic()
-        begin = RoundRecord(0, 0, start.accuracy, start.loss, None, None, 0, 0, 0.0, virtual_seconds=clock and clock())
+        begin = RoundRecord(0, 0, start.accuracy, start.loss, None, None, 0, 0, 0.0, virtual_seconds=virtual_s())
         _record(tape, watcher, begin)
         for _ in _engine(federation, coordinator, folder, clock):
             watcher.moved(coordinator.progress)

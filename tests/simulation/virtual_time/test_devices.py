@@ -138,4 +138,4 @@ def test_a_trace_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 )
 def test_a_section_that_contradicts_itself_is_refused(section: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        VirtualTimeSection(**section)  # type: ignore[arg-type]
+        VirtualTimeSection(**section)

@@ -12,9 +12,11 @@ from fedloom.client.privacy.ledger.hash_chain import OVER, Charge
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError, FedloomError
+from fedloom.core.schema import Tensors
 from fedloom.server.rounds.run_log import agreed
 from fedloom.server.rounds.state import ClientLost, Event, RoundClosed, RunEnded, UpdateAccepted
 from fedloom.server.storage.local import Store
+from fedloom.server.storage.verify import look
 from fedloom.simulation.simulate import Result, simulate
 from tests.support.engines import largest_difference
 from tests.support.runs import tiny_run
@@ -39,8 +41,8 @@ def configure(data: Path, tiny_base: Path) -> Any:
     return configure
 
 
-def adapter(result: Result) -> dict[str, Any]:
-    return load_file(result.folder / "adapter" / "adapter_model.safetensors")
+def adapter(result: Result) -> Tensors:
+    return dict(load_file(result.folder / "adapter" / "adapter_model.safetensors"))
 
 
 def assignments(result: Result) -> list[dict[str, str]]:
@@ -57,7 +59,8 @@ BUFFERED = {"mode": "buffered", "clients_per_round": 2, "min_clients": 2}
 def test_where_nothing_takes_time_it_is_the_plain_run_to_the_bit(
     configure: Any, tmp_path: Path, rounds: dict[str, Any]
 ) -> None:
-    plain, virtual = (simulate(configure(rounds, each), tmp_path / "runs") for each in (None, {}))
+    plain = simulate(configure(rounds), tmp_path / "runs")
+    virtual = simulate(configure(rounds, {}), tmp_path / "runs")
 
     assert largest_difference(adapter(plain), adapter(virtual)) == 0.0
     assert [record.virtual_seconds for record in virtual.records] == [0.0] * 4
@@ -114,6 +117,7 @@ def test_a_round_closes_at_its_deadline_without_a_client_that_is_slow(
     assert not [event for event in log_of(result) if isinstance(event, ClientLost)], (
         "it was heard for longer than a lease"
     )
+    assert "refused" not in [note.kind for note in look(result.folder / "state").audit], "who stops sends nothing"
 
 
 def test_staleness_is_what_the_speeds_make_it(configure: Any, trace: Any, tmp_path: Path) -> None:

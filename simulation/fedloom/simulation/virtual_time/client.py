@@ -39,14 +39,14 @@ class _Line(LocalConnection):
     def __init__(self, coordinator: Coordinator, clock: Callable[[], float], device: Device) -> None:
         super().__init__(coordinator)
         self._clock, self._device = clock, device
-        self.waiting, self.fetched_bytes = False, 0
+        self.waiting, self.over, self.fetched_bytes = False, False, 0
         self.due_s: float | None = None
         """When the update that is on its way arrives."""
 
     def work(self, held: str = "") -> Answer:
         """Ask for work."""
         answer = super().work(held)
-        self.waiting, self.fetched_bytes, self.due_s = isinstance(answer, Wait), 0, None
+        self.waiting, self.over, self.fetched_bytes, self.due_s = isinstance(answer, Wait), False, 0, None
         return answer
 
     def fetch(self, digest: str, size_bytes: int) -> bytes:
@@ -56,11 +56,13 @@ class _Line(LocalConnection):
         return payload
 
     def submit(self, header: UpdateHeader, payload: bytes) -> bool:
-        """Hand in an update that has arrived.
+        """Hand in an update that has arrived. One whose round was over before is not sent: who stops sends nothing.
 
         Raises:
             Unavailable: It is still on its way, until `due_s`.
         """
+        if self.over:
+            return True
         if self.due_s is None:  # it is sent again, without work before it
             self.due_s = self._clock() + self._device.upload_s(len(payload))
         if self._clock() < self.due_s:
@@ -199,7 +201,7 @@ class Client:
             self._start_process()
             self.there = True
             self._participant.join()
-        self._line.waiting, committed = False, self._coordinator.state.round
+        self._line.waiting, self._taken, committed = False, None, self._coordinator.state.round
         try:
             finished = self._participant.step()
         except (_OnItsWay, _Killed):
@@ -219,7 +221,7 @@ class Client:
             return False
         if self._lost and self._trainer is not None:
             self._trainer.drop(OVER)
-        self._lost, self.silent_s, self._line.due_s = False, None, self._clock()
+        self._lost, self.silent_s, self._line.over = False, None, True
         self._end("over")
         return True
 
@@ -248,4 +250,4 @@ class Client:
     def _end(self, outcome: Outcome, staleness: int | None = None) -> None:
         if self._work is not None:
             self._assignments.ended(self._work, self._clock(), outcome, staleness)
-        self._work = self._taken = None
+        self._work = None
