@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedloom.cli.simulation.simulate import _line
@@ -28,8 +29,8 @@ def test_curves_are_drawn_over_virtual_time_where_there_is_any() -> None:
     for records, label, places in ((PLAIN, "round", [0, 1]), (VIRTUAL, "virtual time (s)", [0.0, 1234.5])):
         axes = draw("title", records).axes
         assert {each.get_xlabel() for each in axes} == {label}
-        assert [list(each.lines[0].get_xdata()) for each in axes[:2]] == [places, places]
-        assert list(axes[2].lines[0].get_xdata()) == places
+        assert [np.asarray(each.lines[0].get_xdata()).tolist() for each in axes[:2]] == [places, places]
+        assert np.asarray(axes[2].lines[0].get_xdata()).tolist() == places
 
 
 def test_the_table_has_it_where_there_is_any() -> None:
