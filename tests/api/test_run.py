@@ -249,6 +249,17 @@ def test_a_section_that_can_be_off_is_on_where_it_is_given() -> None:
     assert not on.user_level.enabled
 
 
+def test_a_run_has_virtual_time_where_it_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    for section in (fl.VirtualTime(), fl.VirtualTime(step_s=2, mean_on_s=60, mean_off_s=30)):
+        run = small().replace({"virtual_time": section})
+        run.to_toml(path)
+        assert fl.load(path) == run
+        assert fl.load(path).config.virtual_time == section
+    assert small().config.virtual_time is None
+    assert "virtual_time" not in small().to_toml()
+
+
 @dataclass(frozen=True)
 class Mine(FedAvg):
     """A strategy that no package brings."""

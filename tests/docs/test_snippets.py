@@ -32,6 +32,7 @@ PAGES = (
 NOT_RUN = {
     ("quickstart.md", "downloads; .ci/run does the same from a fresh clone"),
     ("quickstart.md", "the tests have an environment of their own"),
+    ("tutorial-simulation.md", "trains for minutes"),
     ("data.md", "fetches a model and trains it for minutes"),
     ("data.md", "needs the model that was trained above"),
 }

@@ -39,6 +39,7 @@ from fedloom.core.config.run import TrainSection as Train
 from fedloom.core.config.run import UserLevelSection as UserLevel
 from fedloom.core.config.run import WireSection as Wire
 from fedloom.core.config.start import StartSection as Start
+from fedloom.core.config.virtual_time import VirtualTimeSection as VirtualTime
 from fedloom.core.errors import FedloomError
 from fedloom.simulation.callbacks import SoFar, StopRun
 from fedloom.strategies.alternating.as_lora import ASLoRA
@@ -149,6 +150,7 @@ __all__ = [
     "Tucker",
     "UserLevel",
     "VeRA",
+    "VirtualTime",
     "Wire",
     "load",
     "load_adapter",

@@ -49,7 +49,8 @@ class Result:
         """One row a round, by the round's number; round 0 is the starting adapter.
 
         Columns: accuracy (0 to 1) and loss (nats) on the held-out rows, the largest epsilon of the clients, clients,
-        bytes_up, bytes_down and seconds since the start. A round that was not evaluated has NaN.
+        bytes_up, bytes_down and seconds since the start, and virtual_seconds where there are any. A round that was not
+        evaluated has NaN.
 
         Raises:
             ConfigError: pandas is not installed.

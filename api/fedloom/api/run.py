@@ -26,6 +26,7 @@ from fedloom.core.config.run import (
     load_run,
 )
 from fedloom.core.config.start import StartSection
+from fedloom.core.config.virtual_time import VirtualTimeSection
 from fedloom.core.errors import ConfigError
 from fedloom.strategies.api import Strategy
 
@@ -68,6 +69,7 @@ class Run:
         evaluation: The held-out set of whoever runs the federation.
         wire: Codecs.
         engine: How a simulation runs.
+        virtual_time: How long simulated clients take and when they are there; given, a simulation keeps virtual time.
         start: An earlier adapter to go on from.
         data: Data that are named in the run, for a simulation that is given none.
 
@@ -94,6 +96,7 @@ class Run:
         evaluation: EvaluationSection | None = None,
         wire: WireSection | None = None,
         engine: EngineSection | None = None,
+        virtual_time: VirtualTimeSection | None = None,
         start: StartSection | None = None,
         data: DataSection | None = None,
     ) -> None:
@@ -112,6 +115,7 @@ class Run:
             "evaluation": evaluation,
             "wire": wire,
             "engine": engine,
+            "virtual_time": virtual_time,
             "start": start,
             "data": data,
         }

@@ -13,7 +13,7 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.rpc.local import LocalConnection
 from fedloom.simulation.federation import Federation, check_alive
 
-__all__ = ["run_inprocess", "standing_clock"]
+__all__ = ["client_trainer", "run_inprocess", "standing_clock"]
 
 
 def standing_clock() -> float:
@@ -59,7 +59,7 @@ def _participant(
     """One client, who scores the result where the run asks for it."""
 
     def ready(joined: Joined) -> Trainer:
-        trainer = _trainer(federation, name, ledgers, entropy_for, joined)
+        trainer = client_trainer(federation, name, ledgers, joined, entropy_for)
         if joined.spec.federated_evaluation.enabled:
             participant.ended = lambda result, rounds: trainer.score(joined.run, rounds, result)
         return trainer
@@ -68,10 +68,10 @@ def _participant(
     return participant
 
 
-def _trainer(
-    federation: Federation, name: str, ledgers: ExitStack, entropy_for: EntropyFor | None, joined: Joined
+def client_trainer(
+    federation: Federation, name: str, ledgers: ExitStack, joined: Joined, entropy_for: EntropyFor | None = None
 ) -> Trainer:
-    """One client's trainer on the shared model, with its own data, policy and ledger."""
+    """One client's trainer on the shared model, with its own data, policy and ledger; the stack closes that."""
     rows, policy = federation.clients[name], federation.policies[name]
     ledger = None
     if joined.spec.privacy.enabled:

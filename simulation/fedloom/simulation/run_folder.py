@@ -50,7 +50,8 @@ def metrics_frame(records: Sequence[RoundRecord]) -> "pandas.DataFrame":
 
     Returns:
         Columns as in `figures`: accuracy (0 to 1) and loss (nats) of the rounds that were evaluated, the largest
-        epsilon of the clients, bytes and seconds. What a run has not is no column; what a round has not is NaN.
+        epsilon of the clients, bytes and seconds, and virtual_seconds where there are any. What a run has not is no
+        column; what a round has not is NaN.
 
     Raises:
         ConfigError: pandas is not installed.
@@ -75,7 +76,7 @@ def plot(folder: Path, title: str, records: Sequence[RoundRecord]) -> Path:
 
 
 def draw(title: str, records: Sequence[RoundRecord]) -> "Figure":
-    """Accuracy and loss, and in a private run the largest epsilon, against the round."""
+    """Accuracy and loss, and in a private run the largest epsilon, against the round, or virtual time if there is."""
     # Imported here: it takes a second to load. Not by pyplot, whose backend is the whole process's: a figure of its own
     # draws without a display wherever it is.
     from matplotlib.figure import Figure
@@ -84,18 +85,23 @@ def draw(title: str, records: Sequence[RoundRecord]) -> "Figure":
     private = [r for r in records if r.epsilon]
     figure = Figure(figsize=(12 if private else 8, 3.4), layout="constrained")
     axes = figure.subplots(1, 3 if private else 2)
-    rounds = [r.round for r in scored]
-    axes[0].plot(rounds, [100 * (r.accuracy or 0.0) for r in scored], marker="o", markersize=3, color="#1f6f8b")
+    virtual = any(r.virtual_seconds is not None for r in records)
+
+    def places(some: Sequence[RoundRecord]) -> list[float]:
+        return [(r.virtual_seconds or 0.0) if virtual else r.round for r in some]
+
+    axes[0].plot(places(scored), [100 * (r.accuracy or 0.0) for r in scored], marker="o", markersize=3, color="#1f6f8b")
     axes[0].set(title="Held-out accuracy", ylabel="%")
-    axes[1].plot(rounds, [r.loss for r in scored], marker="o", markersize=3, color="#b5542b")
+    axes[1].plot(places(scored), [r.loss for r in scored], marker="o", markersize=3, color="#b5542b")
     axes[1].set(title="Held-out loss", ylabel="cross-entropy (nats)")
     if private:
         spent = [max((r.epsilon or {}).values()) for r in private]
-        axes[2].step([r.round for r in private], spent, where="post", color="#5b4b8a")
+        axes[2].step(places(private), spent, where="post", color="#5b4b8a")
         axes[2].set(title="Privacy spent (largest of the clients)", ylabel="epsilon", ylim=(0, None))
     for axis in axes:
-        axis.set_xlabel("round")
+        axis.set_xlabel("virtual time (s)" if virtual else "round")
         axis.grid(alpha=0.3)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        if not virtual:
+            axis.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title)
     return figure

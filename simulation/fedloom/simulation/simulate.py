@@ -48,6 +48,7 @@ from fedloom.simulation.processes import run_processes
 from fedloom.simulation.ray_engine.cluster import check_installed
 from fedloom.simulation.ray_engine.engine import run_ray
 from fedloom.simulation.run_folder import new_folder, plot, write_json
+from fedloom.simulation.virtual_time.engine import Clock, check_virtual, clients_at_start, run_in_virtual_time
 from fedloom.strategies.api import State, Strategy
 
 __all__ = ["Result", "Watcher", "ledger_statements", "simulate"]
@@ -98,7 +99,8 @@ class _Tape:
     """Commits waiting to be evaluated, what has been recorded, and where."""
 
     recorders: list[RecordWriter]
-    commits: "queue.SimpleQueue[tuple[int, State]]" = field(default_factory=queue.SimpleQueue)
+    commits: "queue.SimpleQueue[tuple[int, State, float | None]]" = field(default_factory=queue.SimpleQueue)
+    """Rounds committed, the state after them, and the virtual time."""
     records: list[RoundRecord] = field(default_factory=list)
     events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     """The log as it grows, from where it was read last."""
@@ -165,11 +167,12 @@ def _simulate(
     check_private(config)
     if config.engine.kind == "ray":
         check_installed()
+    check_virtual(config)
     folder = new_folder(out, config.run.name)
     write_config(folder, config)
     try:
         federation = build(config, folder, given)
-        starting = start_of(config, federation.model)
+        starting, expected = start_of(config, federation.model), clients_at_start(federation)
         if config.privacy.enabled:
             # Every client would refuse such a model too, but once the run has begun.
             model = federation.model
@@ -187,19 +190,22 @@ def _simulate(
             stack.callback(recorder.close)
         store = stack.enter_context(Store(folder / "state", durable=False))
         store.appended = tape.append
+        clock = None if config.virtual_time is None else Clock()
+        virtual_s: Callable[[], float | None] = clock or (lambda: None)
         coordinator = Coordinator(
             config,
             schema,
             strategy,
             store,
             starting=starting,
-            clock=None if config.engine.kind == "grpc" else standing_clock,
-            expect=len(federation.clients),
+            clock=clock or (None if config.engine.kind == "grpc" else standing_clock),
+            expect=expected,
         )
-        coordinator.on_commit = lambda rounds, state: tape.commits.put((rounds, state))
+        coordinator.on_commit = lambda rounds, state: tape.commits.put((rounds, state, virtual_s()))
         began = time.monotonic()
-        _record(tape, watcher, RoundRecord(0, 0, start.accuracy, start.loss, None, None, 0, 0, 0.0))
-        for _ in _engine(federation, coordinator, folder):
+        begin = RoundRecord(0, 0, start.accuracy, start.loss, None, None, 0, 0, 0.0, virtual_seconds=virtual_s())
+        _record(tape, watcher, begin)
+        for _ in _engine(federation, coordinator, folder, clock):
             watcher.moved(coordinator.progress)
             _drain(federation, coordinator, tape, watcher, began, folder)
         _drain(federation, coordinator, tape, watcher, began, folder)
@@ -222,8 +228,10 @@ def _threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _engine(federation: Federation, coordinator: Coordinator, folder: Path) -> Iterator[None]:
+def _engine(federation: Federation, coordinator: Coordinator, folder: Path, virtual: Clock | None) -> Iterator[None]:
     engine = federation.config.engine
+    if virtual is not None:
+        return run_in_virtual_time(federation, coordinator, virtual, folder)
     if engine.kind == "inprocess":
         return run_inprocess(federation, coordinator)
     if engine.kind == "ray":
@@ -239,13 +247,14 @@ def _drain(
     """Evaluate and record the rounds committed since the last call, and end the run where a callback says so."""
     config = federation.config
     while not tape.commits.empty():
-        rounds, state = tape.commits.get()
+        rounds, state, virtual_s = tape.commits.get()
         seen = tape.read_to(rounds)
         score = None
         if is_scored(config, rounds):
             score, _ = scored(federation, coordinator.progress.run, coordinator.result(state))
         traffic = coordinator.progress.bytes_by_round.get(rounds - 1, (0, 0))
         record = round_record(config, rounds, seen, federation.clients, traffic, time.monotonic() - began)
+        record = replace(record, virtual_seconds=virtual_s)
         if score is not None:
             record = replace(record, accuracy=score.accuracy, loss=score.loss, metrics=dict(score.metrics) or None)
         _record(tape, watcher, record)
@@ -307,6 +316,7 @@ def _finish(
             "user_epsilon": result.user_epsilon,
             "reloaded_agreement": agreement,
             "seconds": tape.records[-1].seconds,
+            "virtual_seconds": tape.records[-1].virtual_seconds,
             "bytes_up": sum(r.bytes_up for r in tape.records),
             "bytes_down": sum(r.bytes_down for r in tape.records),
         },

@@ -81,6 +81,7 @@ def _figures(folder: Path) -> dict[str, Any]:
         "megabytes_up": sum(each.bytes_up for each in records) / 1e6,
         "megabytes_down": sum(each.bytes_down for each in records) / 1e6,
         "seconds": last.seconds if last else 0.0,
+        "virtual_seconds": last.virtual_seconds if last else None,
     }
 
 

@@ -14,6 +14,7 @@ from fedloom.core.codecs import codec
 from fedloom.core.codecs.auto import chosen
 from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.privacy.spends import faint
+from fedloom.simulation.virtual_time.assignments import ASSIGNMENTS_FILE
 
 if TYPE_CHECKING:
     from fedloom.server.monitoring.recorders.api import RoundRecord
@@ -122,7 +123,9 @@ def _line(config: RunConfig, record: "RoundRecord") -> None:
     spent = f"  epsilon {_range(record.epsilon.values())}" if record.epsilon else ""
     spent += f"  user-level {record.user_epsilon:.2f}" if record.user_epsilon is not None else ""
     traffic = f"  {record.clients} clients  up {size(record.bytes_up)}  down {size(record.bytes_down)}"
-    out.print(f"{label}  {score}{spent}{traffic if record.round else ''}  {record.seconds:.0f} s")
+    time = f"{record.seconds:.0f} s"
+    time += f"  virtual {record.virtual_seconds:,.0f} s" if record.virtual_seconds is not None else ""
+    out.print(f"{label}  {score}{spent}{traffic if record.round else ''}  {time}")
 
 
 def _range(epsilons: Collection[float]) -> str:
@@ -143,6 +146,8 @@ def _summary(config: RunConfig, result: "Result") -> None:
     up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
     table.add_row("sent by all clients", "", f"{size(up)} up, {size(down)} down")
     table.add_row("time", "", f"{result.records[-1].seconds:.0f} s")
+    if (virtual_s := result.records[-1].virtual_seconds) is not None:
+        table.add_row("virtual time", "", f"{virtual_s:,.0f} s")
     for name, stated in result.privacy.items():
         joined = f"{stated.rounds} of {config.run.rounds} rounds joined"
         table.add_row(f"epsilon of {name}", "0", f"{stated.epsilon:.3f} at delta {stated.delta:g}, {joined}")
@@ -165,3 +170,5 @@ def _summary(config: RunConfig, result: "Result") -> None:
             )
     out.print(f"metrics  {result.folder / 'metrics.jsonl'}")
     out.print(f"plot     {result.folder / 'curves.png'}")
+    if virtual_s is not None:
+        out.print(f"clients  {result.folder / ASSIGNMENTS_FILE}")

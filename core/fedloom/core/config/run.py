@@ -14,6 +14,7 @@ from fedloom.core.config.parsing import FileName, OpenSection, Section, explain,
 from fedloom.core.config.secure_aggregation import SecureAggregationSection
 from fedloom.core.config.start import StartSection
 from fedloom.core.config.train import TrainSection
+from fedloom.core.config.virtual_time import VirtualTimeSection
 from fedloom.core.errors import ConfigError
 from fedloom.core.limits import MAX_CLIENTS, MAX_RANK, MAX_ROUNDS, MAX_SPEC_BYTES
 from fedloom.core.privacy.banded import MAX_BANDS, check_bands
@@ -361,6 +362,7 @@ class RunConfig(Spec):
     data: DataSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
     engine: EngineSection = EngineSection()
+    virtual_time: VirtualTimeSection | None = None
 
     @property
     def spec(self) -> Spec:

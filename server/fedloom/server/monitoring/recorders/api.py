@@ -51,6 +51,8 @@ class RoundRecord:
     """What the clients' own evaluations say of the adapter that this round started from, see `federated_score`."""
     metrics: dict[str, float] | None = None
     """Further held-out metrics of the run's task, by name."""
+    virtual_seconds: float | None = None
+    """When the round was committed in virtual time; None in a run that has none."""
 
 
 class RecordWriter(Protocol):
@@ -117,6 +119,7 @@ def figures(record: RoundRecord) -> dict[str, float]:
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
         "seconds": record.seconds,
+        "virtual_seconds": record.virtual_seconds,
         **(record.metrics or {}),
         **{f"federated_{name}": value for name, value in (record.federated or {}).items()},
     }
