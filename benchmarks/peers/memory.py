@@ -1,0 +1,80 @@
+"""Memory of a script and of all processes that come of it, found by a mark in their environment."""
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["MARK", "Sampler", "end_leftovers"]
+
+MARK = "PEERS_MARK"
+"""Environment variable by whose value the processes of one script are known, whoever their parent is by now."""
+
+_EVERY_S = 0.5
+
+
+class Sampler(threading.Thread):
+    """Looks twice a second while it is entered. Shared pages count in parts (PSS), so that forks are not counted twice.
+
+    Needs Linux; elsewhere it sees nothing.
+    """
+
+    def __init__(self, mark: str, server: str) -> None:
+        """`mark`: value of `MARK`. `server`: pattern of the command lines of the server's own processes."""
+        super().__init__(daemon=True)
+        self._mark, self._server = mark, server
+        self._over = threading.Event()
+        self._samples: list[tuple[float, int, int]] = []
+
+    def __enter__(self) -> "Sampler":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        """Until it is over."""
+        while not self._over.wait(_EVERY_S):
+            found = [(_command(process), _pss_kib(process)) for process in processes(self._mark)]
+            server = sum(size for command, size in found if self._server and re.search(self._server, command))
+            self._samples.append((time.time(), sum(size for _, size in found), server))
+
+    def peaks_mib(self, until: float) -> tuple[float, float]:
+        """The most that all processes had together, and the server's, up to a time in seconds since 1970."""
+        seen = [(everything, server) for moment, everything, server in self._samples if moment <= until]
+        return tuple(max(column) / 1024 for column in zip(*seen, strict=True)) if seen else (0.0, 0.0)
+
+
+def processes(mark: str) -> Iterator[int]:
+    """Numbers of the processes that have this mark."""
+    wanted = f"{MARK}={mark}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                yield int(folder.name)
+
+
+def end_leftovers(mark: str) -> None:
+    """Kill what a script that has ended has left."""
+    for process in processes(mark):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _command(process: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def _pss_kib(process: int) -> int:
+    with suppress(OSError):
+        found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.M)
+        return int(found[1]) if found else 0
+    return 0
