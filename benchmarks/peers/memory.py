@@ -5,20 +5,19 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["MARK", "Sampler", "end_leftovers"]
+__all__ = ["MARK", "Sampler", "end_leftovers", "processes"]
 
 MARK = "PEERS_MARK"
 """Environment variable by whose value the processes of one script are known, whoever their parent is by now."""
 
-_EVERY_S = 0.5
+_EVERY_S = 1.0
 
 
 class Sampler(threading.Thread):
-    """Looks twice a second while it is entered. Shared pages count in parts (PSS), so that forks are not counted twice.
+    """Looks once a second while it is entered. Shared pages count in parts (PSS), so that forks are not counted twice.
 
     Needs Linux; elsewhere it sees nothing.
     """
@@ -29,6 +28,7 @@ class Sampler(threading.Thread):
         self._mark, self._server = mark, server
         self._over = threading.Event()
         self._samples: list[tuple[float, int, int]] = []
+        self._strangers: set[int] = set()
 
     def __enter__(self) -> "Sampler":
         self.start()
@@ -41,9 +41,17 @@ class Sampler(threading.Thread):
     def run(self) -> None:
         """Until it is over."""
         while not self._over.wait(_EVERY_S):
-            found = [(_command(process), _pss_kib(process)) for process in processes(self._mark)]
+            found = [(_command(process), _pss_kib(process)) for process in self._mine()]
             server = sum(size for command, size in found if self._server and re.search(self._server, command))
             self._samples.append((time.time(), sum(size for _, size in found), server))
+
+    def _mine(self) -> list[int]:
+        """The processes with the mark. It is inherited from birth, so that who is a stranger once remains one."""
+        alive = _all()
+        self._strangers &= alive
+        found = [process for process in alive - self._strangers if _has(process, self._mark)]
+        self._strangers |= alive - set(found)
+        return found
 
     def peaks_mib(self, until: float) -> tuple[float, float]:
         """The most that all processes had together, and the server's, up to a time in seconds since 1970."""
@@ -51,13 +59,9 @@ class Sampler(threading.Thread):
         return tuple(max(column) / 1024 for column in zip(*seen, strict=True)) if seen else (0.0, 0.0)
 
 
-def processes(mark: str) -> Iterator[int]:
+def processes(mark: str) -> list[int]:
     """Numbers of the processes that have this mark."""
-    wanted = f"{MARK}={mark}".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                yield int(folder.name)
+    return [process for process in _all() if _has(process, mark)]
 
 
 def end_leftovers(mark: str) -> None:
@@ -65,6 +69,16 @@ def end_leftovers(mark: str) -> None:
     for process in processes(mark):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+
+
+def _all() -> set[int]:
+    return {int(folder.name) for folder in Path("/proc").glob("[0-9]*")}
+
+
+def _has(process: int, mark: str) -> bool:
+    with suppress(OSError):
+        return f"{MARK}={mark}".encode() in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return False
 
 
 def _command(process: int) -> str:

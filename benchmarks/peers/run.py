@@ -9,11 +9,12 @@ plain averages, float32 and no dropout; `work.py` has all of it. Each leaves the
 driver refuses the whole comparison if two of them differ.
 
 **Same machine.** Everybody has the same cores (`--cores`). A framework in one process trains with as many torch
-threads; one that has several processes trains in as many as there are cores, with one thread each.
+threads; one that has several processes trains in as many as there are cores, or clients, with one thread each.
 
 **As its own documentation says is best.** The base model stays loaded where the framework lets a process stay: in pfl,
-in Flower's Ray actors, in the simulator of NVFlare. pfl runs in one process and, since it can, with a worker for each
-core under torchrun. Flower's SuperNodes start a process for every message, which loads the model anew.
+in Flower's Ray actors, in NVFlare's simulator, which has a process for each client. pfl runs in one process and, since
+it can, with a worker for each core under torchrun. Flower's SuperNodes start a process for every message, which loads
+the model anew.
 
 **What is measured.** A round lasts from commit to commit, the first is not counted, and a repetition's figure is the
 median of its rounds. Repetitions alternate between the frameworks, in another order each time, and a ratio is the

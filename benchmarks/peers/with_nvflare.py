@@ -1,4 +1,6 @@
-"""NVFlare: its simulator, with as many threads as there are cores; what is exchanged is one flat array.
+"""NVFlare: its simulator, with a process for each client, its default; what is exchanged is one flat array.
+
+With fewer (`num_threads`) a process is started anew for every client and round, and loads the model each time.
 
 python -m peers.with_nvflare FOLDER
 """
@@ -30,7 +32,7 @@ def main() -> None:
         train_args=work.folder,
     )
     root = work.path / "nvflare"
-    recipe.execute(SimEnv(num_clients=work.clients, num_threads=threads(work), workspace_root=str(root)))
+    recipe.execute(SimEnv(num_clients=work.clients, workspace_root=str(root)))
     (final,) = root.glob("**/server.npy")
     save_final(work, unflat(np.load(final), start))
     report(("nvflare",), commits(root), **traffic(work, root))
@@ -46,11 +48,6 @@ def traffic(work: Work, root: Path) -> dict[str, float]:
         return sum(each["total"] for kind in bins for each in kind if each) * 2**20 / (work.rounds * work.clients)
 
     return {"bytes_up": total("received_msg_sizes"), "bytes_down": total("sent_msg_sizes")}
-
-
-def threads(work: Work) -> int:
-    """Processes for clients: one for each core that is left."""
-    return min(work.cores, work.clients)
 
 
 def commits(root: Path) -> list[float]:

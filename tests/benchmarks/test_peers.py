@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peers.memory import MARK, Sampler, end_leftovers
+from peers.memory import MARK, Sampler, end_leftovers, processes
 from peers.run import ENGINES, SAME, WORKS, check_same, rows
 from peers.wire import counted
 from peers.work import Work, flat, reported, unflat
@@ -122,17 +122,11 @@ def test_memory_is_that_of_all_processes_with_the_mark() -> None:
             time.sleep(0.1)
         everything, server = sampler.peaks_mib(time.time())
         end_leftovers(mark)
-        while list(Path("/proc").glob("[0-9]*")) and _alive(mark):
+        while processes(mark):
             assert time.monotonic() < deadline, "the orphan was not ended"
             time.sleep(0.1)
 
     assert everything >= server >= 64
-
-
-def _alive(mark: str) -> bool:
-    from peers.memory import processes
-
-    return bool(list(processes(mark)))
 
 
 @pytest.fixture
