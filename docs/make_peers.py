@@ -43,20 +43,20 @@ def main() -> None:
 
 
 def _parts(document: Mapping[str, Any]) -> Iterable[str]:
-    at, rows = document["machine"], document["rows"]
-    yield (
-        f"Measured {at['date']} on {document['cores']} cores of {at['cores']} ({at['processor']}), Python "
-        f"{at['python']}; load average before: {at['load_before']:.1f}.\n"
-    )
-    for title in WORKS:
-        if mine := [row for row in rows if row["work"] == title]:
-            yield f"### {WORKS[title]}\n"
-            yield from _table(mine)
-            yield ""
-    yield _lost(rows)
-    yield _versions(document["versions"])
-    if document["left_out"]:
-        yield f"\nNot installed, and left out: {', '.join(ENGINES[name] for name in document['left_out'])}."
+    for title, about in document.items():
+        repeats = about["rows"][0]["repeats"]
+        yield f"## {WORKS[title]}\n"
+        yield (
+            f"Measured {about['date']} on {about['cores']} of {about['cores_there']} cores ({about['processor']}), "
+            f"Python {about['python']}, a load of {about['load_before']:.1f} before; repetitions: {repeats}.\n"
+        )
+        yield from _table(about["rows"])
+        yield ""
+        yield _lost(about["rows"])
+        versions = about["versions"]
+        yield f"Versions: {', '.join(f'{name} {versions[name]}' for name in sorted(versions))}.\n"
+        if about["left_out"]:
+            yield f"Not installed, and left out: {', '.join(ENGINES[name] for name in about['left_out'])}.\n"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
@@ -89,22 +89,13 @@ def _figure(row: Mapping[str, Any], key: str, unit: float, after: str = "") -> s
 
 
 def _lost(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Where a peer is faster than fedloom, in words."""
+    """Which peers are faster than fedloom, in words."""
     faster = [
-        f"{ENGINES[row['engine']]} at “{WORKS[row['work']]}” ({row['ratio']:.3g} of fedloom's round)"
+        f"{ENGINES[row['engine']]} ({row['ratio']:.3g} of fedloom's round)"
         for row in rows
         if row["engine"].startswith(_PEERS) and row.get("ratio", 1) < 1
     ]
-    return (
-        f"Faster than fedloom: {'; '.join(faster)}.\n"
-        if faster
-        else "No peer was faster than fedloom at any of them.\n"
-    )
-
-
-def _versions(versions: Mapping[str, Mapping[str, str]]) -> str:
-    found = {name: number for each in versions.values() for name, number in each.items()}
-    return f"Versions: {', '.join(f'{name} {found[name]}' for name in sorted(found))}."
+    return f"Faster than fedloom: {', '.join(faster)}.\n" if faster else "No peer is faster than fedloom.\n"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
-from peers.work import Clock, LoraModel, Work, empty_arrays, load_work, save_final
+from peers.work import Clock, LoraModel, Work, changed, empty_arrays, load_work, save_final
 from safetensors.numpy import load_file
 
 client = ClientApp()
@@ -38,14 +38,17 @@ def record(values: dict[str, Any]) -> ArrayRecord:
 @client.train()  # type: ignore[untyped-decorator]  # flwr has no types here
 def train(message: Message, context: Context) -> Message:
     """A client's round."""
-    work, arrays = the_work(), message.content["arrays"]
+    work, number = the_work(), int(context.node_config["partition-id"])
+    values = {name: array.numpy() for name, array in message.content["arrays"].items()}
     if work.kind == "lora":
         lora = resident(work)
-        lora.show({name: array.numpy() for name, array in arrays.items()})
-        lora.train(lora.batch(int(context.node_config["partition-id"])))
-        arrays = record(lora.read())
+        lora.show(values)
+        lora.train(lora.batch(number))
+        values = lora.read()
+    else:
+        values = {name: changed(value, number) for name, value in values.items()}
     metrics = MetricRecord({"num-examples": 1})  # all count the same
-    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+    return Message(RecordDict({"arrays": record(values), "metrics": metrics}), reply_to=message)
 
 
 class Timed(FedAvg):  # type: ignore[misc]

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import nvflare.client as flare
 from nvflare.app_common.np.constants import NPConstants
-from peers.work import LoraModel, Work, flat, load_work, unflat
+from peers.work import LoraModel, Work, changed, flat, load_work, unflat
 
 
 @lru_cache(maxsize=1)
@@ -24,12 +24,14 @@ def main() -> None:
         received = flare.receive()
         if received is None:
             break
+        values = received.params[NPConstants.NUMPY_KEY]
         if lora:
-            start = lora.read()
-            lora.show(unflat(received.params[NPConstants.NUMPY_KEY], start))
+            lora.show(unflat(values, lora.read()))
             lora.train(batch)
-            received.params[NPConstants.NUMPY_KEY] = flat(lora.read())
-        flare.send(flare.FLModel(params=received.params))
+            values = flat(lora.read())
+        else:
+            values = changed(values, client)
+        flare.send(flare.FLModel(params={NPConstants.NUMPY_KEY: values}))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ median of the ratios within repetitions. Start-up is the time from the command t
 of all processes of the framework together, up to the last commit. Bytes are those of a round and client: of
 deployments all that goes through a proxy, framing and heartbeats too, and of simulations what the framework says.
 
-**What else.** Partial runs should name another file (`--out`), or they replace the committed figures.
+Each piece of work is written when it is done; what others have in the file stays, with the date and load that it had.
 """
 
 import argparse
@@ -90,7 +90,7 @@ ENGINES = {
     "pfl-workers": Engine((*WORKERS, *script("pfl")), "pfl"),
     "flower": Engine(script("flower", "simulation"), "flower"),
     "flower-deployed": Engine(script("flower", "deployment"), "flower", SUPERLINK),
-    "nvflare": Engine(script("nvflare"), "nvflare", "with_nvflare"),
+    "nvflare": Engine(script("nvflare"), "nvflare", r"app\.simulator\.simulator "),
 }
 """By name; the first of those of a piece of work whose name begins with fedloom is what others are compared with."""
 
@@ -120,15 +120,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results.json", help="where the figures go")
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-    document: dict[str, Any] = {
-        "machine": machine(),
-        "cores": options.cores,
-        "versions": {},
-        "rows": [],
-        "left_out": [],
-    }
-    missing = sorted({name for name in options.engines if not ENGINES[name].python.is_file()})
-    document["left_out"] = missing
+    missing = sorted(name for name in options.engines if not ENGINES[name].python.is_file())
     until = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="peers") as name:
         starting = start(Path(name))
@@ -136,11 +128,21 @@ def main() -> None:
             work, engines = WORKS[title]
             chosen = [each for each in engines if each in options.engines and each not in missing]
             work = replace(work, cores=options.cores, model=str(starting.parent / "base"))
+            about = {**machine(), "cores": options.cores}
             found = list(repetitions(work, chosen, starting, options.repeats, until))
-            document["rows"] += rows(title, work, chosen, found)
-            document["versions"] |= {name: done["versions"] for done in found[0:1] for name, done in done.items()}
-            options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    show(document["rows"])
+            versions = {package: number for done in found[0].values() for package, number in done["versions"].items()}
+            about |= {"versions": versions, "left_out": [each for each in engines if each in missing]}
+            about["rows"] = rows(work, chosen, found)
+            show(title, about["rows"])
+            keep(options.out, title, about)
+
+
+def keep(path: Path, title: str, about: Mapping[str, Any]) -> None:
+    """Put one piece of work into the file of figures; the others in it stay."""
+    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    held[title] = about
+    ordered = {each: held[each] for each in WORKS if each in held}
+    path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 
 
 def start(folder: Path) -> Path:
@@ -231,13 +233,13 @@ def distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     return float(np.sqrt(sum(np.square(one[name].astype(np.float64) - other[name]).sum() for name in one)))
 
 
-def rows(title: str, work: Work, engines: Sequence[str], found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rows(work: Work, engines: Sequence[str], found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each engine: medians over the repetitions, and of their ratios to fedloom's round."""
     base = next((name for name in engines if name.startswith("fedloom")), None)
     made = []
     for name in engines:
         mine = [done[name] for done in found]
-        row: dict[str, Any] = {"work": title, "engine": name, "clients": work.clients, "repeats": len(mine)}
+        row: dict[str, Any] = {"engine": name, "clients": work.clients, "repeats": len(mine)}
         row |= {"rounds_s": [round(each["round_s"], 5) for each in mine]}
         if base is not None:
             row["ratios"] = [round(done[name]["round_s"] / done[base]["round_s"], 4) for done in found]
@@ -254,7 +256,7 @@ def machine() -> dict[str, Any]:
     model = re.search(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.is_file() else None
     return {
         "processor": model[1] if model else platform.processor(),
-        "cores": os.cpu_count(),
+        "cores_there": os.cpu_count(),
         "system": platform.system(),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
@@ -262,12 +264,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def show(found: Sequence[Mapping[str, Any]]) -> None:
+def show(title: str, found: Sequence[Mapping[str, Any]]) -> None:
     """A table for whoever waits."""
-    table = Table("work", "engine", "round", "over fedloom's", "clients/s", "start-up", "peak MiB", "of the server")
+    table = Table(title, "round", "beside", "clients/s", "start-up", "MiB", "of the server")
     for row in found:
         cells = (row.get(key) for key in ("ratio", "clients_per_s", "start_s", "peak_mib", "server_mib"))
-        table.add_row(row["work"], row["engine"], f"{row['round_s']:.3f} s", *(f"{c:.4g}" if c else "" for c in cells))
+        table.add_row(row["engine"], f"{row['round_s']:.3f} s", *(f"{cell:.4g}" if cell else "" for cell in cells))
     Console().print(table)
 
 

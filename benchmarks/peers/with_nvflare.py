@@ -45,7 +45,9 @@ def traffic(work: Work, root: Path) -> dict[str, float]:
 
     def total(pool: str) -> float:
         bins = pools[f"{pool}@server.simulate_job"]["pool"]["cat_data"].values()
-        return sum(each["total"] for kind in bins for each in kind if each) * 2**20 / (work.rounds * work.clients)
+        return (
+            float(sum(each["total"] for kind in bins for each in kind if each)) * 2**20 / (work.rounds * work.clients)
+        )
 
     return {"bytes_up": total("received_msg_sizes"), "bytes_down": total("sent_msg_sizes")}
 

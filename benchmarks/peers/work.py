@@ -33,6 +33,7 @@ __all__ = [
     "LoraModel",
     "Work",
     "all_rows",
+    "changed",
     "empty_arrays",
     "flat",
     "given_work",
@@ -132,10 +133,21 @@ def all_rows(folder: str) -> list[list[dict[str, str]]]:
 
 
 def empty_arrays() -> "dict[str, Array]":
-    """786,432 float32 in 96 arrays: the pairs of rank 8 on query and value of a RoBERTa-large."""
+    """786,432 float32 in 96 arrays: the pairs of rank 8 on query and value of a RoBERTa-large.
+
+    Drawn, and sent back `changed`: Flower moves equal arrays only once.
+    """
+    rng = np.random.default_rng(0)
     names = [f"layer.{layer}.{target}" for layer in range(24) for target in TARGETS]
-    pairs = {f"{name}.lora_A": np.zeros((RANK, 1024), np.float32) for name in names}
-    return pairs | {f"{name}.lora_B": np.zeros((1024, RANK), np.float32) for name in names}
+    shapes = {
+        f"{name}.lora_{side}": shape for name in names for side, shape in (("A", (RANK, 1024)), ("B", (1024, RANK)))
+    }
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def changed(values: "Array", client: int) -> "Array":
+    """What a client makes of values when nothing is trained."""
+    return values * np.float32(0.5 + client / 16)
 
 
 def flat(values: "Mapping[str, Array]") -> "Array":

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from peers.memory import MARK, Sampler, end_leftovers, processes
-from peers.run import ENGINES, SAME, WORKS, check_same, rows
+from peers.run import ENGINES, SAME, WORKS, check_same, keep, rows
 from peers.wire import counted
 from peers.work import Work, flat, reported, unflat
 from safetensors.numpy import save_file
@@ -69,7 +69,7 @@ def test_ratios_are_those_within_repetitions() -> None:
         {"bare": {"round_s": 6.0 * slow}, "fedloom": {"round_s": 2.0 * slow, "start_s": 9.0}} for slow in (1, 2, 1)
     ]
 
-    bare, ours = rows("lora-2", Work("lora", 2, 3, ""), ("bare", "fedloom"), found)
+    bare, ours = rows(Work("lora", 2, 3, ""), ("bare", "fedloom"), found)
 
     assert bare["ratios"] == [3, 3, 3]
     assert bare["ratio"] == 3
@@ -134,9 +134,9 @@ def figures() -> dict[str, Any]:
     """What the driver writes, of one piece of work."""
     work, engines = WORKS["lora-2"]
     done = {name: {"round_s": 0.5 if name == "flower" else 2.0, "peak_mib": 500.0} for name in engines}
-    machine = {"date": "2026-11-30", "cores": 2, "processor": "x", "python": "3.11.7", "load_before": 0.1}
-    made = rows("lora-2", work, engines, [done])
-    return {"machine": machine, "cores": 2, "versions": {}, "rows": made, "left_out": ["nvflare"]}
+    about = {"date": "2026-11-30", "cores": 2, "cores_there": 2, "processor": "x", "python": "3.11.7"}
+    about |= {"load_before": 0.1, "versions": {"flwr": "1"}, "left_out": ["nvflare"]}
+    return {"lora-2": about | {"rows": rows(work, engines, [done])}}
 
 
 def test_the_page_says_who_is_faster(figures: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,12 +150,11 @@ def test_the_page_says_who_is_faster(figures: dict[str, Any], tmp_path: Path, mo
     make_peers.main()
 
     text = page.read_text()
-    assert "Faster than fedloom: Flower, Ray at" in text
-    assert "(0.25 of fedloom's round)" in text
+    assert "Faster than fedloom: Flower, Ray (0.25 of fedloom's round).\n" in text
     assert "**500 ms**" in text
     assert "left out: NVFlare, simulator." in text
     assert text.endswith("after\n")
-    figures["rows"] = [row for row in figures["rows"] if row["engine"] != "flower"]
+    figures["lora-2"]["load_before"] = 0.2
     source.write_text(json.dumps(figures))
     monkeypatch.setattr(sys, "argv", ["make_peers", "--check"])
     with pytest.raises(SystemExit, match="stale"):
@@ -165,6 +164,18 @@ def test_the_page_says_who_is_faster(figures: dict[str, Any], tmp_path: Path, mo
 def test_every_piece_of_work_and_engine_has_a_name() -> None:
     assert make_peers.WORKS.keys() == WORKS.keys()
     assert make_peers.ENGINES.keys() == ENGINES.keys()
+
+
+def test_a_piece_of_work_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+
+    for title, load in (("lora-2", 1), ("empty", 2), ("lora-2", 3)):
+        keep(path, title, {"load_before": load})
+
+    found = json.loads(path.read_text())
+    assert list(found) == ["empty", "lora-2"]
+    assert found["empty"] == {"load_before": 2}
+    assert found["lora-2"] == {"load_before": 3}
 
 
 def test_a_script_that_says_nothing_has_done_nothing() -> None:
@@ -188,7 +199,7 @@ def test_fedloom_does_the_same_as_a_loop_over_peft(tmp_path: Path) -> None:
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {row["engine"]: row for row in json.loads(out.read_text())["rows"]}
+    found = {row["engine"]: row for row in json.loads(out.read_text())["lora-2"]["rows"]}
     assert found.keys() == {"fedloom", "bare", "fedloom-private"}
     assert all(row["round_s"] > 0 and row["start_s"] > 0 and row["peak_mib"] > 100 for row in found.values())
     assert 4 * 74_498 <= found["fedloom"]["bytes_up"] < 4.2 * 74_498
