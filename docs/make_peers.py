@@ -60,15 +60,15 @@ def _parts(document: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    least = min(row["round_s"] for row in rows if row["engine"] != "bare")
+    least = min(row["round_s"] for row in rows if row["engine"] not in ("bare", "fedloom-private"))
     yield f"| {' | '.join(_HEAD)} |"
     yield f"|{'---|' * len(_HEAD)}"
     for row in rows:
         took = _seconds(row["round_s"])
-        spread = f"{min(row['rounds_s']):.3g} to {max(row['rounds_s']):.3g}"
+        spread = f" ({min(row['rounds_s']):.3g} to {max(row['rounds_s']):.3g})" if row["repeats"] > 1 else ""
         cells = (
             ENGINES[row["engine"]],
-            f"{f'**{took}**' if row['round_s'] == least else took} ({spread})",
+            f"{f'**{took}**' if row['round_s'] == least else took}{spread}",
             f"{row['ratio']:.3g}" if "ratio" in row else "",
             f"{row['clients_per_s']:.3g}",
             _figure(row, "start_s", 1, " s"),
