@@ -11,7 +11,7 @@ CLIENTS ?= 4
 IDS := $(shell id -u):$(shell id -g)
 export FEDLOOM_USER ?= $(if $(filter 0:%,$(IDS)),10001:10001,$(IDS))
 
-.PHONY: setup flower demo test test-slow prove chaos check fix proto docs bench study compose compose-test image-wheels lock wheels wheels-test clean
+.PHONY: setup flower demo test test-slow prove chaos check fix proto docs bench bench-peers study compose compose-test image-wheels lock wheels wheels-test clean
 
 setup: $(VENV)/.ready
 
@@ -68,6 +68,7 @@ check: setup
 	python -m docs.make_papers --check
 	python -m docs.make_study --check
 	python -m docs.make_wire --check
+	python -m docs.make_peers --check
 	$(MAKE) --no-print-directory proto
 	git diff --exit-code -- proto
 
@@ -85,6 +86,7 @@ docs: setup
 	python -m docs.make_papers
 	python -m docs.make_study
 	python -m docs.make_wire
+	python -m docs.make_peers
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --site-dir site
 
 bench: setup
@@ -92,6 +94,19 @@ bench: setup
 	fedloom bench dp-step
 	fedloom bench secagg
 	fedloom bench clients
+
+# fedloom beside other frameworks on the same work, each in an environment of its own; ARGS are benchmarks/peers/run.py's.
+PEERS := $(patsubst %,.venv-peers/%/.ready,pfl flower nvflare)
+ARGS ?=
+bench-peers: setup $(PEERS)
+	PYTHONPATH=benchmarks python -m peers.run $(ARGS)
+	python -m docs.make_peers
+
+.venv-peers/%/.ready: benchmarks/peers/%.txt
+	$(PYTHON) -m venv .venv-peers/$*
+	.venv-peers/$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-peers/$*/bin/python -m pip install --quiet -r $<
+	touch $@
 
 # Clothes come with the system's packages: apt-get install dataset-fashion-mnist.
 study: setup
@@ -127,4 +142,4 @@ wheels-test:
 	deploy/check-bundle dist/fedloom-server
 
 clean:
-	rm -rf $(VENV) $(FLOWER) .cache dist
+	rm -rf $(VENV) $(FLOWER) .venv-peers .cache dist
