@@ -62,10 +62,14 @@ def connected(address: str) -> Iterator[Any]:
             else:
                 ray.init("local", include_dashboard=False, **_QUIET)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            where = f"engine.address = {address!r}: no Ray cluster answers" if address else "Ray does not start"
+            if not address:
+                raise ConfigError(
+                    f"Ray does not start: {error}; do not import ray before the simulation, which sets how it starts, "
+                    "or start one with `ray start` and give its engine.address"
+                ) from error
             raise ConfigError(
-                f"{where}: {error}; start one with `ray start`, with the same versions of Python, Ray and fedloom on "
-                "every node, or leave engine.address out"
+                f"engine.address = {address!r}: no Ray cluster answers: {error}; start one with `ray start`, with "
+                "the same versions of Python, Ray and fedloom on every node, or leave engine.address out"
             ) from error
         try:
             if not address:
