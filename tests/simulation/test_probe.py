@@ -113,3 +113,21 @@ def test_without_the_option_nothing_more_is_trained(run_file: Path, tmp_path: Pa
     assert done.exit_code == 0, done.output
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["both-no-privacy"]
     assert "frozen features" not in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_the_example_of_notes_runs_in_small_with_a_probe_beside_it(tiny_base: Path, tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "findings.toml"
+    small = [f"model.base={tiny_base}", "run.rounds=1", "train.steps=1", "train.sampling_rate=0.1"]
+    small += ["data.max_examples=200", "evaluation.max_examples=20", "privacy.noise_multiplier=1.0"]
+
+    words = [word for each in small for word in ("--set", each)]
+    done = CliRunner().invoke(app, ["simulate", str(example), "--out", str(tmp_path), "--probe", "8", *words])
+
+    assert done.exit_code == 0, done.output
+    for client, department in enumerate(("clinic", "discharge", "emergency", "radiology")):
+        assert re.search(rf"client-{client}: \d+ examples {department}$", done.output, re.M)
+    assert "probe (frozen features)" in done.output
+    assert {path.name for path in tmp_path.iterdir()} >= {"findings", "findings-probe"}
+    assert (tmp_path / "findings" / "adapter" / "adapter_model.safetensors").is_file()
