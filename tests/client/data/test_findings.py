@@ -27,7 +27,8 @@ def test() -> list[Record]:
 
 def spans(record: Record) -> list[tuple[str, str]]:
     """The findings of a note with their labels; commas and joining words stand between two."""
-    found, last = [], "none"
+    found: list[list[str]] = []
+    last = "none"
     for word, tag in zip(record.words, record.tags, strict=True):
         if tag != "none":
             if tag == last:
@@ -68,7 +69,7 @@ def test_no_two_notes_are_alike(train: list[Record], test: list[Record]) -> None
 
 
 def test_every_finding_has_every_label_so_that_the_word_does_not_tell(train: list[Record]) -> None:
-    labels = defaultdict(set)
+    labels: defaultdict[str, set[str]] = defaultdict(set)
     for record in train:
         for text, tag in spans(record):
             labels[text].add(tag)
@@ -77,7 +78,7 @@ def test_every_finding_has_every_label_so_that_the_word_does_not_tell(train: lis
 
 
 def test_the_words_before_a_finding_can_mislead(train: list[Record]) -> None:
-    after = defaultdict(Counter)
+    after: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for record in train:
         for cue in ("no", "no change in", "not only"):
             if match := re.search(rf"(?:^|[.;,] ){cue} (\w+)", record.text.lower()):
