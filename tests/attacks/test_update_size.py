@@ -221,7 +221,7 @@ def test_the_bound_has_room_for_the_step_with_the_most_noise_of_a_round_with_ban
     assert found == pytest.approx(10 * 10 * 4.0 * 0.5 * (1 + (1 + 0.6 * 100 * widest) / 60), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sentiment", "newsgroups", "images", "instruct"])
+@pytest.mark.parametrize("name", ["sentiment", "newsgroups", "images", "instruct", "findings"])
 def test_the_examples_have_a_bound_that_means_something(name: str, request: pytest.FixtureRequest) -> None:
     run = load_run(request.config.rootpath / "examples" / f"{name}.toml", ("privacy.noise_multiplier=0.6",))
 

@@ -137,7 +137,7 @@ def test_fetch_reports_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatc
 def test_fetch_suggests_the_nearest_name() -> None:
     with pytest.raises(DataError, match="did you mean 'sentiment'"):
         fetch("sentimnet")
-    with pytest.raises(DataError, match="known assets: minilm-l6, minilm-l3-mean, sentiment, newsgroups"):
+    with pytest.raises(DataError, match="known assets: minilm-l6, minilm-l3-mean, minilm-l3, sentiment, newsgroups"):
         fetch("../../etc")
 
 

@@ -126,16 +126,25 @@ def test_a_language_model_is_rebuilt_with_its_tokenizer_and_template(tmp_path: P
     assert set(ASSETS["smollm2-135m"].files) <= {path.name for path in (tmp_path / "made").iterdir()}
 
 
-def test_half_of_a_sentence_encoder_is_made_with_its_tokenizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("asset", "blocks"), [("minilm-l3-mean", 4), ("minilm-l3", 3)])
+def test_half_of_a_sentence_encoder_is_made_with_its_tokenizer(asset: str, blocks: int, tmp_path: Path) -> None:
+    conversion = ASSETS[asset].conversion
+    assert conversion
     size = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 50}
     BertModel(BertConfig(num_hidden_layers=6, **size)).save_pretrained(tmp_path / "package")
-    for file in ASSETS["minilm-l3-mean"].files[2:]:
+    for file in ASSETS[asset].files[2:]:
         (tmp_path / "package" / file).write_text("{}", "utf-8")
 
-    CONVERSIONS["mean-pooled"](tmp_path / "package" / "model.safetensors", tmp_path / "made")
+    CONVERSIONS[conversion](tmp_path / "package" / "model.safetensors", tmp_path / "made")
 
-    assert AutoModel.from_pretrained(tmp_path / "made").config.num_hidden_layers == 4
-    assert {path.name for path in (tmp_path / "made").iterdir()} == set(ASSETS["minilm-l3-mean"].files)
+    whole, made = (AutoModel.from_pretrained(tmp_path / name) for name in ("package", "made"))
+    assert made.config.num_hidden_layers == len(made.encoder.layer) == blocks
+    theirs = whole.state_dict()
+    kept = {
+        name: value for name, value in made.state_dict().items() if name.startswith(("embeddings", "encoder.layer.2."))
+    }
+    assert all(torch.equal(value, theirs[name]) for name, value in kept.items())
+    assert {path.name for path in (tmp_path / "made").iterdir()} == set(ASSETS[asset].files)
 
 
 @pytest.mark.parametrize(("conversion", "package"), [("dinov2", "onnx"), ("gguf", "gguf")])

@@ -263,7 +263,7 @@ def test_the_bound_on_a_product_holds_for_each_of_its_entries() -> None:
             check_broadcast(limit, SCHEMA, {"q.A": a, "q.B": b})
 
 
-@pytest.mark.parametrize("name", ["sentiment", "newsgroups", "images", "instruct"])
+@pytest.mark.parametrize("name", ["sentiment", "newsgroups", "images", "instruct", "findings"])
 def test_the_examples_are_within_every_bound(name: str, request: pytest.FixtureRequest) -> None:
     from fedloom.client.policy import check_spec
     from fedloom.core.config.run import load_run

