@@ -33,6 +33,8 @@ ENGINES = {
 }
 _HEAD = ("", "round", "beside fedloom", "clients/s", "start-up", "memory", "of the server", "kB up", "kB down")
 _PEERS = ("pfl", "flower", "nvflare")
+_NONE = "–"
+"""In the place of a figure that there is not."""
 
 
 def main() -> None:
@@ -69,7 +71,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         cells = (
             ENGINES[row["engine"]],
             f"{f'**{took}**' if row['round_s'] == least else took}{spread}",
-            f"{row['ratio']:.3g}" if "ratio" in row else "",
+            f"{row['ratio']:.3g}" if "ratio" in row else _NONE,
             f"{row['clients_per_s']:.3g}",
             _figure(row, "start_s", 1, " s"),
             _figure(row, "peak_mib", 1, " MiB"),
@@ -85,7 +87,7 @@ def _seconds(value: float) -> str:
 
 
 def _figure(row: Mapping[str, Any], key: str, unit: float, after: str = "") -> str:
-    return f"{row[key] / unit:,.0f}{after}" if key in row else ""
+    return f"{row[key] / unit:,.0f}{after}" if key in row else _NONE
 
 
 def _lost(rows: Sequence[Mapping[str, Any]]) -> str:

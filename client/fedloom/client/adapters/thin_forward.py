@@ -19,7 +19,7 @@ def thin_forward(model: nn.Module) -> None:
 
     The scale then goes over r values for each token and not over all outputs, in the backward pass too, and the sum
     takes the place of its first term. Where the scale is a power of two the result is bit for bit PEFT's. DoRA, layers
-    of other kinds and base models that are not in float32 keep PEFT's own pass, as do calls with options of PEFT's.
+    of other kinds and input that is not float32 keep PEFT's own pass, as do calls with options of PEFT's.
     """
     for layer in model.modules():
         if type(layer) is Linear and _is_plain(layer):
@@ -34,12 +34,11 @@ def _is_plain(layer: Linear) -> bool:
         and not layer.lora_variant
         and isinstance(layer.lora_dropout[_PAIR], nn.Identity)
         and type(base) in (nn.Linear, Conv1D)  # whose result nothing else holds, so that it can be added to
-        and base.weight.dtype == torch.float32
     )
 
 
 def _forward(layer: Linear, x: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
-    if given or options or layer.disable_adapters or layer.merged:
+    if given or options or layer.disable_adapters or layer.merged or x.dtype != torch.float32:
         result: torch.Tensor = type(layer).forward(layer, x, *given, **options)
         return result
     low = layer.lora_A[_PAIR](x) * layer.scaling[_PAIR]

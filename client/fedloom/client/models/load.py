@@ -97,14 +97,13 @@ def load_base(folder: Path, task: Task, options: Mapping[str, Any] = _FLOAT32) -
         ModelError: The folder has no model for the task, its weights are not those of the model that it describes, or
             its tokenizer, its images or texts of `task.max_length` tokens do not fit the model.
     """
-    found = _read_base(folder, task, options)
-    base, reader = found.model, found.reader
+    base, reader, report, names = _read_base(folder, task, options)
     if not (task.traits.per_token or task.traits.images):
         # A decoder scores a text at its last token, which it finds by the id of the padding. Set now: some encoders
         # count positions by the id that they were built with.
         base.config.pad_token_id = reader.pad_token_id
     check_base(base, reader, task, folder)
-    return found
+    return Base(base, reader, find_head(base, report, task, folder), names)
 
 
 def empty_base(folder: Path, task: Task, dtype: torch.dtype) -> Base:
@@ -113,10 +112,14 @@ def empty_base(folder: Path, task: Task, dtype: torch.dtype) -> Base:
     Raises:
         ModelError: As by `load_base`, but for what only a model with weights can show.
     """
-    return _read_base(folder, task, {"dtype": dtype, "device_map": {"": "meta"}})
+    base, reader, report, names = _read_base(folder, task, {"dtype": dtype, "device_map": {"": "meta"}})
+    return Base(base, reader, find_head(base, report, task, folder), names)
 
 
-def _read_base(folder: Path, task: Task, options: Mapping[str, Any]) -> Base:
+def _read_base(
+    folder: Path, task: Task, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, Any, dict[str, Any], dict[int, str]]:
+    """The model, its reader, what transformers reports of its loading, and its label names."""
     reader, what = task.reader(folder), type(task).__name__
     try:
         with warnings.catch_warnings(), quiet():
@@ -138,4 +141,4 @@ def _read_base(folder: Path, task: Task, options: Mapping[str, Any]) -> Base:
                 "without it; take a model of a kind that transformers knows"
             ) from error
         raise ModelError(f"base model {folder} cannot be loaded for {what}: {error}") from error
-    return Base(base, reader, find_head(base, report, task, folder), names)
+    return base, reader, report, names
