@@ -105,7 +105,7 @@ def clients(work: Work, stack: ExitStack, traffic: Traffic) -> None:
     for number, mine in enumerate(all_rows(work.folder)):
         name = f"client-{number}"
         folder = work.path / "clients" / name
-        policy = simulated_policy(name, len(mine), config, work.path).model_copy(update={"compute": compute})
+        policy = simulated_policy(name, len(mine), config, work.path, compute)
         path = write_client(policy, rows_of(mine, name, config.model, fl.Form()), folder)
         command = [*FEDLOOM, "client", "--server", traffic.address, "--policy", str(path), "--insecure-loopback"]
         log = stack.enter_context((folder / "log").open("wb"))

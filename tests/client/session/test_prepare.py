@@ -8,6 +8,7 @@ import pytest
 from fedloom.client.data.rows import Rows
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.ledger.account import open_account
+from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session import prepare as module
 from fedloom.client.session.prepare import prepare
 from fedloom.core.config.run import Spec
@@ -72,7 +73,7 @@ def test_a_client_that_still_owes_a_paid_update_joins_without_a_budget(site: Pol
 
     trainer = prepare(site, spec, owing=True)
 
-    assert trainer.ledger is not None
+    assert isinstance(trainer.ledger, Ledger)
     trainer.ledger.close()
 
 
