@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import re
 import time
 import warnings
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from fedloom.client.privacy.dp_sgd.rng import System
 from fedloom.client.tasks.api import Task
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.privacy.gaussian import deviation
-from fedloom.core.runtime.memory import keep_freed_memory
+from fedloom.core.runtime.memory import clear_peak, keep_freed_memory, status_bytes
 
 __all__ = ["VARIANTS", "Batch", "Step", "bench_step", "draw_noise", "peak_bytes"]
 
@@ -111,17 +110,10 @@ def peak_bytes(variant: str) -> int:
     step()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    _CLEAR_PEAK.write_text("5")
-    before = _status("VmRSS")
+    clear_peak()
+    before = status_bytes("VmRSS")
     step()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    """A size from /proc/self/status, in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None  # proc(5)
-    return 1024 * int(found[1])
+    return status_bytes("VmHWM") - before
 
 
 def _model() -> AdapterModel:

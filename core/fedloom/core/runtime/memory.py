@@ -3,7 +3,7 @@
 import ctypes
 from pathlib import Path
 
-__all__ = ["clear_peak", "keep_freed_memory", "peak_bytes"]
+__all__ = ["clear_peak", "keep_freed_memory", "peak_bytes", "status_bytes"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 """Parameters of mallopt(3), as numbered in glibc's malloc.h; the last is documented in its manual only by name."""
@@ -38,5 +38,10 @@ def clear_peak() -> None:
 
 def peak_bytes(pid: int | str = "self") -> int:
     """The most bytes that a process has held in memory, since it began or since `clear_peak`. Linux only."""
+    return status_bytes("VmHWM", pid)
+
+
+def status_bytes(field: str, pid: int | str = "self") -> int:
+    """A size that /proc/PID/status gives, such as VmRSS, in bytes. Linux only."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from fedloom.client.data.rows import Rows
@@ -21,6 +20,7 @@ from fedloom.client.training.trainer import EntropyFor, Trainer
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import PolicyError
 from fedloom.core.privacy.accounting import Spend
+from fedloom.core.runtime.memory import peak_bytes, status_bytes
 from fedloom.core.schema import Tensors
 from fedloom.proto.messages import Assignment
 
@@ -225,6 +225,4 @@ class Resident:
 
 def _private_peak() -> int:
     """Most bytes that this process has had resident, less the pages of files and libraries, which all share."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith("kB")}
-    return found["VmHWM"] - found["RssFile"] - found["RssShmem"]
+    return peak_bytes() - status_bytes("RssFile") - status_bytes("RssShmem")
