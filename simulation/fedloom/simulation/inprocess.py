@@ -1,7 +1,9 @@
-"""The in-process engine: one process, one base model, every client's real trainer in turn."""
+"""The in-process engine: one process, one base model, every client's real trainer, in turn or several at once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+
+import torch
 
 from fedloom.client.data.rows import digest
 from fedloom.client.privacy.ledger.account import personal_folder
@@ -12,6 +14,7 @@ from fedloom.proto.messages import Joined
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.rpc.local import LocalConnection
 from fedloom.simulation.federation import Federation, check_alive
+from fedloom.simulation.workers import Turn, number_of_workers, working
 
 __all__ = ["client_trainer", "run_inprocess", "standing_clock"]
 
@@ -34,32 +37,50 @@ def run_inprocess(
     Raises:
         FedloomError: A client cannot go on, or too many updates were refused for the round to close.
     """
-    with ExitStack() as ledgers:
+    workers = number_of_workers(federation.config, federation.model.device, len(federation.clients))
+    trainers: dict[str, Trainer] = {}
+    with ExitStack() as stack:
         participants = [
-            _participant(federation, coordinator, name, ledgers, (entropy or {}).get(name))
+            _participant(federation, coordinator, name, stack, (entropy or {}).get(name), trainers, workers)
             for name in federation.clients
         ]
         for participant in participants:
             participant.join()
             yield
-        working = list(participants)
-        while working:
-            for participant in list(working):
-                if (finished := participant.step()) is not None:
-                    participant.conclude(finished)
-                    working.remove(participant)
+        turns: Callable[[Sequence[Participant], Coordinator], Iterator[Turn]] = _in_turn
+        if workers > 1:
+            threads = max(1, torch.get_num_threads() // workers)
+            turns = stack.enter_context(working(federation.model, workers, threads, trainers)).turns
+        left = list(participants)
+        while left:
+            for participant, finished in turns(list(left), coordinator):
+                if finished is not None:
+                    left.remove(participant)
                 check_alive(federation, coordinator)
                 yield
     coordinator.close()
 
 
+def _in_turn(participants: Sequence[Participant], _: Coordinator) -> Iterator[Turn]:
+    for participant in participants:
+        if (finished := participant.step()) is not None:
+            participant.conclude(finished)
+        yield participant, finished
+
+
 def _participant(
-    federation: Federation, coordinator: Coordinator, name: str, ledgers: ExitStack, entropy_for: EntropyFor | None
+    federation: Federation,
+    coordinator: Coordinator,
+    name: str,
+    ledgers: ExitStack,
+    entropy_for: EntropyFor | None,
+    trainers: dict[str, Trainer],
+    at_once: int,
 ) -> Participant:
     """One client, who scores the result where the run asks for it."""
 
     def ready(joined: Joined) -> Trainer:
-        trainer = client_trainer(federation, name, ledgers, joined, entropy_for)
+        trainers[name] = trainer = client_trainer(federation, name, ledgers, joined, entropy_for, at_once)
         if joined.spec.federated_evaluation.enabled:
             participant.ended = lambda result, rounds: trainer.score(joined.run, rounds, result)
         return trainer
@@ -69,7 +90,12 @@ def _participant(
 
 
 def client_trainer(
-    federation: Federation, name: str, ledgers: ExitStack, joined: Joined, entropy_for: EntropyFor | None = None
+    federation: Federation,
+    name: str,
+    ledgers: ExitStack,
+    joined: Joined,
+    entropy_for: EntropyFor | None = None,
+    at_once: int = 1,
 ) -> Trainer:
     """One client's trainer on the shared model, with its own data, policy and ledger; the stack closes that."""
     rows, policy = federation.clients[name], federation.policies[name]
@@ -77,4 +103,13 @@ def client_trainer(
     if joined.spec.privacy.enabled:
         ledger = ledgers.enter_context(Ledger(policy.client.state / "ledger", digest(rows)))
     personal = personal_folder(policy)
-    return Trainer(federation.model, rows, joined.spec, policy, ledger, personal=personal, entropy_for=entropy_for)
+    return Trainer(
+        federation.model,
+        rows,
+        joined.spec,
+        policy,
+        ledger,
+        personal=personal,
+        entropy_for=entropy_for,
+        at_once=at_once,
+    )

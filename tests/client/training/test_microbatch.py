@@ -280,6 +280,9 @@ def test_the_size_follows_what_is_free(site: Site, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(fitting_module, "free_bytes", lambda *_, free=free: free)
         assert fitting(site.model, trainer._batch_loss, site.spec, None) == size
 
+    monkeypatch.setattr(fitting_module, "free_bytes", lambda *_: 4 * one)
+    assert fitting(site.model, trainer._batch_loss, site.spec, None, at_once=2) == 1, "each has a half"
+
 
 def test_the_policys_cap_reaches_the_size(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute_module, "_resident", lambda: 64 << 20)

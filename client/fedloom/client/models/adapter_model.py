@@ -100,7 +100,7 @@ class AdapterModel:
         """
         with torch.no_grad():
             for module, pretrained in self._base_weights.items():
-                self.model.get_submodule(f"{PREFIX}{module}").base_layer.weight.copy_(pretrained)
+                self.model.get_submodule(f"{PREFIX}{module}").base_layer.weight.data = pretrained
         self.corrections = {}
         self.load(tensors, rank)
 
@@ -119,11 +119,12 @@ class AdapterModel:
                 "this run's strategy corrects the frozen base model, which cannot be done to quantised weights; set "
                 'compute.quantization = "none", with compute.dtype = "bfloat16" to save memory'
             )
-        pretrained = self._base_weights.setdefault(module, weight.detach().clone())
+        pretrained = self._base_weights.setdefault(module, weight.detach())
         self.corrections |= {name: np.array(tensors[name]) for name in (f"{module}.base_B", f"{module}.base_A")}
         left, right = (torch.from_numpy(self.corrections[f"{module}.base_{side}"]) for side in "BA")
         correction = self.schema.scale * (left.to(weight) @ right.to(weight))
-        weight.copy_(pretrained + (correction.t() if layer.fan_in_fan_out else correction))
+        # In the place of the pretrained values and not over them: a twin may compute with these.
+        weight.data = pretrained + (correction.t() if layer.fan_in_fan_out else correction)
 
     def read(self, schema: Schema) -> dict[str, Array]:
         """The current values of the tensors of `schema`, at its shapes, float32."""

@@ -7,6 +7,7 @@ however it ends, nothing readable is left.
 import logging
 import os
 import tempfile
+import threading
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
@@ -41,6 +42,7 @@ class EncryptedFile:
         self._file = tempfile.TemporaryFile(prefix="fedloom-")  # noqa: SIM115  # open for as long as this object is
         weakref.finalize(self, self._file.close)
         self._cipher = AES(os.urandom(32))
+        self._writing = threading.Lock()  # trainers of several threads share a file
 
     def __contains__(self, key: bytes) -> bool:
         """Whether it has been written."""
@@ -48,17 +50,18 @@ class EncryptedFile:
 
     def write(self, key: bytes, value: bytes) -> bool:
         """Keep a value; False if there is no room for it."""
-        if self._size + len(value) > self._most:
-            return False
-        try:
-            os.pwrite(self._file.fileno(), self._turned(self._size, value), self._size)
-        except OSError as error:
-            log.warning("the file of activations takes no more (%s)", error)
-            self._most = self._size
-            return False
-        self._places[key] = (self._size, len(value))
-        self._size += -(-len(value) // _BLOCK) * _BLOCK  # no two values share a block of the key stream
-        return True
+        with self._writing:
+            if self._size + len(value) > self._most:
+                return False
+            try:
+                os.pwrite(self._file.fileno(), self._turned(self._size, value), self._size)
+            except OSError as error:
+                log.warning("the file of activations takes no more (%s)", error)
+                self._most = self._size
+                return False
+            self._places[key] = (self._size, len(value))
+            self._size += -(-len(value) // _BLOCK) * _BLOCK  # no two values share a block of the key stream
+            return True
 
     def read(self, key: bytes) -> bytes:
         """What was written."""

@@ -69,17 +69,18 @@ class Microbatch:
                 torch.cuda.empty_cache()
 
 
-def fitting(model: AdapterModel, loss: BatchLoss, spec: Spec, cap_mib: int | None) -> int:
+def fitting(model: AdapterModel, loss: BatchLoss, spec: Spec, cap_mib: int | None, at_once: int = 1) -> int:
     """Examples at a time that memory has room for, from 1 to the run's `train.microbatch`.
 
     Found from a made-up text of the greatest length or a made-up picture: nothing of the private data goes into it.
+    Where several trainers of this process train at once, each gets an equal part of what is free.
     """
     free = free_bytes(model.device, cap_mib)
     if free is None:
         return spec.train.microbatch
     if model.example_bytes is None:
         model.example_bytes = example_bytes(model, loss, spec)
-    room = room_for(free, model.example_bytes)
+    room = room_for(free // at_once, model.example_bytes)
     if room < 1:
         log.warning("%d MiB are free on %s and one example may need more", free >> 20, model.device)
     return max(1, min(room, spec.train.microbatch))

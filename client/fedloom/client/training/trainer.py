@@ -65,6 +65,7 @@ class Trainer(Admission):
         *,
         personal: Path | None = None,
         entropy_for: EntropyFor | None = None,
+        at_once: int = 1,
     ) -> None:
         """Tokenize the data.
 
@@ -77,6 +78,7 @@ class Trainer(Admission):
             personal: Folder of what is trained and kept here. None keeps it in memory only.
             entropy_for: Test seam. None draws from the operating system in a private run, and from the run's
                 seed, the round and the client's name otherwise.
+            at_once: Trainers of this process that train at the same time and share its memory.
 
         Raises:
             DataError: There is no example.
@@ -105,8 +107,14 @@ class Trainer(Admission):
             assert privacy.noise_multiplier is not None  # checked when the spec met the policy
             automatic = privacy.clipping == "automatic"
             rehearse(privacy.noise_multiplier, privacy.clip_norm, banded(spec), automatic, model.device)
-        self._activations = kept_activations(model, spec.model.digest, policy.compute)
-        self.microbatch = Microbatch(fitting(model, self._batch_loss, spec, policy.compute.memory_mib), model.device)
+        self.use(model)
+        size = fitting(model, self._batch_loss, spec, policy.compute.memory_mib, at_once)
+        self.microbatch = Microbatch(size, model.device)
+
+    def use(self, model: AdapterModel) -> None:
+        """Train on this model from now on: the one that it was made with, or a twin of it."""
+        self.model = model
+        self._activations = kept_activations(model, self.spec.model.digest, self.policy.compute)
 
     def check_sensitivity(self) -> None:
         """Probe the model and the loss as a private run does at its start.

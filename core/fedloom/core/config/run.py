@@ -266,6 +266,9 @@ class EngineSection(ComputeOptions):
     threads: int = Field(default=0, ge=0)
     """Torch threads in each process; 0 shares the machine's cores out. ray: CPUs of an actor; 0 takes one, and beside
     GPUs an equal share."""
+    workers: int = Field(default=0, ge=0)
+    """inprocess: clients that train at once, each in a thread with an equal share of the torch threads; the frozen
+    weights are there once for all. 0 takes one for each core on the CPU, and one on a GPU."""
     address: str = Field(default="", pattern=r"^(auto|[A-Za-z0-9.\[\]:_-]+:[0-9]+)?$")
     """ray: HOST:PORT of a running cluster of which this machine is a node, or auto for the one that runs here. Empty
     starts Ray on this machine's loopback for this run. Its machines must be one owner's."""
