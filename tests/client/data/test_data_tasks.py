@@ -10,8 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.rows import IGNORED, Rows, digest, documents
+from fedloom.client.data.survey import survey
 from fedloom.client.data.tokens import collate, encode
 from fedloom.client.tasks.api import task_named
+from fedloom.core.config.file_format import Form
 from fedloom.core.errors import DataError
 
 LABELS = ("O", "PER")
@@ -59,6 +61,20 @@ def test_tagged_words_are_read(tmp_path: Path) -> None:
     assert (rows.texts, rows.words) == (("Ada wrote", "it"), (("Ada", "wrote"), ("it",)))
     assert [tags.tolist() for tags in rows.tags] == [[1, 0], [0]]
     assert (rows.groups, rows.label_names, rows.labels.tolist()) == (("ward", ""), LABELS, [0, 0])
+
+
+def test_a_word_whose_tag_is_null_is_neither_learned_nor_scored(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    source = write(
+        tmp_path / "a.jsonl", {"tokens": ["a", "b", "c"], "tags": [None, "PER", None]}, {"tokens": ["a"], "tags": [None]}
+    )
+    rows = load_rows(source, LABELS, "train", "token-classification")
+
+    assert [tags.tolist() for tags in rows.tags] == [[IGNORED, 1, IGNORED], [IGNORED]]
+    assert [each["tags"] for each in documents(rows)] == [[None, "PER", None], [None]]
+    learned = [targets[targets != IGNORED].tolist() for targets in encode(rows, tokenizer, 8).targets]
+    assert learned == [[1], []]
+    counted = survey(source, LABELS, "token-classification", Form())
+    assert (counted.labels, counted.unknown, len(counted.usable)) == ({"PER": 1}, {}, 2)
 
 
 def test_texts_and_prompts_are_read(tmp_path: Path) -> None:

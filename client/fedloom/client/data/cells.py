@@ -115,13 +115,13 @@ class Cells:
         return tuple(value)
 
     def tags(self) -> tuple[str, ...]:
-        """A list of labels."""
+        """A list of labels; "" for null, a word that has none."""
         value, where = self.values["tags"], self.where
         if not isinstance(value, list):
             raise DataError(
-                f"{where}: {self.name('tags')} must be a list with one label for each token; found {_kind(value)}"
+                f"{where}: {self.name('tags')} must be a list with one label for each token, or null; found {_kind(value)}"
             )
-        return tuple(self._label(tag) for tag in value)
+        return tuple("" if tag is None else self._label(tag) for tag in value)
 
     def turns(self) -> Turns:
         """A conversation: role and content of each turn, one of them at least the assistant's."""

@@ -13,7 +13,7 @@ from fedloom.client.data.labels import Labelling, labelling
 from fedloom.client.data.layout import Layout
 from fedloom.client.data.packaged.api import Split
 from fedloom.client.data.records import Record
-from fedloom.client.data.rows import Indices, Rows
+from fedloom.client.data.rows import IGNORED, Indices, Rows
 from fedloom.client.data.sources import Found, source_rows
 from fedloom.client.tasks.api import task_named
 from fedloom.core.config.file_format import Form
@@ -194,7 +194,8 @@ def assembled(found: Iterable[Record], labels: tuple[str, ...], task: str, sourc
 
 
 def _classes(record: Record, way: Labelling) -> Indices:
-    found = [way.class_of(label) for label in record.labels]
+    labels = record.tags or record.labels
+    found = [way.class_of(label) if label else IGNORED for label in labels]
     if None in found:
         raise DataError(
             f"{record.where}: a label is not among those expected; use {_some(way.names)}, or throughout an index from "

@@ -18,11 +18,12 @@ class Record(NamedTuple):
     group: str = ""
     words: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    """The label of each word, or "" where it has none."""
     prompt: str = ""
     turns: Turns = ()
     image: bytes = b""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """All labels of the row: its own, or one for each word."""
-        return self.tags or ((self.label,) if self.label else ())
+        """All labels of the row: its own, or those of its words."""
+        return tuple(tag for tag in self.tags or (self.label,) if tag)

@@ -44,7 +44,8 @@ class Rows:
         label_names: The classes, in the order of the model's outputs; none for language models.
         task: What the rows are for.
         words: For token-classification, n tuples of words.
-        tags: For token-classification, n int64 arrays: position of each word's label in `label_names`.
+        tags: For token-classification, n int64 arrays: position of each word's label in `label_names`, `IGNORED` of a
+            word that has none and is neither learned nor scored.
         prompts: For causal-lm, n beginnings of the texts that are read but not learned; "" learns the whole text.
         turns: For instruct, n conversations: role and content of each turn.
         images: For image-classification, n pictures as the bytes of their files.
@@ -93,7 +94,8 @@ class Rows:
     def _check_tags(self) -> None:
         if [len(words) for words in self.words] != [len(tags) for tags in self.tags]:
             raise DataError("words and tags of a row differ in number; every word needs one tag")
-        _check_range(np.concatenate(self.tags), self.label_names)
+        tags = np.concatenate(self.tags)
+        _check_range(tags[tags != IGNORED], self.label_names)
 
     def __len__(self) -> int:
         """Number of rows."""

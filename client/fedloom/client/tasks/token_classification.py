@@ -31,7 +31,7 @@ class TokenClassification(Task):
         """Words and as many labels."""
         words, tags = cells.words(), cells.tags()
         if len(words) != len(tags):
-            raise cells.fault(f"has {len(words)} tokens and {len(tags)} tags; every token needs one tag")
+            raise cells.fault(f"has {len(words)} tokens and {len(tags)} tags; every token needs one tag, or null")
         return cells.filled(" ".join(words), words=words, tags=tags)
 
     def columns(self, records: "Sequence[Record]", classes: Sequence[Indices], answers: Answers) -> Mapping[str, Any]:
@@ -40,7 +40,8 @@ class TokenClassification(Task):
 
     def document(self, rows: Rows, index: int) -> dict[str, Any]:
         """Words and the names of their labels."""
-        return {"tokens": list(rows.words[index]), "tags": [rows.label_names[tag] for tag in rows.tags[index]]}
+        names = [None if tag == IGNORED else rows.label_names[tag] for tag in rows.tags[index]]
+        return {"tokens": list(rows.words[index]), "tags": names}
 
     def sample(self, index: int) -> Mapping[str, object]:
         """The words of a made-up text; labels go round."""
@@ -48,7 +49,7 @@ class TokenClassification(Task):
         return {"tokens": words, "tags": [self.labels[place % len(self.labels)] for place in range(len(words))]}
 
     def encode(self, rows: Rows, tokenizer: Any, max_length: int) -> Iterator[tuple[Ids, Ids]]:
-        """A label at the first token of each word."""
+        """A label at the first token of each word that has one."""
         words: Any = [list(words) for words in rows.words]
         output = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
         for row, (ids, tags) in enumerate(zip(output["input_ids"], rows.tags, strict=True)):

@@ -27,8 +27,9 @@ class Findings:
     """Notes of four hospital departments, each in a style of its own; drawn from a seed, and nobody's.
 
     Every word of a finding is labelled: the patient has it (present), does not (absent), may have it (possible), had it
-    (past), or a relative has it (family). All other words are `none`. No finding of a note that is held out occurs in
-    one to train on: the words around it must tell.
+    (past), or a relative has it (family); other words have no label. Where the findings are is known, as in the
+    assertion task of i2b2/VA 2010 (Uzuner et al., JAMIA 2011). No finding of a note that is held out occurs in one to
+    train on: the words around it must tell.
     """
 
     task: ClassVar[str] = "token-classification"
@@ -43,7 +44,7 @@ class Findings:
                 words, tags = zip(*note, strict=True)
                 text = " ".join(words)
                 known = re.sub(r"\W+", " ", text.lower())  # a privacy account takes them for one, too
-                if known not in seen and set(tags) != {"none"}:
+                if known not in seen and any(tags):
                     seen.add(known)
                     count += 1
                     yield Record(f"findings {split} {name} {count}", text, group=name, words=words, tags=tags)
@@ -77,7 +78,7 @@ def _join(note: Tagged, end: str) -> None:
     last, tag = note[-1]
     note[-1] = (last + mark, tag)
     if word:
-        note.append((word, "none"))
+        note.append((word, ""))
 
 
 def _phrase(style: Style, label: str, pool: tuple[str, ...], draw: random.Random) -> Tagged:
@@ -89,7 +90,7 @@ def _phrase(style: Style, label: str, pool: tuple[str, ...], draw: random.Random
         while "{" in piece:
             name = piece[piece.index("{") + 1 : piece.index("}")]
             piece = piece.replace("{" + name + "}", draw.choice(style.who if name == "who" else FILLERS[name]), 1)
-        found += [(word, "none") for word in piece.split()]
+        found += [(word, "") for word in piece.split()]
     return found
 
 
@@ -99,7 +100,7 @@ def _listed(joint: str, label: str, pool: tuple[str, ...], draw: random.Random) 
     words: Tagged = []
     for place, finding in enumerate(chosen):
         if place == len(chosen) - 1 and place:
-            words.append((joint, "none"))
+            words.append((joint, ""))
         elif place:
             words[-1] = (words[-1][0] + ",", label)
         words += [(word, label) for word in finding.split()]
