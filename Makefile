@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[client,server,dev]'
-	$(BIN)/python -m fedloom.client.assets.fetch minilm-l6 minilm-l3-mean sentiment
+	$(BIN)/python -m fedloom.client.assets.fetch minilm-l6 minilm-l3 minilm-l3-mean sentiment
 	touch $@
 
 # Flower wants protobuf below 7 and typer below 0.21, our pins are above: its commands get an environment of their own.
@@ -34,7 +34,7 @@ $(FLOWER)/.ready: pyproject.toml flower/constraints.txt
 	touch $@
 
 demo: setup
-	fedloom simulate examples/sentiment.toml
+	fedloom simulate examples/findings.toml --probe 2
 
 # A worker for each core, with one thread of torch; a file's tests share its fixtures, and therefore a worker.
 PYTEST := OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4
