@@ -110,7 +110,8 @@ def test_a_round_in_three_processes_is_that_of_one(
     """To the bit where it is private: a row is computed alike whatever is beside it. To rounding otherwise."""
     run = changed(spec, train={"momentum": 0.5, "steps": 4, "sampling_rate": 0.5}, privacy={"enabled": private})
     one, three = make(1, run), make(3, run)
-    values, failed = start(one.model), []
+    values = start(one.model)
+    failed: list[int | None] = []
     # Everybody; two, so that one process has none; nobody at all; one.
     steps = (tuple(range(40)), (3, 30), (), (7,))
     whole = three._loss
@@ -170,6 +171,32 @@ def test_a_process_that_dies_ends_the_round_before_anything_of_the_step_is_noise
     assert trainer.ledger._released("run", 0) is None
     with pytest.raises(ModelError, match="the other processes of this client have ended"):
         trainer.train("run", assignment(), start(trainer.model))
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["within a step", "between two"])
+def test_the_others_are_not_left_waiting_for_a_sum_that_does_not_come(within: bool, make: Make, spec: Spec) -> None:
+    trainer, calls = make(2, spec), 0
+    trainer._entropy_for = lambda number: Everyone()
+    (other,) = others(trainer)
+
+    def fail(*_: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if within or calls == 2:
+            raise InterruptedError
+        return torch.zeros(())
+
+    def cancel() -> None:
+        fail()
+
+    if within:
+        trainer._loss = fail  # type: ignore[method-assign]
+    with pytest.raises(InterruptedError):
+        trainer.train("run", assignment(), start(trainer.model), (lambda: None) if within else cancel)
+
+    assert other._process.poll() == (-9 if within else None)
+    if not within:  # a round that was cancelled leaves a client that goes on
+        trainer.train("run", assignment(round=1), start(trainer.model))
 
 
 def test_a_process_that_fails_or_hangs_says_so_once_and_the_others_end(make: Make, spec: Spec) -> None:
