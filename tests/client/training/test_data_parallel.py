@@ -190,7 +190,7 @@ def test_the_others_are_not_left_waiting_for_a_sum_that_does_not_come(within: bo
         fail()
 
     if within:
-        trainer._loss = fail  # type: ignore[method-assign]
+        trainer._loss = fail  # type: ignore[assignment,method-assign]
     with pytest.raises(InterruptedError):
         trainer.train("run", assignment(), start(trainer.model), (lambda: None) if within else cancel)
 
