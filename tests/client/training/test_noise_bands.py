@@ -84,10 +84,10 @@ def test_a_step_samples_only_from_its_group(
     """On the system's own entropy: steps that are not a whole number of bands apart have no example in common."""
     rounds: list[list[set[int]]] = []
 
-    def noting(self: Trainer, optimizer: Any, tape: Any, sample: Any) -> None:
+    def noting(self: Trainer, optimizer: Any, sample: Any) -> None:
         rounds[-1].append(set(sample.tolist()))
 
-    monkeypatch.setattr(Trainer, "_accumulate", noting)
+    monkeypatch.setattr(Trainer, "accumulate", noting)
     trainer = Trainer(tiny_model, rows, changed(bands, train={"sampling_rate": 0.5}), policy, ledger)
     firsts = []
     for again in range(2):
