@@ -63,9 +63,13 @@ def test_tagged_words_are_read(tmp_path: Path) -> None:
     assert (rows.groups, rows.label_names, rows.labels.tolist()) == (("ward", ""), LABELS, [0, 0])
 
 
-def test_a_word_whose_tag_is_null_is_neither_learned_nor_scored(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_word_whose_tag_is_null_is_neither_learned_nor_scored(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     source = write(
-        tmp_path / "a.jsonl", {"tokens": ["a", "b", "c"], "tags": [None, "PER", None]}, {"tokens": ["a"], "tags": [None]}
+        tmp_path / "a.jsonl",
+        {"tokens": ["a", "b", "c"], "tags": [None, "PER", None]},
+        {"tokens": ["a"], "tags": [None]},
     )
     rows = load_rows(source, LABELS, "train", "token-classification")
 

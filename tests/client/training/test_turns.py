@@ -66,7 +66,7 @@ def test_a_round_of_turns_equals_a_hand_written_loop(
     delta = trainer.train("run", assignment(turns=TURNS), values).delta
 
     for name, value in expected.items():
-        np.testing.assert_allclose(delta[name], value, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(delta[name], value, rtol=1e-4, atol=1e-5)  # values of up to 1, in float32
         assert np.abs(value).max() > 1e-4
     if private:
         assert [charge.spend for charge in ledger.charges()] == [Spend(0.3, 1.0, 5)]
