@@ -29,6 +29,7 @@ from fedloom.client.training.device import on_device
 from fedloom.client.training.gradient_terms import GradientTerms
 from fedloom.client.training.local_eval import Table, released, row_scores, split
 from fedloom.client.training.microbatch import Microbatch, fitting
+from fedloom.client.training.one_pass import OnePass, Sample
 from fedloom.core.config.evaluation import largest_loss
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.config.schedules import learning_rates
@@ -111,9 +112,14 @@ class Trainer(Admission):
         size = fitting(model, self._batch_loss, spec, policy.compute.memory_mib, at_once)
         self.microbatch = Microbatch(size, model.device)
 
-    def use(self, model: AdapterModel) -> None:
-        """Train on this model from now on: the one that it was made with, or a twin of it."""
-        self.model = model
+    def use(self, model: AdapterModel, one_pass: OnePass | None = None) -> None:
+        """Train on this model from now on: the one that it was made with, or a twin of it.
+
+        Args:
+            model: The model.
+            one_pass: Where gradients are computed together with those of other trainers. None computes them here.
+        """
+        self.model, self._one_pass = model, one_pass
         self._activations = kept_activations(model, self.spec.model.digest, self.policy.compute)
 
     def check_sensitivity(self) -> None:
@@ -267,7 +273,16 @@ class Trainer(Admission):
                     optimizer.release(terms.now(parameters))
 
     def _accumulate(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices) -> None:
+        if self._one_pass is not None:
+            self._one_pass.compute(self._shared(sample, optimizer, tape))
+            return
         self.microbatch.attempt(len(sample), partial(self._sum, optimizer, tape, sample))
+
+    def _shared(
+        self, sample: Indices, optimizer: torch.optim.Optimizer | PrivateOptimizer, tape: Tape | None
+    ) -> Sample:
+        name, longest = self.policy.client.name, self.spec.model.max_length
+        return Sample(name, self.model, self.encoded, sample, self.microbatch, longest, optimizer, tape)
 
     def _sum(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices, size: int) -> None:
         """The clipped sum of one step, from nothing: what an attempt that failed has added is gone."""
@@ -294,7 +309,9 @@ class Trainer(Admission):
                 continue
             # A strategy counts on every step of its term, as a private client takes every step: this one is on no data.
             optimizer.zero_grad(set_to_none=True)
-            if len(sample):
+            if len(sample) and self._one_pass is not None:
+                self._one_pass.compute(self._shared(sample, optimizer, None))
+            elif len(sample):
                 self.microbatch.attempt(len(sample), partial(self._mean, optimizer, sample))
             for parameter, term in zip(parameters, terms.now(parameters), strict=False):
                 parameter.grad = term if parameter.grad is None else parameter.grad + term
