@@ -20,7 +20,8 @@ from fedloom.client.privacy.dp_sgd.noise import check_device, noise, rounded_nor
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Seeded, System
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.training.trainer import Trainer, batch_loss
+from fedloom.client.training.gradients import batch_loss
+from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import Spec
 from fedloom.core.privacy import gaussian
 from fedloom.core.privacy.gaussian import LARGEST_DEVIATION, UNITS

@@ -131,6 +131,9 @@ class ComputePolicy(ComputeOptions):
     """Most bytes of updates sent in a second, on average. None sets no cap. A coordinator ends slower transfers."""
     download_bytes_per_s: int | None = Field(default=None, ge=SLOWEST_BYTES_PER_S)
     """Most bytes of adapters received in a second, on average. None sets no cap."""
+    processes: int = Field(default=1, ge=1, le=64)
+    """Processes that share out the examples of each step, one for each GPU, or on a CPU with its part of the threads.
+    Each holds the base model and the rows. With more than 1 device is auto, cpu or cuda, and process n takes GPU n."""
     hours: str | None = None
     """HH:MM-HH:MM, this machine's time of day: outside it the client leaves the run and waits. A round that has begun
     is finished, and sent. None is always."""
@@ -139,6 +142,15 @@ class ComputePolicy(ComputeOptions):
     def of(cls, options: ComputeOptions) -> Self:
         """The policy that has these options and no others."""
         return cls.model_validate(options.model_dump(include=set(ComputeOptions.model_fields)))
+
+    @model_validator(mode="after")
+    def _one_gpu_each(self) -> Self:
+        if self.processes > 1 and self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(
+                f"processes = {self.processes} with device = {self.device!r}; take auto, cpu or cuda, and set "
+                "CUDA_VISIBLE_DEVICES to choose GPUs"
+            )
+        return self
 
     @field_validator("hours")
     @classmethod

@@ -28,7 +28,7 @@ from fedloom.client.models.load import load_base
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.tasks.api import Task, task_named
-from fedloom.client.training.trainer import batch_loss
+from fedloom.client.training.gradients import batch_loss
 from fedloom.conformance.tiny_model import save_tiny_model
 from fedloom.core.config.parsing import Section
 from fedloom.core.errors import ModelError

@@ -9,7 +9,7 @@ from fedloom.client.data.rows import digest
 from fedloom.client.privacy.ledger.account import personal_folder
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.participant import Participant
-from fedloom.client.training.one_pass import layers_of
+from fedloom.client.training.one_pass.passes import layers_of
 from fedloom.client.training.trainer import EntropyFor, Trainer
 from fedloom.proto.messages import Joined
 from fedloom.server.coordinator import Coordinator

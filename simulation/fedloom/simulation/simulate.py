@@ -24,7 +24,7 @@ from fedloom.client.models.start import start_of
 from fedloom.client.policy import ComputePolicy
 from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.training.trainer import batch_loss
+from fedloom.client.training.gradients import batch_loss
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import FedloomError, ModelError
 from fedloom.core.privacy.accounting import Statement

@@ -14,7 +14,7 @@ import torch
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.twin import twin
 from fedloom.client.session.participant import Participant
-from fedloom.client.training.one_pass import OnePass
+from fedloom.client.training.one_pass.meeting import OnePass
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError

@@ -13,7 +13,7 @@ from fedloom.client.models.load import load_model
 from fedloom.client.policy import ComputePolicy
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.probe import probe
-from fedloom.client.training.trainer import batch_loss
+from fedloom.client.training.gradients import batch_loss
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 from tests.conftest import TARGETS, make_model

@@ -27,7 +27,7 @@ from fedloom.client.privacy.auditing.attacks import (
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.training import trainer as trainer_module
+from fedloom.client.training import gradients as gradients_module
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import ConfigError, ModelError
@@ -168,7 +168,7 @@ def test_traps_through_the_real_trainer_show_nothing(tiny_model: AdapterModel, s
 def test_a_trainer_that_clips_at_too_much_is_seen(
     tiny_model: AdapterModel, spec: Spec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "PrivateOptimizer", Loose)
+    monkeypatch.setattr(gradients_module, "PrivateOptimizer", Loose)
 
     assert adversarial_module._trapped_example(tiny_model, spec).verdict == "VIOLATION"
 

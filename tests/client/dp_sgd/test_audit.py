@@ -13,7 +13,7 @@ from fedloom.client.privacy.auditing import audit as module
 from fedloom.client.privacy.auditing.audit import Audit, Check, audit
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded
-from fedloom.client.training import trainer as trainer_module
+from fedloom.client.training import gradients as gradients_module
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import ConfigError
 from fedloom.core.privacy.accounting import Spend, epsilon
@@ -194,7 +194,7 @@ def test_a_fault_that_only_the_trainer_has_is_found_through_the_model(
 ) -> None:
     tight = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"clip_norm": 0.01})})
     assert through_the_model(tiny_model, tight).verdict == "consistent"
-    monkeypatch.setattr(trainer_module, "PrivateOptimizer", fault)
+    monkeypatch.setattr(gradients_module, "PrivateOptimizer", fault)
 
     check = through_the_model(tiny_model, tight)
 
@@ -215,7 +215,7 @@ def test_other_tasks_are_attacked_through_the_model_too(
     found = through_the_model(model, run)
     assert found.verdict == "consistent"
     assert found.control_seen
-    monkeypatch.setattr(trainer_module, "PrivateOptimizer", ClipsLoosely)
+    monkeypatch.setattr(gradients_module, "PrivateOptimizer", ClipsLoosely)
 
     assert through_the_model(model, run).verdict == "VIOLATION"
 

@@ -16,8 +16,8 @@ from fedloom.client.models import load as load_module
 from fedloom.client.models.load import load_model
 from fedloom.client.policy import ComputePolicy
 from fedloom.client.training.device import free_bytes
+from fedloom.client.training.gradients import batch_loss
 from fedloom.client.training.microbatch import example_bytes, fitting
-from fedloom.client.training.trainer import batch_loss
 from fedloom.core.config.run import AdapterSection, ModelSection, Spec
 from fedloom.core.errors import ModelError
 from tests.client.rounds import changed

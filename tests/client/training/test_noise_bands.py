@@ -14,7 +14,7 @@ from fedloom.client.optimizers.api import noise_std
 from fedloom.client.policy import Policy, check_spec
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.training import trainer as trainer_module
+from fedloom.client.training import gradients as gradients_module
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import Spec
 from fedloom.core.errors import BudgetError, ConfigError, PolicyError
@@ -84,10 +84,10 @@ def test_a_step_samples_only_from_its_group(
     """On the system's own entropy: steps that are not a whole number of bands apart have no example in common."""
     rounds: list[list[set[int]]] = []
 
-    def noting(self: Trainer, optimizer: Any, tape: Any, sample: Any) -> None:
+    def noting(self: Trainer, optimizer: Any, sample: Any) -> None:
         rounds[-1].append(set(sample.tolist()))
 
-    monkeypatch.setattr(Trainer, "_accumulate", noting)
+    monkeypatch.setattr(Trainer, "accumulate", noting)
     trainer = Trainer(tiny_model, rows, changed(bands, train={"sampling_rate": 0.5}), policy, ledger)
     firsts = []
     for again in range(2):
@@ -181,7 +181,7 @@ def test_the_step_with_bands_is_tried_before_a_run_is_joined(
     tiny_model: AdapterModel, rows: Rows, bands: Spec, policy: Policy, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(trainer_module, "rehearse", lambda *settings: asked.append(settings))
+    monkeypatch.setattr(gradients_module, "rehearse", lambda *settings: asked.append(settings))
 
     Trainer(tiny_model, rows, bands, policy, ledger)
 

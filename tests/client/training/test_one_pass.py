@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import fedloom.client.training.one_pass as module
+import fedloom.client.training.one_pass.passes as module
 from fedloom.client.data.tokens import Encoded, collate
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_model
@@ -20,9 +20,10 @@ from fedloom.client.privacy.dp_sgd.grad_sample.grouped import grouped
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.probe import made_up
 from fedloom.client.privacy.dp_sgd.rng import Seeded
+from fedloom.client.training.gradients import batch_loss
 from fedloom.client.training.microbatch import Microbatch
-from fedloom.client.training.one_pass import OnePass, Sample, layers_of
-from fedloom.client.training.trainer import batch_loss
+from fedloom.client.training.one_pass.meeting import OnePass
+from fedloom.client.training.one_pass.passes import Sample, layers_of
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 
@@ -63,15 +64,31 @@ def clients(
         made = []
         for number, (model, rows) in enumerate(zip(models, chosen, strict=True)):
             parameters = model.trainable(model.schema.roles)
-            tape, optimizer = None, torch.optim.SGD(parameters, lr=0.1)
+            optimizer, found, microbatch = None, np.array(rows, np.int64), Microbatch(size, CPU)
             if private:
                 tape = stack.enter_context(recording(model.model, parameters))
                 optimizer = PrivateOptimizer(
-                    optimizer, tape, Seeded(number), noise_multiplier=0.0, clip_norm=clip, expected_batch=1.0
+                    torch.optim.SGD(parameters),
+                    tape,
+                    Seeded(number),
+                    noise_multiplier=0.0,
+                    clip_norm=clip,
+                    expected_batch=1.0,
                 )
-            found, microbatch = np.array(rows, np.int64), Microbatch(size, CPU)
             encoded = texts(model, number)
-            made.append(Sample(f"client-{number}", model, encoded, found, microbatch, 16, optimizer, tape))
+            made.append(
+                Sample(
+                    f"client-{number}",
+                    model,
+                    encoded,
+                    found,
+                    microbatch,
+                    16,
+                    optimizer,
+                    () if private else parameters,
+                    len(rows),
+                )
+            )
         yield made
 
 

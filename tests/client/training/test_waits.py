@@ -19,7 +19,8 @@ from fedloom.client.privacy.dp_sgd.grad_sample import hooked, recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Seeded
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.client.training.trainer import Trainer, batch_loss
+from fedloom.client.training.gradients import batch_loss
+from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import Spec
 from fedloom.core.schema import Role
 from tests.client.dp_sgd.test_private_step import examples, network

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-import fedloom.client.training.one_pass as module
+import fedloom.client.training.one_pass.passes as module
 from fedloom.core.config.run import EngineSection, RunConfig
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.schema import Tensors

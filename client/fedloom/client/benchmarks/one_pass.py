@@ -18,7 +18,7 @@ from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import System
 from fedloom.client.training.microbatch import Microbatch
-from fedloom.client.training.one_pass import Sample, gradients
+from fedloom.client.training.one_pass.passes import Sample, gradients
 
 __all__ = ["bench_one_pass"]
 
@@ -52,17 +52,17 @@ def bench_one_pass(device: torch.device, until: float, *, tiny: bool = False) ->
 
 def _timed(models: list[AdapterModel], length: int, private: bool, until: float) -> dict[str, float]:
     with ExitStack() as stack:
-        samples = [_sample(stack, model, number, length, private) for number, model in enumerate(models)]
+        made = [_sample(stack, model, number, length, private) for number, model in enumerate(models)]
 
         def in_turn() -> None:
-            for each in samples:
-                gradients([each], _EXAMPLES)
-                _step(each)
+            for sample, step in made:
+                gradients([sample], _EXAMPLES)
+                step()
 
         def one_pass() -> None:
-            gradients(samples, _EXAMPLES * len(samples))
-            for each in samples:
-                _step(each)
+            gradients([sample for sample, _ in made], _EXAMPLES * len(made))
+            for _, step in made:
+                step()
 
         times = np.zeros((0, 2))
         for repeat in range(_REPEATS + 1):
@@ -74,26 +74,22 @@ def _timed(models: list[AdapterModel], length: int, private: bool, until: float)
     return {"in_turn_ms": medians[0], "one_pass_ms": medians[1], "speed_up": float(np.median(quotients))}
 
 
-def _sample(stack: ExitStack, model: AdapterModel, number: int, length: int, private: bool) -> Sample:
+def _sample(
+    stack: ExitStack, model: AdapterModel, number: int, length: int, private: bool
+) -> tuple[Sample, Callable[[], object]]:
+    """What a client needs the gradients of, and the step after them."""
     rng, parameters = np.random.default_rng(number), model.trainable(model.schema.roles)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     texts = tuple(rng.integers(2, vocabulary, length).astype(np.int32) for _ in range(_EXAMPLES))
-    encoded, tape = Encoded(texts, rng.integers(0, 2, _EXAMPLES)), None
-    optimizer: Any = torch.optim.SGD(parameters, lr=1e-3)
-    if private:
-        tape = stack.enter_context(recording(model.model, parameters))
-        optimizer = PrivateOptimizer(
-            optimizer, tape, System(), noise_multiplier=1.0, clip_norm=1.0, expected_batch=_EXAMPLES
-        )
-    microbatch = Microbatch(_EXAMPLES, model.device)
-    return Sample(f"{number:02d}", model, encoded, np.arange(_EXAMPLES), microbatch, length, optimizer, tape)
-
-
-def _step(sample: Sample) -> None:
-    if isinstance(sample.optimizer, PrivateOptimizer):
-        sample.optimizer.release()
-    else:
-        sample.optimizer.step()
+    encoded, optimizer = Encoded(texts, rng.integers(0, 2, _EXAMPLES)), torch.optim.SGD(parameters, lr=1e-3)
+    indices, microbatch = np.arange(_EXAMPLES), Microbatch(_EXAMPLES, model.device)
+    if not private:
+        return Sample(
+            f"{number:02d}", model, encoded, indices, microbatch, length, None, parameters, _EXAMPLES
+        ), optimizer.step
+    tape = stack.enter_context(recording(model.model, parameters))
+    ours = PrivateOptimizer(optimizer, tape, System(), noise_multiplier=1.0, clip_norm=1.0, expected_batch=_EXAMPLES)
+    return Sample(f"{number:02d}", model, encoded, indices, microbatch, length, ours), ours.release
 
 
 def _milliseconds(work: Callable[[], None], device: torch.device) -> float:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from fedloom.client.adapters.attach import check_private
 from fedloom.client.data.site_data import Own, own_rows
@@ -11,6 +11,8 @@ from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.ledger.account import open_account, personal_folder
 from fedloom.client.privacy.ledger.budget import check_affordable, outlook
+from fedloom.client.training.data_parallel import Team
+from fedloom.client.training.device import compute_of
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import Spec
 from fedloom.core.privacy.spends import faint
@@ -54,7 +56,7 @@ def prepare(
         ledger = own.ledger if own else None
         if ledger is not None:
             on_failure.enter_context(ledger)
-        base = str(allowed_base(policy, spec))
+        base, team = allowed_base(policy, spec), None
         if spec.privacy.enabled:
             ledger = ledger or on_failure.enter_context(open_account(policy, rows))
             standing = outlook(ledger, spec, policy.privacy, run)
@@ -66,8 +68,15 @@ def prepare(
             if (drowned := faint(spec, policy.data.declared_examples or 0)) is not None:
                 announce(f"warning: {drowned}")
         announce(f"loading {spec.model.base} and trying it on made-up examples, which may take minutes")
-        model = load_model(spec.model.model_copy(update={"base": base}), spec.adapter, policy.compute)
-        trainer = Trainer(model, rows, spec, policy, ledger, personal=personal_folder(policy))
+        compute = compute_of(policy.compute, 0)
+        if compute.processes > 1:
+            team = on_failure.enter_context(closing(Team(policy, spec, base)))
+        model = load_model(spec.model.model_copy(update={"base": str(base)}), spec.adapter, compute)
+        mine = policy.model_copy(update={"compute": compute})
+        trainer = Trainer(model, rows, spec, mine, ledger, personal=personal_folder(policy))
+        if team is not None:
+            team.join(trainer)
+            trainer.team = team
         announce("ready; waiting for a round")
-        on_failure.pop_all()  # the ledger stays open with the trainer
+        on_failure.pop_all()  # the ledger and the other processes stay with the trainer
     return trainer

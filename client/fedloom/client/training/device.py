@@ -10,7 +10,16 @@ import torch
 from fedloom.client.policy import ComputePolicy
 from fedloom.core.errors import ConfigError
 
-__all__ = ["choose_device", "free_bytes", "kept_bytes", "on_device", "out_of_memory", "prepare_device", "shared"]
+__all__ = [
+    "choose_device",
+    "compute_of",
+    "free_bytes",
+    "kept_bytes",
+    "on_device",
+    "out_of_memory",
+    "prepare_device",
+    "shared",
+]
 
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 """What torch says in a RuntimeError: CUDA's and MPS's allocators, and the CPU's."""
@@ -77,6 +86,30 @@ def shared(compute: ComputePolicy, processes: int) -> ComputePolicy:
         return compute
     part = torch.cuda.get_device_properties(device).total_memory // processes - _CONTEXT
     return compute.model_copy(update={"memory_mib": max(64, part >> 20)})
+
+
+def compute_of(compute: ComputePolicy, number: int) -> ComputePolicy:
+    """What process `number` of a client, from 0, may use.
+
+    GPU `number`; without GPUs its part of the threads and of the memory that is free now.
+
+    Raises:
+        ConfigError: There are fewer GPUs than processes, or no such device.
+    """
+    if compute.processes == 1:
+        return compute
+    device, found = choose_device(compute.device), torch.cuda.device_count()
+    if device.type == "cuda":
+        if found < compute.processes:
+            raise ConfigError(
+                f"compute.processes = {compute.processes}: torch sees {found} GPUs here, and each process takes one; "
+                f'set it to {found} or less, or compute.device = "cpu"'
+            )
+        return compute.model_copy(update={"device": f"cuda:{number}"})
+    free = free_bytes(device, None)
+    room = compute.memory_mib or (None if free is None else max(64, (free >> 20) // compute.processes))
+    threads = compute.threads or max(1, torch.get_num_threads() // compute.processes)
+    return compute.model_copy(update={"memory_mib": room, "threads": threads})
 
 
 def on_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -12,33 +11,27 @@ import torch
 from torch import nn
 
 from fedloom.client.data.rows import Indices, Rows
-from fedloom.client.data.tokens import Encoded, collate, encode, microbatches, uniform_microbatches
+from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.optimizers.api import noise_std, optimizer_of
 from fedloom.client.policy import Policy
-from fedloom.client.privacy.auditing.attacks import rehearse
-from fedloom.client.privacy.dp_sgd.grad_sample import Tape, recording
-from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
-from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.privacy.dp_sgd.rng import Entropy, Seeded, System, drawn_groups, poisson
 from fedloom.client.session.api import CheckCancelled, Trained
-from fedloom.client.training.activations import kept_activations
 from fedloom.client.training.admission import Account, Admission
 from fedloom.client.training.averaging import averaged
-from fedloom.client.training.device import on_device
+from fedloom.client.training.data_parallel import Alone
 from fedloom.client.training.gradient_terms import GradientTerms
+from fedloom.client.training.gradients import Gradients
 from fedloom.client.training.local_eval import Table, released, row_scores, split
-from fedloom.client.training.microbatch import Microbatch, fitting
-from fedloom.client.training.one_pass import OnePass, Sample
 from fedloom.core.config.evaluation import largest_loss
 from fedloom.core.config.run import Spec, TrainSection
 from fedloom.core.config.schedules import learning_rates
 from fedloom.core.errors import DataError
-from fedloom.core.privacy.spends import banded, round_participation
+from fedloom.core.privacy.spends import round_participation
 from fedloom.core.schema import Role, Tensors
 from fedloom.proto.messages import Assignment, moving
 
-__all__ = ["EntropyFor", "Trainer", "batch_loss"]
+__all__ = ["EntropyFor", "Trainer"]
 log = logging.getLogger(__name__)
 
 EntropyFor = Callable[[int], Entropy]
@@ -48,7 +41,7 @@ _Cycle = Sequence[frozenset[str]]
 """Names of the tensors that move in each step, from the first again after the last."""
 
 
-class Trainer(Admission):
+class Trainer(Admission, Gradients):
     """Trains one client's data on a model that may be shared with other trainers of the same process.
 
     What leaves a private run is the noised change of the adapter and, where the run and the policy ask for them, noised
@@ -90,45 +83,18 @@ class Trainer(Admission):
         """
         if len(rows) == 0:
             raise DataError(f"client {policy.client.name!r} has no training example; check data.source in its policy")
-        super().__init__(model.schema, spec, policy, ledger, personal=personal)
-        self.model = model
+        Admission.__init__(self, model.schema, spec, policy, ledger, personal=personal)
         rows, held_out = split(rows, policy.data.held_out)
         if len(rows) == 0:
             raise DataError(f"data.held_out = {policy.data.held_out:g} leaves no example to train on; lower it")
-        # What a private run's settings make of a row must not end the run: that would tell that there is such a row.
-        strict = not spec.privacy.enabled
-        self.encoded: Encoded = encode(rows, model.tokenizer, spec.model.max_length, strict=strict)
+        Gradients.__init__(self, model, rows, spec, policy, at_once)
         # Rows that this run does not evaluate on are not worth their tokens.
         scored = held_out if spec.federated_evaluation.enabled else held_out.take(np.zeros(0, np.int64))
+        strict = not spec.privacy.enabled
         self.held_out: Encoded = encode(scored, model.tokenizer, spec.model.max_length, strict=strict)
         self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
-        if spec.privacy.enabled:
-            self.check_sensitivity()
-            privacy = spec.privacy
-            assert privacy.noise_multiplier is not None  # checked when the spec met the policy
-            automatic = privacy.clipping == "automatic"
-            rehearse(privacy.noise_multiplier, privacy.clip_norm, banded(spec), automatic, model.device)
-        self.use(model)
-        size = fitting(model, self._batch_loss, spec, policy.compute.memory_mib, at_once)
-        self.microbatch = Microbatch(size, model.device)
-
-    def use(self, model: AdapterModel, one_pass: OnePass | None = None) -> None:
-        """Train on this model from now on: the one that it was made with, or a twin of it.
-
-        Args:
-            model: The model.
-            one_pass: Where gradients are computed together with those of other trainers. None computes them here.
-        """
-        self.model, self._one_pass = model, one_pass
-        self._activations = kept_activations(model, self.spec.model.digest, self.policy.compute)
-
-    def check_sensitivity(self) -> None:
-        """Probe the model and the loss as a private run does at its start.
-
-        Raises:
-            ModelError: See `probe`.
-        """
-        probe(self.model, self._batch_loss, self.spec.model.max_length)
+        self.team: Alone = Alone()
+        """Processes that do parts of each step; see `data_parallel`."""
 
     @property
     def declared_examples(self) -> int:
@@ -174,7 +140,7 @@ class Trainer(Admission):
         steps = self._private_steps if self.spec.privacy.enabled else self._plain_steps
         cycle = moving(self.model.schema, assignment.train, assignment.turns)
         terms = GradientTerms(parameters, train.proximal_mu, self.model.linear_terms(broadcast))
-        with averaged(optimizer, parameters, train.ema):
+        with self.team.round(), averaged(optimizer, parameters, train.ema):
             steps(optimizer, cycle, entropy, terms, check_cancelled)
         if assignment.personal:
             self.keep_personal(run, self.model.read(self.model.schema.select(assignment.personal)))
@@ -225,16 +191,6 @@ class Trainer(Admission):
         turn: Indices = sample[groups[sample] == step % self.spec.privacy.noise_bands]
         return turn
 
-    def _loss(self, indices: Indices, length: int | None = None) -> torch.Tensor:
-        batch = collate(self.encoded, indices, self.model.tokenizer.pad_token_id, length)
-        if self._activations is None:
-            return self._batch_loss(batch)
-        with self._activations.skipping(self.encoded, indices, batch):
-            return self._batch_loss(batch)
-
-    def _batch_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return batch_loss(self.model, batch)
-
     def _private_steps(
         self,
         base: torch.optim.Optimizer,
@@ -243,54 +199,19 @@ class Trainer(Admission):
         terms: GradientTerms,
         check_cancelled: CheckCancelled,
     ) -> None:
-        privacy, train = self.spec.privacy, self.spec.train
-        declared = self.policy.data.declared_examples
-        # Both were checked at construction and when the spec met the policy.
-        assert privacy.noise_multiplier is not None
-        assert declared is not None
-        groups = drawn_groups(entropy, len(self.encoded), privacy.noise_bands)
+        groups = drawn_groups(entropy, len(self.encoded), self.spec.privacy.noise_bands)
         # A tape has the tensors of one turn and no others: the norm that is clipped and the noise are theirs alone.
-        for names, steps in groupby(range(train.steps), lambda step: cycle[step % len(cycle)]):
-            parameters = self.model.trainable(names)
-            with recording(self.model.model, parameters) as tape:
-                optimizer = PrivateOptimizer(
-                    base,
-                    tape,
-                    entropy,
-                    noise_multiplier=privacy.noise_multiplier,
-                    clip_norm=privacy.clip_norm,
-                    expected_batch=train.sampling_rate * declared,
-                    strategy=banded(self.spec),
-                    automatic=privacy.clipping == "automatic",
-                )
-                optimizer.masks = self.model.rank_masks(parameters)
+        for names, steps in groupby(range(self.spec.train.steps), lambda step: cycle[step % len(cycle)]):
+            with self.clipping(names, base, entropy) as optimizer:
                 for step in steps:
                     check_cancelled()
                     # Drawn once: a step that is done again after running out of memory is a step on the same examples,
                     # whose noise is drawn when their sum is whole. A second sample would be a second look at the data
                     # that nobody has charged.
-                    self._accumulate(optimizer, tape, self._sample(entropy, groups, step))
-                    optimizer.release(terms.now(parameters))
-
-    def _accumulate(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices) -> None:
-        if self._one_pass is not None:
-            self._one_pass.compute(self._shared(sample, optimizer, tape))
-            return
-        self.microbatch.attempt(len(sample), partial(self._sum, optimizer, tape, sample))
-
-    def _shared(
-        self, sample: Indices, optimizer: torch.optim.Optimizer | PrivateOptimizer, tape: Tape | None
-    ) -> Sample:
-        name, longest = self.policy.client.name, self.spec.model.max_length
-        return Sample(name, self.model, self.encoded, sample, self.microbatch, longest, optimizer, tape)
-
-    def _sum(self, optimizer: PrivateOptimizer, tape: Tape, sample: Indices, size: int) -> None:
-        """The clipped sum of one step, from nothing: what an attempt that failed has added is gone."""
-        optimizer.restart()
-        for part in uniform_microbatches(sample, self.encoded, size, self.spec.model.max_length):
-            tape.begin(len(part.rows))
-            torch.autograd.backward(self._loss(part.rows, part.length))
-            optimizer.accumulate(part.real)
+                    mine = self.team.share(names, self._sample(entropy, groups, step))
+                    self.accumulate(optimizer, mine)
+                    self.team.add(optimizer.grid_sum)
+                    optimizer.release(terms.now(optimizer.tape.parameters))
 
     def _plain_steps(
         self,
@@ -303,30 +224,19 @@ class Trainer(Admission):
         everyone = np.zeros(len(self.encoded), np.int64)  # one group
         for step in range(self.spec.train.steps):
             check_cancelled()
-            parameters = self.model.trainable(cycle[step % len(cycle)])
+            names = cycle[step % len(cycle)]
+            parameters = self.model.trainable(names)
             sample = self._sample(entropy, everyone, step)
             if len(sample) == 0 and not terms.linear:
                 continue
             # A strategy counts on every step of its term, as a private client takes every step: this one is on no data.
             optimizer.zero_grad(set_to_none=True)
-            if len(sample) and self._one_pass is not None:
-                self._one_pass.compute(self._shared(sample, optimizer, None))
-            elif len(sample):
-                self.microbatch.attempt(len(sample), partial(self._mean, optimizer, sample))
+            if len(sample):
+                self.differentiate(parameters, self.team.share(names, sample), len(sample))
+                self.team.add_gradients(parameters)
             for parameter, term in zip(parameters, terms.now(parameters), strict=False):
                 parameter.grad = term if parameter.grad is None else parameter.grad + term
             optimizer.step()
-
-    def _mean(self, optimizer: torch.optim.Optimizer, sample: Indices, size: int) -> None:
-        """The gradient of the sample's mean loss, from nothing."""
-        optimizer.zero_grad(set_to_none=True)
-        for part in microbatches(sample, self.encoded, size):
-            torch.autograd.backward(self._loss(part) / len(sample))
-
-
-def batch_loss(model: AdapterModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of per-example losses; no term of one example depends on another."""
-    return model.task.loss(model.logits(batch), on_device(batch["labels"], model.device)).sum()
 
 
 def _system(_: int) -> Entropy:

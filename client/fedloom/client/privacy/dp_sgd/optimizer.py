@@ -89,6 +89,14 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no ty
         self._total = torch.zeros(tape.width, dtype=torch.int64, device=tape.parameters[0].device)
 
     @property
+    def grid_sum(self) -> torch.Tensor:
+        """The step's sum so far, shape (P,), int64, in steps of the grid; without noise, and not to leave the machine.
+
+        What other processes have clipped of the step may be added to it, without any error.
+        """
+        return self._total
+
+    @property
     def clipped_sum(self) -> torch.Tensor:
         """The step's sum so far, without noise, shape (P,), float32. For checks: it must not leave the machine."""
         return self._total.float().mul_(self.max_grad_norm / self._longest)

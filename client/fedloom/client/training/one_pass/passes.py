@@ -1,18 +1,12 @@
-"""Clients whose examples go through the model in one pass, step by step, each with an adapter of its own.
+"""The gradients of several clients' samples, in as few passes as memory allows."""
 
-Each client's trainer does its round in a thread and on a twin of the model, as clients at once do: it draws its own
-samples, clips, adds its own noise, and takes its own steps. Only where it needs the gradients of a sample does it wait
-for the others, and one of them computes for all.
-"""
-
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedloom.client.data.rows import Indices
 from fedloom.client.data.tokens import Encoded, Uniform, collate, microbatches, uniform_microbatches
@@ -23,7 +17,7 @@ from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.training.device import on_device
 from fedloom.client.training.microbatch import Microbatch
 
-__all__ = ["OnePass", "Sample", "gradients", "layers_of"]
+__all__ = ["Sample", "alike", "gradients", "layers_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,17 +35,23 @@ class Sample:
     microbatch: Microbatch
     longest: int
     """Most tokens of an example."""
-    optimizer: torch.optim.Optimizer | PrivateOptimizer
-    """A private one gets the clipped sum. Another one's parameters get the gradient of the sample's mean loss."""
-    tape: Tape | None
-    """Of the private optimizer."""
+    optimizer: PrivateOptimizer | None
+    """Gets the clipped sum; None without privacy."""
+    parameters: Sequence[nn.Parameter] = ()
+    """Without privacy: they get the gradient of the sum of the examples' losses over `count`."""
+    count: int = 0
+
+    @property
+    def tape(self) -> Tape | None:
+        """Of the private optimizer."""
+        return None if self.optimizer is None else self.optimizer.tape
 
     def restart(self) -> None:
         """Forget what an attempt that failed has added."""
-        if isinstance(self.optimizer, PrivateOptimizer):
+        if self.optimizer is not None:
             self.optimizer.restart()
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def parts(self, size: int) -> Iterator[Uniform]:
         """The microbatches that this client alone would make of it."""
@@ -64,77 +64,6 @@ class Sample:
 
 
 _Share = tuple[Sample, Uniform]
-
-
-@dataclass(eq=False)
-class _Waiting:
-    sample: Sample
-    done: bool = False
-    error: BaseException | None = field(default=None)
-
-
-class OnePass:
-    """Where trainers in several threads meet for the gradients of a step.
-
-    Args:
-        at_once: How many of them have turns at the same time.
-    """
-
-    def __init__(self, at_once: int) -> None:
-        self._at_once, self._turns = at_once, 0
-        self._moved = threading.Condition()
-        self._waiting: list[_Waiting] = []
-
-    def expect(self, turns: int) -> None:
-        """So many further turns will be had, each of which ends with `ended`, whatever it did."""
-        with self._moved:
-            self._turns += turns
-
-    def ended(self) -> None:
-        """A turn is over or will not be had: nobody waits for it."""
-        with self._moved:
-            self._turns -= 1
-            self._moved.notify_all()
-
-    def close(self) -> None:
-        """Nobody waits for anybody from now on."""
-        with self._moved:
-            self._at_once = 0
-            self._moved.notify_all()
-
-    def compute(self, sample: Sample) -> None:
-        """Leave the gradients of a sample with its optimizer, once all that have a turn have come here or ended it.
-
-        Raises:
-            ModelError: Memory runs out with a single example; or see `grouped`. Everybody in the pass gets it.
-        """
-        mine = _Waiting(sample)
-        with self._moved:
-            self._waiting.append(mine)
-            self._moved.notify_all()
-            self._moved.wait_for(lambda: mine.done or self._all_here)
-            if not mine.done:
-                together, self._waiting = self._waiting, []
-                self._do(together)
-        if mine.error is not None:
-            raise mine.error
-
-    @property
-    def _all_here(self) -> bool:
-        return len(self._waiting) >= min(self._at_once, self._turns)
-
-    def _do(self, together: Sequence[_Waiting]) -> None:
-        """The others wait for the lock meanwhile; they have nothing else to do."""
-        error: BaseException | None = None
-        try:
-            for alike in _alike(sorted((each.sample for each in together), key=lambda each: each.client)):
-                microbatch = min((each.microbatch for each in alike), key=lambda each: each.size)
-                microbatch.attempt(sum(len(each.indices) for each in alike), partial(gradients, alike))
-        except BaseException as caught:  # raised again in each of their threads
-            error = caught
-        for each in together:
-            each.done, each.error = True, error
-        self._moved.notify_all()
 
 
 def layers_of(model: AdapterModel) -> Layers:
@@ -151,7 +80,7 @@ def layers_of(model: AdapterModel) -> Layers:
 _layers: "weakref.WeakKeyDictionary[AdapterModel, Layers]" = weakref.WeakKeyDictionary()
 
 
-def _alike(samples: Sequence[Sample]) -> list[list[Sample]]:
+def alike(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Samples that may share a pass: of models with the same frozen weights, that train the same tensors.
 
     One whose frozen weights are corrected goes alone.
@@ -200,9 +129,9 @@ def _pass(shares: Sequence[_Share]) -> None:
     with grouped([layers_of(sample.model) for sample, _ in shares], rows, tapes or None):
         losses = first.task.loss(first.logits(batch), on_device(batch["labels"], first.device))
         if not tapes:  # each client's mean, whose parameters are its own
-            weights = np.repeat([1 / len(each.indices) for each, _ in shares], rows).astype(np.float32)
+            weights = np.repeat([1 / each.count for each, _ in shares], rows).astype(np.float32)
             losses = losses * on_device(torch.from_numpy(weights), first.device)
         torch.autograd.backward(losses.sum())
     for sample, part in shares:
-        if isinstance(sample.optimizer, PrivateOptimizer):
+        if sample.optimizer is not None:
             sample.optimizer.accumulate(part.real)
