@@ -74,6 +74,16 @@ def test_two_rounds_give_the_adapter_of_the_cpu(device: str, config: RunConfig, 
     assert largest_difference(expected, found) < 1e-3
 
 
+@pytest.mark.parametrize("private", [True, False], ids=["private", "open"])
+def test_one_pass_gives_the_adapter_of_turns(device: str, config: RunConfig, tmp_path: Path, private: bool) -> None:
+    privacy = config.privacy.model_copy(update={"enabled": private})
+    settled = completed(config.model_copy(update={"privacy": privacy}))
+
+    expected, found = (trained(on(settled, device, one_pass=each), tmp_path / str(each)) for each in (False, True))
+
+    assert largest_difference(expected, found) < 1e-3
+
+
 @pytest.mark.parametrize("engine", ["inprocess", "grpc"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_simulation_trains_scores_exports_and_loads_again(

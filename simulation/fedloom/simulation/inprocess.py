@@ -9,6 +9,7 @@ from fedloom.client.data.rows import digest
 from fedloom.client.privacy.ledger.account import personal_folder
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.session.participant import Participant
+from fedloom.client.training.one_pass.passes import layers_of
 from fedloom.client.training.trainer import EntropyFor, Trainer
 from fedloom.proto.messages import Joined
 from fedloom.server.coordinator import Coordinator
@@ -35,13 +36,19 @@ def run_inprocess(
         entropy: Test seam: each client's randomness by name, see `Trainer`.
 
     Raises:
+        ConfigError: The run asks for clients at once, and they cannot be had, see `number_of_workers`.
+        ModelError: `engine.one_pass` is set, and the adapter has layers for which that cannot be done.
         FedloomError: A client cannot go on, or too many updates were refused for the round to close.
     """
     workers = number_of_workers(federation.config, federation.model.device, len(federation.clients))
     trainers: dict[str, Trainer] = {}
+    # Those of one pass take its memory together and not each its own.
+    in_memory = 1 if federation.config.engine.one_pass else workers
+    if federation.config.engine.one_pass:
+        layers_of(federation.model)
     with ExitStack() as stack:
         participants = [
-            _participant(federation, coordinator, name, stack, (entropy or {}).get(name), trainers, workers)
+            _participant(federation, coordinator, name, stack, (entropy or {}).get(name), trainers, in_memory)
             for name in federation.clients
         ]
         for participant in participants:
@@ -49,8 +56,9 @@ def run_inprocess(
             yield
         turns: Callable[[Sequence[Participant], Coordinator], Iterator[Turn]] = _in_turn
         if workers > 1:
-            threads = max(1, torch.get_num_threads() // workers)
-            turns = stack.enter_context(working(federation.model, workers, threads, trainers)).turns
+            together = federation.config.engine.one_pass
+            threads = torch.get_num_threads() if together else max(1, torch.get_num_threads() // workers)
+            turns = stack.enter_context(working(federation.model, workers, threads, trainers, together)).turns
         left = list(participants)
         while left:
             for participant, finished in turns(list(left), coordinator):

@@ -14,6 +14,7 @@ import torch
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.twin import twin
 from fedloom.client.session.participant import Participant
+from fedloom.client.training.one_pass.meeting import OnePass
 from fedloom.client.training.trainer import Trainer
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError
@@ -21,6 +22,9 @@ from fedloom.proto.messages import Finished
 from fedloom.server.coordinator import Coordinator
 
 __all__ = ["Turn", "Workers", "number_of_workers", "working"]
+
+_IN_ONE_PASS = 32
+"""Clients of a pass where a run does not say."""
 
 Turn = tuple[Participant, Finished | None]
 """Who had a turn, and the end of the run if it is over for it."""
@@ -32,16 +36,17 @@ def number_of_workers(config: RunConfig, device: torch.device, clients: int) -> 
     Raises:
         ConfigError: More than one is asked for where their order decides the result, or the base cannot be shared.
     """
-    asked, why = config.engine.workers, ""
+    asked, one_pass, why = config.engine.workers, config.engine.one_pass, ""
     if config.rounds.mode == "buffered":
         why = 'the order of updates decides what buffered rounds give; use engine.kind = "grpc" for clients at once'
     elif config.engine.quantization != "none":
         why = "layers of few bits serve one thread; set engine.quantization to none"
-    if asked > 1 and why:
-        raise ConfigError(f"engine.workers = {asked} is not possible: {why}, or leave engine.workers out")
-    if why or (asked == 0 and device.type != "cpu"):
+    if why and (asked > 1 or one_pass):
+        key = "one_pass = true" if one_pass else f"workers = {asked}"
+        raise ConfigError(f"engine.{key} is not possible: {why}, or leave engine.{key.split()[0]} out")
+    if why or (asked == 0 and device.type != "cpu" and not one_pass):
         return 1
-    return min(clients, asked or torch.get_num_threads())
+    return min(clients, asked or (_IN_ONE_PASS if one_pass else torch.get_num_threads()))
 
 
 class Workers:
@@ -51,9 +56,14 @@ class Workers:
         models: A model for each.
         threads: Torch threads of each.
         trainers: By client, once it has joined.
+        one_pass: Whether they compute the gradients of a step together.
     """
 
-    def __init__(self, models: Sequence[AdapterModel], threads: int, trainers: Mapping[str, Trainer]) -> None:
+    def __init__(
+        self, models: Sequence[AdapterModel], threads: int, trainers: Mapping[str, Trainer], one_pass: bool = False
+    ) -> None:
+        self._turns = OnePass(len(models))
+        self._one_pass = self._turns if one_pass else None
         self._free: queue.SimpleQueue[AdapterModel] = queue.SimpleQueue()
         for model in models:
             self._free.put(model)
@@ -72,7 +82,7 @@ class Workers:
                 return None
             trainer, model = self._trainers[participant.name], self._free.get()
             try:
-                trainer.use(model)
+                trainer.use(model, self._one_pass)
                 finished = participant.step()
                 if finished is not None:
                     participant.conclude(finished)
@@ -80,24 +90,35 @@ class Workers:
             finally:
                 self._free.put(model)
 
-        pending = [self._pool.submit(turn, participant) for participant in participants]
+        def counted(participant: Participant) -> Turn | None:
+            try:
+                return turn(participant)
+            finally:
+                self._turns.ended()
+
+        self._turns.expect(len(participants))
+        pending = [self._pool.submit(counted, participant) for participant in participants]
         try:
             for done in as_completed(pending):
                 if (result := done.result()) is not None:
                     yield result
         finally:
             for each in pending:
-                each.cancel()
+                if each.cancel():
+                    self._turns.ended()
 
     def close(self) -> None:
         """Wait for those who are at work."""
+        self._turns.close()
         self._pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def working(model: AdapterModel, count: int, threads: int, trainers: Mapping[str, Trainer]) -> Iterator[Workers]:
+def working(
+    model: AdapterModel, count: int, threads: int, trainers: Mapping[str, Trainer], one_pass: bool = False
+) -> Iterator[Workers]:
     """So many workers for the length of a `with` block; `model` is left to the caller."""
-    workers = Workers([twin(model) for _ in range(count)], threads, trainers)
+    workers = Workers([twin(model) for _ in range(count)], threads, trainers, one_pass)
     try:
         yield workers
     finally:

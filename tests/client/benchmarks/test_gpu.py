@@ -38,6 +38,10 @@ def test_the_whole_script_runs_with_tiny_models(monkeypatch: pytest.MonkeyPatch)
         assert case["trained"] < case["parameters"]
     assert "decoder tiny, bfloat16, 4bit, recomputed" in done.stdout
     assert {"machine", "versions", "device"} <= found.keys()
+    one_pass = found["one_pass"]
+    assert one_pass["clients"] == 4
+    for name in ("private", "open"):
+        assert min(one_pass[f"{name}_{key}"] for key in ("in_turn_ms", "one_pass_ms", "speed_up")) > 0
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ class Committing:
 def test_a_commit_is_looked_at_before_anybody_else_begins(tiny_model: AdapterModel) -> None:
     state, begun = SimpleNamespace(round=0), list[str]()
     participants = [Committing(name, state, begun) for name in ("a", "b", "c")]
-    trainers = {each.name: SimpleNamespace(use=lambda _model: None) for each in participants}
+    trainers = {each.name: SimpleNamespace(use=lambda *_: None) for each in participants}
     with working(tiny_model, 1, 1, trainers) as workers:  # type: ignore[arg-type]
         for at, name in enumerate(("a", "b", "c")):
             turns = workers.turns(participants[at:], SimpleNamespace(state=state))  # type: ignore[arg-type]

@@ -141,7 +141,7 @@ def gpu(
 
     Models of real sizes with random weights, LoRA r=8 on every linear layer: an encoder of 0.4 B in bfloat16, decoders
     of 1 B and 8 B, the latter in 4 bits and in bfloat16. The most important come first, and what does not fit into the
-    memory or the time is left out. Nothing is downloaded.
+    memory or the time is left out. Then the steps of 32 clients, in turn and in one pass. Nothing is downloaded.
 
     Example: fedloom bench gpu --minutes 8 --json
     """
@@ -157,6 +157,15 @@ def gpu(
         figures = [case["skipped"]] if "skipped" in case else [_short(case.get(key)) for key in columns]
         table.add_row(case["case"], f"{case['batch']} × {case['length']}", *figures)
     out.print(table)
+    one_pass = found["one_pass"]
+    for name in () if "skipped" in one_pass else ("private", "open"):
+        in_turn, together, speed_up = (
+            _short(one_pass[f"{name}_{key}"]) for key in ("in_turn_ms", "one_pass_ms", "speed_up")
+        )
+        out.print(
+            f"{name} steps of {one_pass['clients']} clients: {in_turn} ms in turn, {together} ms in one pass "
+            f"({speed_up} times as fast)"
+        )
     if json_line:
         typer.echo(json.dumps({"bench": "gpu", **found, "machine": _machine(), "versions": _versions()}))
 

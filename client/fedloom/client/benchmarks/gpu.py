@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fedloom.client.benchmarks.one_pass import bench_one_pass
 from fedloom.client.benchmarks.random_models import SIZES, random_model
 from fedloom.client.benchmarks.step import VARIANTS, Batch, Step, draw_noise
 from fedloom.client.models.adapter_model import AdapterModel
@@ -89,7 +90,7 @@ def bench_gpu(*, minutes: float, tiny: bool = False) -> dict[str, Any]:
         against float64 on the CPU. cases: for each its sizes and, of each variant, the median milliseconds of a step,
         tokens in a second and, on CUDA, peak_gib, the most that the model and a step take; ratio_ours and
         ratio_opacus_ghost, medians over the repetitions of the time over the plain step's beside it; noise_ms and
-        noise_share, of our step. A case that was left out says why under skipped.
+        noise_share, of our step. one_pass: see `bench_one_pass`. A case that was left out says why under skipped.
 
     Raises:
         ConfigError: There is no CUDA device here, and the models are not tiny.
@@ -98,7 +99,14 @@ def bench_gpu(*, minutes: float, tiny: bool = False) -> dict[str, Any]:
     device = choose_device("auto" if tiny else "cuda")
     exactness = {size: clipped_sum_error(size, device) for size in ("encoder tiny", "decoder tiny")}
     cases = [_measured(case, device, end) for case in (TINY if tiny else CASES)]
-    return {"device": _about(device), "minutes": minutes, "exactness": exactness, "cases": cases}
+    one_pass = bench_one_pass(device, end, tiny=tiny) if time.monotonic() < end else {"skipped": "no time was left"}
+    return {
+        "device": _about(device),
+        "minutes": minutes,
+        "exactness": exactness,
+        "cases": cases,
+        "one_pass": one_pass,
+    }
 
 
 def clipped_sum_error(size: str, device: torch.device) -> float:

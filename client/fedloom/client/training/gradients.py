@@ -19,6 +19,8 @@ from fedloom.client.privacy.dp_sgd.rng import Entropy
 from fedloom.client.training.activations import kept_activations
 from fedloom.client.training.device import on_device
 from fedloom.client.training.microbatch import Microbatch, fitting
+from fedloom.client.training.one_pass.meeting import OnePass
+from fedloom.client.training.one_pass.passes import Sample
 from fedloom.core.config.run import Spec
 from fedloom.core.privacy.spends import banded
 
@@ -58,9 +60,14 @@ class Gradients:
         size = fitting(model, self._batch_loss, spec, policy.compute.memory_mib, at_once)
         self.microbatch = Microbatch(size, model.device)
 
-    def use(self, model: AdapterModel) -> None:
-        """Train on this model from now on: the one that it was made with, or a twin of it."""
-        self.model = model
+    def use(self, model: AdapterModel, one_pass: OnePass | None = None) -> None:
+        """Train on this model from now on: the one that it was made with, or a twin of it.
+
+        Args:
+            model: The model.
+            one_pass: Where gradients are computed together with those of other clients. None computes them here.
+        """
+        self.model, self._one_pass = model, one_pass
         self._activations = kept_activations(model, self.spec.model.digest, self.policy.compute)
 
     def check_sensitivity(self) -> None:
@@ -103,6 +110,9 @@ class Gradients:
 
     def accumulate(self, optimizer: PrivateOptimizer, sample: Indices) -> None:
         """The clipped sum of these examples, of which there may be none, is the step's so far."""
+        if self._one_pass is not None:
+            self._one_pass.compute(self._shared(sample, optimizer, [], 0))
+            return
         self.microbatch.attempt(len(sample), partial(self._sum, optimizer, sample))
 
     def _sum(self, optimizer: PrivateOptimizer, sample: Indices, size: int) -> None:
@@ -115,7 +125,25 @@ class Gradients:
 
     def differentiate(self, parameters: list[nn.Parameter], sample: Indices, count: int) -> None:
         """Set the gradients of these parameters to those of the sum of the examples' losses over `count`."""
+        if self._one_pass is not None:
+            self._one_pass.compute(self._shared(sample, None, parameters, count))
+            return
         self.microbatch.attempt(len(sample), partial(self._mean, parameters, sample, count))
+
+    def _shared(
+        self, indices: Indices, optimizer: PrivateOptimizer | None, parameters: list[nn.Parameter], count: int
+    ) -> Sample:
+        return Sample(
+            client=self.policy.client.name,
+            model=self.model,
+            encoded=self.encoded,
+            indices=indices,
+            microbatch=self.microbatch,
+            longest=self.spec.model.max_length,
+            optimizer=optimizer,
+            parameters=parameters,
+            count=count,
+        )
 
     def _mean(self, parameters: list[nn.Parameter], sample: Indices, count: int, size: int) -> None:
         """The gradient of a sample's share in its mean loss, from nothing."""

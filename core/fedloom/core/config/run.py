@@ -269,9 +269,22 @@ class EngineSection(ComputeOptions):
     workers: int = Field(default=0, ge=0)
     """inprocess: clients that train at once, each in a thread with an equal share of the torch threads; the frozen
     weights are there once for all. 0 takes one for each core on the CPU, and one on a GPU."""
+    one_pass: bool = False
+    """inprocess: the micro-batches of all clients at once go through the model in one pass, each with its own adapter;
+    train.microbatch bounds the pass. 0 workers then takes up to 32 clients. For GPUs; not for DoRA, buffered
+    rounds and bases of few bits."""
     address: str = Field(default="", pattern=r"^(auto|[A-Za-z0-9.\[\]:_-]+:[0-9]+)?$")
     """ray: HOST:PORT of a running cluster of which this machine is a node, or auto for the one that runs here. Empty
     starts Ray on this machine's loopback for this run. Its machines must be one owner's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EngineSection":
+        if self.one_pass and self.kind != "inprocess":
+            raise ValueError(
+                f'engine.one_pass = true with engine.kind = "{self.kind}": clients share a pass in one process only; '
+                'set engine.kind = "inprocess" or leave engine.one_pass out'
+            )
+        return self
 
 
 class Spec(Section):
