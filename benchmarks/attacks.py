@@ -41,7 +41,7 @@ from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import build, completed
-from fedloom.simulation.inprocess import standing_clock
+from fedloom.simulation.in_process.engine import standing_clock
 from fedloom.strategies.start import starting_adapter
 
 HERE = Path(__file__).resolve().parent

@@ -134,7 +134,7 @@ def federate(run: Run, paired: bool = False) -> Outcome:
     from fedloom.server.coordinator import Coordinator
     from fedloom.server.storage.local import Store
     from fedloom.simulation.federation import build, completed
-    from fedloom.simulation.inprocess import run_inprocess, standing_clock
+    from fedloom.simulation.in_process.engine import run_inprocess, standing_clock
     from fedloom.simulation.simulate import ledger_statements
     from fedloom.strategies.start import starting_adapter
 

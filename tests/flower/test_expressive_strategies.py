@@ -22,7 +22,7 @@ from fedloom.proto.messages import Joined
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import Federation, build, completed
-from fedloom.simulation.inprocess import run_inprocess
+from fedloom.simulation.in_process.engine import run_inprocess
 from fedloom.strategies.alternating.as_lora import ASLoRA
 from fedloom.strategies.alternating.la_lora import LALoRA
 from fedloom.strategies.api import Strategy

@@ -17,7 +17,7 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.rounds.state import RoundClosed
 from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import Federation, build, completed
-from fedloom.simulation.inprocess import run_inprocess
+from fedloom.simulation.in_process.engine import run_inprocess
 from fedloom.strategies.start import starting_adapter
 from tests.flower.test_rounds import NAMES, Sites, coordinated, coordinator_of
 from tests.support.engines import entropy_of

@@ -42,7 +42,7 @@ from fedloom.server.validate_config import check_config
 from fedloom.simulation.callbacks import SoFar, StopRun
 from fedloom.simulation.checkpoint import save_round
 from fedloom.simulation.federation import Federation, Given, build, completed
-from fedloom.simulation.inprocess import run_inprocess, standing_clock
+from fedloom.simulation.in_process.engine import run_inprocess, standing_clock
 from fedloom.simulation.personal import save_clients, scored
 from fedloom.simulation.processes import run_processes
 from fedloom.simulation.ray_engine.cluster import check_installed

@@ -14,7 +14,6 @@ import fedloom.client.training.one_pass.passes as module
 from fedloom.client.data.tokens import Encoded, collate
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_model
-from fedloom.client.models.twin import twin
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.grad_sample.grouped import grouped
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
@@ -41,7 +40,7 @@ def twins_of(base: Path, count: int, kind: str = "lora") -> list[AdapterModel]:
     spec = ModelSection(base=str(base), labels=("no", "yes"), head="train")
     model = load_model(spec, AdapterSection.model_validate(KINDS[kind]))
     generator = torch.Generator().manual_seed(3)
-    made = [twin(model) for _ in range(count)]
+    made = [model.twin() for _ in range(count)]
     with torch.no_grad():
         for each in made:
             for slot in each.slots.values():

@@ -15,7 +15,7 @@ from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import Federation, build, completed
-from fedloom.simulation.inprocess import run_inprocess, standing_clock
+from fedloom.simulation.in_process.engine import run_inprocess, standing_clock
 from fedloom.strategies.start import starting_adapter
 from tests.support.engines import entropy_of, largest_difference, over_sockets
 from tests.support.runs import tiny_run

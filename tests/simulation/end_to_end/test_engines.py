@@ -25,7 +25,7 @@ from fedloom.server.rounds.state import RoundClosed, UpdateAccepted
 from fedloom.server.storage.local import Store
 from fedloom.simulation import processes
 from fedloom.simulation.federation import build, completed
-from fedloom.simulation.inprocess import run_inprocess
+from fedloom.simulation.in_process.engine import run_inprocess
 from fedloom.simulation.simulate import simulate
 from fedloom.strategies.start import starting_adapter
 from tests.support.engines import entropy_of, largest_difference, over_sockets

@@ -10,7 +10,7 @@ import fedloom.client.training.one_pass.passes as module
 from fedloom.core.config.run import EngineSection, RunConfig
 from fedloom.core.errors import ConfigError, ModelError
 from fedloom.core.schema import Tensors
-from fedloom.simulation.workers import number_of_workers
+from fedloom.simulation.in_process.workers import number_of_workers
 from tests.simulation.end_to_end.test_workers import LORA, config_of, trained
 from tests.support.engines import largest_difference
 

@@ -22,7 +22,7 @@ from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import Federation, build, completed
-from fedloom.simulation.inprocess import run_inprocess, standing_clock
+from fedloom.simulation.in_process.engine import run_inprocess, standing_clock
 from fedloom.simulation.ray_engine.cluster import ALONE
 from fedloom.simulation.ray_engine.engine import run_ray
 from fedloom.simulation.simulate import Watcher, simulate

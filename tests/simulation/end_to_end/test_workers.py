@@ -11,7 +11,6 @@ import torch
 
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_model
-from fedloom.client.models.twin import twin
 from fedloom.client.privacy.ledger.account import personal_folder
 from fedloom.core.config.run import AdapterSection, ModelSection, RunConfig
 from fedloom.core.errors import ConfigError
@@ -21,8 +20,8 @@ from fedloom.server.coordinator import Coordinator
 from fedloom.server.rounds.state import Event
 from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import build, completed
-from fedloom.simulation.inprocess import run_inprocess, standing_clock
-from fedloom.simulation.workers import number_of_workers, working
+from fedloom.simulation.in_process.engine import run_inprocess, standing_clock
+from fedloom.simulation.in_process.workers import number_of_workers, working
 from fedloom.strategies.start import starting_adapter
 from tests.support.engines import entropy_of, largest_difference
 from tests.support.runs import tiny_run
@@ -110,7 +109,7 @@ def test_a_commit_is_looked_at_before_anybody_else_begins(tiny_model: AdapterMod
 def test_a_twin_has_an_adapter_and_corrections_of_its_own_on_the_same_memory(tiny_base: Path) -> None:
     spec = ModelSection(base=str(tiny_base), labels=("no", "yes"), head="train")
     model = load_model(spec, AdapterSection(kind="lora", rank=4, alpha=8.0))
-    other = twin(model)
+    other = model.twin()
     pair = model.schema.pairs[0]
     name = f"base_model.model.{pair.module}"
 

@@ -12,7 +12,6 @@ import torch
 from fedloom.client.benchmarks.random_models import SIZES, random_model
 from fedloom.client.data.tokens import Encoded
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.twin import twin
 from fedloom.client.policy import ComputePolicy
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
@@ -43,7 +42,7 @@ def bench_one_pass(device: torch.device, until: float, *, tiny: bool = False) ->
     size, clients, length = ("encoder tiny", 4, 16) if tiny else ("encoder 0.4B", 32, _LENGTH)
     lead = random_model(SIZES[size](), "text-classification", ComputePolicy(device=str(device)))
     lead.tokenizer = SimpleNamespace(pad_token_id=0)  # random models have none; these texts need no padding
-    models = [twin(lead) for _ in range(clients)]
+    models = [lead.twin() for _ in range(clients)]
     found: dict[str, Any] = {"clients": clients, "batch": _EXAMPLES, "length": length}
     for name in ("private", "open"):
         found |= {f"{name}_{key}": value for key, value in _timed(models, length, name == "private", until).items()}

@@ -118,9 +118,8 @@ class Cells:
         """A list of labels; "" for null, a word that has none."""
         value, where = self.values["tags"], self.where
         if not isinstance(value, list):
-            raise DataError(
-                f"{where}: {self.name('tags')} must be a list with one label for each token, or null; found {_kind(value)}"
-            )
+            form = "must be a list with one label for each token, or null"
+            raise DataError(f"{where}: {self.name('tags')} {form}; found {_kind(value)}")
         return tuple("" if tag is None else self._label(tag) for tag in value)
 
     def turns(self) -> Turns:

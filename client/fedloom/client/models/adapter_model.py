@@ -1,5 +1,6 @@
 """The resident model: the base is loaded once and stays on the device; a round swaps the adapter only."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -165,6 +166,19 @@ class AdapterModel:
                 mask[tuple(slice(0, size) for size in cut[name])] = 1.0
                 masks[slot.parameter] = mask
         return masks
+
+    def twin(self) -> "AdapterModel":
+        """The same model with an adapter of its own, for another thread; the frozen weights take no memory again.
+
+        Each may be trained, corrected and read whatever the other does. The model has no hooks at this moment.
+        """
+        trained = {id(slot.parameter) for slot in self.slots.values()}
+        known: dict[int, Any] = {id(self.tokenizer): self.tokenizer}
+        for parameter in self.model.parameters():
+            if id(parameter) not in trained:
+                # A parameter of its own: a correction gives it other values and leaves those that are shared.
+                known[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        return copy.deepcopy(self, known)
 
     def leave(self) -> None:
         """Go to the CPU, so that the device's memory is free for others."""

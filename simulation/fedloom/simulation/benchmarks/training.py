@@ -23,7 +23,7 @@ from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.storage.local import Store
 from fedloom.simulation.federation import Given, build, completed
-from fedloom.simulation.inprocess import run_inprocess, standing_clock
+from fedloom.simulation.in_process.engine import run_inprocess, standing_clock
 
 __all__ = ["Work", "bench_training", "simulated"]
 

@@ -17,7 +17,7 @@ from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import ConfigError, FedloomError, PolicyError
 from fedloom.server.coordinator import Coordinator
 from fedloom.simulation.federation import Federation, check_alive
-from fedloom.simulation.inprocess import client_trainer
+from fedloom.simulation.in_process.engine import client_trainer
 from fedloom.simulation.virtual_time.assignments import ASSIGNMENTS_FILE, Assignments
 from fedloom.simulation.virtual_time.client import Client
 from fedloom.simulation.virtual_time.devices import devices

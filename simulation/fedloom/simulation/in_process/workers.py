@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import torch
 
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.twin import twin
 from fedloom.client.session.participant import Participant
 from fedloom.client.training.one_pass.meeting import OnePass
 from fedloom.client.training.trainer import Trainer
@@ -118,7 +117,7 @@ def working(
     model: AdapterModel, count: int, threads: int, trainers: Mapping[str, Trainer], one_pass: bool = False
 ) -> Iterator[Workers]:
     """So many workers for the length of a `with` block; `model` is left to the caller."""
-    workers = Workers([twin(model) for _ in range(count)], threads, trainers, one_pass)
+    workers = Workers([model.twin() for _ in range(count)], threads, trainers, one_pass)
     try:
         yield workers
     finally:

@@ -15,7 +15,7 @@ from fedloom.proto.messages import Joined
 from fedloom.server.coordinator import Coordinator
 from fedloom.server.rpc.local import LocalConnection
 from fedloom.simulation.federation import Federation, check_alive
-from fedloom.simulation.workers import Turn, number_of_workers, working
+from fedloom.simulation.in_process.workers import Turn, number_of_workers, working
 
 __all__ = ["client_trainer", "run_inprocess", "standing_clock"]
 
