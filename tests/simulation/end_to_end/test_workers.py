@@ -1,5 +1,6 @@
 """Clients that train at once in one process give bit for bit what they give in turn."""
 
+import gc
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from tests.support.runs import tiny_run
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
 
 
-def config_of(base: Path, data: Path, **sections: Any) -> RunConfig:
+def config_of(base: Path, data: Path, /, **sections: Any) -> RunConfig:
     """A run of five clients."""
     given: dict[str, Any] = {
         "privacy": {"epsilon": 80.0, "delta": 1e-2},
@@ -159,3 +160,50 @@ def test_who_decides_how_many_train_at_once(tiny_base: Path, data: Path) -> None
     few_bits = asking(2).engine.model_copy(update={"quantization": "4bit"})
     with pytest.raises(ConfigError, match=r"engine.workers = 2 is not possible: layers of few bits"):
         number_of_workers(asking(2, engine=few_bits), cpu, 5)
+
+
+def tensors() -> list[torch.Tensor]:
+    """All that are alive."""
+    gc.collect()
+    return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_nothing_of_a_client_stays_on_the_device_between_its_turns(
+    tiny_base: Path, data: Path, tmp_path: Path, private: bool
+) -> None:
+    held: dict[int, int] = {}
+    for clients in (2, 10):
+        config = config_of(
+            tiny_base,
+            data,
+            run={"name": "many", "rounds": 2},
+            privacy={"enabled": private, "epsilon": 80.0, "delta": 1e-2},
+            strategy={"name": "fedavg"},
+            train={"steps": 1, "sampling_rate": 0.5, "learning_rate": 0.1, "optimizer": "adam"},
+            rounds={"min_clients": clients},
+            data={"source": str(data), "clients": clients},
+            engine={"workers": 1},
+        )
+        others = tensors()
+        federation = build(config, tmp_path / f"run-{clients}")
+        starting = starting_adapter(federation.model.schema, 0)
+        with Store(tmp_path / f"state-{clients}", durable=False) as store:
+            coordinator = Coordinator(
+                config,
+                federation.model.schema,
+                build_strategy(config),
+                store,
+                starting=starting,
+                clock=standing_clock,
+                expect=clients,
+            )
+            steps = run_inprocess(federation, coordinator)
+            while coordinator.state.round == 0:
+                next(steps)
+            known = {id(each) for each in others}
+            mine = [each.untyped_storage() for each in tensors() if id(each) not in known]
+            held[clients] = sum({each.data_ptr(): each.nbytes() for each in mine}.values())
+            for _ in steps:
+                pass
+    assert held[10] <= held[2] + 1024, "eight more clients, and no tensor more"
