@@ -129,10 +129,11 @@ def kept_activations(model: AdapterModel, base: str | None, compute: ComputePoli
     if base is None or not compute.activation_cache_mib:
         return None
     if model not in _prefixes:
-        _prefixes[model] = frozen_prefix(model)
+        _prefixes[model] = found = frozen_prefix(model)
+        if found is not None:
+            log.info("the first %d blocks are computed once for each example", len(found.blocks))
     if (prefix := _prefixes[model]) is None:
         return None
-    log.info("the first %d blocks are computed once for each example", len(prefix.blocks))
     what = (base, len(prefix.blocks), str(prefix.dtype), compute.quantization, str(model.device))
     return Activations(model, prefix, _file(what, compute.activation_cache_mib << 20))
 

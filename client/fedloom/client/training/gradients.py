@@ -68,7 +68,9 @@ class Gradients:
             one_pass: Where gradients are computed together with those of other clients. None computes them here.
         """
         self.model, self._one_pass = model, one_pass
-        self._activations = kept_activations(model, self.spec.model.digest, self.policy.compute)
+        # A pass of several clients computes the frozen blocks, so that nothing of them is looked for.
+        alone = one_pass is None
+        self._activations = kept_activations(model, self.spec.model.digest, self.policy.compute) if alone else None
 
     def check_sensitivity(self) -> None:
         """Probe the model and the loss as a private run does at its start.
