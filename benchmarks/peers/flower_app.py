@@ -60,8 +60,11 @@ class Timed(FedAvg):  # type: ignore[misc]
 
     def aggregate_train(self, server_round: int, replies: Any) -> Any:
         """As FedAvg does."""
-        averages = super().aggregate_train(server_round, replies)
-        assert averages[0] is not None, "no client answered"
+        answers = list(replies)
+        failed = [str(each.error) for each in answers if each.has_error()]
+        assert len(answers) == self.min_train_nodes, f"{len(answers)} of {self.min_train_nodes} clients answered"
+        assert not failed, f"{len(failed)} clients failed, the first: {failed[0]}"
+        averages = super().aggregate_train(server_round, answers)
         self._clock.committed()
         return averages
 

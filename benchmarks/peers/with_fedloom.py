@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from peers.wire import Traffic, counted
-from peers.work import ALPHA, LABELS, RANK, RATE, TARGETS, Clock, Work, all_rows, given_work, report, save_final
+from peers.work import ALPHA, LABELS, RANK, TARGETS, Clock, Work, all_rows, given_work, report, save_final
 from safetensors.numpy import load_file
 
 import fedloom.api as fl
@@ -36,7 +36,7 @@ def run_of(work: Work) -> fl.Run:
         adapter=fl.LoRA(rank=RANK, alpha=ALPHA, targets=list(TARGETS)),
         strategy="fedavg",
         privacy=fl.DP(epsilon=1e4, delta=1e-5, noise_multiplier=1.0) if work.private else None,
-        train=fl.Train(steps=work.steps, sampling_rate=1.0, learning_rate=RATE),
+        train=fl.Train(steps=work.steps, sampling_rate=1.0, learning_rate=work.rate),
         rounds=work.rounds,
         round_rules=fl.RoundRules(min_clients=work.clients),
         evaluation=fl.Evaluation(every=work.rounds),

@@ -6,7 +6,7 @@ python -m peers.with_pfl FOLDER, or torchrun --nproc-per-node 2 -m peers.with_pf
 from typing import Any
 
 import torch
-from peers.work import RATE, Clock, LoraModel, Work, given_work, report, save_final
+from peers.work import Clock, LoraModel, Work, given_work, report, save_final
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -94,7 +94,7 @@ def simulate(work: Work, lora: LoraModel, clock: Clock) -> None:
         ),
         SimulatedBackend(users, users),
         model,
-        NNTrainHyperParams(local_num_epochs=work.steps, local_learning_rate=RATE, local_batch_size=None),
+        NNTrainHyperParams(local_num_epochs=work.steps, local_learning_rate=work.rate, local_batch_size=None),
         callbacks=[Stamp(clock)],
     )
 

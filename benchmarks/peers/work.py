@@ -27,7 +27,6 @@ __all__ = [
     "ALPHA",
     "LABELS",
     "RANK",
-    "RATE",
     "TARGETS",
     "Clock",
     "LoraModel",
@@ -47,8 +46,6 @@ __all__ = [
 
 LABELS = ("negative", "positive")
 RANK, ALPHA, TARGETS = 8, 16, ("query", "value")
-RATE = 0.05
-"""Learning rate of SGD."""
 
 _WORDS = (
     "film",
@@ -87,6 +84,8 @@ class Work:
     """Rows of each client."""
     tokens: int = 0
     """Of each row, its two special ones counted."""
+    rate: float = 0.05
+    """Learning rate of SGD."""
     cores: int = 1
     """How many cores the driver leaves: torch threads of all processes that train at a time."""
     private: bool = False
@@ -211,7 +210,7 @@ class LoraModel:
         """A client's steps."""
         import torch
 
-        optimizer = torch.optim.SGD(list(self.parameters.values()), lr=RATE)
+        optimizer = torch.optim.SGD(list(self.parameters.values()), lr=self.work.rate)
         for _ in range(self.work.steps):
             optimizer.zero_grad()
             self.model(**batch).loss.backward()

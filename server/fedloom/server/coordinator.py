@@ -50,9 +50,9 @@ class Coordinator(Course):
             check_room(client, self._members)
             if self._members.join(client, declared_examples, self._clock()):
                 self.audit.note("joined", client)
-            if declared_examples and (drowned := faint(self.config.spec, declared_examples)):
+            if declared_examples and (drowned := faint(self._spec, declared_examples)):
                 _log.warning("client %r: %s", client, drowned)
-        return Joined(run=self._history.run, epoch=self.epoch, spec=self.config.spec, schema=self._schema)
+        return Joined(run=self._history.run, epoch=self.epoch, spec=self._spec, schema=self._schema)
 
     def work(self, client: str, run: str, epoch: int, held: str = "") -> Answer:
         """What this client should do now. Asking counts it among the live.
@@ -241,7 +241,7 @@ class Coordinator(Course):
         with self._changing():
             self._admit(client, run, epoch)
             if score:
-                check_result_score(client, score, self.config.spec, self.finished)
+                check_result_score(client, score, self._spec, self.finished)
                 if client not in self._rounds.scored:
                     self._history.record(ResultScored(self._rounds.round, client, score))
             self._members.leaves(client)

@@ -121,7 +121,7 @@ def build(config: RunConfig, folder: Path, given: Given | None = None) -> Federa
         given = Given(shares(config, config.data), held_out(config, config.data.source))
     clients, scored = given.clients, drawn(given.held_out, config)
     compute = ComputePolicy.of(config.engine)
-    policies = {name: simulated_policy(name, len(own), config, folder, compute) for name, own in clients.items()}
+    policies = _agreeing({name: len(own) for name, own in clients.items()}, config, folder, compute)
     if config.secure_aggregation.enabled:
         policies = _acquainted(policies)
     model = load_model(config.model, config.adapter, compute)
@@ -200,6 +200,19 @@ def _acquainted(policies: dict[str, Policy]) -> dict[str, Policy]:
     peers = {name: public_text(load_identity(policy.client.state)) for name, policy in policies.items()}
     sums = SecureAggregationPolicy(required=True, peers=peers)
     return {name: policy.model_copy(update={"secure_aggregation": sums}) for name, policy in policies.items()}
+
+
+def _agreeing(counts: dict[str, int], config: RunConfig, folder: Path, compute: ComputePolicy) -> dict[str, Policy]:
+    """Each client's policy.
+
+    Sections that say the same are one object: a thousand clients do not take the memory of a thousand copies.
+    """
+    policies: dict[str, Policy] = {}
+    for name, count in counts.items():
+        policy = simulated_policy(name, count, config, folder, compute)
+        first = next(iter(policies.values()), policy)
+        policies[name] = policy.model_copy(update={key: same for key, same in first if same == getattr(policy, key)})
+    return policies
 
 
 def simulated_policy(name: str, count: int, spec: Spec, folder: Path, compute: ComputePolicy) -> Policy:

@@ -1,8 +1,9 @@
 """The adapter that a client trains from: fetched whole, or followed from the one it has."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakValueDictionary
 
 from fedloom.client.session.api import RoundCancelled
 from fedloom.client.session.payloads import reader
@@ -11,7 +12,7 @@ from fedloom.core.errors import CodecError, ProtocolError
 from fedloom.core.schema import Array, Schema, Tensors
 from fedloom.proto.messages import Assignment, Link, broadcast_schema
 
-__all__ = ["HeldAdapter", "Leg"]
+__all__ = ["Adapter", "HeldAdapter", "Leg", "Shared"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,34 @@ class Leg:
     """What it makes of the tensors that were there before."""
 
 
-class HeldAdapter:
-    """The adapter of the last round that this client was asked for, in memory; a client that restarts has none."""
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter and its digest, see `held_digest`; nobody writes into its arrays."""
 
-    def __init__(self) -> None:
-        self.digest = ""
-        self._tensors: Tensors = {}
+    digest: str
+    tensors: Tensors
+
+
+Shared = MutableMapping[str, Adapter]
+"""Adapters by digest that some client of this process holds."""
+
+
+class HeldAdapter:
+    """The adapter of the last round that this client was asked for, in memory; a client that restarts has none.
+
+    Args:
+        shared: Given to all clients of one process, so that they hold one copy between them, and only the first of
+            them decodes it. Weak: what no client holds any more is gone.
+    """
+
+    def __init__(self, shared: Shared | None = None) -> None:
+        self._shared: Shared = WeakValueDictionary() if shared is None else shared
+        self._adapter = Adapter("", {})
+
+    @property
+    def digest(self) -> str:
+        """The adapter's, or nothing."""
+        return self._adapter.digest
 
     def legs(self, assignment: Assignment, schema: Schema) -> list[Leg]:
         """What has to be fetched for an assignment, one after the other; nothing where its adapter is here.
@@ -63,21 +86,26 @@ class HeldAdapter:
             RoundCancelled: A payload is not to be had any more, or it is not the adapter that was named: then nothing
                 is held here, and all is fetched next time.
         """
-        found = self._tensors
+        payloads = []
         for leg in legs:
             try:
-                payload = fetch(leg.digest, leg.size_bytes)
+                payloads.append(fetch(leg.digest, leg.size_bytes))
             except ProtocolError as error:
                 raise RoundCancelled(f"nothing to train from: {error}") from error
+        if legs and (known := self._shared.get(assignment.adapter)):
+            self._adapter = known
+            return known.tensors
+        found = self._adapter.tensors
+        for leg, payload in zip(legs, payloads, strict=True):
             found = leg.read(found, payload)
         if assignment.adapter and legs:
-            self.digest, self._tensors = "", {}
+            self._adapter = Adapter("", {})
             if (digest := held_digest(found)) != assignment.adapter:
                 raise RoundCancelled(
                     f"the adapter has digest {digest[:12]} here and {assignment.adapter[:12]} at the coordinator; the "
                     "next one is fetched whole"
                 )
-            self.digest, self._tensors = digest, found
+            self._adapter = self._shared.setdefault(digest, Adapter(digest, found))
         return found
 
 

@@ -75,6 +75,7 @@ class Course:
         self.on_commit: Callable[[int, State], None] = lambda rounds, state: None
         self.run_commit: Callable[[Callable[[], None]], None] = lambda commit: commit()
         self.config, self._schema, self._strategy, self._store = config, schema, strategy, store
+        self._spec = config.spec
         self._clock, self._expect = clock or Attentive(config.rounds.lease_s / 3), expect
         self._lock = Busy(self._clock.skip if isinstance(self._clock, Attentive) else lambda: None)
         self._hooks, self._uncommitting = threading.RLock(), threading.Event()

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from weakref import WeakValueDictionary
 
 import torch
 
 from fedloom.client.data.rows import digest
 from fedloom.client.privacy.ledger.account import personal_folder
 from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.session.held import HeldAdapter, Shared
 from fedloom.client.session.participant import Participant
 from fedloom.client.training.one_pass.passes import layers_of
 from fedloom.client.training.trainer import EntropyFor, Trainer
@@ -46,12 +48,14 @@ def run_inprocess(
     in_memory = 1 if federation.config.engine.one_pass else workers
     if federation.config.engine.one_pass:
         layers_of(federation.model)
+    adapters: Shared = WeakValueDictionary()
     with ExitStack() as stack:
         participants = [
             _participant(federation, coordinator, name, stack, (entropy or {}).get(name), trainers, in_memory)
             for name in federation.clients
         ]
         for participant in participants:
+            participant.held = HeldAdapter(adapters)
             participant.join()
             yield
         turns: Callable[[Sequence[Participant], Coordinator], Iterator[Turn]] = _in_turn

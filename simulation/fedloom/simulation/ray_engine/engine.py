@@ -4,9 +4,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
+from weakref import WeakValueDictionary
 
 from fedloom.client.data.rows import digest
 from fedloom.client.privacy.ledger.ledger import Ledger
+from fedloom.client.session.held import HeldAdapter, Shared
 from fedloom.client.session.participant import Participant
 from fedloom.client.training.trainer import EntropyFor
 from fedloom.proto.messages import Answer, Joined, StepMessage, StepResult, Wait
@@ -48,7 +50,9 @@ def run_ray(
                     name: _Client(federation, coordinator, name, ledgers, fleet, store, (entropy or {}).get(name))
                     for name in declared
                 }
+                adapters: Shared = WeakValueDictionary()
                 for client in clients.values():
+                    client.participant.held = HeldAdapter(adapters)
                     client.participant.join()
                     yield
                 coordinator.wake = turns.stir
