@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from fedloom.client.tasks.api import Task, task_named
 from fedloom.conformance.tasks import TaskConformance
 
@@ -32,6 +34,66 @@ class TestCausalLM(TaskConformance):
 
 class TestInstruct(TestCausalLM):
     name = "instruct"
+
+
+class TestSeq2Seq(TestCausalLM):
+    name = "seq2seq"
+
+
+class TestMultiLabel(TestTextClassification):
+    name = "multi-label"
+
+
+class TestOrdinal(TestTextClassification):
+    name = "ordinal"
+    outputs = (2,)
+
+    def perfect(self, placed: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return torch.arange(2).lt(wanted[..., None]).float() - 0.5
+
+
+class TestRegression(TestCausalLM):
+    name = "regression"
+
+
+class TestSentenceEmbedding(TestCausalLM):
+    name = "sentence-embedding"
+
+
+class TestQuestionAnswering(TestCausalLM):
+    name = "question-answering"
+    outputs = (2, 5)
+
+    def perfect(self, placed: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(wanted, 5).float()
+
+
+class TestReward(TestCausalLM):
+    name = "reward"
+    outputs = (2,)
+
+    def perfect(self, placed: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(wanted, 2).float()
+
+
+class TestDPO(TestReward):
+    name = "dpo"
+
+
+class TestORPO(TestReward):
+    name = "orpo"
+
+    def answers(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scores, labels = super().answers(seed)
+        return -scores.abs() - 0.01, labels  # log-probabilities
+
+
+class TestKTO(TestCausalLM):
+    name = "kto"
+    outputs = (1,)
+
+    def perfect(self, placed: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return wanted[..., None].float() - 0.5
 
 
 def test_the_battery_catches_a_loss_over_the_batch() -> None:

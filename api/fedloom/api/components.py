@@ -27,7 +27,7 @@ def task_table(task: Any) -> tuple[dict[str, Any], Local]:
     """
     name, local = _named("tasks", task, "fl.TextClassification(labels=[...])", Task)
     table = {"task": name, **_options(task)}
-    return {"head": "frozen", **table} if task.traits.generates else table, local
+    return {"head": "frozen", **table} if task.traits.generates or task.traits.headless else table, local
 
 
 def adapter_table(adapter: Any) -> tuple[dict[str, Any], Local]:

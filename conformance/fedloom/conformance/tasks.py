@@ -37,6 +37,8 @@ class TaskConformance:
 
     name: str
     """The task's entry point, which must be installed."""
+    outputs: tuple[int, ...] | None = None
+    """Shape of one example's scores; None: one for each label, and with `per_token` so many at each token."""
 
     def task(self) -> Task:
         """A task with labels, where it has classes: at most four."""
@@ -98,21 +100,18 @@ class TaskConformance:
     def test_a_perfect_answer_is_right(self) -> None:
         """Right is a truth value at each place, and the scores that say the label are right."""
         task, (scores, labels) = self.task(), self.answers(1)
-        placed, wanted = _placed(scores, labels)
+        placed, wanted = task.places(scores, labels)
 
         right = task.right(placed, wanted)
 
         assert right.dtype == torch.bool
         assert right.shape == wanted.shape
-        if task.traits.labels or task.traits.generates:
-            assert task.right(torch.nn.functional.one_hot(wanted, placed.shape[-1]).float(), wanted).all()
-        else:
-            assert task.right(wanted[..., None].to(placed.dtype), wanted).all()
+        assert task.right(self.perfect(placed, wanted), wanted).all()
 
     def test_metrics_of_parts_merge_to_those_of_the_whole(self) -> None:
         """Their sums add up."""
         task, (scores, labels) = self.task(), self.answers(1)
-        placed, wanted = _placed(scores, labels)
+        placed, wanted = task.places(scores, labels)
         flat, told = placed.flatten(0, 1), wanted.flatten()
 
         parts: Counter[str] = Counter()
@@ -123,13 +122,29 @@ class TaskConformance:
         assert task.summary(parts) == pytest.approx(whole, rel=1e-6, abs=1e-6)
 
     def test_made_up_labels_are_of_the_type_that_rows_have(self) -> None:
-        """The sensitivity probe and the audit train on them."""
+        """The sensitivity probe and the audit train on them, and not on what `prepare` has computed."""
         task, rows = self.task(), self.rows()
         drawn = task.draw(np.random.default_rng(0), 3, _OUTPUTS)
 
-        assert drawn.shape == (3,)
-        if not task.traits.per_token:
+        assert len(drawn) == 3
+        if not task.traits.per_token and type(task).prepare is Task.prepare:
             assert drawn.dtype.kind == rows.labels.dtype.kind
+            assert drawn.ndim == rows.labels.ndim
+
+    def test_what_is_reported_of_all_rows_is_finite(self) -> None:
+        """Also where all rows have one label, of which some figures have no value and are left out."""
+        task, (scores, labels) = self.task(), self.answers(1)
+        placed, wanted = task.places(scores, labels)
+        for rows in (slice(None), slice(0, 1)):
+            flat, told = placed[rows].flatten(0, 1).numpy(), wanted[rows].flatten().numpy()
+            assert all(np.isfinite(value) for value in task.report(flat, told).values())
+
+    def perfect(self, placed: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Scores at each place that say the label."""
+        task = self.task()
+        if task.traits.labels or task.traits.generates:
+            return torch.nn.functional.one_hot(wanted, placed.shape[-1]).float()
+        return wanted[..., None].to(placed.dtype)
 
     def records(self, raw: Sequence[Any]) -> list[Record]:
         """Rows of a file as they are read."""
@@ -145,14 +160,11 @@ class TaskConformance:
     def answers(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Random scores and labels, as a model and `collate` give them."""
         task, generator = self.task(), np.random.default_rng(seed)
-        outputs = max(1, len(task.labels)) if not task.traits.generates else _OUTPUTS
+        outputs = self.outputs or (max(1, len(task.labels)) if not task.traits.generates else _OUTPUTS,)
         count = (_ROWS, _PLACES) if task.traits.per_token else (_ROWS,)
-        labels = torch.from_numpy(task.draw(generator, int(np.prod(count)), outputs).reshape(count))
-        return torch.from_numpy(generator.standard_normal((*count, outputs)).astype(np.float32)), labels
-
-
-def _placed(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return (scores[:, None], labels[:, None]) if labels.dim() == 1 else (scores, labels)
+        drawn = task.draw(generator, int(np.prod(count)), outputs[-1])
+        labels = torch.from_numpy(drawn.reshape(*count, *drawn.shape[1:]))
+        return torch.from_numpy(generator.standard_normal((*count, *outputs)).astype(np.float32)), labels
 
 
 def _gradient(task: Task, scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

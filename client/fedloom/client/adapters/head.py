@@ -58,7 +58,7 @@ def find_head(base: PreTrainedModel, report: dict[str, Any], task: Task, folder:
     resized = {name for name, *_ in report["mismatched_keys"]}
     new = frozenset((set(report["missing_keys"]) | resized) & parameters.keys())
     _check_whole(base, new, report, task, folder)
-    if task.traits.generates:
+    if task.traits.generates or task.traits.headless:
         return Head()
     inside = f"{base.base_model_prefix}."
     within = base.base_model is not base

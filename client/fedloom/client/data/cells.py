@@ -81,6 +81,25 @@ class Cells:
             raise DataError(f"{self.where}: {self.name('label')} must be a finite number; found {_kind(value)}")
         return found
 
+    def truth(self) -> bool:
+        """The label as true or false, which tables may write as 1 or 0, or in words."""
+        value = self.values["label"]
+        word = value.strip().lower() if isinstance(value, str) else value
+        if word in ("true", "1") or (not isinstance(word, str) and word == 1):
+            return True
+        if word in ("false", "0") or (not isinstance(word, str) and word == 0):
+            return False
+        raise DataError(f"{self.where}: {self.name('label')} must be true or false; found {_kind(value)}")
+
+    def labels(self) -> tuple[str, ...]:
+        """Any number of labels: a list, or a text with semicolons between them."""
+        value = self.values["label"]
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(";") if part.strip()]
+        if not isinstance(value, list):
+            raise DataError(f"{self.where}: {self.name('label')} must be a list of labels; found {_kind(value)}")
+        return tuple(dict.fromkeys(self._label(each) for each in value))
+
     def _label(self, value: object) -> str:
         where = self.where
         if _missing(value) or (isinstance(value, str) and not value.strip()):

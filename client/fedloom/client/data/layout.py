@@ -15,6 +15,10 @@ __all__ = ["Layout"]
 _CONTENTS: tuple[Column, ...] = ("text", "prompt", "tokens", "messages", "image")
 """Columns that hold what a row is about, of which it has one; a completion belongs to its prompt."""
 
+_FURTHER: tuple[Column, ...] = ("completion", "question", "second", "chosen", "rejected")
+"""Columns that hold more of what a row is about: a task that reads one of them and one that does not would have two
+privacy accounts for the same row."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -77,4 +81,10 @@ class Layout:
                 f"{where} has both {' and '.join(map(self.name, contents))}; keep one, so that the row has one privacy "
                 "account, or name the one to be read in data.columns"
             )
-        return task_named(self.task).read(Cells(values, self.names, where, self.needed(row)))
+        needed = self.needed(row)
+        if beyond := [column for column in _FURTHER if values.get(column) is not None and column not in needed]:
+            raise DataError(
+                f"{where} has {self.name(beyond[0])!r}, which {self.task} does not read; remove that column, so "
+                "that the row has one privacy account, or take the task that it is for"
+            )
+        return task_named(self.task).read(Cells(values, self.names, where, needed))

@@ -174,7 +174,7 @@ def assembled(found: Iterable[Record], labels: tuple[str, ...], task: str, sourc
     kept = list(found)
     if not kept:
         raise DataError(f"{source} has no rows; at least one is needed")
-    kind, way, classes = task_named(task), None, []
+    kind, way, classes = task_named(task, labels), None, []
     if kind.traits.labels:
         try:
             way = labelling({label for record in kept for label in record.labels}, labels, form.labels_as)

@@ -18,10 +18,12 @@ class Record(NamedTuple):
     group: str = ""
     words: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
-    """The label of each word, or "" where it has none."""
+    """The label of each word, or "" where it has none; of a row with several labels these."""
     prompt: str = ""
     turns: Turns = ()
     image: bytes = b""
+    parts: tuple[str, ...] = ()
+    """Its texts one by one, where it has several."""
 
     @property
     def labels(self) -> tuple[str, ...]:

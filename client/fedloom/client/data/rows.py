@@ -20,14 +20,14 @@ __all__ = ["IGNORED", "Indices", "Rows", "digest", "documents", "picture", "pool
 IGNORED = -100
 """Label of a position that has none, as torch's cross-entropy names it."""
 
-_COLUMNS = ("words", "tags", "prompts", "turns", "images")
+_COLUMNS = ("words", "tags", "prompts", "turns", "images", "parts")
 """Columns that some tasks have."""
 
 Indices = npt.NDArray[np.int64]
 
 T = TypeVar("T")
 
-_BY_ROW = ("texts", "groups", "words", "tags", "prompts", "turns", "images", "places")
+_BY_ROW = ("texts", "groups", *_COLUMNS, "places")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Rows:
             causal-lm the prompt and what follows it, of instruct all turns one after the other; of a picture its
             fingerprint.
         labels: int64, shape (n,): position of each row's label in `label_names`; all zeros of tasks whose rows have
-            no label of their own.
+            no label of their own. Of other tasks numbers, or several for each row, shape (n, ...).
         groups: n names of the silo a row belongs to; "" when it has none.
         label_names: The classes, in the order of the model's outputs; none for language models.
         task: What the rows are for.
@@ -49,6 +49,7 @@ class Rows:
         prompts: For causal-lm, n beginnings of the texts that are read but not learned; "" learns the whole text.
         turns: For instruct, n conversations: role and content of each turn.
         images: For image-classification, n pictures as the bytes of their files.
+        parts: For tasks whose rows have several texts, such as a question and an answer, n tuples of them.
         places: Where each row was read, n file names and line numbers; none of rows that were read nowhere.
         answers: For instruct, which of the assistant's turns are learned.
         labelling: How the labels were read, if they were.
@@ -67,6 +68,7 @@ class Rows:
     prompts: tuple[str, ...] = ()
     turns: tuple[Turns, ...] = ()
     images: tuple[bytes, ...] = ()
+    parts: tuple[tuple[str, ...], ...] = ()
     places: tuple[str, ...] = ()
     answers: Answers = "all"
     labelling: Labelling | None = None
@@ -74,7 +76,7 @@ class Rows:
     def __post_init__(self) -> None:
         """Refuse columns that do not belong together."""
         count = len(self.texts)
-        if self.labels.shape != (count,) or len(self.groups) != count:
+        if self.labels.shape[:1] != (count,) or len(self.groups) != count:
             raise DataError(
                 f"{count} texts with labels of shape {self.labels.shape} and {len(self.groups)} groups; "
                 "every row needs one text, one label and one group"
@@ -107,21 +109,8 @@ class Rows:
         Raises:
             IndexError: An index is out of range.
         """
-        return Rows(
-            _taken(self.texts, indices),
-            self.labels[indices],
-            _taken(self.groups, indices),
-            self.label_names,
-            self.task,
-            _taken(self.words, indices),
-            _taken(self.tags, indices),
-            _taken(self.prompts, indices),
-            _taken(self.turns, indices),
-            _taken(self.images, indices),
-            _taken(self.places, indices),
-            self.answers,
-            self.labelling,
-        )
+        columns: dict[str, Any] = {name: _taken(getattr(self, name), indices) for name in _BY_ROW}
+        return replace(self, labels=self.labels[indices], **columns)
 
     def place(self, index: int) -> str:
         """Where a row was read, or which one it is, counted from 1."""

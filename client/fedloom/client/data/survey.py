@@ -190,11 +190,10 @@ def lengths(
     refused: dict[str, Tally] = {}
     for index, error in faults.items():
         tallied(refused, str(error), rows.place(index))
-    counts = np.array([len(ids) for index, ids in enumerate(encoded.input_ids) if index not in faults] or [0])
+    counts = np.array([encoded.length(index) for index in range(len(encoded)) if index not in faults] or [0])
     # At the cut of a language model, the last place has nobody to predict.
     read = max_length - task_named(found.task).traits.generates
-    idle = sum(
-        bool((targets[:read] == IGNORED).all()) for index, targets in enumerate(encoded.targets) if index not in faults
-    )
+    sound = [index for index in range(len(encoded)) if encoded.targets and index not in faults]
+    idle = sum(all((part[:read] == IGNORED).all() for part in encoded.targets[encoded.own(index)]) for index in sound)
     median, ninety_fifth = (int(np.percentile(counts, share)) for share in (50, 95))
     return Lengths(median, ninety_fifth, int(counts.max()), int((counts > max_length).sum()), idle, refused)

@@ -32,10 +32,11 @@ class Encoded:
     """Tokenized rows.
 
     Args:
-        input_ids: One int32 array per row, with special tokens, truncated but not padded; none of pictures.
-        labels: int64, shape (n,): class of each row; not read when there are targets.
-        targets: For tasks with a label at each token, one int32 array per row, as long as its input_ids: the class
-            that the scores at that token must predict, or `IGNORED`. Empty for other tasks.
+        input_ids: One int32 array per sequence, with special tokens, truncated but not padded; none of pictures. The
+            sequences of a row lie together.
+        labels: Shape (n, ...): what is learned of each row; not read when targets take its place.
+        targets: For tasks with a target at each token, one int32 array per sequence, or `IGNORED` where there is none.
+            Empty for other tasks.
         pixels: For pictures, one uint8 array of shape (3, side, side) per row.
         pictures: For pictures, how pixels become what the model reads.
     """
@@ -45,6 +46,10 @@ class Encoded:
     targets: tuple[Ids, ...] = ()
     pixels: tuple[Pixels, ...] = ()
     pictures: ImageProcessor | None = None
+    sequences: int = 1
+    """Sequences of each row."""
+    beside: bool = False
+    """Targets go beside the labels and do not take their place."""
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -59,6 +64,15 @@ class Encoded:
         """16 bytes that stand for what a model reads of a row: its tokens or its pixels."""
         content = self.input_ids[index] if self.input_ids else self.pixels[index]
         return hashlib.blake2b(content.tobytes(), digest_size=16).digest()
+
+    def length(self, index: int) -> int:
+        """Tokens of the longest sequence of a row, or of what is written in answer to it; 0 of a picture."""
+        own = self.own(index)
+        return max((len(each) for part in (self.input_ids[own], self.targets[own]) for each in part), default=0)
+
+    def own(self, index: int) -> slice:
+        """Where the sequences of a row are."""
+        return slice(index * self.sequences, (index + 1) * self.sequences)
 
 
 def encode(
@@ -88,31 +102,39 @@ def encode(
         if strict:
             raise DataError(f"{found}. `fedloom data check` with --run counts all such rows")
         log.warning("nothing is learned of %s", found)
-    idle = sum(bool((row == IGNORED).all()) for row in encoded.targets) - len(faults) if encoded.targets else 0
-    if idle:
+    idle = sum(bool((row == IGNORED).all()) for row in encoded.targets) - encoded.sequences * len(faults)
+    if idle > 0:
         log.warning("%d of %d examples have nothing to learn within model.max_length", idle, len(rows))
     return encoded
 
 
 def attempted(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Encoded, dict[int, DataError]]:
     """The rows as `encode` makes them when it is not strict, and why, for each that cannot be encoded, by its index."""
-    pairs: list[tuple[Ids, Ids]] = []
-    faults: dict[int, DataError] = {}
+    traits, pairs, faults = task_named(rows.task).traits, list[_Pair](), dict[int, DataError]()
+    rows_done = 0
     for start in range(0, len(rows), _CHUNK):
         chunk = rows.take(np.arange(start, min(start + _CHUNK, len(rows))))
-        for pair in _encoded(chunk, tokenizer, max_length):
-            if isinstance(pair, DataError):
-                faults[len(pairs)] = pair
-                pair = np.array([tokenizer.pad_token_id or 0], np.int32), np.array([IGNORED], np.int32)
-            pairs.append(pair)
-    targets = tuple(targets for _, targets in pairs) if task_named(rows.task).traits.per_token else ()
-    return Encoded(tuple(ids for ids, _ in pairs), rows.labels, targets), faults
+        for row in _encoded(chunk, tokenizer, max_length):
+            if isinstance(row, DataError):
+                faults[rows_done] = row
+                nothing = np.array([tokenizer.pad_token_id or 0], np.int32), np.array([IGNORED], np.int32)
+                row = [nothing] * traits.sequences
+            pairs += row
+            rows_done += 1
+    targets = tuple(targets for _, targets in pairs) if traits.per_token or traits.beside else ()
+    ids = tuple(ids for ids, _ in pairs)
+    return Encoded(ids, rows.labels, targets, sequences=traits.sequences, beside=traits.beside), faults
 
 
-def _encoded(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[tuple[Ids, Ids] | DataError]:
-    """Ids and targets of each row, or what is wrong with it. Where they fail, halves are tried, until one row is."""
+_Pair = tuple[Ids, Ids]
+"""Ids and targets of a sequence."""
+
+
+def _encoded(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[_Pair] | DataError]:
+    """The sequences of each row, or what is wrong with it. Where they fail, halves are tried, until one row is."""
+    task = task_named(rows.task)
     try:
-        found = list(task_named(rows.task).encode(rows, tokenizer, max_length))
+        found = list(task.encode(rows, tokenizer, max_length))
     except Exception as error:
         if len(rows) == 1:
             fault = error if isinstance(error, DataError) else DataError(f"the tokenizer fails on it ({_kind(error)})")
@@ -121,7 +143,9 @@ def _encoded(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
         halves = (rows.take(np.arange(*bounds)) for bounds in ((0, middle), (middle, len(rows))))
         return [pair for half in halves for pair in _encoded(half, tokenizer, max_length)]
     none = DataError("it has no token under this model's tokenizer; remove or correct its text")
-    return [pair if len(pair[0]) else none for pair in found]
+    size = task.traits.sequences
+    of_rows = [found[start : start + size] for start in range(0, len(found), size)]
+    return [row if all(len(ids) for ids, _ in row) else none for row in of_rows]
 
 
 def _kind(error: Exception) -> str:
@@ -137,22 +161,24 @@ def collate(encoded: Encoded, indices: Indices, pad_id: int, length: int | None 
 
     Returns:
         input_ids and attention_mask, int64, shape (len(indices), length), and labels, int64, of the same shape
-        with `IGNORED` on padding, or of shape (len(indices),) when rows have one label each. The mask is 1 on
-        tokens and 0 on padding. Of pictures pixel_values, float32, shape (len(indices), 3, side, side), and labels.
+        with `IGNORED` on padding, or of shape (len(indices), ...) when rows have labels of their own; beside these
+        there may be targets. Where a row has several sequences, the inputs and targets have as many rows for it, one
+        after the other. The mask is 1 on tokens and 0 on padding. Of pictures pixel_values, float32, shape
+        (len(indices), 3, side, side), and labels.
     """
     if encoded.pictures is not None:
         side = encoded.pictures.side
         chosen = np.array([encoded.pixels[i] for i in indices], np.uint8).reshape(-1, 3, side, side)
         labels = torch.from_numpy(encoded.labels[indices])
         return {"pixel_values": torch.from_numpy(encoded.pictures.normalised(chosen)), "labels": labels}
-    texts = [encoded.input_ids[i] for i in indices]
-    longest = length or max(map(len, texts), default=0)
+    texts = [ids for i in indices for ids in encoded.input_ids[encoded.own(i)]]
+    longest = length or max((encoded.length(i) for i in indices), default=0)
     mask = _padded([np.ones(len(ids), np.int32) for ids in texts], 0, longest)
+    batch = {"input_ids": _padded(texts, pad_id, longest), "attention_mask": mask}
     if encoded.targets:
-        labels = _padded([encoded.targets[i] for i in indices], IGNORED, longest)
-    else:
-        labels = torch.from_numpy(encoded.labels[indices])
-    return {"input_ids": _padded(texts, pad_id, longest), "attention_mask": mask, "labels": labels}
+        targets = [each for i in indices for each in encoded.targets[encoded.own(i)]]
+        batch["targets" if encoded.beside else "labels"] = _padded(targets, IGNORED, longest)
+    return {"labels": torch.from_numpy(encoded.labels[indices]), **batch}
 
 
 def _padded(rows: list[Ids], fill: int, length: int) -> torch.Tensor:
@@ -173,7 +199,7 @@ def microbatches(indices: Indices, encoded: Encoded, size: int) -> Iterator[Indi
         raise ConfigError(f"microbatch size {size} must be at least 1; raise train.microbatch")
     # Sorting keeps padding small and is safe for DP-SGD: the step is the sum of separately clipped per-example
     # gradients plus one noise draw, and a sum does not depend on the order or grouping of its terms.
-    lengths = np.array([len(encoded.input_ids[i]) if encoded.input_ids else 0 for i in indices], np.int64)
+    lengths = np.array([encoded.length(i) for i in indices], np.int64)
     ordered = indices[np.argsort(lengths, kind="stable")]
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
@@ -214,5 +240,5 @@ def _by_length(indices: Indices, encoded: Encoded, longest: int) -> dict[int, In
     """The rows by the length they are padded to; 0 of pictures."""
     if not encoded.input_ids:
         return {0: indices} if len(indices) else {}
-    lengths = np.array([min(longest, max(8, 1 << (len(encoded.input_ids[i]) - 1).bit_length())) for i in indices], int)
+    lengths = np.array([min(longest, max(8, 1 << (encoded.length(i) - 1).bit_length())) for i in indices], int)
     return {int(length): indices[lengths == length] for length in np.unique(lengths)}

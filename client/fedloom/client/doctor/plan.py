@@ -147,10 +147,14 @@ def _kept(model: PeftModel, slots: list[Slot], task: Task, reader: Any, length: 
             name: torch.zeros(shape, dtype=kind, device=device)
             for name, (shape, kind) in _example(task, reader, length)
         }
-        labels = torch.zeros((1, length) if task.traits.per_token else (1,), dtype=torch.long, device=device)
+        shape, drawn = (task.traits.sequences, length), task.draw(np.random.default_rng(0), 1, 1)
+        tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        batch["labels"] = tokens if task.traits.per_token else torch.from_numpy(drawn).to(device)
+        if task.traits.beside:
+            batch["targets"] = tokens
         model.eval()
         with one_layer_whole(model):
-            return kept_bytes(lambda: task.loss(model(**batch).logits.float(), labels).sum(), model)
+            return kept_bytes(lambda: task.loss(task.scores(model, batch).float(), batch["labels"]).sum(), model)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
@@ -164,7 +168,7 @@ def _example(task: Task, reader: Any, length: int) -> Iterator[tuple[str, tuple[
     if task.traits.images:
         yield "pixel_values", ((1, 3, reader.side, reader.side), torch.float32)
         return
-    yield from ((name, ((1, length), torch.long)) for name in ("input_ids", "attention_mask"))
+    yield from ((name, ((task.traits.sequences, length), torch.long)) for name in ("input_ids", "attention_mask"))
 
 
 def _state_bytes(spec: Spec, slots: list[Slot]) -> int:

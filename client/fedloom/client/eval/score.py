@@ -3,7 +3,10 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedloom.client.data.tokens import Encoded
@@ -11,7 +14,7 @@ from fedloom.client.eval.confusion import MOST_CLASSES, Confusion, count
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.tasks.api import Task
 from fedloom.client.training.local_eval import answers
-from fedloom.client.training.losses import labelled, positions
+from fedloom.client.training.losses import labelled
 
 __all__ = ["Score", "evaluate"]
 
@@ -40,7 +43,8 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) ->
         batch: Rows in one forward pass; None takes `Encoded.evaluation_batch`.
     """
     task, classes = model.task, 0
-    more = type(task).metrics is not Task.metrics
+    more, whole = type(task).metrics is not Task.metrics, type(task).report is not Task.report
+    kept: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
     counts: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
     pairs: list[torch.Tensor] = []
@@ -48,15 +52,17 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) ->
     with torch.inference_mode():
         for scores, labels in answers(model, encoded, batch or encoded.evaluation_batch):
             each = task.loss(scores, labels)
-            scores, labels = positions(scores, labels)
+            scores, labels = task.places(scores, labels)
             places = labelled(labels)
             counts.append(torch.stack([(task.right(scores, labels) & places).sum(), places.sum()]))
             losses.append(each @ places.sum(1).float())
             classes = scores.shape[-1]
-            if task.traits.labels and classes <= MOST_CLASSES:
+            if task.traits.labels and not task.traits.several and classes <= MOST_CLASSES:
                 pairs.append(torch.stack([labels, task.answer(scores)]).flatten(1))
             if more:
                 sums.update(task.metrics(scores[places], labels[places]))
+            if whole:
+                kept.append((scores[places].cpu().numpy(), labels[places].cpu().numpy()))
     # A device is waited for only here, and where metrics of the task's own need to know which places are labelled.
     right, total = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
     loss = sum(torch.stack(losses).tolist()) if losses else 0.0
@@ -65,4 +71,7 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) ->
         true, predicted = (each.cpu() for each in torch.cat(pairs, 1))
         places = labelled(true)
         confusion = count(true[places].numpy(), predicted[places].numpy(), classes)
-    return Score(right / max(1, total), loss / max(1, total), len(encoded), confusion, task.summary(sums))
+    figures = task.summary(sums) if sums or not more else {}
+    if kept:
+        figures |= task.report(*(np.concatenate(each) for each in zip(*kept, strict=True)))
+    return Score(right / max(1, total), loss / max(1, total), len(encoded), confusion, figures)

@@ -1,7 +1,8 @@
 """The resident model: the base is loaded once and stays on the device; a round swaps the adapter only."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -188,8 +189,17 @@ class AdapterModel:
         self.device = torch.device("cpu")
 
     def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Class scores, float32, shape (batch, labels), or (batch, length, labels or vocabulary) at each token."""
-        inputs = {name: on_device(value, self.device) for name, value in batch.items() if name != "labels"}
+        """What `Task.scores` says of a batch that `collate` has made, float32."""
+        inputs = {name: on_device(value, self.device) for name, value in batch.items()}
         with padding_known(batch.get("attention_mask")):
-            scores: torch.Tensor = self.model(**inputs).logits
-        return scores.float()
+            return self.task.scores(self.model, inputs).float()
+
+    @contextmanager
+    def as_loaded(self) -> Iterator[None]:
+        """Be the model as it was loaded, without anything that was trained; then as it was before."""
+        rank, corrections, held = self.rank, dict(self.corrections), self.read(self.schema)
+        self.show(self._initial)
+        try:
+            yield
+        finally:
+            self.show({**held, **corrections}, rank)

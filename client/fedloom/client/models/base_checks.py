@@ -34,12 +34,14 @@ def check_base(base: PreTrainedModel, reader: Any, task: Task, folder: Path) -> 
         _check_side(base, folder, reader.side)
         return
     kind, traits = type(base).__name__, task.traits
-    if not traits.generates and base.config.is_encoder_decoder:
+    if base.config.is_encoder_decoder and not traits.decoder:
         # It scores a text where its end tokens are, which a text may hold itself: one row would end a run.
         raise ModelError(
             f"{kind} in {folder} is an encoder and a decoder; {type(task).__name__} takes a model that is one of them"
         )
-    if traits.generates and not _causal(base):
+    if traits.decoder and not base.config.is_encoder_decoder:
+        raise ModelError(f"{kind} in {folder} has no decoder beside an encoder; take a model such as T5 or BART")
+    if traits.generates and not traits.decoder and not _causal(base):
         raise ModelError(f"{kind} in {folder} sees the tokens it is to predict; take a language model")
     if traits.chat and not reader.chat_template:
         raise ModelError(f"the tokenizer in {folder} has no chat template; take an instruct model, or task causal-lm")
@@ -47,30 +49,31 @@ def check_base(base: PreTrainedModel, reader: Any, task: Task, folder: Path) -> 
     if len(reader) > known:
         # A text with such a token would end a run half-way, which tells that it is there.
         raise ModelError(f"the tokenizer in {folder} has {len(reader)} tokens, the model {known}; get files that fit")
-    _check_length(base, reader, folder, task.max_length)
+    _check_length(base, reader, folder, task)
 
 
-def _check_length(base: PreTrainedModel, reader: PreTrainedTokenizerBase, folder: Path, max_length: int) -> None:
+def _check_length(base: PreTrainedModel, reader: PreTrainedTokenizerBase, folder: Path, task: Task) -> None:
     """Have the model read a short text beside one of `max_length` tokens."""
+    max_length = task.max_length
     tables = [name.rpartition(".")[2] for name, each in base.named_modules() if isinstance(each, nn.Embedding)]
     learned = any("pos" in name or name == "wpe" for name in tables)
     longest = max_length if learned else min(max_length, _SHORT)
-    if (error := _unreadable(base, reader, longest)) is None:
+    if (error := _unreadable(base, reader, task, longest)) is None:
         return
     kind = type(base).__name__
-    if _unreadable(base, reader, 8) is not None:
+    if _unreadable(base, reader, task, 8) is not None:
         raise ModelError(f"{kind} in {folder} cannot score a batch of texts: {error}; take another model") from error
     works, fails = 8, longest
     while fails - works > 1:
         middle = (works + fails) // 2
-        works, fails = (middle, fails) if _unreadable(base, reader, middle) is None else (works, middle)
+        works, fails = (middle, fails) if _unreadable(base, reader, task, middle) is None else (works, middle)
     raise ModelError(
         f"{kind} in {folder} reads texts of at most {works} tokens; model.max_length = {max_length} is too long; set "
         f"model.max_length = {works}"
     ) from error
 
 
-def _unreadable(base: PreTrainedModel, reader: PreTrainedTokenizerBase, length: int) -> Exception | None:
+def _unreadable(base: PreTrainedModel, reader: PreTrainedTokenizerBase, task: Task, length: int) -> Exception | None:
     """What comes of a text of two tokens beside one of `length`."""
     token = next(each for each in reversed(range(len(reader))) if each not in reader.all_special_ids)
     ids = torch.full((2, length), token, device=base.device)
@@ -79,7 +82,8 @@ def _unreadable(base: PreTrainedModel, reader: PreTrainedTokenizerBase, length: 
     mask[0, 2:] = 0
     try:
         with torch.no_grad():
-            base(input_ids=ids, attention_mask=mask)
+            batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+            task.scores(base, batch | {"targets": ids} if task.traits.beside else batch)
     except Exception as error:  # whatever another's code raises
         return error
     return None

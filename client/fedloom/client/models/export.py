@@ -24,7 +24,7 @@ from fedloom.client.models.wide_adapter import widen
 from fedloom.client.policy import ComputePolicy
 from fedloom.client.tasks.api import Task, task_named
 from fedloom.client.training.device import on_device, prepare_device
-from fedloom.client.training.losses import labelled, positions
+from fedloom.client.training.losses import labelled
 from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig, Spec
 from fedloom.core.errors import ConfigError, ModelError
@@ -374,8 +374,8 @@ def predict(model: Any, task: Task, encoded: Encoded, pad_id: int) -> np.ndarray
     with torch.inference_mode():
         for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, encoded.evaluation_batch):
             batch = collate(encoded, part, pad_id)
-            inputs = {name: on_device(value, model.device) for name, value in batch.items() if name != "labels"}
-            scores, labels = positions(model(**inputs).logits.cpu(), batch["labels"])
+            inputs = {name: on_device(value, model.device) for name, value in batch.items()}
+            scores, labels = task.places(task.scores(model, inputs).cpu(), batch["labels"])
             for row, answers, places in zip(part, task.answer(scores), labelled(labels), strict=True):
                 found[int(row)] = answers[places].numpy()
     return np.concatenate([found[row] for row in range(len(encoded))])

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fedloom.client.data.cells import Cells
     from fedloom.client.data.records import Record
     from fedloom.client.data.rows import Indices, Rows
+    from fedloom.client.data.tokens import Encoded
+    from fedloom.client.models.adapter_model import AdapterModel
 
 __all__ = ["Ids", "Task", "Traits", "made_up_text", "task_named"]
 
@@ -50,6 +52,16 @@ class Traits:
     """Rows are images; otherwise they are texts."""
     chat: bool = False
     """Rows are conversations in the tokenizer's chat template."""
+    headless: bool = False
+    """It reads the base model itself: there is no head to train."""
+    decoder: bool = False
+    """One part of the model reads the text, and another one writes what is learned."""
+    sequences: int = 1
+    """Sequences that the model reads of each row: two where it compares them."""
+    beside: bool = False
+    """`encode`'s targets go to `scores` beside the labels of the rows, in place of being the labels."""
+    several: bool = False
+    """A row has any number of the labels at once."""
     holds: tuple[str, ...] = ()
     """Columns of `Rows` that its rows fill, beside texts, labels and groups."""
 
@@ -104,7 +116,10 @@ class Task(Section):
         return load_tokenizer(folder)
 
     def encode(self, rows: "Rows", tokenizer: Any, max_length: int) -> Iterator[tuple[Ids, Ids]]:
-        """Token ids of each text, and with `per_token` the class that the scores at each token must predict.
+        """Token ids of each sequence, and with `per_token` or `beside` a target at each token.
+
+        With `per_token` targets are the class that the scores at the token must predict; with `beside` what `scores`
+        makes of them. A row of several sequences gives them one after the other.
 
         Args:
             rows: Some rows.
@@ -125,15 +140,44 @@ class Task(Section):
             config.label2id = {name: index for index, name in enumerate(self.labels)}
 
     def draw(self, generator: np.random.Generator, count: int, classes: int) -> npt.NDArray[Any]:
-        """Made-up labels of rows or tokens, shape (count,), of the type that rows have."""
+        """Made-up labels of rows or tokens, shape (count, ...), of the type that rows have."""
         return generator.integers(classes, size=count)
+
+    def prepare(self, model: "AdapterModel", encoded: "Encoded") -> "Encoded":
+        """Rows with what is computed once for each of them by the base model, before anything is trained.
+
+        Args:
+            model: Base model and adapter, at any values; they are left as they are.
+            encoded: The rows. What is computed for one may depend on no other.
+        """
+        return encoded
+
+    def scores(self, model: Any, batch: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
+        """What the model says of each example of a batch: no example's scores may depend on another.
+
+        Args:
+            model: Called as models of transformers are.
+            batch: As `collate` makes it, on the model's device: the model's inputs, labels, and with `beside` targets.
+
+        Returns:
+            Shape (batch, outputs), or (batch, length, outputs) with `per_token`; in whatever shape `loss` takes it.
+        """
+        scores: torch.Tensor = model(**{name: each for name, each in batch.items() if name != "labels"}).logits
+        return scores
+
+    def places(self, scores: "torch.Tensor", labels: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        """Scores of shape (batch, places, outputs) and labels of shape (batch, places), for answers and metrics."""
+        from fedloom.client.training.losses import positions
+
+        return positions(scores, labels)
 
     def loss(self, scores: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
         """The loss of each example, a function of that example alone: cross-entropy in nats.
 
         Args:
-            scores: float32, shape (batch, outputs), or (batch, length, outputs) with `per_token`.
-            labels: Shape (batch,) or (batch, length); `IGNORED` where there is none.
+            scores: float32, as `scores` gives them.
+            labels: Shape (batch, ...): those of the rows, or with `per_token` the targets; `IGNORED` where there is
+                none.
 
         Returns:
             Shape (batch,). Nothing may be reduced over the batch: the noise covers what one example adds to a sum.
@@ -169,6 +213,15 @@ class Task(Section):
 
     def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
         """What the sums of `metrics` over all rows come to, by name."""
+        return {}
+
+    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
+        """Figures that do not add up over rows, such as an area under a curve, by name.
+
+        Args:
+            scores: float32, those of all labelled places of all rows, shape (places, outputs).
+            labels: Shape (places,).
+        """
         return {}
 
 

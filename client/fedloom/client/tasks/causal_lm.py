@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
-from fedloom.client.data.rows import IGNORED, Indices, Rows
+from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.tasks.api import Ids, Task, Traits, made_up_text
+from fedloom.client.tasks.completions import completion_tokens
 from fedloom.core.config.file_format import Answers, Column
 
 if TYPE_CHECKING:
@@ -55,17 +54,4 @@ class CausalLM(Task):
 
     def encode(self, rows: Rows, tokenizer: Any, max_length: int) -> Iterator[tuple[Ids, Ids]]:
         """The next token's id at each token before one that reaches beyond the prompt."""
-        # Cut here rather than by the tokenizer, which would put its end token where a text does not end.
-        texts = list(rows.texts)
-        output = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        end = tokenizer.eos_token_id
-        for whole, spans, prompt in zip(output["input_ids"], output["offset_mapping"], rows.prompts, strict=True):
-            # A special token spans no character, so the one that begins a text is never learned.
-            learned = [stop > start and stop > len(prompt) for start, stop in spans]
-            if end is not None:
-                bare = len(whole) - (whole[-1:] == [end])
-                whole, learned = [*whole[:bare], end], [*learned[:bare], True]
-            ids = np.asarray(whole[:max_length], np.int32)
-            targets = np.full(len(ids), IGNORED, np.int32)
-            targets[:-1] = np.where(learned[1 : len(ids)], ids[1:], IGNORED)
-            yield ids, targets
+        yield from completion_tokens(rows.texts, rows.prompts, tokenizer, max_length)

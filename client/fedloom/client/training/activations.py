@@ -21,6 +21,7 @@ from fedloom.client.data.rows import Indices
 from fedloom.client.data.tokens import Encoded
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.policy import ComputePolicy
+from fedloom.client.tasks.api import Task
 from fedloom.client.training.device import on_device
 from fedloom.client.training.frozen_prefix import FrozenPrefix, frozen_prefix, only_tokens
 
@@ -126,7 +127,9 @@ def kept_activations(model: AdapterModel, base: str | None, compute: ComputePoli
     Returns:
         None if the model has no such blocks, its digest is not known, or the policy gives no room.
     """
-    if base is None or not compute.activation_cache_mib:
+    # They are kept by what one sequence is: a task of its own way of reading has others.
+    usual = type(model.task).scores is Task.scores and model.task.traits.sequences == 1
+    if base is None or not compute.activation_cache_mib or not usual:
         return None
     if model not in _prefixes:
         _prefixes[model] = found = frozen_prefix(model)

@@ -294,7 +294,8 @@ def _identity(gradients: Gradients) -> dict[str, str]:
 
 
 def _lengths(gradients: Gradients) -> Indices:
-    return np.array([len(ids) for ids in gradients.encoded.input_ids] or [0] * len(gradients.encoded), np.int64)
+    encoded = gradients.encoded
+    return np.array([encoded.length(index) for index in range(len(encoded))], np.int64)
 
 
 def _parts(sample: Indices, lengths: Indices, size: int) -> list[Indices]:

@@ -50,7 +50,8 @@ class Gradients:
         self.use(model)
         # What a private run's settings make of a row must not end the run: that would tell that there is such a row.
         strict = not spec.privacy.enabled
-        self.encoded: Encoded = encode(rows, model.tokenizer, spec.model.max_length, strict=strict)
+        encoded = encode(rows, model.tokenizer, spec.model.max_length, strict=strict)
+        self.encoded: Encoded = model.task.prepare(model, encoded)
         if spec.privacy.enabled:
             self.check_sensitivity()
             privacy = spec.privacy
@@ -121,7 +122,7 @@ class Gradients:
         """The clipped sum of one step, from nothing: what an attempt that failed has added is gone."""
         optimizer.restart()
         for part in uniform_microbatches(sample, self.encoded, size, self.spec.model.max_length):
-            optimizer.tape.begin(len(part.rows))
+            optimizer.tape.begin(len(part.rows), self.encoded.sequences)
             torch.autograd.backward(self._loss(part.rows, part.length))
             optimizer.accumulate(part.real)
 

@@ -8,7 +8,22 @@ from fedloom.core.config.parsing import Section
 
 __all__ = ["Answers", "Column", "Form", "LabelsAs"]
 
-Column = Literal["text", "label", "group", "tokens", "tags", "prompt", "completion", "messages", "image"]
+Column = Literal[
+    "text",
+    "label",
+    "group",
+    "tokens",
+    "tags",
+    "prompt",
+    "completion",
+    "messages",
+    "image",
+    "question",
+    "answer",
+    "second",
+    "chosen",
+    "rejected",
+]
 """What a task reads of a row."""
 
 LabelsAs = Literal["names", "positions"]

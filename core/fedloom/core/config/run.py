@@ -106,7 +106,7 @@ class ModelSection(OpenSection):
         traits = task_traits(self.task)
         if self.image_size is not None and not traits.images:
             raise ValueError(f"model.image_size is for images, not {self.task}; remove it")
-        if traits.generates and self.head == "train":
+        if (traits.generates or traits.headless) and self.head == "train":
             raise ValueError(f'{self.task} adds no head that could be trained; set model.head = "frozen"')
         if self.labels and not traits.labels:
             raise ValueError(f"model.labels has {len(self.labels)} names but {self.task} has none; remove model.labels")

@@ -24,6 +24,7 @@ from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Seeded
+from fedloom.client.tasks.api import Ids
 from fedloom.client.training.device import free_bytes
 from fedloom.core.errors import ModelError
 
@@ -127,14 +128,17 @@ def made_up(model: AdapterModel, longest: int) -> Encoded:
     usable = np.setdiff1d(np.arange(vocabulary), model.tokenizer.all_special_ids)
     classes = vocabulary if task.traits.generates else model.model.config.num_labels
     lengths = [min(length, longest) for length in (*_LENGTHS, _LENGTHS[-1], longest, 2)]
-    input_ids = tuple(rng.choice(usable, length).astype(np.int32) for length in lengths)
-    labels = task.draw(rng, len(lengths), classes)
-    if not task.traits.per_token:
-        return Encoded(input_ids, labels)
-    targets = tuple(task.draw(rng, length, classes).astype(np.int32) for length in lengths)
+    each = np.repeat(lengths, task.traits.sequences)
+    input_ids = tuple(rng.choice(usable, length).astype(np.int32) for length in each)
+    labels, targets = task.draw(rng, len(lengths), classes), tuple[Ids, ...]()
+    if task.traits.beside:
+        targets = tuple(np.append(ids[1:], IGNORED).astype(np.int32) for ids in input_ids)
+    elif task.traits.per_token:
+        targets = tuple(task.draw(rng, length, classes).astype(np.int32) for length in each)
+        labels = np.zeros_like(labels)
     for row in targets:
         row[::3] = IGNORED
-    return Encoded(input_ids, np.zeros_like(labels), targets)
+    return Encoded(input_ids, labels, targets, sequences=task.traits.sequences, beside=task.traits.beside)
 
 
 @contextmanager
@@ -162,7 +166,7 @@ def _read_longest(model: AdapterModel, loss: BatchLoss, max_length: int) -> None
     if model.task.traits.images:
         return  # images have one size, which loading the model has tried
     longest = made_up(model, max_length)
-    number = max(range(len(longest)), key=lambda each: len(longest.input_ids[each]))
+    number = max(range(len(longest)), key=longest.length)
     try:
         with torch.no_grad():
             loss(collate(longest, np.array([number]), model.tokenizer.pad_token_id))
@@ -206,7 +210,7 @@ class _Bench:
             gradients = torch.zeros(len(chosen), tape.width, device=self.model.device)
             places = {number: place for place, number in enumerate(chosen)}
             for part in uniform_microbatches(np.array(chosen, np.int64), self.examples, len(chosen) + 8, self.longest):
-                tape.begin(len(part.rows))
+                tape.begin(len(part.rows), self.examples.sequences)
                 torch.autograd.backward(self.loss(self.batch(part.rows, part.length)))
                 tape.finish()
                 for row in range(part.real):

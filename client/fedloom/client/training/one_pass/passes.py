@@ -59,8 +59,7 @@ class Sample:
             yield from uniform_microbatches(self.indices, self.encoded, size, self.longest)
             return
         for rows in microbatches(self.indices, self.encoded, size):
-            lengths = [len(self.encoded.input_ids[row]) for row in rows] if self.encoded.input_ids else []
-            yield Uniform(rows, len(rows), max(lengths, default=None))
+            yield Uniform(rows, len(rows), max(self.encoded.length(row) for row in rows) or None)
 
 
 _Share = tuple[Sample, Uniform]
@@ -122,11 +121,12 @@ def _pass(shares: Sequence[_Share]) -> None:
     longest = max((part.length or 0 for _, part in shares)) or None
     batches = [collate(each.encoded, part.rows, first.tokenizer.pad_token_id, longest) for each, part in shares]
     batch = {name: torch.cat([each[name] for each in batches]) for name in batches[0]}
-    rows = [len(part.rows) for _, part in shares]
+    rows, sequences = [len(part.rows) for _, part in shares], shares[0][0].encoded.sequences
     tapes = [sample.tape for sample, _ in shares if sample.tape is not None]
     for tape, count in zip(tapes, rows, strict=False):
-        tape.begin(count)
-    with grouped([layers_of(sample.model) for sample, _ in shares], rows, tapes or None):
+        tape.begin(count, sequences)
+    of_batch = [count * sequences for count in rows]
+    with grouped([layers_of(sample.model) for sample, _ in shares], of_batch, tapes or None):
         losses = first.task.loss(first.logits(batch), on_device(batch["labels"], first.device))
         if not tapes:  # each client's mean, whose parameters are its own
             weights = np.repeat([1 / each.count for each, _ in shares], rows).astype(np.float32)

@@ -25,8 +25,8 @@ class _HookTape(Tape):
 
     layers: Collection[nn.Module] = ()
 
-    def begin(self, batch: int) -> None:
-        super().begin(batch)
+    def begin(self, batch: int, sequences: int = 1) -> None:
+        super().begin(batch, sequences)
         # A pass that ended half-way has left inputs of other examples on the layers, and counts of uses still to come.
         for layer in self.layers:
             layer.__dict__.pop("activations", None)

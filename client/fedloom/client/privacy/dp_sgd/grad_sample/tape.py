@@ -33,13 +33,19 @@ class Tape:
             self.columns[parameter] = slice(width, width + parameter.numel())
             width += parameter.numel()
         self.width = width
-        self.batch = 0
+        self.batch, self.rows = 0, 0
         self._formed: dict[nn.Parameter, torch.Tensor] = {}
         self._factors: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def begin(self, batch: int) -> None:
-        """Expect the gradients of `batch` examples; whatever was there is gone."""
-        self.batch = batch
+    def begin(self, batch: int, sequences: int = 1) -> None:
+        """Expect the gradients of `batch` examples; whatever was there is gone.
+
+        Args:
+            batch: Examples.
+            sequences: Rows of the model's batch that are one example, one after the other; an example's gradient is
+                the sum over them.
+        """
+        self.batch, self.rows = batch, batch * sequences
         self.clear()
         for parameter in self.parameters:
             parameter.grad = None
@@ -50,13 +56,15 @@ class Tape:
         self._factors.clear()
 
     def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-        """Add to one parameter's gradients, shape (batch, *parameter.shape). A layer used twice adds twice.
+        """Add to one parameter's gradients, shape (rows, *parameter.shape). A layer used twice adds twice.
 
         Raises:
             ModelError: The first axis is not the examples'.
         """
         self._check(parameter, len(gradient))
-        gradient = gradient.float().reshape(self.batch, *parameter.shape)
+        gradient = gradient.float().reshape(self.rows, *parameter.shape)
+        if self.rows != self.batch:
+            gradient = gradient.reshape(self.batch, -1, *parameter.shape).sum(1)
         if parameter in self._formed:
             self._formed[parameter].add_(gradient)
         else:
@@ -67,8 +75,8 @@ class Tape:
 
         Args:
             parameter: The matrix.
-            left: Shape (batch, ..., m); a layer's output gradient, say.
-            right: Shape (batch, ..., n), the same in between; its input.
+            left: Shape (rows, ..., m); a layer's output gradient, say.
+            right: Shape (rows, ..., n), the same in between; its input.
 
         Raises:
             ModelError: The first axis is not the examples'.
@@ -86,10 +94,10 @@ class Tape:
             self.add(parameter, _multiply(left, right))
 
     def _check(self, parameter: nn.Parameter, rows: int) -> None:
-        if rows != self.batch:
+        if rows != self.rows:
             raise ModelError(
-                f"trained layer {self._name(parameter)} saw {rows} rows for {self.batch} examples: its gradient mixes "
-                "examples and cannot be clipped per example; train other layers"
+                f"trained layer {self._name(parameter)} saw {rows} rows for {self.rows} of the batch: its gradient "
+                "mixes examples and cannot be clipped per example; train other layers"
             )
 
     def _name(self, parameter: nn.Parameter) -> str:

@@ -1,0 +1,1 @@
+"""Tasks that learn which answers are preferred."""
