@@ -80,7 +80,16 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_WIDE, num_key_value_heads=2, **_MARKS)),
     "bart": _bart,
     "t5": lambda: T5Model(
-        T5Config(vocab_size=_VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0)
+        T5Config(
+            vocab_size=_VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            pad_token_id=0,
+            decoder_start_token_id=0,
+        )
     ),
 }
 """By name; none has a head for classification, and the first has no pooler either."""

@@ -125,7 +125,7 @@ def build(config: RunConfig, folder: Path, given: Given | None = None) -> Federa
     if config.secure_aggregation.enabled:
         policies = _acquainted(policies)
     model = load_model(config.model, config.adapter, compute)
-    encoded = model.task.prepare(model, encode(scored, model.tokenizer, config.model.max_length))
+    encoded = model.prepared(encode(scored, model.tokenizer, config.model.max_length))
     return Federation(config, model, clients, policies, encoded)
 
 

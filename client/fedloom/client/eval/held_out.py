@@ -66,7 +66,7 @@ class HeldOut:
         """
         rows = held_out(config, source, split)
         model = load_model(config.model, config.adapter, ComputePolicy.of(config.engine))
-        return cls(config, model, model.task.prepare(model, encode(rows, model.tokenizer, config.model.max_length)))
+        return cls(config, model, model.prepared(encode(rows, model.tokenizer, config.model.max_length)))
 
     def score(self, adapter: Tensors) -> Score:
         """Score a result of a run, see `fedloom.strategies.result`."""

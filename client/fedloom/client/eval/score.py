@@ -56,7 +56,7 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) ->
             places = labelled(labels)
             counts.append(torch.stack([(task.right(scores, labels) & places).sum(), places.sum()]))
             losses.append(each @ places.sum(1).float())
-            classes = scores.shape[-1]
+            classes = len(task.labels) or scores.shape[-1]
             if task.traits.labels and not task.traits.several and classes <= MOST_CLASSES:
                 pairs.append(torch.stack([labels, task.answer(scores)]).flatten(1))
             if more:

@@ -14,6 +14,7 @@ from fedloom.client.adapters.api import Adapter
 from fedloom.client.adapters.head import Head
 from fedloom.client.adapters.lora import LoRA
 from fedloom.client.adapters.slot import Slot
+from fedloom.client.data.tokens import Encoded
 from fedloom.client.models.attention import padding_known
 from fedloom.client.tasks.api import Task
 from fedloom.client.training.device import on_device
@@ -194,8 +195,15 @@ class AdapterModel:
         with padding_known(batch.get("attention_mask")):
             return self.task.scores(self.model, inputs).float()
 
+    def prepared(self, encoded: Encoded) -> Encoded:
+        """Rows with what the task computes once for each of them by the base model, see `Task.prepare`."""
+        if type(self.task).prepare is Task.prepare:
+            return encoded
+        with self._as_loaded():
+            return self.task.prepare(self, encoded)
+
     @contextmanager
-    def as_loaded(self) -> Iterator[None]:
+    def _as_loaded(self) -> Iterator[None]:
         """Be the model as it was loaded, without anything that was trained; then as it was before."""
         rank, corrections, held = self.rank, dict(self.corrections), self.read(self.schema)
         self.show(self._initial)

@@ -147,7 +147,7 @@ class Task(Section):
         """Rows with what is computed once for each of them by the base model, before anything is trained.
 
         Args:
-            model: Base model and adapter, at any values; they are left as they are.
+            model: The base model, with an adapter that adds nothing to it. It is left as it is.
             encoded: The rows. What is computed for one may depend on no other.
         """
         return encoded

@@ -8,6 +8,7 @@ import numpy as np
 from fedloom.client.data.rows import IGNORED
 from fedloom.client.tasks.api import Ids, Task, Traits, made_up_text
 from fedloom.core.config.file_format import Answers, Column
+from fedloom.core.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +82,9 @@ def _before(labels: "torch.Tensor", config: Any) -> "torch.Tensor":
     """What the decoder has read at each place: a start token and then the labels; padding is hidden from all before."""
     import torch
 
-    start = torch.full_like(labels[:, :1], int(config.decoder_start_token_id))
+    first = getattr(config, "decoder_start_token_id", None)
+    if first is None:
+        raise ModelError("its config.json has no decoder_start_token_id, which what is written begins with; add it")
+    start = torch.full_like(labels[:, :1], int(first))
     known = labels.masked_fill(labels == IGNORED, int(config.pad_token_id or 0))
     return torch.cat([start, known[:, :-1]], 1)

@@ -51,7 +51,7 @@ class Gradients:
         # What a private run's settings make of a row must not end the run: that would tell that there is such a row.
         strict = not spec.privacy.enabled
         encoded = encode(rows, model.tokenizer, spec.model.max_length, strict=strict)
-        self.encoded: Encoded = model.task.prepare(model, encoded)
+        self.encoded: Encoded = model.prepared(encoded)
         if spec.privacy.enabled:
             self.check_sensitivity()
             privacy = spec.privacy

@@ -93,8 +93,8 @@ def example_bytes(model: AdapterModel, loss: BatchLoss, spec: Spec) -> int:
         ModelError: Not even one example fits.
     """
     examples = made_up(model, spec.model.max_length)
-    # ImageProcessor have one size; of texts the longest counts.
-    longest = max(range(len(examples.input_ids)), key=lambda each: len(examples.input_ids[each]), default=0)
+    # Pictures have one size; of texts the longest counts.
+    longest = max(range(len(examples)), key=examples.length)
     batch = collate(examples, np.array([longest]), model.tokenizer.pad_token_id)
     before = [(slot.parameter, slot.parameter.requires_grad) for slot in model.slots.values()]
     model.trainable(model.schema.roles)

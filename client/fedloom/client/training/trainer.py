@@ -92,7 +92,7 @@ class Trainer(Admission, Gradients):
         scored = held_out if spec.federated_evaluation.enabled else held_out.take(np.zeros(0, np.int64))
         strict = not spec.privacy.enabled
         encoded = encode(scored, model.tokenizer, spec.model.max_length, strict=strict)
-        self.held_out: Encoded = model.task.prepare(model, encoded)
+        self.held_out: Encoded = model.prepared(encoded)
         self._entropy_for = entropy_for or (_system if spec.privacy.enabled else self._seeded)
         self.team: Alone = Alone()
         """Processes that do parts of each step; see `data_parallel`."""

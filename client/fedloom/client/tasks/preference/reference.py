@@ -15,7 +15,7 @@ _TOGETHER = 8
 
 
 def reference_scores(model: "AdapterModel", encoded: "Encoded") -> npt.NDArray[Any]:
-    """What `Task.scores` says of each row with the adapter as it was loaded, which adds nothing to the base model.
+    """What `Task.scores` says of each row with the model as it is.
 
     A row is read in a shape that depends on itself alone, so that no other row changes what is found for it.
 
@@ -31,7 +31,7 @@ def reference_scores(model: "AdapterModel", encoded: "Encoded") -> npt.NDArray[A
     rows = np.arange(len(encoded), dtype=np.int64)
     longest = max(encoded.length(int(row)) for row in rows)
     found: dict[int, npt.NDArray[Any]] = {}
-    with model.as_loaded(), torch.inference_mode():
+    with torch.inference_mode():
         for part in uniform_microbatches(rows, encoded, _TOGETHER, 1 << (longest - 1).bit_length()):
             scores = model.logits(collate(encoded, part.rows, model.tokenizer.pad_token_id, part.length))
             found |= zip(part.rows[: part.real].tolist(), scores.cpu().numpy(), strict=False)

@@ -65,6 +65,10 @@ class Tape:
         gradient = gradient.float().reshape(self.rows, *parameter.shape)
         if self.rows != self.batch:
             gradient = gradient.reshape(self.batch, -1, *parameter.shape).sum(1)
+        self._add(parameter, gradient)
+
+    def _add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Add gradients of the examples, float32, shape (batch, *parameter.shape)."""
         if parameter in self._formed:
             self._formed[parameter].add_(gradient)
         else:
@@ -91,7 +95,7 @@ class Tape:
         if parameter not in self._formed and left.shape[1] * (rows + columns) < rows * columns:
             self._factors[parameter] = (left, right)
         else:
-            self.add(parameter, _multiply(left, right))
+            self._add(parameter, _multiply(left, right))
 
     def _check(self, parameter: nn.Parameter, rows: int) -> None:
         if rows != self.rows:

@@ -1,0 +1,160 @@
+"""Every task: two private rounds in one process and over gRPC, and a result that reloads to equal answers."""
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedloom.client.tasks.api import task_named
+from fedloom.core.config.run import RunConfig
+from fedloom.core.registry import entries
+from fedloom.server.build import build_strategy
+from fedloom.server.coordinator import Coordinator
+from fedloom.server.storage.local import Store
+from fedloom.simulation.federation import build, completed
+from fedloom.simulation.in_process.engine import run_inprocess, standing_clock
+from fedloom.simulation.simulate import simulate
+from fedloom.strategies.start import starting_adapter
+from tests.families import save_family
+from tests.support.engines import entropy_of, largest_difference, over_sockets
+
+WORDS = ("good", "bad", "film", "plot", "actor", "very", "great", "sad")
+NAMES = ("low", "middle", "high")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task on a tiny model of the right family."""
+
+    family: str
+    targets: tuple[str, ...]
+    model: dict[str, Any] = field(default_factory=dict)
+    figures: frozenset[str] = frozenset()
+    """What the evaluation says beside accuracy and loss."""
+
+
+QUERIES, PROJECTIONS = ("query", "value"), ("q_proj", "v_proj")
+FROZEN = {"head": "frozen"}
+CASES = {
+    "multi-label": Case("bert", QUERIES, {"labels": NAMES}, frozenset({"f1_micro", "f1_macro", "auroc"})),
+    "regression": Case("bert", QUERIES, figures=frozenset({"rmse", "r2"})),
+    "ordinal": Case("distilbert", ("q_lin", "v_lin"), {"labels": NAMES}, frozenset({"mae", "kappa"})),
+    "question-answering": Case("bert", QUERIES, figures=frozenset({"exact_match", "f1"})),
+    "seq2seq": Case("t5", ("q", "v"), FROZEN),
+    "sentence-embedding": Case("bert", QUERIES, FROZEN, frozenset({"spearman"})),
+    "dpo": Case("llama", PROJECTIONS, FROZEN, frozenset({"margin"})),
+    "orpo": Case("qwen2", PROJECTIONS, FROZEN),
+    "kto": Case("gpt2", ("c_attn",), FROZEN),
+    "reward": Case("llama", PROJECTIONS),
+}
+
+
+def rows(task: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """Made-up rows whose label can be learned from their words."""
+    rng = np.random.default_rng(seed)
+    made: list[dict[str, Any]] = []
+    for _ in range(count):
+        words = [WORDS[each] for each in rng.integers(0, len(WORDS), 6)]
+        text, good = " ".join(words), words.count("good") + words.count("great")
+        pair = {"prompt": f"{text}: ", "chosen": "good film", "rejected": "bad plot"}
+        kinds: dict[str, dict[str, Any]] = {
+            "multi-label": {"text": text, "label": [NAMES[each] for each in range(3) if WORDS[each] in words]},
+            "regression": {"text": text, "label": float(good)},
+            "ordinal": {"text": text, "label": NAMES[min(2, good)]},
+            "question-answering": {"question": "Which?", "text": text, "answer": words[2]},
+            "seq2seq": {"prompt": text, "completion": " ".join(words[:2])},
+            "sentence-embedding": {"text": text, "second": words[0], "label": min(2, good) - 1.0},
+            "dpo": pair,
+            "orpo": pair,
+            "reward": pair,
+            "kto": {"prompt": f"{text}: ", "completion": "good film", "label": good > 1},
+        }
+        made.append(kinds[task])
+    return made
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {family: save_family(family, folder / family) for family in {case.family for case in CASES.values()}}
+
+
+@pytest.fixture(params=CASES)
+def config(request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path: Path) -> RunConfig:
+    """Two clients, two private rounds."""
+    case, folder = CASES[request.param], tmp_path / "data"
+    folder.mkdir()
+    for seed, (name, count) in enumerate({"train": 24, "test": 9}.items()):
+        lines = [json.dumps(each) + "\n" for each in rows(request.param, count, seed)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "tasks", "rounds": 2, "seed": 5},
+            "model": {"base": str(bases[case.family]), "task": request.param, "max_length": 48, **case.model},
+            "adapter": {"rank": 2, "alpha": 4, "targets": case.targets},
+            "train": {"steps": 2, "sampling_rate": 0.5, "learning_rate": 0.2, "microbatch": 8},
+            "privacy": {"epsilon": 20.0, "delta": 1e-2},
+            "rounds": {"min_clients": 2},
+            "data": {"source": str(folder), "clients": 2},
+            "engine": {"threads": 1, "device": "cpu"},
+        }
+    )
+
+
+def test_every_task_that_comes_with_fedloom_is_run_somewhere() -> None:
+    elsewhere = {"text-classification", "token-classification", "causal-lm", "instruct", "image-classification"}
+    assert {name for name, entry in entries("tasks").items() if entry.ours} == CASES.keys() | elsewhere
+
+
+def test_two_private_rounds_end_in_a_result_that_reloads_to_equal_answers(config: RunConfig, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what transformers and peft say about each other
+        result = simulate(config, tmp_path / "runs")
+
+    assert [record.round for record in result.records] == [0, 1, 2]
+    assert result.agreement == 1.0
+    assert all(0 < spent <= 20.0 for spent in result.epsilon.values())
+    assert CASES[config.model.task].figures <= set(result.final.metrics)
+    assert np.isfinite([result.final.accuracy, result.final.loss, *result.final.metrics.values()]).all()
+
+
+def test_clients_over_sockets_end_where_clients_in_one_process_do(config: RunConfig, tmp_path: Path) -> None:
+    results = []
+    for number, sockets in enumerate((False, True)):
+        ready = completed(config)
+        federation = build(ready, tmp_path / str(number))
+        schema = federation.model.schema
+        clock = None if sockets else standing_clock
+        with Store(tmp_path / f"state-{number}", durable=False) as store:
+            starting = starting_adapter(schema, ready.run.seed)
+            coordinator = Coordinator(
+                ready, schema, build_strategy(ready), store, starting=starting, clock=clock, expect=2
+            )
+            if sockets:
+                over_sockets(federation, coordinator)
+            else:
+                seams = {name: (lambda r, name=name: entropy_of(name, r)) for name in federation.clients}
+                for _ in run_inprocess(federation, coordinator, entropy=seams):  # type: ignore[arg-type]
+                    pass
+            assert coordinator.finished
+            results.append(coordinator.result())
+    assert largest_difference(*results) < 1e-5
+
+
+def test_a_task_is_learned(config: RunConfig, tmp_path: Path) -> None:
+    tables = config.model_dump()
+    tables["privacy"]["enabled"] = False
+    tables["run"]["rounds"] = 6
+    tables["train"] |= {"optimizer": "adam", "learning_rate": 0.02, "head_learning_rate": 0.02, "steps": 6}
+
+    data = Path(tables["data"]["source"])
+    (data / "test.jsonl").write_text((data / "train.jsonl").read_text())
+
+    result = simulate(RunConfig.model_validate(tables), tmp_path / "runs")
+
+    assert result.final.loss < 0.98 * result.start.loss
+    assert task_named(config.model.task).traits.model
