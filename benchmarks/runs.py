@@ -165,7 +165,7 @@ def federate(run: Run, paired: bool = False) -> Outcome:
         halves = [
             replace(
                 rows,
-                **{name: getattr(rows, name)[first::2] for name in ("input_ids", "labels", "targets", "pixels")},
+                **{name: getattr(rows, name)[first::2] for name in ("input_ids", "labels", "targets", "media")},
             )
             for first in (0, 1)
         ]

@@ -40,6 +40,10 @@ class TestSeq2Seq(TestCausalLM):
     name = "seq2seq"
 
 
+class TestSpeechRecognition(TestCausalLM):
+    name = "speech-recognition"
+
+
 class TestMultiLabel(TestTextClassification):
     name = "multi-label"
 

@@ -56,7 +56,7 @@ class TaskConformance:
     def test_rows_are_read_back_as_they_were_written(self) -> None:
         """What a row is written as is what the same row is read from; images are written beside it."""
         rows = self.rows()
-        if self.task().traits.images:
+        if self.task().traits.media:
             return
 
         again = assembled(self.records(list(documents(rows))), rows.label_names, self.name, "a file", Form())

@@ -9,7 +9,7 @@ import tomli_w
 
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.partitioners.api import Partitioner, partition
-from fedloom.client.data.rows import Rows, documents, picture
+from fedloom.client.data.rows import Rows, documents, picture, recording
 from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.eval.held_out import drawn, held_out
 from fedloom.client.models.adapter_model import AdapterModel
@@ -163,10 +163,11 @@ def write_client(policy: Policy, rows: Rows, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(document) + "\n" for document in documents(rows))
-    for number, image in enumerate(rows.images):
-        path = folder / picture(number)
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(image)
+    for place, files in ((picture, rows.images), (recording, rows.audio)):
+        for number, content in enumerate(files):
+            path = folder / place(number)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
     tables = policy.model_dump(mode="json", exclude_none=True)
     tables["client"] |= {"state": ".", "anchors": "ledger"}
     tables["data"] |= {"answers": rows.answers, **({"labels_as": "names"} if rows.label_names else {})}

@@ -226,7 +226,7 @@ def test_pictures_in_folders_tables_and_saved_sets_are_the_same_rows(tmp_path: P
     ("name", "message"),
     [
         ("broken.png", "line 2 cannot be read as a picture"),
-        ("gone.png", "line 2: its picture cannot be read: No such file"),
+        ("gone.png", "line 2: its file cannot be read: No such file"),
         ("../a.png", "lies outside the table's folder"),
         ("a.eps", "cannot be read as a picture"),
     ],

@@ -254,7 +254,11 @@ def test_an_answer_that_is_not_in_its_text_is_refused_without_quoting_it() -> No
 
 def test_multi_label_is_transformers_own_loss_of_each_text_alone(make: Make) -> None:
     names = ("a", "b", "c")
-    made = [{"text": "good film", "label": ["a", "c"]}, {"text": "sad", "label": ""}, {"text": "plot", "label": "b; a"}]
+    made: list[dict[str, Any]] = [
+        {"text": "good film", "label": ["a", "c"]},
+        {"text": "sad", "label": ""},
+        {"text": "plot", "label": "b; a"},
+    ]
     rows = rows_of("multi-label", made, names)
     assert rows.labels.tolist() == [[1, 0, 1], [0, 0, 0], [1, 1, 0]]
     model = make("bert", "multi-label", labels=names, moved=False)

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+import soundfile
+import torch
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from fedloom.client.tasks.api import task_named
 from fedloom.core.config.run import RunConfig
@@ -19,6 +23,7 @@ from fedloom.simulation.federation import build, completed
 from fedloom.simulation.in_process.engine import run_inprocess, standing_clock
 from fedloom.simulation.simulate import simulate
 from fedloom.strategies.start import starting_adapter
+from tests.conftest import byte_tokenizer
 from tests.families import save_family
 from tests.support.engines import entropy_of, largest_difference, over_sockets
 
@@ -50,6 +55,7 @@ CASES = {
     "orpo": Case("qwen2", PROJECTIONS, FROZEN),
     "kto": Case("gpt2", ("c_attn",), FROZEN),
     "reward": Case("llama", PROJECTIONS),
+    "speech-recognition": Case("whisper", PROJECTIONS, FROZEN),
 }
 
 
@@ -71,16 +77,41 @@ def rows(task: str, count: int, seed: int) -> list[dict[str, Any]]:
             "dpo": pair,
             "orpo": pair,
             "reward": pair,
+            "speech-recognition": {"text": " ".join(words[:2])},
             "kto": {"prompt": f"{text}: ", "completion": "good film", "label": good > 1},
         }
         made.append(kinds[task])
     return made
 
 
+def spoken(text: str) -> npt.NDArray[np.float64]:
+    """A tone for each of two words, half a second in all at 8,000 samples a second."""
+    pitches = np.array([200.0 + 300.0 * WORDS.index(word) for word in text.split()])
+    return np.asarray(0.5 * np.sin(2 * np.pi * np.repeat(pitches, 2000) * np.arange(4000) / 8000))
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {family: save_family(family, folder / family) for family in {case.family for case in CASES.values()}}
+    families = {case.family for case in CASES.values()} - {"whisper"}
+    found = {family: save_family(family, folder / family) for family in families}
+    return found | {"whisper": whisper(folder / "whisper")}
+
+
+def whisper(folder: Path) -> Path:
+    """A tiny random model of recordings of a second."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    size: dict[str, Any] = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "init_std": 0.2}
+    size |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8}
+    size |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    marks = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    places = {"max_source_positions": 50, "max_target_positions": 64, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    WhisperForConditionalGeneration(WhisperConfig(**size, **marks, **places)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(params=CASES)
@@ -89,7 +120,11 @@ def config(request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path: Pat
     case, folder = CASES[request.param], tmp_path / "data"
     folder.mkdir()
     for seed, (name, count) in enumerate({"train": 24, "test": 9}.items()):
-        lines = [json.dumps(each) + "\n" for each in rows(request.param, count, seed)]
+        found = rows(request.param, count, seed)
+        for number, each in enumerate(found if request.param == "speech-recognition" else []):
+            each["audio"] = f"{name}-{number}.wav"
+            soundfile.write(folder / each["audio"], spoken(each["text"]), 8000)
+        lines = [json.dumps(each) + "\n" for each in found]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     return RunConfig.model_validate(
         {

@@ -128,11 +128,17 @@ def _introduce(federation: "Federation", folder: Path) -> None:
         )
 
 
+_IN_A_LINE = 2
+"""Most of a task's own figures that are told after every round; more are told in the end."""
+
+
 def _line(config: RunConfig, record: "RoundRecord") -> None:
     """One line per round."""
     label = f"round {record.round:>3}/{config.run.rounds}" if record.round else "start    "
     score = f"accuracy {record.accuracy:.1%}  loss {record.loss:.3f}" if record.accuracy is not None else ""
-    score += "".join(f"  {name} {value:.4g}" for name, value in (record.metrics or {}).items())
+    figures = record.metrics or {}
+    if len(figures) <= _IN_A_LINE:
+        score += "".join(f"  {name} {value:.4g}" for name, value in figures.items())
     if record.federated:
         score += f"  begun at {told(record.federated)} by the clients"
     spent = f"  epsilon {_range(record.epsilon.values())}" if record.epsilon else ""
@@ -157,7 +163,8 @@ def _summary(config: RunConfig, result: "Result") -> None:
     table.add_row("held-out accuracy", f"{result.start.accuracy:.1%}", Text(f"{result.final.accuracy:.1%}", "bold"))
     table.add_row("held-out loss", f"{result.start.loss:.3f}", f"{result.final.loss:.3f}")
     for name, value in result.final.metrics.items():
-        table.add_row(f"held-out {name}", f"{result.start.metrics[name]:.4g}", f"{value:.4g}")
+        before = result.start.metrics.get(name)  # some have no value where all answers are one class
+        table.add_row(f"held-out {name}", "" if before is None else f"{before:.4g}", f"{value:.4g}")
     up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
     table.add_row("sent by all clients", "", f"{size(up)} up, {size(down)} down")
     table.add_row("time", "", f"{result.records[-1].seconds:.0f} s")

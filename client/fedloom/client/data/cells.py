@@ -158,13 +158,13 @@ class Cells:
             raise DataError(f"{where}: no turn of {name} is the assistant's, so there is nothing to learn; add one")
         return tuple(turns)
 
-    def image(self) -> bytes:
-        """The bytes of an image's file."""
-        value, where = self.values["image"], self.where
-        if isinstance(value, dict):  # as Hugging Face datasets store a picture
+    def bytes(self, column: Column) -> bytes:
+        """What is in the file of an image or a recording."""
+        value = self.values[column]
+        if isinstance(value, dict):  # as Hugging Face datasets store one
             value = value.get("bytes")
         if not isinstance(value, bytes) or not value:
-            raise DataError(f"{where}: {self.name('image')} has no picture; found {_kind(value)}")
+            raise DataError(f"{self.where}: {self.name(column)} has no file; found {_kind(value)}")
         return value
 
 

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,19 @@ class ImageProcessor:
         elif picture.size != (side, side):
             picture = picture.resize((side, side), self.resample)
         return np.ascontiguousarray(np.asarray(picture, np.uint8).transpose(2, 0, 1))
+
+    def prepared(self, data: bytes, where: str) -> Pixels:
+        """What of a picture is kept: its pixels."""
+        return self.pixels(data, where)
+
+    def inputs(self, prepared: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.float32]]:
+        """What the model reads: pixel_values, shape (n, 3, side, side)."""
+        chosen = np.array(prepared, np.uint8).reshape(-1, 3, self.side, self.side)
+        return {"pixel_values": self.normalised(chosen)}
+
+    def drawn(self, generator: np.random.Generator) -> npt.NDArray[Any]:
+        """Random pixels, as `prepared` leaves them."""
+        return generator.integers(256, size=(3, self.side, self.side), dtype=np.uint8)
 
     def normalised(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         """What the model reads, float32, shape (n, 3, side, side), from pixels of that shape."""

@@ -15,7 +15,7 @@ __all__ = ["Layout"]
 _CONTENTS: tuple[Column, ...] = ("text", "prompt", "tokens", "messages", "image")
 """Columns that hold what a row is about, of which it has one; a completion belongs to its prompt."""
 
-_FURTHER: tuple[Column, ...] = ("completion", "question", "second", "chosen", "rejected")
+_FURTHER: tuple[Column, ...] = ("completion", "question", "second", "chosen", "rejected", "audio")
 """Columns that hold more of what a row is about: a task that reads one of them and one that does not would have two
 privacy accounts for the same row."""
 

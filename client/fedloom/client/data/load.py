@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from fedloom.client.data import audio, images
 from fedloom.client.data.files import Note
-from fedloom.client.data.images import fingerprint
 from fedloom.client.data.labels import Labelling, labelling
 from fedloom.client.data.layout import Layout
 from fedloom.client.data.packaged.api import Split
@@ -157,12 +157,14 @@ def _checked(found: Iterable[Found], layout: Layout, skip: Skip) -> Iterator[Rec
 
 
 def identified(record: Record) -> Record:
-    """The row with what it is known by: of an image its fingerprint, of a text the text itself.
+    """The row with what it is known by: of an image or a recording its fingerprint, of a text the text itself.
 
     Raises:
-        DataError: It is no image.
+        DataError: It is no image, or no recording.
     """
-    return record._replace(text=fingerprint(record.image, record.where)) if record.image else record
+    if record.audio:
+        return record._replace(text=audio.fingerprint(record.audio, record.where))
+    return record._replace(text=images.fingerprint(record.image, record.where)) if record.image else record
 
 
 def assembled(found: Iterable[Record], labels: tuple[str, ...], task: str, source: str, form: Form) -> Rows:

@@ -22,6 +22,7 @@ class Record(NamedTuple):
     prompt: str = ""
     turns: Turns = ()
     image: bytes = b""
+    audio: bytes = b""
     parts: tuple[str, ...] = ()
     """Its texts one by one, where it has several."""
 

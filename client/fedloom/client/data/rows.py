@@ -15,12 +15,12 @@ from fedloom.client.tasks.api import task_named
 from fedloom.core.config.file_format import Answers
 from fedloom.core.errors import DataError
 
-__all__ = ["IGNORED", "Indices", "Rows", "digest", "documents", "picture", "pooled"]
+__all__ = ["IGNORED", "Indices", "Rows", "digest", "documents", "picture", "pooled", "recording"]
 
 IGNORED = -100
 """Label of a position that has none, as torch's cross-entropy names it."""
 
-_COLUMNS = ("words", "tags", "prompts", "turns", "images", "parts")
+_COLUMNS = ("words", "tags", "prompts", "turns", "images", "audio", "parts")
 """Columns that some tasks have."""
 
 Indices = npt.NDArray[np.int64]
@@ -36,8 +36,8 @@ class Rows:
 
     Args:
         texts: n texts, each the whole content of its row: of token-classification the words joined by spaces, of
-            causal-lm the prompt and what follows it, of instruct all turns one after the other; of a picture its
-            fingerprint.
+            causal-lm the prompt and what follows it, of instruct all turns one after the other; of a picture or a
+            recording its fingerprint.
         labels: int64, shape (n,): position of each row's label in `label_names`; all zeros of tasks whose rows have
             no label of their own. Of other tasks numbers, or several for each row, shape (n, ...).
         groups: n names of the silo a row belongs to; "" when it has none.
@@ -49,6 +49,7 @@ class Rows:
         prompts: For causal-lm, n beginnings of the texts that are read but not learned; "" learns the whole text.
         turns: For instruct, n conversations: role and content of each turn.
         images: For image-classification, n pictures as the bytes of their files.
+        audio: For speech-recognition, n recordings likewise.
         parts: For tasks whose rows have several texts, such as a question and an answer, n tuples of them.
         places: Where each row was read, n file names and line numbers; none of rows that were read nowhere.
         answers: For instruct, which of the assistant's turns are learned.
@@ -68,6 +69,7 @@ class Rows:
     prompts: tuple[str, ...] = ()
     turns: tuple[Turns, ...] = ()
     images: tuple[bytes, ...] = ()
+    audio: tuple[bytes, ...] = ()
     parts: tuple[tuple[str, ...], ...] = ()
     places: tuple[str, ...] = ()
     answers: Answers = "all"
@@ -180,3 +182,12 @@ def picture(number: int) -> str:
     'pictures/000007'
     """
     return f"pictures/{number:06d}"
+
+
+def recording(number: int) -> str:
+    """Path of a recording beside that file.
+
+    >>> recording(7)
+    'recordings/000007'
+    """
+    return f"recordings/{number:06d}"

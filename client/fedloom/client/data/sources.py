@@ -146,14 +146,15 @@ def _pictures(folder: Path, split: Split, layout: Layout) -> Iterator[Row]:
 
 def _table(path: Path, layout: Layout) -> Iterator[Row]:
     for where, row in _READERS[path.suffix.lower()](path, layout):
-        if isinstance(row, DataError | Note) or not task_named(layout.task).traits.images:
+        traits = task_named(layout.task).traits
+        if isinstance(row, DataError | Note) or not traits.media:
             yield where, row
         else:
-            yield where, _with_picture(row, layout.name("image"), path.parent, where)
+            yield where, _with_file(row, layout.name("image" if traits.images else "audio"), path.parent, where)
 
 
-def _with_picture(row: dict[str, Any], column: str, folder: Path, where: str) -> dict[str, Any] | DataError:
-    """The row with the picture's bytes in place of its path, which counts from the table's folder and stays below."""
+def _with_file(row: dict[str, Any], column: str, folder: Path, where: str) -> dict[str, Any] | DataError:
+    """The row with a file's bytes in place of its path, which counts from the table's folder and stays below."""
     value = row.get(column)
     name = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
     if not isinstance(name, str):
@@ -161,13 +162,13 @@ def _with_picture(row: dict[str, Any], column: str, folder: Path, where: str) ->
     try:
         path = (folder / name).resolve()
     except (OSError, ValueError, RuntimeError):  # a NUL in it, or links that lead in a circle
-        return DataError(f"{where}: its picture has no path that can be followed; correct it")
+        return DataError(f"{where}: its file has no path that can be followed; correct it")
     if not path.is_relative_to(folder.resolve()):
-        return DataError(f"{where}: the picture lies outside the table's folder; give a path below {folder}")
+        return DataError(f"{where}: the file lies outside the table's folder; give a path below {folder}")
     try:
         return {**row, column: path.read_bytes()}
     except OSError as error:
-        return DataError(f"{where}: its picture cannot be read: {error.strerror}; correct the path below {folder}")
+        return DataError(f"{where}: its file cannot be read: {error.strerror}; correct the path below {folder}")
 
 
 def _one_of(names: list[str]) -> str:

@@ -2,20 +2,29 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fedloom.client.data.images import ImageProcessor, Pixels
 from fedloom.client.data.rows import IGNORED, Indices, Rows
 from fedloom.client.tasks.api import Ids, task_named
 from fedloom.core.errors import ConfigError, DataError
 
-__all__ = ["Encoded", "Uniform", "attempted", "collate", "encode", "microbatches", "uniform_microbatches"]
+__all__ = [
+    "Encoded",
+    "MediaReader",
+    "Uniform",
+    "attempted",
+    "collate",
+    "encode",
+    "microbatches",
+    "uniform_microbatches",
+]
 
 log = logging.getLogger(__name__)
 
@@ -27,25 +36,41 @@ core and on two, and not in 1, 2 and 3."""
 _CHUNK = 1024
 
 
+class MediaReader(Protocol):
+    """How pictures, or recordings, become what a model reads."""
+
+    def prepared(self, data: bytes, where: str) -> npt.NDArray[Any]:
+        """What is kept of a file, in one shape."""
+        ...
+
+    def inputs(self, prepared: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.float32]]:
+        """The model's inputs, by name; the first axis is the rows."""
+        ...
+
+    def drawn(self, generator: np.random.Generator) -> npt.NDArray[Any]:
+        """Something made up, as `prepared` leaves it."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """Tokenized rows.
 
     Args:
-        input_ids: One int32 array per sequence, with special tokens, truncated but not padded; none of pictures. The
-            sequences of a row lie together.
+        input_ids: One int32 array per sequence, with special tokens, truncated but not padded; none where rows are
+            files. The sequences of a row lie together.
         labels: Shape (n, ...): what is learned of each row; not read when targets take its place.
         targets: For tasks with a target at each token, one int32 array per sequence, or `IGNORED` where there is none.
             Empty for other tasks.
-        pixels: For pictures, one uint8 array of shape (3, side, side) per row.
-        pictures: For pictures, how pixels become what the model reads.
+        media: For pictures and recordings, what is kept of each row's file: pixels or samples.
+        reader: For pictures and recordings, how these become what the model reads.
     """
 
     input_ids: tuple[Ids, ...]
     labels: Indices
     targets: tuple[Ids, ...] = ()
-    pixels: tuple[Pixels, ...] = ()
-    pictures: ImageProcessor | None = None
+    media: tuple[npt.NDArray[Any], ...] = ()
+    reader: MediaReader | None = None
     sequences: int = 1
     """Sequences of each row."""
     beside: bool = False
@@ -61,8 +86,8 @@ class Encoded:
         return 8 if self.targets else 64
 
     def digest(self, index: int) -> bytes:
-        """16 bytes that stand for what a model reads of a row: its tokens or its pixels."""
-        content = self.input_ids[index] if self.input_ids else self.pixels[index]
+        """16 bytes that stand for what a model reads of a row: its tokens, or what is kept of its file."""
+        content = self.input_ids[index] if self.input_ids else self.media[index]
         return hashlib.blake2b(content.tobytes(), digest_size=16).digest()
 
     def length(self, index: int) -> int:
@@ -76,11 +101,12 @@ class Encoded:
 
 
 def encode(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase | ImageProcessor, max_length: int, *, strict: bool = True
+    rows: Rows, tokenizer: PreTrainedTokenizerBase | MediaReader, max_length: int, *, strict: bool = True
 ) -> Encoded:
     """Tokenize every row once, keeping at most `max_length` tokens of each, special tokens included.
 
-    What is learned at each token is the task's to say, see `Task.encode`. Images are brought to their size.
+    What is learned at each token is the task's to say, see `Task.encode`. Images and recordings are brought to their
+    size.
 
     Args:
         rows: The rows.
@@ -92,10 +118,13 @@ def encode(
     Raises:
         DataError: A row gives no token, is no picture, or does not fit the chat template, and `strict`.
     """
-    if isinstance(tokenizer, ImageProcessor):
-        prepared = tuple(tokenizer.pixels(data, rows.place(index)) for index, data in enumerate(rows.images))
-        return Encoded((), rows.labels, pixels=prepared, pictures=tokenizer)
-    encoded, faults = attempted(rows, tokenizer, max_length)
+    traits, reader, media = task_named(rows.task).traits, None, tuple[npt.NDArray[Any], ...]()
+    if traits.media:
+        reader = cast(MediaReader, tokenizer)
+        media = tuple(reader.prepared(data, rows.place(index)) for index, data in enumerate(rows.images or rows.audio))
+        if not traits.per_token:
+            return Encoded((), rows.labels, media=media, reader=reader)
+    encoded, faults = attempted(rows, cast(PreTrainedTokenizerBase, tokenizer), max_length)
     if faults:
         index, error = next(iter(faults.items()))
         found = f"{len(faults):,} of {len(rows):,} rows, the first at {rows.place(index)}: {error}"
@@ -105,7 +134,7 @@ def encode(
     idle = sum(bool((row == IGNORED).all()) for row in encoded.targets) - encoded.sequences * len(faults)
     if idle > 0:
         log.warning("%d of %d examples have nothing to learn within model.max_length", idle, len(rows))
-    return encoded
+    return replace(encoded, input_ids=() if traits.media else encoded.input_ids, media=media, reader=reader)
 
 
 def attempted(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Encoded, dict[int, DataError]]:
@@ -143,9 +172,9 @@ def _encoded(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
         halves = (rows.take(np.arange(*bounds)) for bounds in ((0, middle), (middle, len(rows))))
         return [pair for half in halves for pair in _encoded(half, tokenizer, max_length)]
     none = DataError("it has no token under this model's tokenizer; remove or correct its text")
-    size = task.traits.sequences
+    size, media = task.traits.sequences, task.traits.media
     of_rows = [found[start : start + size] for start in range(0, len(found), size)]
-    return [row if all(len(ids) for ids, _ in row) else none for row in of_rows]
+    return [row if all(len(targets if media else ids) for ids, targets in row) else none for row in of_rows]
 
 
 def _kind(error: Exception) -> str:
@@ -163,18 +192,17 @@ def collate(encoded: Encoded, indices: Indices, pad_id: int, length: int | None 
         input_ids and attention_mask, int64, shape (len(indices), length), and labels, int64, of the same shape
         with `IGNORED` on padding, or of shape (len(indices), ...) when rows have labels of their own; beside these
         there may be targets. Where a row has several sequences, the inputs and targets have as many rows for it, one
-        after the other. The mask is 1 on tokens and 0 on padding. Of pictures pixel_values, float32, shape
-        (len(indices), 3, side, side), and labels.
+        after the other. The mask is 1 on tokens and 0 on padding. Of pictures and recordings
+        what their reader makes of them, float32, and labels.
     """
-    if encoded.pictures is not None:
-        side = encoded.pictures.side
-        chosen = np.array([encoded.pixels[i] for i in indices], np.uint8).reshape(-1, 3, side, side)
-        labels = torch.from_numpy(encoded.labels[indices])
-        return {"pixel_values": torch.from_numpy(encoded.pictures.normalised(chosen)), "labels": labels}
-    texts = [ids for i in indices for ids in encoded.input_ids[encoded.own(i)]]
-    longest = length or max((encoded.length(i) for i in indices), default=0)
-    mask = _padded([np.ones(len(ids), np.int32) for ids in texts], 0, longest)
-    batch = {"input_ids": _padded(texts, pad_id, longest), "attention_mask": mask}
+    longest, batch = length or max((encoded.length(i) for i in indices), default=0), dict[str, torch.Tensor]()
+    if encoded.reader is not None:
+        found = encoded.reader.inputs([encoded.media[i] for i in indices])
+        batch = {name: torch.from_numpy(each) for name, each in found.items()}
+    else:
+        texts = [ids for i in indices for ids in encoded.input_ids[encoded.own(i)]]
+        mask = _padded([np.ones(len(ids), np.int32) for ids in texts], 0, longest)
+        batch = {"input_ids": _padded(texts, pad_id, longest), "attention_mask": mask}
     if encoded.targets:
         targets = [each for i in indices for each in encoded.targets[encoded.own(i)]]
         batch["targets" if encoded.beside else "labels"] = _padded(targets, IGNORED, longest)
@@ -238,7 +266,7 @@ def uniform_microbatches(indices: Indices, encoded: Encoded, size: int, longest:
 
 def _by_length(indices: Indices, encoded: Encoded, longest: int) -> dict[int, Indices]:
     """The rows by the length they are padded to; 0 of pictures."""
-    if not encoded.input_ids:
+    if not (encoded.input_ids or encoded.targets):
         return {0: indices} if len(indices) else {}
     lengths = np.array([min(longest, max(8, 1 << (encoded.length(i) - 1).bit_length())) for i in indices], int)
     return {int(length): indices[lengths == length] for length in np.unique(lengths)}

@@ -165,8 +165,9 @@ def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
 
 
 def _example(task: Task, reader: Any, length: int) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
-    if task.traits.images:
-        yield "pixel_values", ((1, 3, reader.side, reader.side), torch.float32)
+    if task.traits.media:
+        found = reader.inputs([reader.drawn(np.random.default_rng(0))])
+        yield from ((name, (each.shape, torch.float32)) for name, each in found.items())
         return
     yield from ((name, ((task.traits.sequences, length), torch.long)) for name in ("input_ids", "attention_mask"))
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedloom.client.data.images import ImageProcessor
 from fedloom.client.tasks.api import Task
 from fedloom.core.errors import ModelError
 
@@ -30,8 +30,11 @@ def check_base(base: PreTrainedModel, reader: Any, task: Task, folder: Path) -> 
         ModelError: As above; the message says what to change.
     """
     base.eval()
-    if isinstance(reader, ImageProcessor):
+    if task.traits.images:
         _check_side(base, folder, reader.side)
+        return
+    if task.traits.audio:
+        _check_recording(base, reader, task, folder)
         return
     kind, traits = type(base).__name__, task.traits
     if base.config.is_encoder_decoder and not traits.decoder:
@@ -97,6 +100,21 @@ def _check_side(base: PreTrainedModel, folder: Path, side: int) -> None:
         raise ModelError(
             f"{type(base).__name__} in {folder} cannot read colour pictures of {side} by {side} pixels; remove "
             f"model.image_size, or take another model ({error})"
+        ) from error
+
+
+def _check_recording(base: PreTrainedModel, reader: Any, task: Task, folder: Path) -> None:
+    """Have the model write a transcript of `task.max_length` tokens of a made-up recording."""
+    features = reader.inputs([reader.drawn(np.random.default_rng(0))])
+    batch = {name: torch.from_numpy(each).to(base.device) for name, each in features.items()}
+    batch["labels"] = torch.zeros(1, task.max_length, dtype=torch.long, device=base.device)
+    try:
+        with torch.no_grad():
+            task.scores(base, batch)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ModelError(
+            f"{type(base).__name__} in {folder} cannot write a transcript of {task.max_length} tokens, which is "
+            f"model.max_length; lower it, or take another model ({error})"
         ) from error
 
 

@@ -98,7 +98,7 @@ def load_base(folder: Path, task: Task, options: Mapping[str, Any] = _FLOAT32) -
             its tokenizer, its images or texts of `task.max_length` tokens do not fit the model.
     """
     base, reader, report, names = _read_base(folder, task, options)
-    if not (task.traits.per_token or task.traits.images):
+    if not (task.traits.per_token or task.traits.media):
         # A decoder scores a text at its last token, which it finds by the id of the padding. Set now: some encoders
         # count positions by the id that they were built with.
         base.config.pad_token_id = reader.pad_token_id

@@ -49,7 +49,9 @@ class Traits:
     per_token: bool = False
     """There is a label at each token, not one for each row."""
     images: bool = False
-    """Rows are images; otherwise they are texts."""
+    """Rows are images."""
+    audio: bool = False
+    """Rows are recordings."""
     chat: bool = False
     """Rows are conversations in the tokenizer's chat template."""
     headless: bool = False
@@ -64,6 +66,11 @@ class Traits:
     """A row has any number of the labels at once."""
     holds: tuple[str, ...] = ()
     """Columns of `Rows` that its rows fill, beside texts, labels and groups."""
+
+    @property
+    def media(self) -> bool:
+        """Whether rows are files, such as images; otherwise they are texts."""
+        return self.images or self.audio
 
 
 class Task(Section):

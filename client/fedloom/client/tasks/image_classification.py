@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy.typing as npt
 from pydantic import Field
 
 from fedloom.client.data.rows import Indices, Rows, picture
@@ -32,7 +33,7 @@ class ImageClassification(Task):
 
     def read(self, cells: "Cells") -> "Record":
         """An image, as the bytes of its file, and its label."""
-        return cells.record("", label=cells.label(), image=cells.image())
+        return cells.record("", label=cells.label(), image=cells.bytes("image"))
 
     def columns(self, records: "Sequence[Record]", classes: Sequence[Indices], answers: Answers) -> Mapping[str, Any]:
         """Images and labels."""
@@ -53,3 +54,9 @@ class ImageClassification(Task):
         from fedloom.client.data.images import noise_picture
 
         return {"image": noise_picture(index), "label": self.labels[index % len(self.labels)]}
+
+    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
+        """Macro F1, Matthews' correlation, area under the ROC curve, and calibration error."""
+        from fedloom.client.eval.figures import classification_figures
+
+        return classification_figures(scores, labels)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedloom.client.data.records import Record
     from fedloom.client.data.rows import Indices, Rows
 
-__all__ = ["Seq2Seq"]
+__all__ = ["Seq2Seq", "read_before"]
 
 
 class Seq2Seq(Task):
@@ -73,12 +73,12 @@ class Seq2Seq(Task):
         scores: torch.Tensor = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            decoder_input_ids=_before(batch["labels"], model.config),
+            decoder_input_ids=read_before(batch["labels"], model.config),
         ).logits
         return scores
 
 
-def _before(labels: "torch.Tensor", config: Any) -> "torch.Tensor":
+def read_before(labels: "torch.Tensor", config: Any) -> "torch.Tensor":
     """What the decoder has read at each place: a start token and then the labels; padding is hidden from all before."""
     import torch
 

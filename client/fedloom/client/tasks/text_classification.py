@@ -1,6 +1,8 @@
 """One label for each text."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import numpy.typing as npt
 
 from fedloom.client.tasks.api import Task, Traits
 
@@ -11,3 +13,9 @@ class TextClassification(Task):
     """One label for each text."""
 
     traits: ClassVar[Traits] = Traits("text and label", "AutoModelForSequenceClassification", "SEQ_CLS")
+
+    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
+        """Macro F1, Matthews' correlation, area under the ROC curve, and calibration error."""
+        from fedloom.client.eval.figures import classification_figures
+
+        return classification_figures(scores, labels)

@@ -287,7 +287,7 @@ def _connect(folder: str, number: int, size: int, device: torch.device) -> None:
 def _identity(gradients: Gradients) -> dict[str, str]:
     """What all processes must have alike. The digest of the base model's files is compared when it is loaded."""
     rows, encoded = hashlib.blake2b(), gradients.encoded
-    parts: list[npt.NDArray[Any]] = [*encoded.input_ids, *encoded.targets, *encoded.pixels, encoded.labels]
+    parts: list[npt.NDArray[Any]] = [*encoded.input_ids, *encoded.targets, *encoded.media, encoded.labels]
     for part in parts:
         rows.update(f"{part.shape}".encode() + part.tobytes())
     return {"rows": rows.hexdigest(), "adapter tensors": gradients.model.schema.digest, "torch": torch.__version__}

@@ -18,6 +18,7 @@ Column = Literal[
     "completion",
     "messages",
     "image",
+    "audio",
     "question",
     "answer",
     "second",

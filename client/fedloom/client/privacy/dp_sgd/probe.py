@@ -12,7 +12,7 @@ probe passes tells nothing about it.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -116,12 +116,10 @@ def made_up(model: AdapterModel, longest: int) -> Encoded:
     The long one has `longest` tokens, at least 2; all are at most as long. Some tokens are without a label. Pictures
     have one size, and random pixels.
     """
-    rng, task = np.random.default_rng(0), model.task
+    rng, task, count = np.random.default_rng(0), model.task, len(_LENGTHS) + 3
     if task.traits.images:
-        side, count = model.tokenizer.side, len(_LENGTHS) + 3
-        pixels = tuple(rng.integers(256, size=(count, 3, side, side), dtype=np.uint8))
-        labels = task.draw(rng, count, model.model.config.num_labels)
-        return Encoded((), labels, pixels=pixels, pictures=model.tokenizer)
+        media = tuple(model.tokenizer.drawn(rng) for _ in range(count))
+        return Encoded((), task.draw(rng, count, model.model.config.num_labels), media=media, reader=model.tokenizer)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     # A padding token within a text would be taken for the text's end by models that look for it.
     usable = np.setdiff1d(np.arange(vocabulary), model.tokenizer.all_special_ids)
@@ -138,6 +136,9 @@ def made_up(model: AdapterModel, longest: int) -> Encoded:
     for row in targets:
         row[int(task.traits.beside) :: 3] = IGNORED
     found = Encoded(input_ids, labels, targets, sequences=task.traits.sequences, beside=task.traits.beside)
+    if task.traits.media:
+        media = tuple(model.tokenizer.drawn(rng) for _ in range(count))
+        found = replace(found, input_ids=(), media=media, reader=model.tokenizer)
     # By the model as it is: beside a base model that a random adapter is far from, some losses are flat.
     return task.prepare(model, found)
 

@@ -1,0 +1,155 @@
+"""Recordings: their identity, and the numbers a speech model reads."""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedloom.core.errors import ConfigError, DataError, ModelError
+
+__all__ = ["SpeechReader", "decoded", "fingerprint", "noise_recording", "speech_reader"]
+
+_FORMATS = ("WAV", "FLAC", "OGG", "MP3")
+_MOST_SECONDS = 3600
+_LARGEST = 32767
+
+Samples = npt.NDArray[np.int16]
+
+
+def decoded(data: bytes, where: str) -> tuple[Samples, int]:
+    """A recording's samples, the mean of its channels, and how many there are in a second.
+
+    Raises:
+        DataError: It is no recording of a known format, is empty, or is longer than an hour.
+        ConfigError: The package that reads recordings is missing.
+    """
+    soundfile = _soundfile()
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.format not in _FORMATS:
+                raise DataError(f"{where} is a recording in {file.format}; write it as one of {', '.join(_FORMATS)}")
+            if not 0 < file.frames <= _MOST_SECONDS * file.samplerate:
+                raise DataError(
+                    f"{where} has {file.frames / file.samplerate:g} s; more than 0 and at most an hour is read"
+                )
+            channels, rate = file.read(dtype="float64", always_2d=True), int(file.samplerate)
+    except DataError:
+        raise
+    except Exception as error:  # whatever a reader of formats makes of bytes that are none
+        raise DataError(
+            f"{where} cannot be read as a recording; write it again as one of {', '.join(_FORMATS)}, or remove it"
+        ) from error
+    return _whole(channels.mean(1)), rate
+
+
+def _whole(wave: npt.NDArray[np.float64]) -> Samples:
+    return (wave.clip(-1, 1) * _LARGEST).round().astype(np.int16)
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:
+        raise ConfigError(
+            "recordings are read by soundfile, which is not here: pip install 'fedloom[audio]'"
+        ) from error
+    return soundfile
+
+
+def fingerprint(data: bytes, where: str) -> str:
+    """What stands for a recording in the privacy account: its length and the SHA-256 of its samples.
+
+    Raises:
+        DataError: It cannot be decoded.
+    """
+    samples, rate = decoded(data, where)
+    return f"recording {len(samples)}/{rate} {hashlib.sha256(samples.tobytes()).hexdigest()}"
+
+
+def noise_recording(seed: int) -> bytes:
+    """A file of half a second of noise, for checks that must not touch real data."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(-_LARGEST // 4, _LARGEST // 4, 8000).astype(np.int16)
+    _soundfile().write(file, noise, 16000, format="WAV")
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class SpeechReader:
+    """How a model's recordings and transcripts are prepared.
+
+    Args:
+        tokenizer: The model's; what it has is found here too.
+        extractor: transformers' feature extractor: spectrograms of one length from samples.
+        start: Id of the token that a transcript begins with in the decoder.
+    """
+
+    tokenizer: Any
+    extractor: Any
+    start: int
+
+    def __getattr__(self, name: str) -> Any:
+        """What a tokenizer has."""
+        if name in ("tokenizer", "extractor"):  # asked by copy before they are there
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
+
+    def __len__(self) -> int:
+        """Tokens of the vocabulary."""
+        return len(self.tokenizer)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the files that transformers reads both from."""
+        self.tokenizer.save_pretrained(folder)
+        self.extractor.save_pretrained(folder)
+
+    def prepared(self, data: bytes, where: str) -> Samples:
+        """The recording at the model's rate, as long as the model reads: cut off, or with silence behind it."""
+        from scipy.signal import resample_poly
+
+        samples, rate = decoded(data, where)
+        asked, length = int(self.extractor.sampling_rate), int(self.extractor.n_samples)
+        if rate != asked:
+            divisor = np.gcd(rate, asked)
+            samples = _whole(resample_poly(samples / _LARGEST, asked // divisor, rate // divisor))
+        return np.pad(samples[:length], (0, max(0, length - len(samples))))
+
+    def inputs(self, prepared: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.float32]]:
+        """What the model reads: input_features, shape (n, bands, frames)."""
+        waves = [each.astype(np.float32) / _LARGEST for each in prepared]
+        found = self.extractor(waves, sampling_rate=self.extractor.sampling_rate, return_tensors="np")
+        return {"input_features": np.asarray(found["input_features"], np.float32)}
+
+    def drawn(self, generator: np.random.Generator) -> npt.NDArray[Any]:
+        """A made-up recording as `prepared` leaves one."""
+        return generator.integers(-_LARGEST // 4, _LARGEST // 4, int(self.extractor.n_samples)).astype(np.int16)
+
+
+def speech_reader(folder: Path) -> SpeechReader:
+    """How the base model in `folder` wants its recordings and transcripts.
+
+    Raises:
+        ModelError: It has no tokenizer or feature extractor that can be used, or no first token of a transcript.
+    """
+    from transformers import AutoFeatureExtractor
+
+    from fedloom.client.models.loading_context import LOCAL_ONLY
+    from fedloom.client.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    try:
+        extractor = AutoFeatureExtractor.from_pretrained(folder, **LOCAL_ONLY)
+        start = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["decoder_start_token_id"])
+        int(extractor.n_samples)
+    except Exception as error:  # whatever another's code makes of another's files
+        raise ModelError(
+            f"{folder} does not say how recordings are read ({type(error).__name__}: {error}); it needs a "
+            "preprocessor_config.json of fixed length, as Whisper has, and decoder_start_token_id in its config.json"
+        ) from error
+    return SpeechReader(tokenizer, extractor, start)
