@@ -24,6 +24,15 @@ from fedloom.api.sweep import Sweep, Trial, sweep
 from fedloom.client.tasks.causal_lm import CausalLM
 from fedloom.client.tasks.image_classification import ImageClassification
 from fedloom.client.tasks.instruct import Instruct
+from fedloom.client.tasks.multi_label import MultiLabel
+from fedloom.client.tasks.ordinal import Ordinal
+from fedloom.client.tasks.preference.kto import KTO
+from fedloom.client.tasks.preference.pairs import DPO, ORPO, Reward
+from fedloom.client.tasks.question_answering import QuestionAnswering
+from fedloom.client.tasks.regression import Regression
+from fedloom.client.tasks.sentence_embedding import SentenceEmbedding
+from fedloom.client.tasks.seq2seq import Seq2Seq
+from fedloom.client.tasks.speech_recognition import SpeechRecognition
 from fedloom.client.tasks.text_classification import TextClassification
 from fedloom.client.tasks.token_classification import TokenClassification
 from fedloom.core.config.data import DataSection as Data
@@ -86,9 +95,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DP",
+    "DPO",
     "DSEE",
     "FFA",
     "IA3",
+    "KTO",
+    "ORPO",
     "PEQA",
     "SCAFFOLD",
     "SSF",
@@ -130,15 +142,23 @@ __all__ = [
     "LoRASB",
     "MiSS",
     "Model",
+    "MultiLabel",
+    "Ordinal",
+    "QuestionAnswering",
     "RaFLoRA",
+    "Regression",
     "Result",
+    "Reward",
     "RoLoRA",
     "RoundRules",
     "Run",
     "SVFit",
     "SecureAggregation",
+    "SentenceEmbedding",
+    "Seq2Seq",
     "SoFar",
     "Sparse",
+    "SpeechRecognition",
     "Start",
     "StopRun",
     "Strategy",

@@ -20,8 +20,8 @@ import tomli_w
 from PIL import Image
 from pyarrow import parquet
 
-from fedloom.client.data.images import decode
 from fedloom.client.data.load import load_rows
+from fedloom.client.data.media.images import decode
 from fedloom.client.data.survey import Survey, survey
 from fedloom.client.policy import Policy, load_policy
 from fedloom.core.config.file_format import Form

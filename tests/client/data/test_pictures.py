@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedloom.client.data.images import decode, fingerprint
 from fedloom.client.data.load import load_rows
+from fedloom.client.data.media.images import decode, fingerprint
 from fedloom.core.errors import DataError
 
 GREY = (np.arange(48, dtype=np.uint8) * 5).reshape(6, 8)

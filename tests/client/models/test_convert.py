@@ -16,7 +16,7 @@ from transformers import AutoModel, BertConfig, BertModel, Dinov2Config, Dinov2M
 
 from fedloom.client.assets.convert import CONVERSIONS, dinov2
 from fedloom.client.assets.fetch import ASSETS
-from fedloom.client.data.images import picture_settings
+from fedloom.client.data.media.images import picture_settings
 from fedloom.client.models.load import load_base
 from fedloom.client.models.tokenizer import load_tokenizer
 from fedloom.client.tasks.api import task_named

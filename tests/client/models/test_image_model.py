@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
-from fedloom.client.data.images import ImageProcessor, noise_picture, picture_settings
+from fedloom.client.data.media.images import ImageProcessor, noise_picture, picture_settings
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
 from fedloom.client.eval.score import evaluate

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedloom.client.data import audio, images
 from fedloom.client.data.files import Note
 from fedloom.client.data.labels import Labelling, labelling
 from fedloom.client.data.layout import Layout
+from fedloom.client.data.media import audio, images
 from fedloom.client.data.packaged.api import Split
 from fedloom.client.data.records import Record
 from fedloom.client.data.rows import IGNORED, Indices, Rows

@@ -8,8 +8,8 @@ from typing import Any
 
 from fedloom.client.data.arrow import parquet_rows, saved_rows
 from fedloom.client.data.files import Note, Row, csv_rows, jsonl_rows, readable
-from fedloom.client.data.images import HIDDEN, SUFFIXES, folder_rows
 from fedloom.client.data.layout import Layout
+from fedloom.client.data.media.images import HIDDEN, SUFFIXES, folder_rows
 from fedloom.client.data.packaged.api import DataSource, Split
 from fedloom.client.data.records import Record
 from fedloom.client.tasks.api import task_named

@@ -9,10 +9,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fedloom.client.data.files import Note
-from fedloom.client.data.images import brightest
 from fedloom.client.data.labels import Labelling, labelling
 from fedloom.client.data.layout import Layout
 from fedloom.client.data.load import Tally, assembled, records, tallied
+from fedloom.client.data.media.images import brightest
 from fedloom.client.data.records import Record
 from fedloom.client.data.rows import IGNORED, Rows
 from fedloom.client.data.sources import source_rows

@@ -45,13 +45,13 @@ class ImageClassification(Task):
 
     def reader(self, folder: Path) -> Any:
         """How the images of a base model's folder are prepared."""
-        from fedloom.client.data.images import picture_settings
+        from fedloom.client.data.media.images import picture_settings
 
         return picture_settings(folder, self.image_size)
 
     def sample(self, index: int) -> Mapping[str, object]:
         """An image of noise."""
-        from fedloom.client.data.images import noise_picture
+        from fedloom.client.data.media.images import noise_picture
 
         return {"image": noise_picture(index), "label": self.labels[index % len(self.labels)]}
 

@@ -24,8 +24,8 @@ __all__ = ["SpeechRecognition"]
 class SpeechRecognition(Task):
     """What is said in a recording, written down by a model such as Whisper.
 
-    `max_length` counts the transcript's tokens. A recording is brought to the model's rate and length; what is longer is
-    cut off.
+    `max_length` counts the transcript's tokens. A recording is brought to the model's rate and length; what is
+    longer is cut off.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -58,13 +58,13 @@ class SpeechRecognition(Task):
 
     def sample(self, index: int) -> Mapping[str, object]:
         """Noise, and a made-up text."""
-        from fedloom.client.data.audio import noise_recording
+        from fedloom.client.data.media.audio import noise_recording
 
         return {"audio": noise_recording(index), "text": made_up_text(index)}
 
     def reader(self, folder: Path) -> Any:
         """How the recordings and transcripts of a base model's folder are prepared."""
-        from fedloom.client.data.audio import speech_reader
+        from fedloom.client.data.media.audio import speech_reader
 
         return speech_reader(folder)
 

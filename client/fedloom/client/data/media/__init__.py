@@ -1,0 +1,1 @@
+"""Rows that are files: pictures and recordings."""
