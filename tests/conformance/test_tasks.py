@@ -44,6 +44,10 @@ class TestSpeechRecognition(TestCausalLM):
     name = "speech-recognition"
 
 
+class TestImageText(TestCausalLM):
+    name = "image-text"
+
+
 class TestMultiLabel(TestTextClassification):
     name = "multi-label"
 

@@ -21,9 +21,12 @@ from fedloom.api.result import Result
 from fedloom.api.run import Model, Run, load
 from fedloom.api.simulate import simulate
 from fedloom.api.sweep import Sweep, Trial, sweep
-from fedloom.client.tasks.causal_lm import CausalLM
+from fedloom.client.tasks.generation.causal_lm import CausalLM
+from fedloom.client.tasks.generation.image_text import ImageText
+from fedloom.client.tasks.generation.instruct import Instruct
+from fedloom.client.tasks.generation.seq2seq import Seq2Seq
+from fedloom.client.tasks.generation.speech_recognition import SpeechRecognition
 from fedloom.client.tasks.image_classification import ImageClassification
-from fedloom.client.tasks.instruct import Instruct
 from fedloom.client.tasks.multi_label import MultiLabel
 from fedloom.client.tasks.ordinal import Ordinal
 from fedloom.client.tasks.preference.kto import KTO
@@ -31,8 +34,6 @@ from fedloom.client.tasks.preference.pairs import DPO, ORPO, Reward
 from fedloom.client.tasks.question_answering import QuestionAnswering
 from fedloom.client.tasks.regression import Regression
 from fedloom.client.tasks.sentence_embedding import SentenceEmbedding
-from fedloom.client.tasks.seq2seq import Seq2Seq
-from fedloom.client.tasks.speech_recognition import SpeechRecognition
 from fedloom.client.tasks.text_classification import TextClassification
 from fedloom.client.tasks.token_classification import TokenClassification
 from fedloom.core.config.data import DataSection as Data
@@ -134,6 +135,7 @@ __all__ = [
     "HetLoRA",
     "Hydra",
     "ImageClassification",
+    "ImageText",
     "Instruct",
     "LALoRA",
     "LayerNorm",

@@ -11,7 +11,18 @@ import numpy.typing as npt
 import pytest
 import soundfile
 import torch
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 
 from fedloom.client.tasks.api import task_named
 from fedloom.core.config.run import RunConfig
@@ -56,6 +67,7 @@ CASES = {
     "kto": Case("gpt2", ("c_attn",), FROZEN),
     "reward": Case("llama", PROJECTIONS),
     "speech-recognition": Case("whisper", PROJECTIONS, FROZEN),
+    "image-text": Case("llava", PROJECTIONS, FROZEN),
 }
 
 
@@ -77,11 +89,37 @@ def rows(task: str, count: int, seed: int) -> list[dict[str, Any]]:
             "dpo": pair,
             "orpo": pair,
             "reward": pair,
+            "image-text": {"prompt": "film:", "completion": f" {words[0]}"},
             "speech-recognition": {"text": " ".join(words[:2])},
             "kto": {"prompt": f"{text}: ", "completion": "good film", "label": good > 1},
         }
         made.append(kinds[task])
     return made
+
+
+def llava(folder: Path) -> Path:
+    """A tiny random model of pictures of 28 by 28 pixels and texts about them."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    sees = CLIPVisionConfig(image_size=28, patch_size=14, **size)
+    size |= {"initializer_range": 0.2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}
+    place = tokenizer.convert_tokens_to_ids("<image>")
+    reads = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **size)
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=sees, text_config=reads, image_token_id=place, vision_feature_layer=-1)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    pictures = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    given = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(image_processor=pictures, tokenizer=tokenizer, image_token="<image>", **given).save_pretrained(
+        folder
+    )
+    return folder
 
 
 def spoken(text: str) -> npt.NDArray[np.float64]:
@@ -93,9 +131,9 @@ def spoken(text: str) -> npt.NDArray[np.float64]:
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    families = {case.family for case in CASES.values()} - {"whisper"}
+    families = {case.family for case in CASES.values()} - {"whisper", "llava"}
     found = {family: save_family(family, folder / family) for family in families}
-    return found | {"whisper": whisper(folder / "whisper")}
+    return found | {"whisper": whisper(folder / "whisper"), "llava": llava(folder / "llava")}
 
 
 def whisper(folder: Path) -> Path:
@@ -124,6 +162,11 @@ def config(request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path: Pat
         for number, each in enumerate(found if request.param == "speech-recognition" else []):
             each["audio"] = f"{name}-{number}.wav"
             soundfile.write(folder / each["audio"], spoken(each["text"]), 8000)
+        for number, each in enumerate(found if request.param == "image-text" else []):
+            each["image"] = f"{name}-{number}.png"
+            Image.new("RGB", (30, 28), (30 * WORDS.index(each["completion"].strip()), 90, 20)).save(
+                folder / each["image"]
+            )
         lines = [json.dumps(each) + "\n" for each in found]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     return RunConfig.model_validate(

@@ -76,12 +76,12 @@ class Layout:
         seen = self.visible(row)
         values = {column: row[self.name(column)] for column in seen}
         contents = [column for column in _CONTENTS if values.get(column) is not None and column in seen]
-        if len(contents) > 1:
+        needed = self.needed(row)
+        if len(contents) > 1 and not set(contents) <= set(needed):
             raise DataError(
                 f"{where} has both {' and '.join(map(self.name, contents))}; keep one, so that the row has one privacy "
                 "account, or name the one to be read in data.columns"
             )
-        needed = self.needed(row)
         if beyond := [column for column in _FURTHER if values.get(column) is not None and column not in needed]:
             raise DataError(
                 f"{where} has {self.name(beyond[0])!r}, which {self.task} does not read; remove that column, so "

@@ -87,8 +87,8 @@ class Encoded:
 
     def digest(self, index: int) -> bytes:
         """16 bytes that stand for what a model reads of a row: its tokens, or what is kept of its file."""
-        content = self.input_ids[index] if self.input_ids else self.media[index]
-        return hashlib.blake2b(content.tobytes(), digest_size=16).digest()
+        parts = [*self.input_ids[self.own(index)], *self.media[index : index + 1]]
+        return hashlib.blake2b(b"".join(part.tobytes() for part in parts), digest_size=16).digest()
 
     def length(self, index: int) -> int:
         """Tokens of the longest sequence of a row, or of what is written in answer to it; 0 of a picture."""
@@ -134,7 +134,7 @@ def encode(
     idle = sum(bool((row == IGNORED).all()) for row in encoded.targets) - encoded.sequences * len(faults)
     if idle > 0:
         log.warning("%d of %d examples have nothing to learn within model.max_length", idle, len(rows))
-    return replace(encoded, input_ids=() if traits.media else encoded.input_ids, media=media, reader=reader)
+    return replace(encoded, media=media, reader=reader)
 
 
 def attempted(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Encoded, dict[int, DataError]]:
@@ -151,7 +151,7 @@ def attempted(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int) -
             pairs += row
             rows_done += 1
     targets = tuple(targets for _, targets in pairs) if traits.per_token or traits.beside else ()
-    ids = tuple(ids for ids, _ in pairs)
+    ids = tuple(ids for ids, _ in pairs) if any(len(ids) for ids, _ in pairs) else ()
     return Encoded(ids, rows.labels, targets, sequences=traits.sequences, beside=traits.beside), faults
 
 
@@ -199,10 +199,10 @@ def collate(encoded: Encoded, indices: Indices, pad_id: int, length: int | None 
     if encoded.reader is not None:
         found = encoded.reader.inputs([encoded.media[i] for i in indices])
         batch = {name: torch.from_numpy(each) for name, each in found.items()}
-    else:
+    if encoded.input_ids:
         texts = [ids for i in indices for ids in encoded.input_ids[encoded.own(i)]]
         mask = _padded([np.ones(len(ids), np.int32) for ids in texts], 0, longest)
-        batch = {"input_ids": _padded(texts, pad_id, longest), "attention_mask": mask}
+        batch |= {"input_ids": _padded(texts, pad_id, longest), "attention_mask": mask}
     if encoded.targets:
         targets = [each for i in indices for each in encoded.targets[encoded.own(i)]]
         batch["targets" if encoded.beside else "labels"] = _padded(targets, IGNORED, longest)

@@ -30,11 +30,11 @@ def check_base(base: PreTrainedModel, reader: Any, task: Task, folder: Path) -> 
         ModelError: As above; the message says what to change.
     """
     base.eval()
-    if task.traits.images:
+    if task.traits.media and not task.traits.per_token:
         _check_side(base, folder, reader.side)
         return
-    if task.traits.audio:
-        _check_recording(base, reader, task, folder)
+    if task.traits.media:
+        _check_writing(base, reader, task, folder)
         return
     kind, traits = type(base).__name__, task.traits
     if base.config.is_encoder_decoder and not traits.decoder:
@@ -103,17 +103,26 @@ def _check_side(base: PreTrainedModel, folder: Path, side: int) -> None:
         ) from error
 
 
-def _check_recording(base: PreTrainedModel, reader: Any, task: Task, folder: Path) -> None:
-    """Have the model write a transcript of `task.max_length` tokens of a made-up recording."""
+def _check_writing(base: PreTrainedModel, reader: Any, task: Task, folder: Path) -> None:
+    """Have the model write `task.max_length` tokens about a made-up picture or recording."""
+    before = reader.prefix if task.traits.images else np.zeros(0, np.int32)
+    if len(before) + 2 > task.max_length:
+        raise ModelError(
+            f"a picture takes {len(before)} places of a text in {folder}; model.max_length = {task.max_length} leaves "
+            f"no room for the text itself; set it to {len(before) + 32} or more"
+        )
     features = reader.inputs([reader.drawn(np.random.default_rng(0))])
     batch = {name: torch.from_numpy(each).to(base.device) for name, each in features.items()}
-    batch["labels"] = torch.zeros(1, task.max_length, dtype=torch.long, device=base.device)
+    ids = np.concatenate([before, np.zeros(task.max_length - len(before), np.int32)])[None]
+    batch["labels"] = torch.from_numpy(ids).long().to(base.device)
+    if task.traits.images:
+        batch |= {"input_ids": batch["labels"], "attention_mask": torch.ones_like(batch["labels"])}
     try:
         with torch.no_grad():
             task.scores(base, batch)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ModelError(
-            f"{type(base).__name__} in {folder} cannot write a transcript of {task.max_length} tokens, which is "
+            f"{type(base).__name__} in {folder} cannot write {task.max_length} tokens, which is "
             f"model.max_length; lower it, or take another model ({error})"
         ) from error
 

@@ -100,7 +100,7 @@ def probe(model: AdapterModel, loss: BatchLoss, max_length: int) -> None:
         return
     if not model.adapter.traits.private:
         raise ModelError(f"{type(model.adapter).__name__} is not for private runs; choose another adapter.kind")
-    longest = min(_LONGEST, max_length)
+    longest = min(_LONGEST + len(_before(model)), max_length)
     with _random_adapter(model) as parameters:
         try:
             _read_longest(model, loss, max_length)
@@ -117,14 +117,16 @@ def made_up(model: AdapterModel, longest: int) -> Encoded:
     have one size, and random pixels.
     """
     rng, task, count = np.random.default_rng(0), model.task, len(_LENGTHS) + 3
-    if task.traits.images:
+    if task.traits.media and not task.traits.per_token:
         media = tuple(model.tokenizer.drawn(rng) for _ in range(count))
         return Encoded((), task.draw(rng, count, model.model.config.num_labels), media=media, reader=model.tokenizer)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     # A padding token within a text would be taken for the text's end by models that look for it.
     usable = np.setdiff1d(np.arange(vocabulary), model.tokenizer.all_special_ids)
     classes = vocabulary if task.traits.generates else model.model.config.num_labels
-    lengths = [min(length, longest) for length in (*_LENGTHS, _LENGTHS[-1], longest, 2)]
+    before = _before(model)
+    room = longest - len(before)
+    lengths = [min(length, room) for length in (*_LENGTHS, _LENGTHS[-1], room, 2)]
     each = np.repeat(lengths, task.traits.sequences)
     input_ids = tuple(rng.choice(usable, length).astype(np.int32) for length in each)
     labels, targets = task.draw(rng, len(lengths), classes), tuple[Ids, ...]()
@@ -139,8 +141,18 @@ def made_up(model: AdapterModel, longest: int) -> Encoded:
     if task.traits.media:
         media = tuple(model.tokenizer.drawn(rng) for _ in range(count))
         found = replace(found, input_ids=(), media=media, reader=model.tokenizer)
+    if len(before):
+        input_ids = tuple(np.concatenate([before, ids]) for ids in input_ids)
+        targets = tuple(np.concatenate([np.full(len(before), IGNORED, np.int32), each]) for each in targets)
+        found = replace(found, input_ids=input_ids, targets=targets)
     # By the model as it is: beside a base model that a random adapter is far from, some losses are flat.
     return task.prepare(model, found)
+
+
+def _before(model: AdapterModel) -> Ids:
+    """The places that a picture takes in a text."""
+    traits = model.task.traits
+    return np.asarray(model.tokenizer.prefix if traits.images and traits.per_token else (), np.int32)
 
 
 @contextmanager
@@ -165,7 +177,7 @@ def _random_adapter(model: AdapterModel) -> Iterator[list[nn.Parameter]]:
 
 
 def _read_longest(model: AdapterModel, loss: BatchLoss, max_length: int) -> None:
-    if model.task.traits.images:
+    if model.task.traits.media and not model.task.traits.per_token:
         return  # images have one size, which loading the model has tried
     longest = made_up(model, max_length)
     number = max(range(len(longest)), key=longest.length)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from fedloom.client.tasks.api import Ids, Task, Traits, made_up_text
-from fedloom.client.tasks.completions import completion_tokens, log_likelihood
+from fedloom.client.tasks.generation.completions import completion_tokens, log_likelihood
 from fedloom.client.tasks.preference.reference import reference_scores
 from fedloom.core.config.file_format import Answers, Column
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedloom.client.data.rows import Indices, Rows
 from fedloom.client.tasks.api import Ids, Task, Traits, made_up_text
-from fedloom.client.tasks.completions import completion_tokens
+from fedloom.client.tasks.generation.completions import completion_tokens
 from fedloom.core.config.file_format import Answers, Column
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedloom.client.data.rows import Rows, recording
 from fedloom.client.tasks.api import Ids, Task, Traits, made_up_text
-from fedloom.client.tasks.seq2seq import read_before
+from fedloom.client.tasks.generation.seq2seq import read_before
 from fedloom.core.config.file_format import Answers, Column
 
 if TYPE_CHECKING:

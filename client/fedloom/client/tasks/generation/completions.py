@@ -15,7 +15,7 @@ __all__ = ["completion_tokens", "log_likelihood"]
 
 
 def completion_tokens(
-    texts: Sequence[str], prompts: Sequence[str], tokenizer: Any, max_length: int
+    texts: Sequence[str], prompts: Sequence[str], tokenizer: Any, max_length: int, *, special: bool = True
 ) -> Iterator[tuple[Ids, Ids]]:
     """Ids of each text, and the next token's id at each token before one that reaches beyond the prompt.
 
@@ -24,9 +24,11 @@ def completion_tokens(
         prompts: What is read but not learned; "" learns the whole text.
         tokenizer: The model's.
         max_length: Tokens to keep of each.
+        special: Begin as the tokenizer begins a text.
     """
     # Cut here rather than by the tokenizer, which would put its end token where a text does not end.
-    output = tokenizer(list(texts), return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    given: dict[str, Any] = {"return_offsets_mapping": True, "return_attention_mask": False, "verbose": False}
+    output = tokenizer(list(texts), add_special_tokens=special, **given)
     end = tokenizer.eos_token_id
     for whole, spans, prompt in zip(output["input_ids"], output["offset_mapping"], prompts, strict=True):
         # A special token spans no character, so the one that begins a text is never learned.
