@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fedloom.api import load_adapter
 from fedloom.cli.main import app
 from fedloom.client.models.base_folder import base_digest
-from fedloom.client.models.export import save_final
+from fedloom.client.models.exports.result import save_final
 from fedloom.client.models.load import load_model
 from fedloom.core.config.run import Spec, load_run
 from fedloom.core.errors import ModelError

@@ -99,7 +99,7 @@ class Result:
             ValueError: A merged weight would not be finite.
             ModelError: The kind of adapter cannot be merged.
         """
-        from fedloom.client.models.adapter_folder import is_folder
+        from fedloom.client.models.exports.adapter_folder import is_folder
 
         if is_folder(self.simulated.exported):
             raise ModelError(f"{self.simulated.exported} cannot be merged; use `adapter`, the model with its layers")
@@ -117,7 +117,7 @@ class Result:
 
     def _load(self) -> "PeftModel | PreTrainedModel":
         from fedloom.client.models.base_folder import resolve_base
-        from fedloom.client.models.export import load_exported
+        from fedloom.client.models.exports.loading import load_exported
 
         model = self.run.config.model
         base = resolve_base(model.base)

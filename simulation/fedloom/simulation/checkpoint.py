@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from fedloom.client.models.export import facts, privacy_facts, save_result, writable
+from fedloom.client.models.exports.facts import facts, privacy_facts
+from fedloom.client.models.exports.result import save_result, writable
 from fedloom.core.schema import Tensors
 from fedloom.server.monitoring.recorders.api import RoundRecord
 from fedloom.simulation.federation import Federation

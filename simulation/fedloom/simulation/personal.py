@@ -7,7 +7,7 @@ import numpy as np
 
 from fedloom.client.eval.score import Score, evaluate
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.export import result_name, save_result
+from fedloom.client.models.exports.result import result_name, save_result
 from fedloom.client.privacy.ledger.account import personal_folder
 from fedloom.client.session.personal_tensors import kept_personal
 from fedloom.core.schema import Tensors

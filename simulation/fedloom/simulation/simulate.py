@@ -18,7 +18,9 @@ from fedloom.client.data.rows import digest
 from fedloom.client.eval.confusion import classes_document
 from fedloom.client.eval.score import Score, evaluate
 from fedloom.client.models.base_folder import resolve_base
-from fedloom.client.models.export import facts, load_exported, predict, result_name, save_result, writable
+from fedloom.client.models.exports.facts import facts
+from fedloom.client.models.exports.loading import load_exported, predict
+from fedloom.client.models.exports.result import result_name, save_result, writable
 from fedloom.client.models.load import ON_CPU
 from fedloom.client.models.start import start_of
 from fedloom.client.policy import ComputePolicy

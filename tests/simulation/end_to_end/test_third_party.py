@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedloom.client.eval.held_out import HeldOut
-from fedloom.client.models.export import save_adapter, save_final
+from fedloom.client.models.exports.peft_adapter import save_adapter
+from fedloom.client.models.exports.result import save_final
 from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy, check_spec
 from fedloom.client.session.prepare import prepare

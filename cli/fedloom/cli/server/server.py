@@ -277,7 +277,10 @@ def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Form
         about = {"base_digest": config.model.digest, "labels": list(config.model.labels)}
         known = {"run": config.run.name, **about, "rounds": coordinator.state.round, **terms}
         return _save_tensors(coordinator, target, known)
-    from fedloom.client.models.export import facts, save_adapter, save_folder, save_merged
+    from fedloom.client.models.exports.adapter_folder import save_folder
+    from fedloom.client.models.exports.facts import facts
+    from fedloom.client.models.exports.merged_model import save_merged
+    from fedloom.client.models.exports.peft_adapter import save_adapter
     from fedloom.client.models.load import load_model
 
     model = load_model(config.model, config.adapter)
