@@ -39,9 +39,9 @@ _LOADING = """import fedloom.api as fl
 
 model = fl.load_adapter("THIS FOLDER", base="BASE")"""
 
-_NOTES = """The model is one of transformers, in evaluation mode; its tokenizer is the base model's. The file
-`adapter.safetensors` has what was trained, `adapter.json` the kind and its options. Another run with the same `[adapter]` goes on from this
-folder with `[start]`.
+_NOTES = """The model is one of transformers, in evaluation mode; its tokenizer is the base model's. What was trained is
+in `adapter.safetensors`, the kind and its options in `adapter.json`. Another run with the same `[adapter]` goes on from
+this folder with `[start]`.
 """
 
 

@@ -83,7 +83,7 @@ def merge(model: AdapterModel, *, keep: bool = False) -> PreTrainedModel:
     quantised = [name for name, each in base.named_parameters() if not each.is_floating_point()]
     if quantised:
         raise ModelError(f"{quantised[0]} is quantised, and a merged weight would be rounded; {remedy}")
-    shared = base.get_input_embeddings().weight
+    shared = getattr(base.get_input_embeddings(), "weight", None)  # a vision model embeds patches otherwise
     for pair in model.schema.pairs:
         if base.get_submodule(pair.module).base_layer.weight is shared:
             raise ModelError(
