@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from string import Template
 from typing import Any
 
-__all__ = ["Form", "Purpose", "hub_name", "model_card"]
+__all__ = ["Form", "Purpose", "held_out_facts", "hub_name", "model_card"]
 
 _TEMPLATE = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -53,12 +53,26 @@ class Purpose:
     """What becomes of a row before the model reads it, as a sentence without its full stop."""
 
 
+def held_out_facts(
+    accuracy: float | None, loss: float | None, metrics: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """What fedloom.json says of scores on held-out rows, which only who has the rows knows.
+
+    Args:
+        accuracy: Share of right answers, 0 to 1; None if nothing was scored.
+        loss: Its mean, in nats.
+        metrics: What the task has beside these, by name.
+    """
+    more = {"held_out_metrics": dict(metrics)} if metrics else {}
+    return {"held_out_accuracy": accuracy, "held_out_loss": loss, **more}
+
+
 def hub_name(base: object) -> str | None:
     """The base model as ORG/NAME of a hub; None if it is named otherwise, such as by a folder."""
     return base if isinstance(base, str) and _HUB_ID.fullmatch(base) else None
 
 
-def model_card(facts: Mapping[str, Any], form: Form, purpose: Purpose | None) -> str:
+def model_card(facts: Mapping[str, Any], form: Form, purpose: Purpose | None = None) -> str:
     """The text of README.md.
 
     Args:

@@ -29,6 +29,7 @@ from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.gradients import batch_loss
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import FedloomError, ModelError
+from fedloom.core.model_card import held_out_facts
 from fedloom.core.privacy.accounting import Statement
 from fedloom.core.schema import Tensors
 from fedloom.server.build import build_strategy
@@ -292,7 +293,7 @@ def _finish(
     exported = folder / result_name(model)
     save_clients(federation, model, run, trained, own, folder, known)
     model.show(trained)
-    save_result(model, exported, {**known, "held_out_accuracy": final.accuracy})
+    save_result(model, exported, {**known, **held_out_facts(final.accuracy, final.loss, final.metrics)})
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, model.task, federation.held_out, pad)
     model.leave()  # its place is needed for the same model again

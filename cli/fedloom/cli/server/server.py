@@ -20,6 +20,7 @@ from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.config.start import needs_base, pinned
 from fedloom.core.errors import ConfigError, StoreError
+from fedloom.core.model_card import held_out_facts
 from fedloom.core.runtime.durable import write_durably
 from fedloom.core.schema import Array, Schema, Tensors
 from fedloom.core.tensor_file import TENSORS, tensor_file
@@ -280,10 +281,7 @@ def _held_out(folder: Path, number: int) -> dict[str, Any]:
 
     records = read_metrics(folder) if (folder / METRICS_FILE).is_file() else []
     found = next((each for each in reversed(records) if each.round == number and each.accuracy is not None), None)
-    if found is None:
-        return {}
-    more = {"held_out_metrics": found.metrics} if found.metrics else {}
-    return {"held_out_accuracy": found.accuracy, "held_out_loss": found.loss, **more}
+    return {} if found is None else held_out_facts(found.accuracy, found.loss, found.metrics)
 
 
 def _save(
@@ -322,14 +320,14 @@ def _save(
     model = load_model(config.model, config.adapter)
     model.show(coordinator.result())
     known = {**facts(config, privacy, user), **(held_out or {})}
-    save: Callable[..., None] = {
+    saves: dict[Format, Callable[..., None]] = {
         "peft": save_adapter,
         "merged": save_merged,
         "fedloom": save_folder,
         "onnx": save_onnx,
         "gguf": partial(save_gguf, weights=weights),
-    }[format]
-    save(model, target, known)
+    }
+    saves[format](model, target, known)
     return target
 
 
