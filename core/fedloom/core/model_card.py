@@ -80,7 +80,9 @@ def model_card(facts: Mapping[str, Any], form: Form, purpose: Purpose | None = N
         form: What the folder holds.
         purpose: What the model was trained for; None if that is not known.
     """
-    private = ("differential-privacy",) if facts.get("privacy") or facts.get("user_privacy") else ()
+    private = (
+        ("differential-privacy",) if any(map(_statement, (facts.get("privacy"), facts.get("user_privacy")))) else ()
+    )
     front: dict[str, Any] = {"base_model": hub_name(facts.get("base")), "library_name": form.library}
     front |= {"pipeline_tag": purpose.pipeline if purpose else None}
     front |= {"tags": ["fedloom", "federated-learning", *form.tags, *private]}
@@ -123,28 +125,37 @@ def _held_out(facts: Mapping[str, Any]) -> Sequence[tuple[str, float]]:
 
 def _privacy(facts: Mapping[str, Any]) -> Sequence[str]:
     """Paragraphs on what is promised of the clients' rows, and of whole clients."""
-    stated, user = facts.get("privacy"), facts.get("user_privacy")
+    stated, user = _statement(facts.get("privacy")), _statement(facts.get("user_privacy"))
     said = []
     if stated:
         said.append(
             f"Trained with differential privacy. Protected is {stated['unit']} of one client's data "
-            f"({stated['adjacency']}), over {stated['covers']}, at {_figures(stated)}. It holds for each client by "
-            "itself, and nobody else need be trusted for it."
+            f"({stated['adjacency']}), over {stated.get('covers', 'this run')}, at {_figures(stated)}. "
+            "It holds for each client by itself, and nobody else need be trusted for it."
         )
         if "mechanism" in stated:
             clipping = f" at norm {stated['clip_norm']:g} ({stated['clipping']})" if "clip_norm" in stated else ""
             said.append(f"Mechanism: {stated['mechanism']}{clipping}.")
-        said.append(f"Accountant: {stated['accountant']}. Sampling: {stated['sampling']}.")
+        sampling = f" Sampling: {stated['sampling']}." if "sampling" in stated else ""
+        said.append(f"Accountant: {stated['accountant']}.{sampling}")
     elif "merged" in facts:
         said.append("No guarantee of differential privacy holds for all that it was merged from.")
     else:
         said.append(_WITHOUT)
     if user:
         said.append(
-            f"Protected as well is {user['unit']} ({user['adjacency']}), at {_figures(user)}, by {user['mechanism']}. "
+            f"Protected as well is {user['unit']} ({user['adjacency']}), at {_figures(user)}: {user.get('mechanism')}. "
             f"Accountant: {user['accountant']}. The two promises are not added up."
         )
     return said
+
+
+def _statement(found: object) -> Mapping[str, Any]:
+    """A statement of privacy that says all it must; empty if it does not: anybody may have written it."""
+    terms = ("unit", "adjacency", "accountant")
+    if not isinstance(found, Mapping) or not all(isinstance(found.get(each), str) for each in terms):
+        return {}
+    return found if all(isinstance(found.get(each), int | float) for each in ("epsilon", "delta")) else {}
 
 
 def _figures(stated: Mapping[str, Any]) -> str:

@@ -29,8 +29,8 @@ _LOADING = """from peft import PeftModel
 
 model = PeftModel.from_pretrained(base, "THIS FOLDER")"""
 
-_NOTES = """`base` is loaded as for the merged adapters. `fedloom.json` has the method, their digests and what is promised about
-their data.
+_NOTES = """`base` is loaded as for the merged adapters. Their digests, the method and what is promised about their data
+are in `fedloom.json`.
 """
 
 
