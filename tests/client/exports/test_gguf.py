@@ -290,3 +290,24 @@ def test_a_missing_package_is_named_with_what_installs_it(
 
     with pytest.raises(ConfigError, match=r"format gguf needs gguf; pip install 'fedloom\[gguf\]'"):
         save_gguf(llama, tmp_path / "gguf", {})
+
+
+def test_llama_cpp_itself_computes_the_same(llama: AdapterModel, small_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Where its Python package is installed. It keeps keys and values in 16 bits: most of the difference is that."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    ids = {text: llama.tokenizer(text)["input_ids"] for text in TEXTS}
+    with torch.inference_mode():
+        expected = {text: llama.model(input_ids=torch.tensor([each])).logits[0].numpy() for text, each in ids.items()}
+    base = LlamaForCausalLM.from_pretrained(small_bases["llama"]).eval()
+    write_gguf(base, llama.tokenizer, llama.task, tmp_path / "base", {})
+    save_gguf(llama, tmp_path / "gguf", {})
+
+    whole = {"model_path": str(tmp_path / "gguf" / "model.gguf")}
+    pair = {"model_path": str(tmp_path / "base" / "model.gguf"), "lora_path": str(tmp_path / "gguf" / "adapter.gguf")}
+    for files in (whole, pair):
+        for text in TEXTS:
+            program = llama_cpp.Llama(**files, logits_all=True, n_ctx=64, verbose=False)
+            assert program.tokenize(text.encode(), add_bos=False) == ids[text]
+            program.eval(ids[text])
+            found = np.array(program.scores[: len(ids[text])])
+            np.testing.assert_allclose(found, expected[text], rtol=0, atol=1e-2)
