@@ -190,4 +190,5 @@ def test_names_that_others_chose_stay_names() -> None:
     assert "`a'b`, `c # d`" in card
     assert "/data/of" not in card
     assert "pipeline_tag" not in card
-    assert ModelCard(card).data.library_name == "peft"
+    read: Any = ModelCard(card).data
+    assert read.library_name == "peft"
