@@ -103,8 +103,8 @@ def test_the_result_is_scored_exported_kept_and_gone_on_from(data: Path, tiny_ba
         for name in ("model.safetensors", "README.md")
     )
     assert weights[0] == weights[1]
-    # A client has no held-out rows of the coordinator's, and states what the run cost where a simulation's ledgers state
-    # all that they have charged; the rest of the card both know.
+    # A client has no held-out rows of the coordinator's, and states what the run cost; a simulation's ledgers state
+    # all that they have charged. The rest of the card both know.
     assert b"- Accuracy on the coordinator's held-out rows: %.4f" % first.final.accuracy in card[1].splitlines()
     known = card[1].replace(b"over the whole life of the data set", b"over this run").splitlines()
     assert card[0].splitlines() == [line for line in known if b" held-out rows: " not in line]
