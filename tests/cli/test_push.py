@@ -38,6 +38,8 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)
     writable: bool = True
+    open_to_all: bool = False
+    """New repositories are public, whatever was asked."""
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str], Any]:
         """Status, headers and JSON."""
@@ -50,7 +52,7 @@ class Hub:
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             known = name in self.repos
-            self.repos.setdefault(name, asked["visibility"] == "private")
+            self.repos.setdefault(name, asked["visibility"] == "private" and not self.open_to_all)
             return (409 if known else 200), {}, {"url": f"{self.address}/{name}", "name": name}
         if path.startswith("/upload/"):
             self.objects[path.removeprefix("/upload/")] = body
@@ -184,6 +186,15 @@ def test_a_repository_that_everybody_reads_is_no_private_one(hub: Hub, export: P
 
     assert hub.files == {}
     assert not any("create" in each for each in hub.asked)
+
+
+def test_a_hub_that_makes_it_public_all_the_same_gets_no_file(hub: Hub, export: Path) -> None:
+    hub.open_to_all = True
+
+    with pytest.raises(ConfigError, match="clinic/demo is public, though it was to be private"):
+        push(export, "--endpoint", hub.address, "--yes")
+
+    assert hub.files == hub.objects == {}
 
 
 @pytest.mark.parametrize("name", ["ledger.db", "rows.csv", ".env", "model.safetensors.bak", "run.toml", "model.bin"])

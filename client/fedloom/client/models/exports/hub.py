@@ -68,8 +68,10 @@ def push(files: Sequence[Path], repo: str, *, public: bool = False, endpoint: st
                 f"{repo} is there already, and everybody can read it; give --public, or the name of another repository"
             )
         hub.create_repo(repo, private=not public, exist_ok=True)
-        if not public and _is_public(hub, repo):  # somebody else was first
-            raise ConfigError(f"{repo} was made public meanwhile; give the name of another repository")
+        if not public and _is_public(hub, repo):  # somebody else was first, or the hub has its own rule
+            raise ConfigError(
+                f"{repo} is public, though it was to be private; nothing was uploaded, and see the hub's settings"
+            )
         added = [CommitOperationAdd(path.name, path) for path in files]
         done = hub.create_commit(repo, added, commit_message="Result of a run of fedloom")
     except ConfigError:
