@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from onnxruntime import InferenceSession
+from transformers import AutoTokenizer
 
 import fedloom.api as fl
 from fedloom.client.data.rows import Rows, digest
 from fedloom.client.privacy.ledger.ledger import Ledger
-from fedloom.core.errors import ConfigError, DataError
+from fedloom.core.errors import ConfigError, DataError, ModelError
 from fedloom.core.privacy.accounting import Spend, epsilon
 from fedloom.server.build import build_strategy, calibrated
 from fedloom.simulation.in_memory import rows_of
@@ -76,6 +78,25 @@ def test_the_adapter_and_the_merged_model_answer_alike(tiny_run: Make, go: Go) -
     np.testing.assert_allclose(ours, merged, rtol=1e-4, atol=1e-5)
     assert not np.allclose(ours, plain, atol=1e-3)
     assert not any("lora" in name for name, _ in result.merged().named_modules())
+
+
+def test_a_result_is_exported_for_other_programs(tiny_run: Make, go: Go, tmp_path: Path) -> None:
+    result = go(tiny_run())
+
+    folder = result.export("onnx", tmp_path / "onnx")
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = tokenizer(["great film", "sad"], padding=True, return_token_type_ids=False, return_tensors="pt")
+    session = InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: value.numpy() for name, value in rows.items()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, result.adapter(**rows).logits.numpy(), atol=1e-4)
+    ours, theirs = (json.loads((each / "fedloom.json").read_text()) for each in (folder, result.folder / "adapter"))
+    assert ours == theirs
+    with pytest.raises(ModelError, match="this is a BertForSequenceClassification"):
+        result.export("gguf", tmp_path / "gguf")
+    with pytest.raises(ConfigError, match="format is 'pt'; give onnx or gguf"):
+        result.export("pt", tmp_path / "pt")  # type: ignore[arg-type]  # what a caller may try
 
 
 def test_a_private_run_charges_the_ledgers_in_its_folder(tiny_run: Make, go: Go, data: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fedloom.cli.main import app
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.export import save_adapter
+from fedloom.client.models.exports.peft_adapter import save_adapter
 from fedloom.core.config.run import AdapterSection
 from fedloom.core.errors import ConfigError
 

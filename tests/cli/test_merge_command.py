@@ -19,7 +19,8 @@ from fedloom.cli.main import app
 from fedloom.client.data.rows import Rows
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_folder import base_digest
-from fedloom.client.models.export import load_exported, save_adapter
+from fedloom.client.models.exports.loading import load_exported
+from fedloom.client.models.exports.peft_adapter import save_adapter
 from fedloom.client.models.load import load_model
 from fedloom.client.models.start import start_of
 from fedloom.core.config.run import AdapterSection, ModelSection, RunConfig

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from fedloom.client.assets.fetch import fetch
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.tokens import encode
-from fedloom.client.models.export import load_exported, predict
+from fedloom.client.models.exports.loading import load_exported, predict
 from fedloom.client.models.load import load_base
 from fedloom.core.config.run import RunConfig
 from fedloom.simulation.federation import shares

@@ -24,6 +24,7 @@ PAGES = (
     "data.md",
     "api.md",
     "merging.md",
+    "serving.md",
     "tutorial-simulation.md",
     "tutorial-sites.md",
     "tutorial-strategy.md",
@@ -35,6 +36,10 @@ NOT_RUN = {
     ("tutorial-simulation.md", "trains for minutes"),
     ("data.md", "fetches a model and trains it for minutes"),
     ("data.md", "needs the model that was trained above"),
+    ("serving.md", "serves until it is stopped"),
+    ("serving.md", "needs vLLM and a GPU"),
+    ("serving.md", "needs the run on notes and llama.cpp"),
+    ("serving.md", "needs a login at a hub"),
 }
 PROXY_SCRIPT = Path(__file__).with_name("connect_proxy.py")
 _BLOCK_S = 600

@@ -27,7 +27,7 @@ def load_adapter(folder: str | Path, base: str | Path | None = None) -> "PeftMod
         ModelError: The base model is not the one that the adapter was trained on, or cannot be loaded.
     """
     from fedloom.client.models.base_folder import base_digest, resolve_base
-    from fedloom.client.models.export import is_merged, load_exported
+    from fedloom.client.models.exports.loading import is_merged, load_exported
 
     folder = Path(folder)
     known = read_json(folder / "fedloom.json")

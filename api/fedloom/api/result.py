@@ -5,11 +5,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedloom.api.run import Run
 from fedloom.core import registry
-from fedloom.core.errors import ModelError
+from fedloom.core.config.parsing import read_json
+from fedloom.core.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import pandas
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fedloom.client.eval.score import Score
+    from fedloom.client.models.exports.gguf_files import Weights
     from fedloom.core.privacy.accounting import Statement
     from fedloom.server.monitoring.recorders.api import RoundRecord
     from fedloom.simulation.simulate import Result as Simulated
@@ -99,12 +101,42 @@ class Result:
             ValueError: A merged weight would not be finite.
             ModelError: The kind of adapter cannot be merged.
         """
-        from fedloom.client.models.adapter_folder import is_folder
+        from fedloom.client.models.exports.adapter_folder import is_folder
 
         if is_folder(self.simulated.exported):
             raise ModelError(f"{self.simulated.exported} cannot be merged; use `adapter`, the model with its layers")
         model = self._load()
         return model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
+
+    def export(self, format: Literal["onnx", "gguf"], folder: str | Path, weights: "Weights" = "f32") -> Path:
+        """Write the whole model for other programs, as `fedloom export` does, and return the folder.
+
+        Args:
+            format: onnx for onnxruntime, of models that classify; gguf for llama.cpp, of language models like Llama.
+            folder: Where to; what an earlier export left there is replaced.
+            weights: Of gguf: f32 is exact, f16 half as large.
+
+        Raises:
+            ModelError: The model cannot be written so, or the kind of adapter cannot be merged.
+            ConfigError: A package is missing, or the folder holds other files or cannot be written.
+        """
+        from fedloom.client.models.base_folder import resolve_base
+        from fedloom.client.models.exports.gguf_files import write_gguf
+        from fedloom.client.models.exports.onnx_graph import write_onnx
+
+        if format not in ("onnx", "gguf"):
+            raise ConfigError(f"format is {format!r}; give onnx or gguf, and for others see `adapter` and `merged`")
+        folder, exported = Path(folder), self.simulated.exported
+        with registry.locally(self.run.local):
+            task = self.run.config.model.built()
+            plain, reader = self.merged(), task.reader(resolve_base(self.run.config.model.base))
+        known = read_json(exported / "fedloom.json")
+        if format == "onnx":
+            write_onnx(plain, reader, task, folder, known)
+        else:
+            adapter = exported if (exported / "adapter_config.json").is_file() else None
+            write_gguf(plain, reader, task, folder, known, adapter, weights)
+        return folder
 
     def plot(self) -> "Figure":
         """Accuracy and loss, and in a private run the largest epsilon, against the round."""
@@ -117,7 +149,7 @@ class Result:
 
     def _load(self) -> "PeftModel | PreTrainedModel":
         from fedloom.client.models.base_folder import resolve_base
-        from fedloom.client.models.export import load_exported
+        from fedloom.client.models.exports.loading import load_exported
 
         model = self.run.config.model
         base = resolve_base(model.base)

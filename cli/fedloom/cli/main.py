@@ -10,7 +10,7 @@ from fedloom.cli.client import client, data, doctor, identity, ledger, privacy
 from fedloom.cli.components import components
 from fedloom.cli.console import failed, version
 from fedloom.cli.logs import write_logs
-from fedloom.cli.server import certs, inspect, merge, runs, server
+from fedloom.cli.server import certs, inspect, merge, push, runs, server
 from fedloom.cli.server import operate as operation
 from fedloom.cli.simulation import assets, audit, bench, evaluate, flower, init, mean_pool, simulate
 from fedloom.core.errors import FedloomError
@@ -45,6 +45,7 @@ app.command("simulate")(simulate.simulate)
 app.command("server")(server.server)
 app.command("prepare")(server.prepare)
 app.command("export")(server.export)
+app.command("push")(push.push)
 app.command("evaluate")(evaluate.evaluate)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)

@@ -23,7 +23,8 @@ from torch import nn
 from fedloom.client.adapters.api import Adapter, Host, Traits
 from fedloom.client.adapters.attach import attach
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.export import load_exported, save_result
+from fedloom.client.models.exports.loading import load_exported
+from fedloom.client.models.exports.result import save_result
 from fedloom.client.models.load import load_base
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.probe import probe

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from fedloom.client.models.export import facts, privacy_facts, save_result, writable
+from fedloom.client.models.exports.facts import facts, privacy_facts
+from fedloom.client.models.exports.result import save_result, writable
+from fedloom.core.model_card import held_out_facts
 from fedloom.core.schema import Tensors
 from fedloom.server.monitoring.recorders.api import RoundRecord
 from fedloom.simulation.federation import Federation
@@ -22,7 +24,8 @@ def save_round(federation: Federation, result: Tensors, record: RoundRecord, fol
     Raises:
         ConfigError: The folder holds other files, or cannot be written.
     """
-    known = {**facts(federation.config, None), "rounds": record.round, "held_out_accuracy": record.accuracy}
+    scores = held_out_facts(record.accuracy, record.loss, record.metrics)
+    known = {**facts(federation.config, None), "rounds": record.round, **scores}
     if record.privacy is not None:
         known["privacy"] = privacy_facts(federation.config, record.privacy)
     model = writable(federation.model, federation.config)

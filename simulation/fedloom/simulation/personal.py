@@ -7,9 +7,10 @@ import numpy as np
 
 from fedloom.client.eval.score import Score, evaluate
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.export import result_name, save_result
+from fedloom.client.models.exports.result import result_name, save_result
 from fedloom.client.privacy.ledger.account import personal_folder
 from fedloom.client.session.personal_tensors import kept_personal
+from fedloom.core.model_card import held_out_facts
 from fedloom.core.schema import Tensors
 from fedloom.simulation.federation import Federation
 
@@ -62,7 +63,8 @@ def save_clients(
     inside = folder / ("adapters" if result_name(model) == "adapter" else "merged-by-client")
     for name, score in scores.items():
         model.show({**adapter, **_own(federation, run, name)})
-        save_result(model, inside / name, {**facts, "client": name, "held_out_accuracy": score.accuracy})
+        known = {**facts, "client": name, **held_out_facts(score.accuracy, score.loss, score.metrics)}
+        save_result(model, inside / name, known)
 
 
 def _own(federation: Federation, run: str, name: str) -> Tensors:

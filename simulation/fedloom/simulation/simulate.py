@@ -18,7 +18,9 @@ from fedloom.client.data.rows import digest
 from fedloom.client.eval.confusion import classes_document
 from fedloom.client.eval.score import Score, evaluate
 from fedloom.client.models.base_folder import resolve_base
-from fedloom.client.models.export import facts, load_exported, predict, result_name, save_result, writable
+from fedloom.client.models.exports.facts import facts
+from fedloom.client.models.exports.loading import load_exported, predict
+from fedloom.client.models.exports.result import result_name, save_result, writable
 from fedloom.client.models.load import ON_CPU
 from fedloom.client.models.start import start_of
 from fedloom.client.policy import ComputePolicy
@@ -27,6 +29,7 @@ from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.training.gradients import batch_loss
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import FedloomError, ModelError
+from fedloom.core.model_card import held_out_facts
 from fedloom.core.privacy.accounting import Statement
 from fedloom.core.schema import Tensors
 from fedloom.server.build import build_strategy
@@ -290,7 +293,7 @@ def _finish(
     exported = folder / result_name(model)
     save_clients(federation, model, run, trained, own, folder, known)
     model.show(trained)
-    save_result(model, exported, {**known, "held_out_accuracy": final.accuracy})
+    save_result(model, exported, {**known, **held_out_facts(final.accuracy, final.loss, final.metrics)})
     pad = model.tokenizer.pad_token_id
     ours = predict(model.model, model.task, federation.held_out, pad)
     model.leave()  # its place is needed for the same model again

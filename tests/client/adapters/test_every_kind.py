@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.export import load_exported, save_result
+from fedloom.client.models.exports.loading import load_exported
+from fedloom.client.models.exports.result import save_result
 from fedloom.client.models.load import load_model
 from fedloom.client.policy import ComputePolicy
 from fedloom.client.privacy.dp_sgd.grad_sample import recording

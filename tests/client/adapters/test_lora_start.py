@@ -14,7 +14,9 @@ from fedloom.client.adapters.lora import LoRA
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.export import load_exported, save_adapter, save_merged
+from fedloom.client.models.exports.loading import load_exported
+from fedloom.client.models.exports.merged_model import save_merged
+from fedloom.client.models.exports.peft_adapter import save_adapter
 from fedloom.client.models.load import load_base, load_model
 from fedloom.client.models.start import start_of
 from fedloom.client.policy import ComputePolicy
@@ -136,7 +138,7 @@ def test_without_the_start_taken_out_the_export_would_predict_something_else(
 ) -> None:
     model = load_model(model_section, options("pissa"))
     batch = collate(encode(rows, model.tokenizer, 16), np.arange(6), model.tokenizer.pad_token_id)
-    monkeypatch.setattr("fedloom.client.models.export.taken_out", lambda slots: {})
+    monkeypatch.setattr("fedloom.client.models.exports.peft_adapter.taken_out", lambda slots: {})
     save_adapter(model, tmp_path / "peft", {"labels": ["negative", "positive"]})
 
     loaded = load_exported(Path(model_section.base), tmp_path / "peft", 2)

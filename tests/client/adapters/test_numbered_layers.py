@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from fedloom.client.adapters.numbered_layers import in_layers, numbered_layers
-from fedloom.client.models.export import save_adapter
+from fedloom.client.models.exports.peft_adapter import save_adapter
 from fedloom.client.models.load import load_model
 from fedloom.core import registry
 from fedloom.core.config.run import AdapterSection, ModelSection

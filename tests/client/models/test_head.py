@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.export import load_exported, save_adapter
+from fedloom.client.models.exports.loading import load_exported
+from fedloom.client.models.exports.peft_adapter import save_adapter
 from fedloom.client.models.load import load_base, load_model
 from fedloom.client.tasks.api import task_named
 from fedloom.core.config.run import AdapterSection, ModelSection

@@ -21,7 +21,8 @@ from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, collate, encode, microbatches
 from fedloom.client.eval.score import evaluate
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.export import load_exported, predict, save_adapter
+from fedloom.client.models.exports.loading import load_exported, predict
+from fedloom.client.models.exports.peft_adapter import save_adapter
 from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy
 from fedloom.client.privacy.auditing.audit import _through_the_model

@@ -13,7 +13,8 @@ from fedloom.client.assets.fetch import fetch
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.export import load_exported, save_adapter
+from fedloom.client.models.exports.loading import load_exported
+from fedloom.client.models.exports.peft_adapter import save_adapter
 from fedloom.client.models.load import load_model
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError

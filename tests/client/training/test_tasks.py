@@ -16,7 +16,8 @@ from fedloom.client.data.rows import IGNORED, Rows
 from fedloom.client.data.tokens import collate, encode
 from fedloom.client.eval.score import evaluate
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.export import load_exported, predict, save_adapter
+from fedloom.client.models.exports.loading import load_exported, predict
+from fedloom.client.models.exports.peft_adapter import save_adapter
 from fedloom.client.models.load import load_base, load_model
 from fedloom.client.tasks.api import task_named
 from fedloom.core.config.run import AdapterSection, ModelSection

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedloom.client.models.export import load_exported, predict
+from fedloom.client.models.exports.loading import load_exported, predict
 from fedloom.core.config.run import PrivacySection, RunConfig
 from fedloom.core.schema import Role
 from fedloom.simulation import simulate as module

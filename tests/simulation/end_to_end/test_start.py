@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 from typer.testing import CliRunner
 
 from fedloom.cli.main import app
@@ -234,6 +236,40 @@ def test_an_adapter_without_a_head_goes_on_with_a_new_one(
 
     result = simulate(more(base, data, copy), tmp_path / "runs")
 
+    assert result.agreement == 1.0
+
+
+@pytest.mark.filterwarnings("ignore")  # what transformers and peft say about each other
+def test_an_adapter_that_peft_alone_has_trained_is_gone_on_from(tmp_path: Path, data: Path) -> None:
+    """With a head of its own, dropout that fedloom does not use, and no fedloom.json."""
+    base = base_of("headed", tmp_path / "headed")
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    settings = LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value"], lora_dropout=0.1, task_type="SEQ_CLS")
+    model = get_peft_model(plain, settings)
+    optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], 1e-2)
+
+    def loss(name: str) -> torch.Tensor:
+        rows = [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
+        batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt", return_token_type_ids=False)
+        found: torch.Tensor = model(**batch, labels=torch.tensor([row["label"] for row in rows])).loss
+        return found
+
+    for _ in range(5):
+        model.train()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss("train"))
+        optimizer.step()
+    model.eval().save_pretrained(str(tmp_path / "peft"))
+    saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert all(np.abs(value).max() > 0 for name, value in saved.items() if "lora_B" in name)
+    assert not (tmp_path / "peft" / "fedloom.json").exists()
+
+    result = simulate(more(base, data, tmp_path / "peft", adapter={"targets": ["query", "value"]}), tmp_path / "runs")
+
+    with torch.no_grad():
+        assert result.start.loss == pytest.approx(float(loss("test")), rel=1e-5)
+    assert result.final.loss != result.start.loss
     assert result.agreement == 1.0
 
 

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedloom.client.eval.held_out import HeldOut
-from fedloom.client.models.export import save_adapter, save_final
+from fedloom.client.models.exports.peft_adapter import save_adapter
+from fedloom.client.models.exports.result import save_final
 from fedloom.client.models.load import load_model
 from fedloom.client.policy import Policy, check_spec
 from fedloom.client.session.prepare import prepare
@@ -97,8 +98,16 @@ def test_the_result_is_scored_exported_kept_and_gone_on_from(data: Path, tiny_ba
     save_final(load_model(spec.model, spec.adapter), spec, tensors, tmp_path / "client", 2)
     names = {path.name for path in first.exported.iterdir()}
     assert {path.name for path in (tmp_path / "client").iterdir()} == names
-    for name in ("model.safetensors", "README.md"):
-        assert (tmp_path / "client" / name).read_bytes() == (first.exported / name).read_bytes()
+    weights, card = (
+        [(each / name).read_bytes() for each in (tmp_path / "client", first.exported)]
+        for name in ("model.safetensors", "README.md")
+    )
+    assert weights[0] == weights[1]
+    # A client has no held-out rows of the coordinator's, and states what the run cost; a simulation's ledgers state
+    # all that they have charged. The rest of the card both know.
+    assert b"- Accuracy on the coordinator's held-out rows: %.4f" % first.final.accuracy in card[1].splitlines()
+    known = card[1].replace(b"over the whole life of the data set", b"over this run").splitlines()
+    assert card[0].splitlines() == [line for line in known if b" held-out rows: " not in line]
 
     # [start]
     second = simulate(config_of(data, tiny_base, start={"adapter": str(first.exported)}), tmp_path / "again")

@@ -56,7 +56,7 @@ def client(
         out.print(INSECURE)
     # Loads torch, which takes seconds: a mistake in the policy file should not have to wait for it.
     from fedloom.client.data.site_data import own_data
-    from fedloom.client.models.export import save_final
+    from fedloom.client.models.exports.result import save_final
     from fedloom.client.privacy.ledger.account import outbox_folder
     from fedloom.client.session.outbox import kept
     from fedloom.client.session.participant import Participant

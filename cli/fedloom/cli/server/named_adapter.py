@@ -67,7 +67,8 @@ def _kept(run: Path) -> "Iterator[tuple[KeptRound, RunConfig]]":
 
 def _exported(kept: "KeptRound", config: RunConfig, run: Path) -> PeftFolder:
     """A kept state as a user gets it, by way of a folder that is gone afterwards."""
-    from fedloom.client.models.export import facts, save_adapter
+    from fedloom.client.models.exports.facts import facts
+    from fedloom.client.models.exports.peft_adapter import save_adapter
     from fedloom.client.models.load import load_model
     from fedloom.core.privacy.spends import run_statement
 

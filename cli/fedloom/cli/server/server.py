@@ -4,8 +4,9 @@ import asyncio
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from fedloom.core.config.parsing import read_json
 from fedloom.core.config.run import RunConfig, load_run
 from fedloom.core.config.start import needs_base, pinned
 from fedloom.core.errors import ConfigError, StoreError
+from fedloom.core.model_card import held_out_facts
 from fedloom.core.runtime.durable import write_durably
 from fedloom.core.schema import Array, Schema, Tensors
 from fedloom.core.tensor_file import TENSORS, tensor_file
@@ -33,14 +35,23 @@ if TYPE_CHECKING:
 
 __all__ = ["derive", "export", "prepare", "server"]
 
-Format = Literal["peft", "merged", "fedloom", "safetensors"]
-_TARGETS: dict[Format, str] = {"peft": "adapter", "merged": "merged", "fedloom": "adapter", "safetensors": TENSORS}
+Format = Literal["peft", "merged", "fedloom", "safetensors", "onnx", "gguf"]
+_TARGETS: dict[Format, str] = {
+    "peft": "adapter",
+    "merged": "merged",
+    "fedloom": "adapter",
+    "safetensors": TENSORS,
+    "onnx": "onnx",
+    "gguf": "gguf",
+}
 """What an export is called beside the state directory."""
 _WHAT: dict[Format, str] = {
     "peft": "adapter",
     "merged": "merged model",
     "fedloom": "adapter",
     "safetensors": "adapter",
+    "onnx": "ONNX graph",
+    "gguf": "GGUF file",
 }
 
 RunFile = Annotated[Path, typer.Argument(help="The run file.")]
@@ -187,9 +198,12 @@ def export(
     format: Annotated[
         Format | None,
         typer.Option(
-            help="peft, merged, fedloom or safetensors; if not given, the first of them that the adapter's kind has."
+            help="peft, merged, fedloom, safetensors, onnx or gguf; if not given, what the run itself would leave."
         ),
     ] = None,
+    weights: Annotated[
+        Literal["f32", "f16"], typer.Option(help="Bits of a GGUF file's matrices: f32 is exact, f16 half as large.")
+    ] = "f32",
     overrides: Overrides = None,
     json_only: Json = False,
 ) -> None:
@@ -197,7 +211,8 @@ def export(
 
     peft is an adapter for the base model, merged a whole model with the adapter folded into its weights, fedloom a
     folder for fedloom.api.load_adapter, of kinds that have neither, and safetensors one file of the adapter's tensors,
-    which needs neither torch nor the base model.
+    which needs neither torch nor the base model. onnx is a whole model that classifies, for onnxruntime, and gguf a
+    whole language model of the Llama kind with its adapter, for llama.cpp.
     Give the run file and the overrides that the coordinator was started with.
 
     Example: fedloom export examples/sentiment.toml --format merged --out sentiment-model
@@ -207,7 +222,8 @@ def export(
         raise StoreError(f"{folder} does not exist; give the coordinator's state directory with --state")
     with opened as (coordinator, store):
         format = format or _usual(coordinator.config)
-        path = _save(coordinator, store, out_folder or folder.parent / _TARGETS[format], format)
+        held_out = _held_out(folder.parent, coordinator.state.round)
+        path = _save(coordinator, store, out_folder or folder.parent / _TARGETS[format], format, held_out, weights)
         done, rounds = coordinator.state.round, coordinator.config.run.rounds
     if json_only:
         print_json({"path": str(path), "format": format, "rounds": done, "of": rounds})
@@ -259,7 +275,23 @@ def _usual(config: RunConfig) -> Format:
     return adapter_of(config.adapter).traits.result
 
 
-def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Format) -> Path:
+def _held_out(folder: Path, number: int) -> dict[str, Any]:
+    """What the coordinator has measured on held-out rows after a round, by its metrics.jsonl; nothing if it has not."""
+    from fedloom.server.monitoring.recorders.api import METRICS_FILE, read_metrics
+
+    records = read_metrics(folder) if (folder / METRICS_FILE).is_file() else []
+    found = next((each for each in reversed(records) if each.round == number and each.accuracy is not None), None)
+    return {} if found is None else held_out_facts(found.accuracy, found.loss, found.metrics)
+
+
+def _save(
+    coordinator: "Coordinator",
+    store: "Store",
+    target: Path,
+    format: Format,
+    held_out: dict[str, Any] | None = None,
+    weights: Literal["f32", "f16"] = "f32",
+) -> Path:
     """Write the result; all but safetensors need the base model and torch."""
     from fedloom.core.privacy.spends import run_statement
     from fedloom.server.monitoring.participation import rounds_asked
@@ -275,15 +307,27 @@ def _save(coordinator: "Coordinator", store: "Store", target: Path, format: Form
     if format == "safetensors":
         terms = {"privacy": privacy.document() if privacy else None, "user_privacy": user}
         about = {"base_digest": config.model.digest, "labels": list(config.model.labels)}
-        known = {"run": config.run.name, **about, "rounds": coordinator.state.round, **terms}
+        known = {"run": config.run.name, **about, "rounds": coordinator.state.round, **terms, **(held_out or {})}
         return _save_tensors(coordinator, target, known)
-    from fedloom.client.models.export import facts, save_adapter, save_folder, save_merged
+    from fedloom.client.models.exports.adapter_folder import save_folder
+    from fedloom.client.models.exports.facts import facts
+    from fedloom.client.models.exports.gguf_files import save_gguf
+    from fedloom.client.models.exports.merged_model import save_merged
+    from fedloom.client.models.exports.onnx_graph import save_onnx
+    from fedloom.client.models.exports.peft_adapter import save_adapter
     from fedloom.client.models.load import load_model
 
     model = load_model(config.model, config.adapter)
     model.show(coordinator.result())
-    save = {"peft": save_adapter, "merged": save_merged, "fedloom": save_folder}[format]
-    save(model, target, facts(config, privacy, user))
+    known = {**facts(config, privacy, user), **(held_out or {})}
+    saves: dict[Format, Callable[..., None]] = {
+        "peft": save_adapter,
+        "merged": save_merged,
+        "fedloom": save_folder,
+        "onnx": save_onnx,
+        "gguf": partial(save_gguf, weights=weights),
+    }
+    saves[format](model, target, known)
     return target
 
 

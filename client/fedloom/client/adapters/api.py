@@ -32,7 +32,7 @@ class Traits:
     """As it is attached the model gives what the base model gives. Otherwise it starts near it, such as by rounding."""
     merges: bool = True
     """Its values can be folded into the base model's own parameters. If not, and PEFT does not know the kind either, a
-    run's result is a folder of tensors and options, see `fedloom.client.models.adapter_folder`."""
+    run's result is a folder of tensors and options, see `fedloom.client.models.exports.adapter_folder`."""
 
     @property
     def result(self) -> Literal["peft", "merged", "fedloom"]:

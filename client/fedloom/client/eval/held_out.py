@@ -13,10 +13,10 @@ from fedloom.client.data.load import Split, load_rows
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.eval.score import Score, evaluate
-from fedloom.client.models.adapter_folder import is_folder
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.base_folder import base_digest, resolve_base
-from fedloom.client.models.export import is_merged, load_exported
+from fedloom.client.models.exports.adapter_folder import is_folder
+from fedloom.client.models.exports.loading import is_merged, load_exported
 from fedloom.client.models.load import load_model
 from fedloom.client.policy import ComputePolicy
 from fedloom.core.config.parsing import read_json

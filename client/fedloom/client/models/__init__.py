@@ -1,1 +1,1 @@
-"""The base model: load, check, quantise, export."""
+"""The base model: load, check, quantise."""

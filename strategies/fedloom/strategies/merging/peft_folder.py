@@ -13,6 +13,7 @@ from safetensors.numpy import load, save
 
 from fedloom.core.config.parsing import read_json
 from fedloom.core.errors import ConfigError
+from fedloom.core.model_card import Form, model_card
 from fedloom.core.peft_settings import lora_scale, more_than_pairs
 from fedloom.core.runtime.export_folder import replace_export
 from fedloom.core.schema import Array
@@ -24,12 +25,12 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 _PLAIN_START = (True, False, "gaussian", "eva")
 """`init_lora_weights` under which W0 is the base model's own; others, such as PiSSA, train beside another W0."""
 
-_CARD = """# {name}
+_LOADING = """from peft import PeftModel
 
-A PEFT adapter that `fedloom merge` made of {count}. It loads as they do:
-`PeftModel.from_pretrained(base, "THIS FOLDER")`.
+model = PeftModel.from_pretrained(base, "THIS FOLDER")"""
 
-`fedloom.json` has the method, the digests of the merged adapters and what is promised about their data.
+_NOTES = """`base` is loaded as for the merged adapters. Their digests, the method and what is promised about their data
+are in `fedloom.json`.
 """
 
 
@@ -113,8 +114,11 @@ def write_folder(
     def write(draft: Path) -> None:
         (draft / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
         (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
-        of = "one adapter" if count == 1 else f"{count} adapters"
-        (draft / "README.md").write_text(_CARD.format(name=folder.resolve().name, count=of), encoding="utf-8")
+        what = f"A PEFT adapter that `fedloom merge` made of {'one adapter' if count == 1 else f'{count} adapters'}."
+        card = model_card(
+            {"run": folder.resolve().name, **facts}, Form("peft", ("peft", "lora"), what, _LOADING, notes=_NOTES)
+        )
+        (draft / "README.md").write_text(card, encoding="utf-8")
         (draft / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     replace_export(folder, write)

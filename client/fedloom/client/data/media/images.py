@@ -258,6 +258,19 @@ class ImageProcessor:
         scaled: npt.NDArray[np.float32] = (pixels.astype(np.float32) / np.float32(255) - mean) / deviation
         return scaled
 
+    def save_pretrained(self, folder: str) -> None:
+        """Write preprocessor_config.json, which `picture_settings` and transformers' AutoImageProcessor read."""
+        square = {"height": self.side, "width": self.side}
+        size: dict[str, Any] = {"image_processor_type": "ViTImageProcessor", "size": square}
+        if self.resized:
+            size = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": self.resized}}
+            size |= {"do_center_crop": True, "crop_size": square}
+        steps = {"do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True}
+        numbers = {"image_mean": self.mean, "image_std": self.deviation, "resample": self.resample}
+        document = {**size, **steps, **numbers, "rescale_factor": 1 / 255}
+        path = Path(folder) / "preprocessor_config.json"
+        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
 
 def picture_settings(folder: Path, image_size: int | None) -> ImageProcessor:
     """How the base model in `folder` wants its pictures, from its preprocessor_config.json and config.json.

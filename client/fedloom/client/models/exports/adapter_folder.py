@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fedloom.client.adapters.api import Host
 from fedloom.client.adapters.attach import adapter_of, attach, scale_of
 from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.exports.card import write_card
 from fedloom.client.models.load import load_base
 from fedloom.client.models.quantization import keep_float32, loading
 from fedloom.client.policy import ComputePolicy
@@ -24,25 +25,23 @@ from fedloom.core import registry
 from fedloom.core.config.parsing import Section, parse, read_json
 from fedloom.core.config.run import AdapterSection
 from fedloom.core.errors import ConfigError, ModelError, SchemaError
+from fedloom.core.model_card import Form
+from fedloom.core.runtime.export_folder import replace_export
 from fedloom.core.tensor_file import TENSORS, tensor_file
 
-__all__ = ["is_folder", "load_folder", "write_folder"]
+__all__ = ["is_folder", "load_folder", "save_folder"]
 
 _OPTIONS = "adapter.json"
 
-_CARD = """# {name}
+_WHAT = "An adapter trained with fedloom, of a kind that PEFT does not know and that weights cannot take up."
 
-An adapter trained with fedloom, of a kind that PEFT does not know and that the base model's weights cannot take up.
+_LOADING = """import fedloom.api as fl
 
-```python
-import fedloom.api as fl
+model = fl.load_adapter("THIS FOLDER", base="BASE")"""
 
-model = fl.load_adapter("THIS FOLDER", base="BASE")
-```
-
-The model is one of transformers, in evaluation mode; its tokenizer is the base model's. `adapter.safetensors` has what
-was trained, `adapter.json` the kind and its options, `fedloom.json` the base model's digest, the label names and, for a
-private run, the guarantee. Another run with the same `[adapter]` goes on from this folder with `[start]`.
+_NOTES = """The model is one of transformers, in evaluation mode; its tokenizer is the base model's. What was trained is
+in `adapter.safetensors`, the kind and its options in `adapter.json`. Another run with the same `[adapter]` goes on from
+this folder with `[start]`.
 """
 
 
@@ -51,7 +50,7 @@ def is_folder(folder: Path) -> bool:
     return (folder / _OPTIONS).is_file()
 
 
-def write_folder(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+def _write(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
     """Write the adapter that the model holds now into a folder that is there.
 
     Raises:
@@ -67,8 +66,24 @@ def write_folder(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> No
     (folder / TENSORS).write_bytes(tensor_file(tensors, model.schema, facts))
     options = {"kind": kind, **model.adapter.model_dump(mode="json", exclude_none=True)}
     (folder / _OPTIONS).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_CARD.format(name=facts.get("run", "adapter")), encoding="utf-8")
-    (folder / "fedloom.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_card(folder, Form("fedloom", (kind,), _WHAT, _LOADING, notes=_NOTES), model.task, facts)
+
+
+def save_folder(model: AdapterModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write the adapter that the model holds now as tensors and options.
+
+    The folder is written as by `save_adapter`.
+
+    Raises:
+        ModelError: PEFT knows the kind, or it can be merged: then others can load it too.
+        ConfigError: As by `save_adapter`, or the kind is installed nowhere.
+    """
+    if (usual := model.adapter.traits.result) != "fedloom":
+        raise ModelError(
+            f"format fedloom is for adapters that only fedloom can load, and {type(model.adapter).__name__} is none; "
+            f"export with format {usual} or safetensors"
+        )
+    replace_export(folder, lambda draft: _write(model, draft, facts))
 
 
 def load_folder(base: Path, folder: Path, task: Task, compute: ComputePolicy) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.export import save_merged
+from fedloom.client.models.exports.merged_model import save_merged
 from fedloom.client.tasks.api import task_named
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ConfigError, ModelError

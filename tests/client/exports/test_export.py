@@ -15,7 +15,10 @@ from transformers import AutoModelForSequenceClassification
 from fedloom.client.data.rows import Rows
 from fedloom.client.data.tokens import collate, encode
 from fedloom.client.models.adapter_model import AdapterModel
-from fedloom.client.models.export import load_exported, predict, save_adapter, save_final, save_merged
+from fedloom.client.models.exports.loading import load_exported, predict
+from fedloom.client.models.exports.merged_model import save_merged
+from fedloom.client.models.exports.peft_adapter import save_adapter
+from fedloom.client.models.exports.result import save_final
 from fedloom.client.models.load import load_model
 from fedloom.core.config.run import AdapterSection, ModelSection, Spec
 from fedloom.core.errors import ConfigError
@@ -72,8 +75,9 @@ def test_facts_and_card_lie_beside_the_weights(tiny_model: AdapterModel, tmp_pat
 
     folder = tmp_path / "new" / "folder"
     assert json.loads((folder / "fedloom.json").read_text()) == facts
-    assert "num_labels=3" in (folder / "README.md").read_text()
-    assert (folder / "README.md").read_text().startswith("# demo\n")
+    card = (folder / "README.md").read_text()
+    assert "num_labels=2" in card, "the model has two outputs, whatever facts say"
+    assert "\n# demo\n" in card
     assert (folder / "adapter_model.safetensors").is_file()
     assert not list(folder.glob("*.bin"))
 
@@ -154,7 +158,7 @@ def saved(folder: Path) -> tuple[str, float] | None:
         "fedloom.json",
     }
     run = json.loads((folder / "fedloom.json").read_text())["run"]
-    assert (folder / "README.md").read_text().startswith(f"# {run}\n")
+    assert f"\n# {run}\n" in (folder / "README.md").read_text()
     json.loads((folder / "adapter_config.json").read_text())
     weights = load_file(folder / "adapter_model.safetensors")
     return run, float(max(np.abs(each).max() for each in weights.values()))
