@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import nn
 
+from fedloom.client.privacy.dp_sgd.grad_sample.experts import check_mixture
 from fedloom.client.privacy.dp_sgd.grad_sample.hooks import HOOKED, hooked
 from fedloom.client.privacy.dp_sgd.grad_sample.layers import rule
 from fedloom.client.privacy.dp_sgd.grad_sample.owners import names_of, owners
@@ -23,9 +24,10 @@ def recording(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[Tape
     that only Opacus's hooks know, all of them go through the hooks.
 
     Raises:
-        ModelError: A trained parameter belongs to a layer that is not supported.
+        ModelError: A trained parameter belongs to a layer that is not supported, or to a router or an expert.
     """
     names = names_of(model, parameters)
+    check_mixture(model, list(names.values()))
     layers = owners(model, names, lambda kind: rule(kind) or kind in HOOKED)
     rules = {name: found for name, module in layers.items() if (found := rule(type(module)))}
     if rules.keys() != layers.keys():
