@@ -1,4 +1,4 @@
-"""Tiny random base models of many families, saved as each is usually published: an encoder or a whole language model."""
+"""Tiny random base models of many families, saved as each is usually published: the encoder or the whole."""
 
 import warnings
 from collections.abc import Callable
@@ -8,11 +8,13 @@ import torch
 from transformers import (
     AlbertConfig,
     AlbertModel,
+    BaseImageProcessor,
     BartConfig,
     BartModel,
     BertConfig,
     BertForMaskedLM,
     CLIPConfig,
+    CLIPImageProcessorPil,
     CLIPModel,
     DebertaV2Config,
     DebertaV2Model,
@@ -52,6 +54,7 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
     SiglipConfig,
+    SiglipImageProcessorPil,
     SiglipModel,
     SmolLM3Config,
     SmolLM3ForCausalLM,
@@ -166,6 +169,12 @@ PICTURES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 """Models of pictures of 28 by 28 pixels, or of 32 by 32, and of pictures with their captions."""
 
+_PREPARED: dict[str, Callable[[], BaseImageProcessor]] = {
+    "clip": lambda: CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+    "siglip": lambda: SiglipImageProcessorPil(size={"height": 28, "width": 28}),
+}
+"""How pictures are prepared where config.json does not say how large they are."""
+
 SPEECH: dict[str, Callable[[], PreTrainedModel]] = {
     "whisper": lambda: WhisperModel(
         WhisperConfig(
@@ -197,6 +206,8 @@ def save_family(name: str, folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (FAMILIES | PICTURES | SPEECH)[name]().save_pretrained(folder)
-        if name not in PICTURES:
+        if name in _PREPARED:
+            _PREPARED[name]().save_pretrained(folder)
+        elif name not in PICTURES:
             tokenizer.save_pretrained(folder)
     return folder
