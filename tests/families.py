@@ -8,9 +8,9 @@ import torch
 from transformers import (
     AlbertConfig,
     AlbertModel,
-    BaseImageProcessor,
     BartConfig,
     BartModel,
+    BaseImageProcessor,
     BertConfig,
     BertForMaskedLM,
     CLIPConfig,
@@ -94,7 +94,12 @@ def _towers() -> dict[str, dict[str, object]]:
 
 
 def _deberta() -> PreTrainedModel:
-    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16}
+    relative = {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 16,
+        "share_att_key": True,
+    }
     return DebertaV2Model(DebertaV2Config(**_BERT, **relative, type_vocab_size=0, pad_token_id=_MARKS["pad_token_id"]))
 
 

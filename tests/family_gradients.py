@@ -102,9 +102,9 @@ def _through_fedloom(case: Case, base: Path) -> Result:
     values |= {"head": "frozen"} if case.task == "causal-lm" else {"labels": ("a", "b", "c")}
     adapter = AdapterSection.model_validate({"rank": 2, "alpha": 4, "targets": case.targets})
     model = load_model(ModelSection.model_validate(values), adapter)
+    probe(model, lambda batch: batch_loss(model, batch), _LENGTH)
     rng = np.random.default_rng(1)
     model.load({s.name: rng.normal(0, 0.3, s.shape).astype(np.float32) for s in model.schema.tensors})
-    probe(model, lambda batch: batch_loss(model, batch), _LENGTH)
     examples, pad = made_up(model, _LENGTH), getattr(model.tokenizer, "pad_token_id", 0)
 
     def losses(chosen: list[int]) -> torch.Tensor:

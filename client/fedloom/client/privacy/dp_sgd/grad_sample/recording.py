@@ -9,6 +9,7 @@ from torch import nn
 from fedloom.client.privacy.dp_sgd.grad_sample.experts import check_mixture
 from fedloom.client.privacy.dp_sgd.grad_sample.hooks import HOOKED, hooked
 from fedloom.client.privacy.dp_sgd.grad_sample.layers import rule
+from fedloom.client.privacy.dp_sgd.grad_sample.layouts import flattened, positions_by_example
 from fedloom.client.privacy.dp_sgd.grad_sample.owners import names_of, owners
 from fedloom.client.privacy.dp_sgd.grad_sample.tape import Tape
 
@@ -34,11 +35,12 @@ def recording(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[Tape
         with hooked(model, parameters) as tape:
             yield tape
         return
-    tape = Tape(parameters, names)
+    tape = Tape(parameters, names, flattened(model, parameters))
     try:
         for name, module in layers.items():
             module.forward = partial(rules[name], module, tape)
-        yield tape
+        with positions_by_example(model, parameters):
+            yield tape
     finally:
         for module in layers.values():
             module.__dict__.pop("forward", None)

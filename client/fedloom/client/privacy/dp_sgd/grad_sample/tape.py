@@ -23,10 +23,22 @@ class Tape:
     (Bu et al., ICML 2023, arXiv 2210.00038, call the second way book-keeping.)
     """
 
-    def __init__(self, parameters: list[nn.Parameter], names: dict[nn.Parameter, str] | None = None) -> None:
-        """The order of `parameters` is the order of the columns; `names` are for messages."""
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        names: dict[nn.Parameter, str] | None = None,
+        flattened: frozenset[nn.Parameter] = frozenset(),
+    ) -> None:
+        """Begin with nothing.
+
+        Args:
+            parameters: Their order is that of the columns.
+            names: For messages.
+            flattened: Those whose layers may see several rows in turn for each example, see `layouts`.
+        """
         self.parameters = parameters
         self.names = names or {}
+        self.flattened = flattened
         self.columns: dict[nn.Parameter, slice] = {}
         width = 0
         for parameter in parameters:
@@ -52,10 +64,14 @@ class Tape:
     def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Add to one parameter's gradients, shape (batch, *parameter.shape). A layer used twice adds twice.
 
+        Of a flattened parameter there may be several for each example, which are added up.
+
         Raises:
             ModelError: The first axis is not the examples'.
         """
         self._check(parameter, len(gradient))
+        if len(gradient) > self.batch:
+            gradient = gradient.float().reshape(self.batch, -1, *parameter.shape).sum(1)
         gradient = gradient.float().reshape(self.batch, *parameter.shape)
         if parameter in self._formed:
             self._formed[parameter].add_(gradient)
@@ -67,7 +83,7 @@ class Tape:
 
         Args:
             parameter: The matrix.
-            left: Shape (batch, ..., m); a layer's output gradient, say.
+            left: Shape (batch, ..., m); a layer's output gradient, say. Of a flattened parameter (batch · k, ..., m).
             right: Shape (batch, ..., n), the same in between; its input.
 
         Raises:
@@ -86,7 +102,8 @@ class Tape:
             self.add(parameter, _multiply(left, right))
 
     def _check(self, parameter: nn.Parameter, rows: int) -> None:
-        if rows != self.batch:
+        in_turn = parameter in self.flattened and self.batch and not rows % self.batch
+        if rows != self.batch and not in_turn:
             raise ModelError(
                 f"trained layer {self._name(parameter)} saw {rows} rows for {self.batch} examples: its gradient mixes "
                 "examples and cannot be clipped per example; train other layers"
