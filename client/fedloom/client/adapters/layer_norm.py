@@ -29,7 +29,7 @@ class LayerNorm(Section):
     """
 
     traits: ClassVar[Traits] = Traits(exact_average=True, trains_base=True)
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Layers that PEFT's carrier sits on; they are not trained."""
     layers: Layers = None
     """Numbers of the transformer layers whose norms move: 0 is the first, -1 the last. None: all of the model's."""

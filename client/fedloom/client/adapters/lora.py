@@ -60,7 +60,7 @@ class LoRA(Section):
     """LoRA rank r."""
     alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
     """LoRA alpha; the scale is alpha / rank."""
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Names (suffixes) of the linear layers that get a pair. "all-linear": every linear layer but the head, the
     output and routers of experts. "auto": those that PEFT has for the base model's kind; where it has none, the queries
     and values of the attention, and where there are none either, all."""

@@ -20,6 +20,8 @@ __all__ = ["check_mixture", "inside", "routers"]
 _NAMES = ("gate", "router")
 """What models call the router beside their experts, if transformers does not know its class."""
 _EXPERTS = "experts"
+_LIMIT = "expert_capacity"
+"""What a router has that counts the tokens of an expert: NLLB's over the batch."""
 
 
 def routers(model: nn.Module) -> tuple[str, ...]:
@@ -66,12 +68,10 @@ def check_mixture(model: nn.Module, names: list[str]) -> None:
                 f"trained parameter {name!r} is of an expert, which sees the tokens of all examples in one matrix, so "
                 'that it has no gradient per example; train attention: set adapter.targets = "auto"'
             )
-    limited = next((name for name, each in model.named_modules() if getattr(each, "expert_capacity", None)), None)
-    if limited is not None:
+    if (limited := next((name for name, each in model.named_modules() if hasattr(each, _LIMIT)), None)) is not None:
         raise ModelError(
-            f"the experts of {limited!r} take at most {model.get_submodule(limited).expert_capacity} tokens, so that "
-            "one example's can push another's out: no clip bounds what an example changes; take a model without a "
-            "limit on its experts"
+            f"the experts of {limited!r} take a limited number of tokens, so that one example's can push another's out "
+            "and no clip bounds what it changes; take a model without a limit on its experts"
         )
 
 
