@@ -5,6 +5,7 @@
 
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,7 +121,10 @@ def _direct(case: Case, base: Path) -> Result:
     names = linear_targets(plain, case.targets, Head())  # type: ignore[arg-type]  # one of TARGETS
     layers = tuple(sorted({name.rpartition(".")[2] for name in names}))
     torch.manual_seed(1)
-    model = LoRA.model_validate({"rank": 2, "alpha": 4, "targets": case.targets}).attach(Host(plain, Head(), None))
+    pairs = LoRA.model_validate({"rank": 2, "alpha": 4, "targets": case.targets})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        model = pairs.attach(Host(plain, Head(), None))
     parameters = [each for name, each in model.eval().named_parameters() if "lora_" in name]
     for parameter in parameters:
         nn.init.normal_(parameter, std=0.3)
