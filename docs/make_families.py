@@ -63,7 +63,7 @@ def page() -> str:
 
 def _line(name: str, rows: list[dict[str, Any]]) -> str:
     trained = [row for row in rows if "refused" not in row]
-    reasons = dict.fromkeys(f"{row['task']}: {_short(row['refused'])}" for row in rows if "refused" in row)
+    reasons = dict.fromkeys(f"{row['task']}: {row['refused']}" for row in rows if "refused" in row)
     tasks = dict.fromkeys(row["task"] for row in trained)
     told = ", ".join("not a fedloom task yet" if task == "none" else f"`{task}`" for task in tasks)
     cells = [name, told or "none privately"]
@@ -76,12 +76,6 @@ def _line(name: str, rows: list[dict[str, Any]]) -> str:
 
 def _layers(row: dict[str, Any]) -> str:
     return ", ".join(f"`{layer}`" for layer in row["layers"])
-
-
-def _short(reason: str) -> str:
-    """A refusal without the name of the layer it met first, and without its remedy."""
-    what = reason.partition("; ")[0]
-    return what.partition(": ")[2] if what.startswith("trained layer") else what
 
 
 def _figure(value: float) -> str:

@@ -95,7 +95,13 @@ def measured(case: Case, base: Path) -> Result:
     try:
         return _direct(case, base) if case.task == "none" else _through_fedloom(case, base)
     except ModelError as error:
-        return Result(refused=str(error).replace(f" in {base}", ""))
+        return Result(refused=_reason(str(error).replace(f" in {base}", "")))
+
+
+def _reason(message: str) -> str:
+    """A refusal without its remedy, and without the name of the layer that it met first."""
+    what = message.partition("; ")[0]
+    return what.partition(": ")[2] if what.startswith("trained layer") else what
 
 
 def _through_fedloom(case: Case, base: Path) -> Result:
