@@ -89,7 +89,7 @@ _TALL = {**_VISION, "intermediate_size": 48, "initializer_range": 0.2}
 
 def _towers() -> dict[str, dict[str, object]]:
     """The two halves of a model of pictures and their captions."""
-    text = {**_WIDE, "max_position_embeddings": 32, **_MARKS}
+    text: dict[str, object] = {**_WIDE, "max_position_embeddings": 32, **_MARKS}
     return {"text_config": text, "vision_config": dict(_TALL)}
 
 

@@ -45,7 +45,8 @@ class ImageClassification(Task):
     def configure(self, config: Any) -> None:
         """The labels, and no head in a vision tower: SigLIP's is for captions, and its classifier does not read it."""
         super().configure(config)
-        if hasattr(tower := getattr(config, "vision_config", None), "vision_use_head"):
+        tower = getattr(config, "vision_config", None)
+        if tower is not None and hasattr(tower, "vision_use_head"):
             tower.vision_use_head = False
 
     def reader(self, folder: Path) -> Any:

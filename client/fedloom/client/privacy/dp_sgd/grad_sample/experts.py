@@ -10,6 +10,7 @@ A router sends every token to a few of many feed-forward blocks, the experts (Sh
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -82,6 +83,8 @@ def inside(name: str, modules: tuple[str, ...]) -> bool:
 
 def _recorded(module: nn.Module) -> Iterator[tuple[type[nn.Module], str]]:
     """The classes, and the ends of full names, of what transformers collects as a model's `router_logits`."""
-    recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
+    recorders: Any = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
     for each in recorders if isinstance(recorders, (list, tuple)) else (recorders,):
-        yield getattr(each, "target_class", each), getattr(each, "layer_name", None) or ""
+        kind, end = getattr(each, "target_class", each), getattr(each, "layer_name", None)
+        if isinstance(kind, type):
+            yield kind, end or ""
