@@ -85,15 +85,16 @@ def _cases() -> Iterator[Case]:
 CASES = tuple(_cases())
 
 
-def measured(case: Case, base: Path) -> Result:
+def measured(case: Case, base: Path, kind: str = "lora") -> Result:
     """Load the model of a folder as a private run does, probe it, and take one private step.
 
     Args:
         case: What to do with it.
         base: Where `save_family` has written it.
+        kind: What is trained; where there is no task, LoRA.
     """
     try:
-        return _direct(case, base) if case.task == "none" else _through_fedloom(case, base)
+        return _direct(case, base) if case.task == "none" else _through_fedloom(case, base, kind)
     except ModelError as error:
         return Result(refused=_reason(str(error).replace(f" in {base}", "")))
 
@@ -104,10 +105,10 @@ def _reason(message: str) -> str:
     return what.partition(": ")[2] if what.startswith("trained layer") else what
 
 
-def _through_fedloom(case: Case, base: Path) -> Result:
+def _through_fedloom(case: Case, base: Path, kind: str) -> Result:
     values: dict[str, Any] = {"base": str(base), "task": case.task, "max_length": _LENGTH}
     values |= {"head": "frozen"} if case.task == "causal-lm" else {"labels": ("a", "b", "c")}
-    adapter = AdapterSection.model_validate({"rank": 2, "alpha": 4, "targets": case.targets})
+    adapter = AdapterSection.model_validate({"kind": kind, "rank": 2, "alpha": 4, "targets": case.targets})
     model = load_model(ModelSection.model_validate(values), adapter)
     probe(model, lambda batch: batch_loss(model, batch), _LENGTH)
     rng = np.random.default_rng(1)

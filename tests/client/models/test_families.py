@@ -116,3 +116,14 @@ def test_deberta_gives_the_same_scores_with_positions_for_each_example(
 
     torch.testing.assert_close(scores, plain, rtol=1e-5, atol=1e-6)
     assert "disentangled_attention_bias" not in vars(attention)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "smollm3", "mixtral"])
+def test_rms_norms_train_privately(family: str, base_of: BaseOf) -> None:
+    """Qwen3 has some for each head, Gemma's weights are what is above one."""
+    found = measured(Case(family, "causal-lm", "auto"), base_of(family), "layernorm")
+
+    assert not found.refused
+    assert found.values >= 5 * 32
+    assert 0 < found.gradient <= TOLERANCE
+    assert 0 < found.step <= TOLERANCE
