@@ -4,12 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from docs import make_families
-from fedloom.client.models.load import load_model
-from fedloom.client.privacy.dp_sgd.grad_sample import layouts, recording
-from fedloom.core.config.run import AdapterSection, ModelSection
 from tests.families import FAMILIES, LANGUAGE_MODELS, PICTURES, SPEECH, save_family
 from tests.family_gradients import CASES, TARGETS, TOLERANCE, Case, measured, recorded
 
@@ -19,7 +15,6 @@ REFUSED = {
     ("xlnet", "text-classification"): "its gradient mixes examples",
 }
 """By family and task, for all targets. XLNet's layers see (tokens, examples, ...)."""
-DEBERTA = "base_model.model.deberta.encoder.layer.0.attention.self"
 
 BaseOf = Callable[[str], Path]
 
@@ -73,57 +68,3 @@ def test_a_decoder_whose_tokenizer_has_no_padding_token_trains_too(
 
     assert not found.refused
     assert 0 < found.gradient <= TOLERANCE
-
-
-@pytest.mark.parametrize("family", ["opt", "swin", "qwen2-moe"])
-def test_layers_that_see_several_rows_for_an_example_are_refused_unless_they_are_listed(
-    family: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layouts, "_FLATTENED", {})
-
-    task = "image-classification" if family in PICTURES else "text-classification"
-
-    assert "cannot be clipped per example" in measured(Case(family, task, "all-linear"), base_of(family)).refused
-
-
-def test_a_layer_listed_although_its_rows_lie_otherwise_fails_the_probe(
-    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kind = "transformers.models.xlnet.modeling_xlnet.XLNetFeedForward"
-    monkeypatch.setattr(layouts, "_FLATTENED", {kind: ("layer_1", "layer_2")})
-
-    found = measured(Case("xlnet", "text-classification", "auto"), base_of("xlnet"))
-
-    assert "sensitivity probe: in a batch, an example's gradient is not the one it has alone" in found.refused
-
-
-@pytest.mark.parametrize(("targets", "patched"), [(("query_proj",), True), (("value_proj",), False)])
-def test_deberta_gives_the_same_scores_with_positions_for_each_example(
-    targets: tuple[str, ...], patched: bool, base_of: BaseOf
-) -> None:
-    section = ModelSection(base=str(base_of("deberta")), labels=("a", "b"), max_length=16)
-    model = load_model(section, AdapterSection(rank=2, alpha=4, targets=targets))
-    ids = torch.tensor([[5, 17, 40, 7], [9, 9, 12, 30], [8, 2, 2, 6]])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    attention = model.model.get_submodule(DEBERTA)
-    parameters = model.trainable(model.schema.roles)
-    plain = model.logits(batch)
-
-    with recording(model.model, parameters) as tape:
-        tape.begin(3)
-        scores = model.logits(batch)
-        assert ("disentangled_attention_bias" in vars(attention)) == patched
-
-    torch.testing.assert_close(scores, plain, rtol=1e-5, atol=1e-6)
-    assert "disentangled_attention_bias" not in vars(attention)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "smollm3", "mixtral"])
-def test_rms_norms_train_privately(family: str, base_of: BaseOf) -> None:
-    """Qwen3 has some for each head, Gemma's weights are what is above one."""
-    found = measured(Case(family, "causal-lm", "auto"), base_of(family), "layernorm")
-
-    assert not found.refused
-    assert found.values >= 5 * 32
-    assert 0 < found.gradient <= TOLERANCE
-    assert 0 < found.step <= TOLERANCE
