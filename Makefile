@@ -68,6 +68,7 @@ check: setup
 	python -m docs.make_papers --check
 	python -m docs.make_study --check
 	python -m docs.make_wire --check
+	python -m docs.make_families --check
 	python -m docs.make_peers --check
 	$(MAKE) --no-print-directory proto
 	git diff --exit-code -- proto
@@ -86,6 +87,7 @@ docs: setup
 	python -m docs.make_papers
 	python -m docs.make_study
 	python -m docs.make_wire
+	python -m docs.make_families
 	python -m docs.make_peers
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --site-dir site
 

@@ -155,7 +155,7 @@ def test_every_command_error_and_component_is_in_the_reference() -> None:
             assert mark.format(name) in text
 
 
-@pytest.mark.parametrize("page", ["reference", "papers", "mutations", "study", "peers"])
+@pytest.mark.parametrize("page", ["reference", "papers", "mutations", "study", "peers", "families"])
 def test_what_is_made_from_the_code_is_current(page: str) -> None:
     command = [sys.executable, "-m", f"docs.make_{page}", "--check"]
 

@@ -7,14 +7,18 @@ import pytest
 import torch
 from peft import IA3Config, get_peft_model
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
+from fedloom.client.adapters.api import Host
+from fedloom.client.adapters.head import Head
+from fedloom.client.adapters.layer_norm import LayerNorm
 from fedloom.client.adapters.scaling.peqa import rounded
 from fedloom.client.adapters.wrapping import plain
 from fedloom.client.models.load import load_model
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 from tests.conftest import make_model
+from tests.families import save_family
 
 IDS = torch.tensor([[101, 2204, 2143, 102], [101, 2919, 5436, 102]])
 LAYER = "bert.encoder.layer.1.attention"
@@ -132,8 +136,19 @@ def test_layer_norms_are_counted_and_move_alone(model_section: ModelSection) -> 
     assert model.schema.roles == {"norm_weight", "norm_bias", "head"}
 
 
-def test_a_model_without_layer_norms_is_refused(small_bases: dict[str, Path]) -> None:
+def test_rms_norms_are_layer_norms_without_biases(small_bases: dict[str, Path]) -> None:
+    """Two layers of two norms, and the last one, of 32 weights each."""
     section = ModelSection(base=str(small_bases["llama"]), labels=("no", "yes"), max_length=16)
 
-    with pytest.raises(ModelError, match=r"has no torch\.nn\.LayerNorm \(RMS norms are other layers\)"):
-        load_model(section, AdapterSection(kind="layernorm", targets="auto"))
+    model = load_model(section, AdapterSection(kind="layernorm"))
+
+    assert model.schema.roles == {"norm_weight", "head"}
+    assert model.schema.select({"norm_weight"}).size == 5 * 32
+
+
+def test_a_model_without_layer_norms_is_refused(tmp_path: Path) -> None:
+    section = ModelSection(base=str(save_family("t5", tmp_path)), labels=("no", "yes"), max_length=16)
+    base = AutoModel.from_pretrained(section.base)
+
+    with pytest.raises(ModelError, match="T5Model has no layer norm and no RMS norm that could be trained"):
+        LayerNorm().attach(Host(base, Head(), None))

@@ -233,7 +233,8 @@ def test_columns_are_read_by_the_names_that_the_policy_gives(home: Home) -> None
 
 
 def test_a_target_that_is_not_there_is_named(home: Home) -> None:
-    home.run.write_text(home.run.read_text().replace('"query",', '"word_embeddings",'))
+    text = home.run.read_text()
+    home.run.write_text(text.replace('targets = "auto"', 'targets = ["word_embeddings", "value"]'))
 
     found = home.examine("--run", str(home.run), code=2)["model"]
 

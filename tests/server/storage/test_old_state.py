@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from fedloom.core.errors import ProtocolError
+from fedloom.core.errors import ConfigError, ProtocolError
 from fedloom.server.rounds.state import UpdateAccepted
 from fedloom.server.storage.local import Store
+from fedloom.server.storage.verify import newest_state
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "state"
 
@@ -63,6 +64,17 @@ def test_the_old_log_is_what_this_build_reads(tmp_path: Path) -> None:
         (0, "ben"),
         (1, "ann"),
     ]
+
+
+def test_a_run_that_leaves_its_targets_open_is_known_by_the_run_file_of_before(configure: Any, tmp_path: Path) -> None:
+    """To the build that wrote it they were query and value."""
+    shutil.copytree(GOLDEN, tmp_path / "state")
+    with Store(tmp_path / "state"):
+        pass  # takes it over
+
+    assert newest_state(tmp_path / "state", configure())
+    with pytest.raises(ConfigError, match="another run file or base model"):
+        newest_state(tmp_path / "state", configure(adapter={"targets": ["query"]}))
 
 
 @pytest.mark.parametrize("version", [0, 2])

@@ -23,7 +23,7 @@ class Bias(Section):
     """Every bias vector of the base model but the head's."""
 
     traits: ClassVar[Traits] = Traits(exact_average=True, trains_base=True)
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Layers that PEFT's carrier sits on; they are not trained."""
     layers: Layers = None
     """Numbers of the transformer layers whose biases move: 0 is the first, -1 the last. None: all of the model's."""

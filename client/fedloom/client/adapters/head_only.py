@@ -16,7 +16,7 @@ class HeadOnly(Section):
     """No adapter: the task head is all that is trained."""
 
     traits: ClassVar[Traits] = Traits(exact_average=True)
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Layers that PEFT's carrier sits on; they are not trained."""
 
     def attach(self, host: Host) -> PeftModel:

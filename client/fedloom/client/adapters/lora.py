@@ -9,7 +9,9 @@ B: out×r; PEFT notes the storage as fan_in_fan_out.
 """
 
 import math
+import re
 import warnings
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,6 +26,7 @@ from fedloom.client.adapters.head import PEFT_HEADS, Head
 from fedloom.client.adapters.numbered_layers import Layers, in_layers, numbered_layers
 from fedloom.client.adapters.slot import Slot, schema_name
 from fedloom.client.adapters.spectral.lora_start import FROM_WEIGHTS, begin_from_weights, change
+from fedloom.client.privacy.dp_sgd.grad_sample import inside, routers
 from fedloom.core.config.parsing import Section
 from fedloom.core.errors import ModelError
 from fedloom.core.limits import MAX_RANK
@@ -35,6 +38,11 @@ __all__ = ["MAGNITUDE", "LoRA", "Targets", "carrier", "linear_targets", "with_pa
 
 Targets = tuple[str, ...] | Literal["auto", "all-linear"]
 """Names (suffixes) of linear layers, or which of them to take."""
+
+_QUERY_KEY_VALUE = ("query", "key", "value"), ("q", "k", "v")
+"""Words by which models tell the three projections of an attention apart, in names alike but for them."""
+_FUSED = re.compile(r"qkv|query_key_value", re.IGNORECASE)
+"""What a name has if one layer is all three."""
 
 MAGNITUDE = "lora_magnitude"
 """Role of DoRA's m, shape (out,), as its change from the norms of the rows of W0."""
@@ -52,9 +60,10 @@ class LoRA(Section):
     """LoRA rank r."""
     alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
     """LoRA alpha; the scale is alpha / rank."""
-    targets: Targets = ("query", "value")
-    """Names (suffixes) of the linear layers that get a pair. "all-linear": every linear layer but the head and the
-    output. "auto": those that PEFT has for the base model's kind, and all where it has none."""
+    targets: Targets = "auto"
+    """Names (suffixes) of the linear layers that get a pair. "all-linear": every linear layer but the head, the
+    output and routers of experts. "auto": those that PEFT has for the base model's kind; where it has none, the queries
+    and values of the attention, and where there are none either, all."""
     layers: Layers = None
     """Numbers of the transformer layers that get pairs: 0 is the first, -1 the last. None: all, and targets outside of
     them. PEFT's layers_to_transform."""
@@ -189,8 +198,9 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: 
 
     Args:
         base: The model.
-        targets: Last names of layers; "all-linear" for each but the output layer; "auto" for those that PEFT has for
-            this kind of model, and all where it has none.
+        targets: Last names of layers; "all-linear" for each but the output layer and the routers of a mixture of
+            experts; "auto" for those that PEFT has for this kind of model; where it has none, for the queries and
+            values of the attention, or one layer that is both; and where there are none either, as "all-linear".
         head: The model's head, which is trained whole.
         layers: Numbers of the transformer layers that they are in; None is all, and what is outside of them.
 
@@ -200,17 +210,16 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: 
     linear = [
         name
         for name, module in base.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-        and not any(name == each or name.startswith(f"{each}.") for each in head.modules)
+        if isinstance(module, (nn.Linear, Conv1D)) and not inside(name, head.modules)
     ]
     linear = in_layers(base, layers, linear)
     if isinstance(targets, str):
-        output = base.get_output_embeddings()
-        linear = [name for name in linear if base.get_submodule(name) is not output]
+        output, fixed = base.get_output_embeddings(), routers(base)
+        linear = [name for name in linear if base.get_submodule(name) is not output and not inside(name, fixed)]
     last = {name.rpartition(".")[2] for name in linear}
     if isinstance(targets, str):
-        known = _KNOWN.get(base.config.model_type, ()) if targets == "auto" else ()
-        targets = tuple(last.intersection(known if isinstance(known, list) else ()) or last)
+        chosen = _usual(base, linear) if targets == "auto" else set()
+        targets = tuple(chosen or last)
     unknown = sorted(set(targets) - last)
     if unknown:
         where = "" if layers is None else f" in adapter.layers = {list(layers)}"
@@ -219,3 +228,29 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: 
             f'it has {", ".join(sorted(last))}; name some of these, or set adapter.targets = "auto"'
         )
     return [name for name in linear if name.rpartition(".")[2] in targets]
+
+
+def _usual(base: PreTrainedModel, linear: list[str]) -> set[str]:
+    """Last names of the layers that usually get a pair: as PEFT has them, or queries and values; perhaps none."""
+    last = {name.rpartition(".")[2] for name in linear}
+    known = _KNOWN.get(base.config.model_type)
+    # For a few models PEFT has a pattern of full names, which fits no other class of the family.
+    return last.intersection(known if isinstance(known, list) else ()) or set(_queries_and_values(linear))
+
+
+def _queries_and_values(linear: list[str]) -> Iterator[str]:
+    """Last names of linear layers that stand beside a key, alike but for one word, and of those that are all three.
+
+    >>> sorted(set(_queries_and_values(["h.q_lin", "h.k_lin", "h.v_lin", "h.out", "x.Wqkv"])))
+    ['Wqkv', 'q_lin', 'v_lin']
+    """
+    names = set(linear)
+    for full in linear:
+        parent, dot, name = full.rpartition(".")
+        if _FUSED.search(name):
+            yield name
+        for query, key, value in _QUERY_KEY_VALUE:
+            for place in re.finditer(query, name):
+                found = [name[: place.start()] + each + name[place.end() :] for each in (query, key, value)]
+                if all(f"{parent}{dot}{each}" in names for each in found):
+                    yield from (found[0], found[2])

@@ -55,7 +55,7 @@ class MiSS(Section):
     traits: ClassVar[Traits] = Traits(exact_average=True, peft=False)
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
     """Inputs in a shard; the rank of the change is at most that."""
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Names (suffixes) of the linear layers, or as for LoRA."""
     layers: Layers = None
     """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""

@@ -43,6 +43,13 @@ class ImageClassification(Task):
         """The path of the image's file, and its label."""
         return {"image": picture(index), "label": rows.label_names[rows.labels[index]]}
 
+    def configure(self, config: Any) -> None:
+        """The labels, and no head in a vision tower: SigLIP's is for captions, and its classifier does not read it."""
+        super().configure(config)
+        tower = getattr(config, "vision_config", None)
+        if tower is not None and hasattr(tower, "vision_use_head"):
+            tower.vision_use_head = False
+
     def reader(self, folder: Path) -> Any:
         """How the images of a base model's folder are prepared."""
         from fedloom.client.data.media.images import picture_settings

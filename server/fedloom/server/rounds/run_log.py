@@ -335,7 +335,8 @@ class History:
 
     @failpoint("history.continue")
     def _continue(self, created: RunCreated) -> str:
-        if (created.spec, created.schema) != (agreed(self._config, self._schema), self._schema.digest):
+        specs = [agreed(each, self._schema) for each in _readings(self._config)]
+        if created.spec not in specs or created.schema != self._schema.digest:
             raise ConfigError(
                 f"{self._store.where} holds run {created.run[:8]} of another run file or base model; give its own (of "
                 "0.1: strategy.weighting = 'uniform', wire.upload and wire.broadcast = 'fp32') or another directory; "
@@ -364,8 +365,19 @@ def agreed(config: RunConfig, schema: Schema) -> str:
 
 def may_be(config: RunConfig, spec: str) -> bool:
     """Whether this is what was `agreed` for some schema."""
-    wires = product(possible(config.wire.upload), possible(config.wire.broadcast))
-    return any(spec == _digest(config, WireSection(upload=up, broadcast=down)) for up, down in wires)
+    wires = product(_readings(config), possible(config.wire.upload), possible(config.wire.broadcast))
+    return any(spec == _digest(each, WireSection(upload=up, broadcast=down)) for each, up, down in wires)
+
+
+def _readings(config: RunConfig) -> Iterator[RunConfig]:
+    """The run file, and as builds read it to which targets that are left open were queries and values.
+
+    Which layers these are is the schema's to say, and that is compared too.
+    """
+    yield config
+    if config.adapter.targets == "auto":
+        adapter = config.adapter.model_copy(update={"targets": ("query", "value")})
+        yield config.model_copy(update={"adapter": adapter})
 
 
 def _digest(config: RunConfig, wire: WireSection) -> str:

@@ -57,7 +57,7 @@ class DualLoRA(Section):
     """Rank r of either pair."""
     alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
     """The scale of both is alpha / rank."""
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Names (suffixes) of the linear layers, or as for LoRA."""
 
     def attach(self, host: Host) -> PeftModel:

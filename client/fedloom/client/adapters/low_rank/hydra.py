@@ -60,7 +60,7 @@ class Hydra(Section):
     traits: ClassVar[Traits] = Traits(peft=False)
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
     """Rank r of either pair; the paper gives each half of LoRA's."""
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Names (suffixes) of the linear layers, or as for LoRA."""
     layers: Layers = None
     """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""

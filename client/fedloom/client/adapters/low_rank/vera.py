@@ -66,7 +66,7 @@ class VeRA(Section):
     """What d starts at; b starts at zero."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the frozen matrices. Public: everybody who trains or merges draws them."""
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Names (suffixes) of the linear layers, or as for LoRA."""
     layers: Layers = None
     """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""

@@ -59,7 +59,7 @@ class IA3(Section):
     """
 
     traits: ClassVar[Traits] = Traits(exact_average=True, peft=False)
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Names (suffixes) of the linear layers whose outputs are scaled, or as for LoRA; the paper scales
     keys and values."""
     feedforward: tuple[str, ...] = ()

@@ -49,7 +49,7 @@ class PEQA(Section):
     traits: ClassVar[Traits] = Traits(exact_average=True, trains_base=True, peft=False, starts_as_base=False)
     bits: Literal[4, 8] = 4
     """Bits of a weight's whole numbers; every row has a scale and a zero point besides."""
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Names (suffixes) of the linear layers, or as for LoRA; the paper takes all of them."""
     layers: Layers = None
     """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""

@@ -52,7 +52,7 @@ class SSF(Section):
     """
 
     traits: ClassVar[Traits] = Traits(exact_average=True, peft=False)
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Names (suffixes) of the linear layers, or as for LoRA; the paper takes all of them."""
     norms: bool = True
     """Whether layer norms get a scale and a shift too, as in the paper."""

@@ -70,7 +70,7 @@ class DSEE(Section):
     """The scale s is alpha / rank."""
     entries: int = Field(default=64, ge=1, le=1_000_000)
     """Entries of S in each target layer; the paper takes 64."""
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Names (suffixes) of the linear layers, or as for LoRA."""
     layers: Layers = None
     """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""

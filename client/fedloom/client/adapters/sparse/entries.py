@@ -62,7 +62,7 @@ class Sparse(Section):
     lower rank (LIFT)."""
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
     """Rank r of the approximation of a principal mask; LIFT takes 128."""
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Names (suffixes) of the linear layers, or as for LoRA."""
     layers: Layers = None
     """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""

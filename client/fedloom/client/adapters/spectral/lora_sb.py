@@ -60,7 +60,7 @@ class LoRASB(Section):
     """Rank r. On layers of 768 by 768 a rank of 64 has fewer parameters than LoRA of rank 3."""
     alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
     """The scale s is alpha / rank."""
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Names (suffixes) of the linear layers, or as for LoRA."""
     layers: Layers = None
     """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""

@@ -54,7 +54,7 @@ class SVFit(Section):
     traits: ClassVar[Traits] = Traits(exact_average=True, trains_base=True, peft=False)
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
     """How many singular values of each layer are trained; the paper takes hundreds."""
-    targets: Targets = ("query", "value")
+    targets: Targets = "auto"
     """Names (suffixes) of the linear layers, or as for LoRA."""
     layers: Layers = None
     """Numbers of the transformer layers that get it: 0 is the first, -1 the last. None: all."""

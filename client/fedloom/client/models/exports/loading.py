@@ -77,7 +77,7 @@ def predict(model: Any, task: Task, encoded: Encoded, pad_id: int) -> np.ndarray
     with torch.inference_mode():
         for part in microbatches(np.arange(len(encoded), dtype=np.int64), encoded, encoded.evaluation_batch):
             batch = collate(encoded, part, pad_id)
-            inputs = {name: on_device(value, model.device) for name, value in batch.items() if name != "labels"}
+            inputs = {name: on_device(value, model.device) for name, value in batch.items()}
             scores, labels = task.places(task.scores(model, inputs).cpu(), batch["labels"])
             for row, answers, places in zip(part, task.answer(scores), labelled(labels), strict=True):
                 found[int(row)] = answers[places].numpy()

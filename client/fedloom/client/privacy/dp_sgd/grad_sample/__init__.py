@@ -9,9 +9,31 @@ through its hooks. A parameter whose gradient mixes examples (prompt tokens, bat
 silence, so everything that is on neither list is refused by name.
 """
 
+from fedloom.client.privacy.dp_sgd.grad_sample.experts import inside, routers
 from fedloom.client.privacy.dp_sgd.grad_sample.hooks import hooked
-from fedloom.client.privacy.dp_sgd.grad_sample.layers import LAYERS, product, rule, scale, shift, sparse_product
+from fedloom.client.privacy.dp_sgd.grad_sample.layers import (
+    LAYERS,
+    is_rms_norm,
+    product,
+    rule,
+    scale,
+    shift,
+    sparse_product,
+)
 from fedloom.client.privacy.dp_sgd.grad_sample.recording import recording
 from fedloom.client.privacy.dp_sgd.grad_sample.tape import Tape
 
-__all__ = ["LAYERS", "Tape", "hooked", "product", "recording", "rule", "scale", "shift", "sparse_product"]
+__all__ = [
+    "LAYERS",
+    "Tape",
+    "hooked",
+    "inside",
+    "is_rms_norm",
+    "product",
+    "recording",
+    "routers",
+    "rule",
+    "scale",
+    "shift",
+    "sparse_product",
+]

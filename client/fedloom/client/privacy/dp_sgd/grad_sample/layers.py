@@ -10,10 +10,10 @@ of four operations that put its per-example gradient on the tape:
 
 To add a layer, write its forward with them and list it under its exact type:
 
-    def _rms_norm(module, tape, x):
-        return scale(F.rms_norm(x, module.normalized_shape, None, module.eps), module.weight, tape)
+    def _t5_norm(module, tape, x):
+        return scale(F.rms_norm(x, module.weight.shape, None, module.variance_epsilon), module.weight, tape)
 
-    LAYERS[nn.RMSNorm] = _rms_norm
+    LAYERS[T5LayerNorm] = _t5_norm
 
 A layer of your own, such as an adapter kind brings, carries it as a method of its class:
 
@@ -34,7 +34,9 @@ Three things must hold, and a test against a naive loop over the examples shows 
 A subclass has neither the entry nor the method of its base class: it may compute something else.
 """
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.client.privacy.dp_sgd.grad_sample.tape import Tape
 
-__all__ = ["LAYERS", "Forward", "product", "rule", "scale", "shift", "sparse_product"]
+__all__ = ["LAYERS", "Forward", "is_rms_norm", "product", "rule", "scale", "shift", "sparse_product"]
 
 Forward = Callable[..., torch.Tensor]
 """Called with the layer, the tape, and what the layer's own forward is called with."""
@@ -200,6 +202,24 @@ def _layer_norm(module: nn.LayerNorm, tape: Tape, x: torch.Tensor) -> torch.Tens
     return shift(scale(normalised, module.weight, tape), module.bias, tape)
 
 
+def _rms_norm(module: nn.Module, tape: Tape, x: torch.Tensor, *given: Any) -> torch.Tensor:
+    """Any norm whose result is n · w, or n · (1 + w) as Gemma's: f(0) + (f(1) - f(0)) · w, by its own forward f."""
+    weight: Any = module.weight
+    if weight not in tape.columns:
+        plain: torch.Tensor = type(module).forward(module, x, *given)
+        return plain
+    least, most = (_with_weight(module, fill(weight))(x, *given) for fill in (torch.zeros_like, torch.ones_like))
+    return least + scale(most - least, weight, tape)
+
+
+def _with_weight(module: nn.Module, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The forward of the module's class with another weight; the module itself is left as it is."""
+    twin = copy.copy(module)
+    twin._parameters = {}
+    twin.__dict__["weight"] = weight
+    return partial(type(module).forward, twin)
+
+
 def _dora(module: DoraLinearLayer, tape: Tape, x: torch.Tensor, **given: Any) -> torch.Tensor:
     """What PEFT adds to a layer's result, as it computes it: m ⊙ V x / ‖V‖ - W0 x.
 
@@ -223,6 +243,15 @@ has DoRA's magnitudes, and the pair beside it is recorded by itself."""
 
 
 def rule(kind: type[nn.Module]) -> Forward | None:
-    """The recorded forward of exactly this kind of layer: from `LAYERS`, or the method `recorded` of its own class."""
-    found: Forward | None = LAYERS.get(kind) or vars(kind).get("recorded")
+    """The recorded forward of exactly this kind of layer: from `LAYERS`, or the method `recorded` of its own class.
+
+    The RMS norms of transformers have one rule, since each model has a class of its own for them.
+    """
+    found: Forward | None = LAYERS.get(kind) or vars(kind).get("recorded") or (_rms_norm if is_rms_norm(kind) else None)
     return found
+
+
+def is_rms_norm(kind: type[nn.Module]) -> bool:
+    """Whether this is torch's RMS norm, or one of transformers' own (Zhang and Sennrich, 2019, arXiv 1910.07467)."""
+    theirs = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("RMSNorm")
+    return theirs or kind is nn.RMSNorm

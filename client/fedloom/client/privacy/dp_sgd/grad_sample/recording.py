@@ -6,8 +6,10 @@ from functools import partial
 
 from torch import nn
 
+from fedloom.client.privacy.dp_sgd.grad_sample.experts import check_mixture
 from fedloom.client.privacy.dp_sgd.grad_sample.hooks import HOOKED, hooked
 from fedloom.client.privacy.dp_sgd.grad_sample.layers import rule
+from fedloom.client.privacy.dp_sgd.grad_sample.layouts import flattened, positions_by_example
 from fedloom.client.privacy.dp_sgd.grad_sample.owners import names_of, owners
 from fedloom.client.privacy.dp_sgd.grad_sample.tape import Tape
 
@@ -23,20 +25,22 @@ def recording(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[Tape
     that only Opacus's hooks know, all of them go through the hooks.
 
     Raises:
-        ModelError: A trained parameter belongs to a layer that is not supported.
+        ModelError: A trained parameter belongs to a layer that is not supported, or to a router or an expert.
     """
     names = names_of(model, parameters)
+    check_mixture(model, list(names.values()))
     layers = owners(model, names, lambda kind: rule(kind) or kind in HOOKED)
     rules = {name: found for name, module in layers.items() if (found := rule(type(module)))}
     if rules.keys() != layers.keys():
         with hooked(model, parameters) as tape:
             yield tape
         return
-    tape = Tape(parameters, names)
+    tape = Tape(parameters, names, flattened(model, parameters))
     try:
         for name, module in layers.items():
             module.forward = partial(rules[name], module, tape)
-        yield tape
+        with positions_by_example(model, parameters):
+            yield tape
     finally:
         for module in layers.values():
             module.__dict__.pop("forward", None)

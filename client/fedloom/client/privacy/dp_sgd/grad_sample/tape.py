@@ -23,10 +23,22 @@ class Tape:
     (Bu et al., ICML 2023, arXiv 2210.00038, call the second way book-keeping.)
     """
 
-    def __init__(self, parameters: list[nn.Parameter], names: dict[nn.Parameter, str] | None = None) -> None:
-        """The order of `parameters` is the order of the columns; `names` are for messages."""
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        names: dict[nn.Parameter, str] | None = None,
+        flattened: frozenset[nn.Parameter] = frozenset(),
+    ) -> None:
+        """Begin with nothing.
+
+        Args:
+            parameters: Their order is that of the columns.
+            names: For messages.
+            flattened: Those whose layers may see several rows in turn for each example, see `layouts`.
+        """
         self.parameters = parameters
         self.names = names or {}
+        self.flattened = flattened
         self.columns: dict[nn.Parameter, slice] = {}
         width = 0
         for parameter in parameters:
@@ -58,14 +70,16 @@ class Tape:
     def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Add to one parameter's gradients, shape (rows, *parameter.shape). A layer used twice adds twice.
 
+        Of a flattened parameter there may be several for each example, which are added up.
+
         Raises:
             ModelError: The first axis is not the examples'.
         """
         self._check(parameter, len(gradient))
-        gradient = gradient.float().reshape(self.rows, *parameter.shape)
-        if self.rows != self.batch:
+        gradient = gradient.float()
+        if len(gradient) != self.batch:
             gradient = gradient.reshape(self.batch, -1, *parameter.shape).sum(1)
-        self._add(parameter, gradient)
+        self._add(parameter, gradient.reshape(self.batch, *parameter.shape))
 
     def _add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Add gradients of the examples, float32, shape (batch, *parameter.shape)."""
@@ -79,7 +93,7 @@ class Tape:
 
         Args:
             parameter: The matrix.
-            left: Shape (rows, ..., m); a layer's output gradient, say.
+            left: Shape (rows, ..., m); a layer's output gradient, say. Of a flattened parameter (rows · k, ..., m).
             right: Shape (rows, ..., n), the same in between; its input.
 
         Raises:
@@ -98,7 +112,8 @@ class Tape:
             self._add(parameter, _multiply(left, right))
 
     def _check(self, parameter: nn.Parameter, rows: int) -> None:
-        if rows != self.rows:
+        in_turn = parameter in self.flattened and self.rows and not rows % self.rows
+        if rows != self.rows and not in_turn:
             raise ModelError(
                 f"trained layer {self._name(parameter)} saw {rows} rows for {self.rows} of the batch: its gradient "
                 "mixes examples and cannot be clipped per example; train other layers"
