@@ -65,7 +65,7 @@ def _line(name: str, rows: list[dict[str, Any]]) -> str:
     trained = [row for row in rows if "refused" not in row]
     reasons = dict.fromkeys(f"{row['task']}: {row['refused']}" for row in rows if "refused" in row)
     tasks = dict.fromkeys(row["task"] for row in trained)
-    told = ", ".join("not a fedloom task yet" if task == "none" else f"`{task}`" for task in tasks)
+    told = ", ".join(f"`{task}`" for task in tasks)
     cells = [name, told or "none privately"]
     for targets in ("auto", "all-linear"):
         first = next((row for row in trained if row["targets"] == targets), None)

@@ -65,7 +65,8 @@ from transformers import (
     ViTConfig,
     ViTModel,
     WhisperConfig,
-    WhisperModel,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
     XLNetConfig,
     XLNetModel,
 )
@@ -190,7 +191,7 @@ _PREPARED: dict[str, Callable[[], BaseImageProcessor]] = {
 """How pictures are prepared where config.json does not say how large they are."""
 
 SPEECH: dict[str, Callable[[], PreTrainedModel]] = {
-    "whisper": lambda: WhisperModel(
+    "whisper": lambda: WhisperForConditionalGeneration(
         WhisperConfig(
             vocab_size=_VOCABULARY,
             d_model=32,
@@ -201,8 +202,8 @@ SPEECH: dict[str, Callable[[], PreTrainedModel]] = {
             encoder_ffn_dim=48,
             decoder_ffn_dim=48,
             num_mel_bins=8,
-            max_source_positions=16,
-            max_target_positions=32,
+            max_source_positions=50,
+            max_target_positions=64,
             init_std=0.2,
             decoder_start_token_id=1,
             **_MARKS,
@@ -220,6 +221,8 @@ def save_family(name: str, folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (FAMILIES | PICTURES | SPEECH)[name]().save_pretrained(folder)
+        if name in SPEECH:
+            WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
         if name in _PREPARED:
             _PREPARED[name]().save_pretrained(folder)
         elif name not in PICTURES:

@@ -5,7 +5,6 @@
 
 import json
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,20 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
-from fedloom.client.adapters.api import Host
-from fedloom.client.adapters.head import Head
-from fedloom.client.adapters.lora import LoRA, linear_targets
-from fedloom.client.data.rows import IGNORED
 from fedloom.client.data.tokens import collate
 from fedloom.client.models.load import load_model
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.probe import made_up, probe
 from fedloom.client.privacy.dp_sgd.rng import Seeded
+from fedloom.client.tasks.api import task_named
 from fedloom.client.training.gradients import batch_loss
-from fedloom.client.training.losses import per_example
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 from fedloom.core.privacy.gaussian import deviation, longest
@@ -41,8 +35,7 @@ TOLERANCE = 1e-4
 """Most that a gradient, or a step, may be from the loop's, relative to its length, in float32."""
 
 _LENGTH, _RATE, _NOISE = 16, 0.5, 0.8
-_NO_TASK = ("bart", "t5", "whisper")
-"""Measured with no task of fedloom: the model itself, LoRA and a loss of its decoder's tokens."""
+_DECODERS = ("bart", "t5")
 
 Losses = Callable[[list[int]], torch.Tensor]
 """The sum of the losses of these examples, as they would be together in a batch of their own."""
@@ -54,7 +47,7 @@ class Case:
 
     family: str
     task: str
-    """fedloom's name of it, or "none"."""
+    """fedloom's name of it."""
     targets: str
 
 
@@ -76,8 +69,8 @@ class Result:
 def _cases() -> Iterator[Case]:
     for family in (*FAMILIES, *PICTURES, *SPEECH):
         tasks = ["image-classification"] if family in PICTURES else ["text-classification"]
-        tasks = ["none"] if family in SPEECH else tasks
-        tasks += ["causal-lm"] * (family in LANGUAGE_MODELS) + ["none"] * (family in _NO_TASK and family not in SPEECH)
+        tasks = ["speech-recognition"] if family in SPEECH else tasks
+        tasks += ["causal-lm"] * (family in LANGUAGE_MODELS) + ["seq2seq"] * (family in _DECODERS)
         for task in tasks:
             yield from (Case(family, task, targets) for targets in TARGETS)
 
@@ -91,10 +84,10 @@ def measured(case: Case, base: Path, kind: str = "lora") -> Result:
     Args:
         case: What to do with it.
         base: Where `save_family` has written it.
-        kind: What is trained; where there is no task, LoRA.
+        kind: What is trained.
     """
     try:
-        return _direct(case, base) if case.task == "none" else _through_fedloom(case, base, kind)
+        return _through_fedloom(case, base, kind)
     except ModelError as error:
         return Result(refused=_reason(str(error).replace(f" in {base}", "")))
 
@@ -107,7 +100,7 @@ def _reason(message: str) -> str:
 
 def _through_fedloom(case: Case, base: Path, kind: str) -> Result:
     values: dict[str, Any] = {"base": str(base), "task": case.task, "max_length": _LENGTH}
-    values |= {"head": "frozen"} if case.task == "causal-lm" else {"labels": ("a", "b", "c")}
+    values |= {"head": "frozen"} if task_named(case.task).traits.generates else {"labels": ("a", "b", "c")}
     adapter = AdapterSection.model_validate({"kind": kind, "rank": 2, "alpha": 4, "targets": case.targets})
     model = load_model(ModelSection.model_validate(values), adapter)
     probe(model, lambda batch: batch_loss(model, batch), _LENGTH)
@@ -120,39 +113,6 @@ def _through_fedloom(case: Case, base: Path, kind: str) -> Result:
 
     layers = tuple(sorted({pair.module.rpartition(".")[2] for pair in model.schema.pairs}))
     return _compared(model.model, model.trainable(model.schema.roles), losses, len(examples), layers)
-
-
-def _direct(case: Case, base: Path) -> Result:
-    kind = AutoModelForSpeechSeq2Seq if case.family in SPEECH else AutoModelForSeq2SeqLM
-    plain = kind.from_pretrained(base, dtype=torch.float32)
-    names = linear_targets(plain, case.targets, Head())  # type: ignore[arg-type]  # one of TARGETS
-    layers = tuple(sorted({name.rpartition(".")[2] for name in names}))
-    torch.manual_seed(1)
-    pairs = LoRA.model_validate({"rank": 2, "alpha": 4, "targets": case.targets})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        model = pairs.attach(Host(plain, Head(), None))
-    parameters = [each for name, each in model.eval().named_parameters() if "lora_" in name]
-    for parameter in parameters:
-        nn.init.normal_(parameter, std=0.3)
-    ids = [torch.randint(5, 300, (length,)) for length in (3, 7, 16, 9, 2)]
-    answers = [torch.randint(5, 300, (length,)) for length in (6, 2, 4, 9, 3)]
-    sounds = torch.randn(len(ids), 8, 32)
-
-    def losses(chosen: list[int]) -> torch.Tensor:
-        given = {"input_ids": _padded([ids[i] for i in chosen], 0)}
-        given["attention_mask"] = _padded([torch.ones_like(ids[i]) for i in chosen], 0)
-        if case.family in SPEECH:
-            given = {"input_features": sounds[chosen]}
-        labels = _padded([answers[i] for i in chosen], IGNORED)
-        started = torch.cat([torch.full_like(labels[:, :1], 1), labels[:, :-1].clamp(min=0)], 1)
-        return per_example(model(**given, decoder_input_ids=started).logits, labels).sum()
-
-    return _compared(model, parameters, losses, len(ids), layers)
-
-
-def _padded(rows: list[torch.Tensor], fill: int) -> torch.Tensor:
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
 def _compared(

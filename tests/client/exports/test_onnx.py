@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from fedloom.client.data.images import picture_settings
+from fedloom.client.data.media.images import picture_settings
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.exports.loading import load_exported
 from fedloom.client.models.exports.onnx_graph import save_onnx

@@ -19,9 +19,6 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
 )
 
 from fedloom.client.tasks.api import task_named
@@ -131,25 +128,9 @@ def spoken(text: str) -> npt.NDArray[np.float64]:
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    families = {case.family for case in CASES.values()} - {"whisper", "llava"}
+    families = {case.family for case in CASES.values()} - {"llava"}
     found = {family: save_family(family, folder / family) for family in families}
-    return found | {"whisper": whisper(folder / "whisper"), "llava": llava(folder / "llava")}
-
-
-def whisper(folder: Path) -> Path:
-    """A tiny random model of recordings of a second."""
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    size: dict[str, Any] = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "init_std": 0.2}
-    size |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8}
-    size |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    marks = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-    places = {"max_source_positions": 50, "max_target_positions": 64, "vocab_size": len(tokenizer)}
-    torch.manual_seed(0)
-    WhisperForConditionalGeneration(WhisperConfig(**size, **marks, **places)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
-    return folder
+    return found | {"llava": llava(folder / "llava")}
 
 
 @pytest.fixture(params=CASES)

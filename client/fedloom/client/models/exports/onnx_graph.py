@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedloom.client.data.images import ImageProcessor
+from fedloom.client.data.media.images import ImageProcessor
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.exports.card import write_card
 from fedloom.client.models.exports.merged_model import merge
