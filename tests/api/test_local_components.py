@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -14,7 +15,7 @@ from fedloom.client.component_policy import ComponentsPolicy, component_problems
 from fedloom.core.codecs import codec
 from fedloom.core.codecs.dense import FP32
 from fedloom.core.config.run import ModelSection
-from fedloom.core.errors import CodecError, ConfigError
+from fedloom.core.errors import CodecError, ConfigError, ModelError
 from fedloom.core.registry import entries, load, locally
 from tests.api.conftest import LABELS, same
 
@@ -34,6 +35,28 @@ class Smoothed(fl.TextClassification):
 
     def loss(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(scores, labels, reduction="none", label_smoothing=self.smoothing)
+
+
+class Mean(fl.TextClassification):
+    """The mean over the batch, as scripts write it."""
+
+    def loss(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(scores, labels)
+
+
+class Balanced(fl.TextClassification):
+    """Weights by how often a label is in the batch."""
+
+    def loss(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        share = torch.bincount(labels, minlength=2)[labels] / len(labels)
+        return torch.nn.functional.cross_entropy(scores, labels, reduction="none") / share
+
+
+class Contrast(fl.TextClassification):
+    """The batch's other examples are what an example is told from."""
+
+    def loss(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(scores @ scores.T, torch.arange(len(scores)), reduction="none")
 
 
 class Queries(LoRA):
@@ -56,6 +79,29 @@ def test_a_local_task_works_without_being_packaged(tiny_run: Make, go: Go) -> No
     assert not same(other.folder / "adapter", theirs.folder / "adapter")
     assert 'task = "Smoothed"' in (other.folder / "run.toml").read_text()
     assert isinstance(other.adapter, PeftModel), "it loads outside of the run too"
+
+
+@pytest.mark.parametrize("privacy", [None, fl.DP(noise_multiplier=1.0, epsilon=50)])
+def test_a_loss_that_is_no_number_for_each_example_is_refused(tiny_run: Make, go: Go, privacy: fl.DP | None) -> None:
+    with pytest.raises(ModelError, match=r"Mean\.loss gives shape \(\) for a batch of \d+; return one number for each"):
+        go(tiny_run(task=Mean(labels=LABELS, max_length=16), privacy=privacy))
+
+
+@pytest.mark.parametrize(
+    ("task", "why"),
+    [
+        (Balanced, r"an example's gradient is not the one it has alone \([\d.]+; at most 0.01"),
+        (Contrast, "an example alone has a gradient of norm 0; use a loss that does not compare the examples"),
+    ],
+)
+def test_a_loss_that_looks_at_the_batch_is_for_runs_without_privacy(
+    tiny_run: Make, go: Go, task: type[fl.TextClassification], why: str
+) -> None:
+    run = tiny_run(task=task(labels=LABELS, max_length=16))
+
+    assert np.isfinite(go(run).score.loss)
+    with pytest.raises(ModelError, match=f"sensitivity probe: .*{why}"):
+        go(run.replace({"privacy": fl.DP(noise_multiplier=1.0, epsilon=50)}))
 
 
 def test_a_local_adapter_works_in_a_private_run(tiny_run: Make, go: Go) -> None:

@@ -29,6 +29,7 @@ PAGES = (
     "tutorial-sites.md",
     "tutorial-strategy.md",
     "tutorial-adapter.md",
+    "tutorial-task.md",
 )
 NOT_RUN = {
     ("quickstart.md", "downloads; .ci/run does the same from a fresh clone"),

@@ -15,7 +15,7 @@ Importing it loads no torch; `simulate` does.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fedloom.api.callbacks import Checkpoint
+from fedloom.api.callbacks import Callback, Checkpoint, EarlyStopping
 from fedloom.api.load_adapter import load_adapter
 from fedloom.api.result import Result
 from fedloom.api.run import Model, Run, load
@@ -109,11 +109,13 @@ __all__ = [
     "AlternatingOrthonormal",
     "Bias",
     "Bottleneck",
+    "Callback",
     "CausalLM",
     "Checkpoint",
     "Compacter",
     "Data",
     "DualLoRA",
+    "EarlyStopping",
     "Engine",
     "Evaluation",
     "FLoRA",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from fedloom.api.callbacks import Together
 from fedloom.api.result import Result
 from fedloom.api.run import Run
 from fedloom.core import registry
@@ -46,8 +47,9 @@ def simulate(
         test: Rows to score the adapter on, as above. None holds out a tenth of each client's rows, chosen by their
             content, which then nobody trains on.
         form: How the data are to be read: names of columns, whether labels are names or positions.
-        callbacks: Called after each round, in this order. One that raises `StopRun` ends the run with what is
-            committed; any other exception stops it.
+        callbacks: Called after each round, in this order; those of `Callback` also before the first and when there is a
+            result. One that raises `StopRun` after a round ends the run with what is committed, when all have been
+            called; any other exception stops it at once, and leaves no result.
         out: Parent of the run folder.
         progress: Whether to show a bar.
 
@@ -69,12 +71,7 @@ def simulate(
     from fedloom.simulation.simulate import Watcher
     from fedloom.simulation.simulate import simulate as run_simulation
 
-    each = tuple(callbacks)
-
-    def after_round(so_far: SoFar) -> None:
-        for callback in each:
-            callback(so_far)
-
+    together = Together(tuple(callbacks))
     console = Console()
     seen = console.is_terminal or console.is_jupyter
     with registry.locally(run.local), progress_bar(console, disable=not (progress and seen)) as moved:
@@ -82,8 +79,10 @@ def simulate(
         if data is not None:
             given = _given(run, data, test, form or Form())
             config = config.model_copy(update={"data": None})
-        watcher = Watcher(moved=moved, after_round=after_round)
-        return Result(run, run_simulation(config, Path(out), watcher, given=given, own=own))
+        watcher = Watcher(moved=moved, before_rounds=together.on_run_begin, after_round=together)
+        result = Result(run, run_simulation(config, Path(out), watcher, given=given, own=own))
+    together.on_run_end(result)
+    return result
 
 
 def _given(run: Run, data: Mapping[str, Any], test: Any, form: Form) -> "Given":

@@ -1,11 +1,11 @@
-"""What a run tells its callbacks after each round, and how one of them ends it."""
+"""What a run tells its callbacks before its first round and after each, and how one of them ends it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedloom.server.monitoring.recorders.api import RoundRecord
+from fedloom.server.monitoring.recorders.api import RoundRecord, figures
 from fedloom.simulation.run_folder import metrics_frame
 
 if TYPE_CHECKING:
@@ -20,7 +20,11 @@ class StopRun(Exception):  # it is no error
 
 @dataclass(frozen=True)
 class SoFar:
-    """A run after a round."""
+    """A run after a round, or before the first.
+
+    Of the clients' rows it holds nothing that has not left them with the run's noise. Figures of the held-out rows are
+    exact.
+    """
 
     folder: Path
     """The run folder."""
@@ -48,6 +52,16 @@ class SoFar:
     def epsilon(self) -> float | None:
         """The most that a client has spent so far; None without privacy."""
         return max((self.records[-1].epsilon or {}).values(), default=None)
+
+    @property
+    def epsilon_by_client(self) -> dict[str, float]:
+        """What each client has spent so far, by name; empty without privacy and before the first round."""
+        return dict(self.records[-1].epsilon or {})
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The round's numbers by name, for a logger: accuracy, loss, epsilon, bytes_up, the task's own metrics ..."""
+        return figures(self.records[-1])
 
     @property
     def metrics(self) -> "pandas.DataFrame":

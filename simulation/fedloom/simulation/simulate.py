@@ -64,6 +64,7 @@ class Watcher:
     ready: Callable[[Federation, Path], None] = lambda _federation, _folder: None
     moved: Callable[[Progress], None] = lambda _progress: None
     recorded: Callable[[RoundRecord], None] = lambda _record: None
+    before_rounds: Callable[[SoFar], object] = lambda _so_far: None
     after_round: Callable[[SoFar], object] = lambda _so_far: None
     """May raise `StopRun`."""
 
@@ -208,6 +209,7 @@ def _simulate(
         began = time.monotonic()
         begin = RoundRecord(0, 0, start.accuracy, start.loss, None, None, 0, 0, 0.0, virtual_seconds=virtual_s())
         _record(tape, watcher, begin)
+        watcher.before_rounds(SoFar(folder, (begin,), partial(save_round, federation, coordinator.result(), begin)))
         for _ in _engine(federation, coordinator, folder, clock):
             watcher.moved(coordinator.progress)
             _drain(federation, coordinator, tape, watcher, began, folder)

@@ -14,7 +14,7 @@ from fedloom.client.eval.confusion import MOST_CLASSES, Confusion, count
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.tasks.api import Task
 from fedloom.client.training.local_eval import answers
-from fedloom.client.training.losses import labelled
+from fedloom.client.training.losses import labelled, loss_of_each
 
 __all__ = ["Score", "evaluate"]
 
@@ -51,7 +51,7 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) ->
     sums: Counter[str] = Counter()
     with torch.inference_mode():
         for scores, labels in answers(model, encoded, batch or encoded.evaluation_batch):
-            each = task.loss(scores, labels)
+            each = loss_of_each(task, scores, labels)
             scores, labels = task.places(scores, labels)
             places = labelled(labels)
             counts.append(torch.stack([(task.right(scores, labels) & places).sum(), places.sum()]))

@@ -18,6 +18,7 @@ from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.privacy.dp_sgd.rng import Entropy
 from fedloom.client.training.activations import kept_activations
 from fedloom.client.training.device import on_device
+from fedloom.client.training.losses import loss_of_each
 from fedloom.client.training.microbatch import Microbatch, fitting
 from fedloom.client.training.one_pass.meeting import OnePass
 from fedloom.client.training.one_pass.passes import Sample
@@ -168,4 +169,4 @@ class Gradients:
 
 def batch_loss(model: AdapterModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum of per-example losses; no term of one example depends on another."""
-    return model.task.loss(model.logits(batch), on_device(batch["labels"], model.device)).sum()
+    return loss_of_each(model.task, model.logits(batch), on_device(batch["labels"], model.device)).sum()

@@ -18,7 +18,7 @@ from fedloom.client.data.tokens import Encoded, collate, microbatches
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.rng import Entropy
 from fedloom.client.training.device import on_device
-from fedloom.client.training.losses import labelled
+from fedloom.client.training.losses import labelled, loss_of_each
 from fedloom.core.privacy.gaussian import UNITS, deviation
 
 __all__ = ["answers", "released", "row_scores", "split"]
@@ -70,7 +70,7 @@ def row_scores(model: AdapterModel, encoded: Encoded, size: int, max_loss: float
     parts = [np.zeros((0, 2))]
     with torch.inference_mode():
         for scores, labels in answers(model, encoded, size):
-            loss = (model.task.loss(scores, labels) / max_loss).nan_to_num(nan=1.0, posinf=1.0)
+            loss = (loss_of_each(model.task, scores, labels) / max_loss).nan_to_num(nan=1.0, posinf=1.0)
             scores, labels = model.task.places(scores, labels)
             places = labelled(labels)
             right = (model.task.right(scores, labels) & places).sum(1) / places.sum(1).clamp(min=1)

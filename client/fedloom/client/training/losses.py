@@ -9,12 +9,33 @@ Labels lie where the scores are that must predict them; `encode` puts a causal l
 left, so that all tasks share one formula.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn import functional as F
 
 from fedloom.client.data.rows import IGNORED
+from fedloom.core.errors import ModelError
 
-__all__ = ["labelled", "per_example", "positions"]
+if TYPE_CHECKING:
+    from fedloom.client.tasks.api import Task
+
+__all__ = ["labelled", "loss_of_each", "per_example", "positions"]
+
+
+def loss_of_each(task: "Task", scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The task's loss of each example, shape (batch,).
+
+    Raises:
+        ModelError: It is not one number for each example.
+    """
+    found = task.loss(scores, labels)
+    if found.shape != labels.shape[:1]:
+        raise ModelError(
+            f"{type(task).__name__}.loss gives shape {tuple(found.shape)} for a batch of {len(labels)}; return one "
+            f"number for each example, shape ({len(labels)},), and reduce nothing over the batch"
+        )
+    return found
 
 
 def per_example(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

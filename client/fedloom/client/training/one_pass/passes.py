@@ -15,6 +15,7 @@ from fedloom.client.privacy.dp_sgd.grad_sample import Tape
 from fedloom.client.privacy.dp_sgd.grad_sample.grouped import Layers, adapter_layers, grouped
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.training.device import on_device
+from fedloom.client.training.losses import loss_of_each
 from fedloom.client.training.microbatch import Microbatch
 
 __all__ = ["Sample", "alike", "gradients", "layers_of"]
@@ -127,7 +128,7 @@ def _pass(shares: Sequence[_Share]) -> None:
         tape.begin(count, sequences)
     of_batch = [count * sequences for count in rows]
     with grouped([layers_of(sample.model) for sample, _ in shares], of_batch, tapes or None):
-        losses = first.task.loss(first.logits(batch), on_device(batch["labels"], first.device))
+        losses = loss_of_each(first.task, first.logits(batch), on_device(batch["labels"], first.device))
         if not tapes:  # each client's mean, whose parameters are its own
             weights = np.repeat([1 / each.count for each, _ in shares], rows).astype(np.float32)
             losses = losses * on_device(torch.from_numpy(weights), first.device)
