@@ -24,6 +24,7 @@ PAGES = (
     "data.md",
     "api.md",
     "merging.md",
+    "personalisation.md",
     "serving.md",
     "tutorial-simulation.md",
     "tutorial-sites.md",

@@ -30,6 +30,7 @@ from fedloom.strategies.drift.feddyn import FedDyn
 from fedloom.strategies.drift.scaffold import SCAFFOLD
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.personal.feddpa import FedDPA
+from fedloom.strategies.personal.fedper import FedPer
 from fedloom.strategies.personal.fedsa import FedSALoRA
 from fedloom.strategies.ranks.hetlora import HetLoRA
 from fedloom.strategies.stacking.flora import FLoRA
@@ -54,6 +55,7 @@ CASES = [
     Case(FLoRA(ranks=RANKS)),
     Case(HetLoRA(ranks=RANKS)),
     Case(FedSALoRA()),
+    Case(FedPer()),
     Case(FedSVD(refresh=1)),
     Case(LALoRA()),
     Case(SCAFFOLD()),

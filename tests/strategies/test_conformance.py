@@ -36,6 +36,11 @@ class TestRegistered(StrategyConformance):
 
 
 class TestFrozenHead(TestRegistered):
+    @pytest.fixture(autouse=True, params=[name for name in entries("strategies") if name != "fedper"])
+    def _name(self, request: pytest.FixtureRequest) -> None:
+        """All but the one whose clients keep the head, which says so: see test_personal."""
+        self.name = request.param
+
     def strategy(self) -> Strategy:
         made: Strategy = build("strategies", self.name, {"train_head": False})
         return made

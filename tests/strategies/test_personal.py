@@ -1,4 +1,4 @@
-"""FedSA-LoRA and FedDPA: one factor, or one of two pairs, is averaged; the other never leaves its client."""
+"""FedSA-LoRA, FedPer and FedDPA: a part of the adapter is averaged; the other never leaves its client."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from fedloom.core.errors import SchemaError
 from fedloom.core.schema import Role
 from fedloom.strategies.conformance import StrategyConformance, respond, run_round
 from fedloom.strategies.personal.feddpa import FedDPA
+from fedloom.strategies.personal.fedper import FedPer
 from fedloom.strategies.personal.fedsa import FedSALoRA
 from fedloom.strategies.start import starting_adapter
 from tests.strategies.test_conformance import TWO_PAIRS
@@ -89,3 +90,32 @@ def test_two_pairs_need_an_adapter_that_has_them() -> None:
     battery = TestSharedB()
     with pytest.raises(SchemaError, match="this strategy trains own, shared, but the adapter has head, lora_A, lora_B"):
         FedDPA().init(battery.schema(), starting_adapter(battery.schema(), 5), 5)
+
+
+def test_the_adapter_is_averaged_and_the_head_stays() -> None:
+    battery, strategy = TestSharedB(), FedPer()
+    _, state = battery.begin()
+    state = strategy.init(state.schema, state.adapter, 5)
+    plan, updates = strategy.plan(state, 0, "ada"), battery.updates(strategy, state)
+    total = sum(update.weight for update in updates)
+
+    after = run_round(strategy, state, updates)
+
+    assert plan.train == state.schema.roles, "both are trained"
+    assert plan.personal == {Role.HEAD}
+    for name, value in after.adapter.items():
+        if name in state.schema.names(Role.HEAD):
+            assert all(name not in update.delta for update in updates)
+            np.testing.assert_array_equal(value, state.adapter[name])
+        else:
+            mean = sum(u.weight / total * u.delta[name].astype(np.float64) for u in updates)
+            np.testing.assert_allclose(value, state.adapter[name] + mean, atol=1e-6)
+
+
+def test_an_adapter_without_a_head_has_nothing_to_keep() -> None:
+    schema = TestSharedB().schema()
+    bare = schema.select(schema.roles - {Role.HEAD})
+    with pytest.raises(SchemaError, match="trains an adapter and a head, but the adapter has lora_A, lora_B"):
+        FedPer().init(bare, starting_adapter(bare, 5), 5)
+    with pytest.raises(SchemaError, match="but the head is frozen; set model"):
+        FedPer(train_head=False).init(schema, starting_adapter(schema, 5), 5)

@@ -65,6 +65,7 @@ from fedloom.strategies.fedpeft import FedPEFT
 from fedloom.strategies.fedsvd import FedSVD
 from fedloom.strategies.ffa import FFA
 from fedloom.strategies.personal.feddpa import FedDPA
+from fedloom.strategies.personal.fedper import FedPer
 from fedloom.strategies.personal.fedsa import FedSALoRA
 from fedloom.strategies.ranks.flexlora import FlexLoRA
 from fedloom.strategies.ranks.hetlora import HetLoRA
@@ -127,6 +128,7 @@ __all__ = [
     "FedEx",
     "FedOpt",
     "FedPEFT",
+    "FedPer",
     "FedSALoRA",
     "FedSVD",
     "FederatedEvaluation",
