@@ -69,6 +69,7 @@ check: setup
 	python -m docs.make_study --check
 	python -m docs.make_wire --check
 	python -m docs.make_peers --check
+	python -m docs.make_gallery --check
 	$(MAKE) --no-print-directory proto
 	git diff --exit-code -- proto
 
@@ -87,6 +88,7 @@ docs: setup
 	python -m docs.make_study
 	python -m docs.make_wire
 	python -m docs.make_peers
+	python -m docs.make_gallery
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --site-dir site
 
 bench: setup

@@ -3,6 +3,7 @@
 import os
 import queue
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ from fedloom.client.training.gradients import batch_loss
 from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import FedloomError, ModelError
 from fedloom.core.privacy.accounting import Statement
+from fedloom.core.runtime.memory import peak_bytes
 from fedloom.core.schema import Tensors
 from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
@@ -81,6 +83,8 @@ class Result:
     """Share of held-out rows on which the exported result, reloaded, predicts what the run's model predicts."""
     told: dict[str, float | None] | None = None
     """What the clients' evaluations say of the adapter; None without federated evaluation, or where noise hides it."""
+    peak_bytes: int | None = None
+    """The most memory that this process has held since it began; None where the system does not say."""
 
     @property
     def exported(self) -> Path:
@@ -299,14 +303,17 @@ def _finish(
     agreement = float(np.mean(np.isclose(ours, predict(reloaded, model.task, federation.held_out, pad), rtol=1e-3)))
     plot(folder, f"{folder.name}: {config.strategy.name}, {len(federation.clients)} clients", tape.records)
     user_epsilon = user["epsilon"] if user else None
-    result = Result(folder, tape.records, start, final, spent, user_epsilon, agreement, tape.told)
+    peak = peak_bytes() if sys.platform == "linux" else None
+    result = Result(folder, tape.records, start, final, spent, user_epsilon, agreement, tape.told, peak)
     write_json(
         folder / "summary.json",
         {
             "accuracy_start": start.accuracy,
             "accuracy": final.accuracy,
             "accuracy_by_client": {name: score.accuracy for name, score in own.items()},
+            "loss_start": start.loss,
             "loss": final.loss,
+            "metrics_start": dict(start.metrics),
             "metrics": dict(final.metrics),
             "held_out_examples": final.examples,
             **classes_document(final.confusion, config.model.labels),
@@ -319,6 +326,7 @@ def _finish(
             "virtual_seconds": tape.records[-1].virtual_seconds,
             "bytes_up": sum(r.bytes_up for r in tape.records),
             "bytes_down": sum(r.bytes_down for r in tape.records),
+            "peak_bytes": peak,
         },
     )
     exact = (compute.dtype, compute.quantization) == ("float32", "none")
