@@ -39,7 +39,7 @@ _SCORES = {
 }
 """By task: the figure that is shown, what it is multiplied by, and its unit."""
 _HEAD = ("job", "run file", "task", "base", "data", "silos", "ε", "δ", "majority", "start", "end", "held-out figure")
-_COST = ("MB up, a client", "MB down", "minutes", "peak memory")
+_COST = ("MB up, a client", "MB down", "CPU minutes", "peak memory")
 _NONE = "–"
 """In the place of a figure that there is not."""
 
@@ -88,6 +88,7 @@ def recipe(folder: Path) -> tuple[str, dict[str, Any]]:
         "bytes_up": held["bytes_up"],
         "bytes_down": held["bytes_down"],
         "seconds": held["seconds"],
+        "cpu_seconds": held["cpu_seconds"],
         "peak_bytes": held["peak_bytes"],
     }
 
@@ -123,7 +124,7 @@ def _table(known: Mapping[str, Any]) -> Iterable[str]:
             f"**{_shown(figures['end'][key], scale)}**",
             unit,
             *(f"{figures[way] / clients / 1e6:.2f}" for way in ("bytes_up", "bytes_down")),
-            f"{figures['seconds'] / 60:.1f}",
+            f"{figures['cpu_seconds'] / 60:.1f}",
             f"{figures['peak_bytes'] / 2**20:,.0f} MiB",
         )
         yield f"| {' | '.join(cells)} |"

@@ -192,7 +192,7 @@ def _costs(config: RunConfig, result: "Result") -> Iterator[tuple[str, str]]:
     last = result.records[-1]
     up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
     yield "sent by all clients", f"{size(up)} up, {size(down)} down"
-    yield "time", f"{last.seconds:.0f} s"
+    yield "time", f"{last.seconds:.0f} s, {result.cpu_seconds:.0f} s of processor time in all"
     if result.peak_bytes is not None:
         alone = "" if config.engine.kind == "inprocess" else ", of this process alone"
         yield "peak memory", f"{result.peak_bytes / 2**20:,.0f} MiB{alone}"

@@ -40,7 +40,7 @@ def _letter(name: str, bank: Bank, split: Split, draw: random.Random) -> Record:
     """A sentence for each issue; the product is named in it, and may be the one before."""
     issues = draw.sample(sorted(ISSUES), draw.choice((1, 1, 2, 2, 3)))
     product = draw.choices(tuple(PRODUCTS), bank.mix)[0]
-    tags = {product}
+    tags = set[str]()
     sentences = [draw.choice(bank.openings)] if draw.random() < 0.5 else []
     for issue in issues:
         if draw.random() < 0.25:

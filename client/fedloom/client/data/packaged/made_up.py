@@ -37,7 +37,7 @@ def distinct(make: Callable[[], Record], count: int) -> Iterator[Record]:
     seen = set[str]()
     while len(seen) < count:
         record = make()
-        known = re.sub(r"\W+", " ", record.text.lower())
+        known = " ".join(re.findall(r"\w+", record.text.lower()))
         if known not in seen:
             seen.add(known)
             yield record

@@ -13,7 +13,7 @@ from fedloom.client.data.records import Record
 
 __all__ = ["Triage"]
 
-_NOTES = {"train": 4000, "test": 400}
+_NOTES = {"train": 3000, "test": 300}
 """Notes of each hospital."""
 
 
