@@ -29,8 +29,8 @@ JOBS = {
 }
 """Recipes of the gallery in its order, and what each does."""
 _SCORES = {
-    "ordinal": ("kappa", 1, "weighted kappa"),
-    "multi-label": ("f1_micro", 100, "% F1 of all tags"),
+    "ordinal": ("kappa", 1, "weighted kappa of grades"),
+    "multi-label": ("f1_micro", 100, "% F1 of tags"),
     "token-classification": ("accuracy", 100, "% of words"),
     "text-classification": ("accuracy", 100, "% of sentences"),
     "image-classification": ("accuracy", 100, "% of pictures"),
@@ -38,7 +38,7 @@ _SCORES = {
     "dpo": ("accuracy", 100, "% of pairs"),
 }
 """By task: the figure that is shown, what it is multiplied by, and its unit."""
-_HEAD = ("job", "run file", "task", "base", "data", "silos", "ε", "δ", "majority", "start", "end", "held-out figure")
+_HEAD = ("job", "`fedloom simulate`", "task", "base", "data, silos", "ε, δ", "majority", "start", "end", "of what")
 _COST = ("MB up, a client", "MB down", "CPU minutes", "peak memory")
 _NONE = "–"
 """In the place of a figure that there is not."""
@@ -113,16 +113,14 @@ def _table(known: Mapping[str, Any]) -> Iterable[str]:
         majority = figures["majority"] if key == "accuracy" else None
         cells = (
             job,
-            f"[{name}](../examples/{name}.toml)",
+            f"[examples/{name}.toml](../examples/{name}.toml)",
             f"`{task}`",
             f"`{run['model']['base']}`",
-            f"`{run['data']['source']}`",
-            str(clients),
-            f"{figures['epsilon']:.2f}",
-            f"{run['privacy']['delta']:g}",
+            f"`{run['data']['source']}`, {clients}",
+            f"{figures['epsilon']:.2f}, {run['privacy']['delta']:g}",
             *(_shown(each, scale) for each in (majority, figures["start"].get(key))),
             f"**{_shown(figures['end'][key], scale)}**",
-            unit,
+            f"{unit}, {figures['held_out']:,} held-out rows",
             *(f"{figures[way] / clients / 1e6:.2f}" for way in ("bytes_up", "bytes_down")),
             f"{figures['cpu_seconds'] / 60:.1f}",
             f"{figures['peak_bytes'] / 2**20:,.0f} MiB",

@@ -1,1 +1,1 @@
-"""Data sets that come as packages: rated sentences, newsgroup posts and pictures of clothes."""
+"""Data sets that are named: rated sentences, newsgroup posts, pictures of clothes, and made-up rows of several jobs."""

@@ -12,7 +12,7 @@ from fedloom.client.data.records import Record
 
 __all__ = ["Preferences"]
 
-_PAIRS = {"train": 400, "test": 100}
+_PAIRS = {"train": 300, "test": 60}
 """Of each desk."""
 
 
