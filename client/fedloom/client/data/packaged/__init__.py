@@ -1,1 +1,1 @@
-"""Data sets that are named: rated sentences, newsgroup posts, pictures of clothes, and made-up rows of several jobs."""
+"""Data sets that a run names: rated sentences, newsgroups, pictures of clothes, and made-up rows of several jobs."""
