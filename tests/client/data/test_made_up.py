@@ -90,7 +90,7 @@ def test_they_are_the_same_everywhere(name: str) -> None:
 @pytest.mark.parametrize("name", SOURCES)
 def test_there_are_as_many_of_each_group(name: str) -> None:
     for split, count in zip(("train", "test"), COUNTS[name], strict=True):
-        assert Counter(record.group for record in rows(name, split)) == dict.fromkeys(GROUPS[name], count)  # type: ignore[arg-type]
+        assert Counter(record.group for record in rows(name, split)) == dict.fromkeys(GROUPS[name], count)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -133,7 +133,7 @@ def complaint_of(record: Record) -> str:
 
 
 def test_no_complaint_of_a_triage_note_is_on_both_sides() -> None:
-    trained, tested = (set(map(complaint_of, rows("triage", split))) for split in ("train", "test"))  # type: ignore[arg-type]
+    trained, tested = (set(map(complaint_of, rows("triage", split))) for split in ("train", "test"))
 
     assert trained == set(side(COMPLAINTS, "train"))
     assert tested == set(side(COMPLAINTS, "test"))
@@ -172,7 +172,7 @@ def test_a_complaint_has_the_tags_of_what_it_says_and_no_phrase_is_on_both_sides
     phrases = {issue: [(phrase, _phrase(phrase)) for phrase in pool] for issue, pool in ISSUES.items()}
     for split in ("train", "test"):
         seen[split] = set()
-        for record in rows("complaints", split)[::7]:  # type: ignore[arg-type]
+        for record in rows("complaints", split)[::7]:
             tags = set()
             for issue, pool in phrases.items():
                 for phrase, pattern in pool:
@@ -199,7 +199,7 @@ def _product(name: str) -> str:
 def test_both_answers_to_a_question_say_the_same_and_no_manner_is_on_both_sides() -> None:
     manners: defaultdict[str, set[str]] = defaultdict(set)
     for split in ("train", "test"):
-        for record in rows("preferences", split):  # type: ignore[arg-type]
+        for record in rows("preferences", split):
             prompt, preferred, other = record.parts
             assert record.text == prompt + preferred + other
             assert re.fullmatch(r"Customer: .*[.?]\nDesk:", prompt)

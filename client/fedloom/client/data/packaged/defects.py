@@ -83,7 +83,8 @@ def _picture(plant: _Plant, kind: str, draw: np.random.Generator) -> _Picture:
         surface = surface * (1 - _disc(down, right, draw.uniform(0.06, 0.13), 0.015, draw) * draw.uniform(0.7, 0.95))
     elif kind == "stain":
         surface = surface * (1 - _disc(down, right, draw.uniform(0.16, 0.28), 0.06, draw) * draw.uniform(0.25, 0.45))
-    return np.clip(surface + plant.grain * draw.normal(size=surface.shape), 0, 1)
+    seen: _Picture = np.clip(surface + plant.grain * draw.normal(size=surface.shape), 0, 1)
+    return seen
 
 
 def _scratch(down: _Picture, right: _Picture, draw: np.random.Generator) -> _Picture:
