@@ -22,9 +22,7 @@ JOBS = {
     "triage": "How soon an emergency patient has to be seen",
     "findings": "What a clinical note says of each finding",
     "complaints": "Products and issues of bank complaints",
-    "sentiment": "Whether a sentence is positive",
     "preferences": "The tone of a front desk, from pairs of answers",
-    "instruct": "Turning a nurse's note into a line for a program",
     "defects": "Scratches, holes and stains on metal",
 }
 """Recipes of the gallery in its order, and what each does."""
@@ -32,9 +30,7 @@ _SCORES = {
     "ordinal": ("kappa", 1, "weighted kappa of grades"),
     "multi-label": ("f1_micro", 100, "% F1 of tags"),
     "token-classification": ("accuracy", 100, "% of words"),
-    "text-classification": ("accuracy", 100, "% of sentences"),
     "image-classification": ("accuracy", 100, "% of pictures"),
-    "instruct": ("accuracy", 100, "% of the answers' tokens"),
     "dpo": ("accuracy", 100, "% of pairs"),
 }
 """By task: the figure that is shown, what it is multiplied by, and its unit."""

@@ -12,7 +12,7 @@ from fedloom.client.data.records import Record
 
 __all__ = ["Preferences"]
 
-_PAIRS = {"train": 300, "test": 60}
+_PAIRS = {"train": 150, "test": 40}
 """Of each desk."""
 
 
@@ -48,7 +48,7 @@ _DESKS = {
             *("I still wait for my {thing}.", "What happened to my {thing}?"),
         ),
         (
-            *("will be with you on {day}", "left our store at {hour}", "is being checked and follows on {day}"),
+            *("will be with you on {day}", "left our store at {hour}", "follows on {day}"),
             *("is ready at desk {few}", "needs {few} more days"),
         ),
     ),
@@ -64,7 +64,7 @@ _DESKS = {
             *("I have not heard about the {thing}.", "Do I have to wait for the {thing}?"),
         ),
         (
-            *("is planned for {day} at {hour}", "had to be moved to {day}", "is in the hands of Dr {name} until {day}"),
+            *("is planned for {day} at {hour}", "had to be moved to {day}", "is seen by Dr {name}"),
             *("is seen to in room {few}", "takes {few} more days"),
         ),
     ),
@@ -74,7 +74,7 @@ _PREFERRED = (
     "Of course: your {thing} {told}.",
     "Happy to help. Your {thing} {told}.",
     "With pleasure, your {thing} {told}. Anything else?",
-    "Thank you for your patience, your {thing} {told}.",
+    "Thanks for waiting, your {thing} {told}.",
     "Good morning! Your {thing} {told}.",
     "I am glad you ask: your {thing} {told}.",
     "Certainly. Your {thing} {told}, thank you.",
@@ -82,11 +82,11 @@ _PREFERRED = (
 _OTHER = (
     "It {told}. Read the rules before you ask.",
     "That is not my job. They say it {told}.",
-    "As I keep telling everybody, it {told}, so stop calling.",
-    "You should know by now that it {told}.",
-    "Again? It {told}. There are others in the queue.",
-    "Look, we are busy. It {told}, what more do you want?",
-    "It {told}. If you do not like that, go elsewhere.",
+    "As I keep saying, it {told}.",
+    "You should know that it {told}.",
+    "Again? It {told}. Others are waiting.",
+    "Look, we are busy. It {told}.",
+    "It {told}. Go elsewhere if you like.",
     "No idea why you bother us, it {told}.",
 )
 _FILLERS = {
