@@ -252,3 +252,14 @@ class Wrong:
 def test_a_partitioner_that_loses_rows_or_clients_is_refused(parts: tuple[list[int], ...], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         partition(rows_of([0, 1, 0]), 2, Wrong(*parts), 0)
+
+
+def test_rows_with_several_labels_are_split_by_their_sets_and_each_goes_to_one_client() -> None:
+    sets = np.array([[0, 0], [1, 0], [1, 1]] * 30)
+    rows = Rows(tuple(map(str, range(90))), sets, ("",) * 90, ("a", "b"), "multi-label")
+    assert len(np.unique(rows.kinds)) == 3
+    for scheme, options in (("dirichlet", {"dirichlet_alpha": 0.1}), ("pathological", {"classes_per_client": 1})):
+        by: Partitioner = build("partitioners", scheme, options)
+        parts = by.split(rows, 3, np.random.default_rng(0))
+        assert sorted(np.concatenate(parts).tolist()) == list(range(90))
+    assert [len(np.unique(rows.kinds[part])) for part in parts] == [1, 1, 1]

@@ -87,7 +87,8 @@ def evaluate(
         reached = state_from_bytes(content, held_out.model.schema)
         start, rounds = held_out.score_start(), reached.round
         now = held_out.score(build_strategy(config).result(reached))
-    language = task_traits(config.model.task).generates
+    traits = task_traits(config.model.task)
+    language = traits.generates and traits.per_token  # then the loss is that of a token
     labels = config.model.labels
     scores = {"start": _document(start, language), "now": _document(now, language)}
     if json_only:

@@ -99,6 +99,14 @@ class Rows:
         tags = np.concatenate(self.tags)
         _check_range(tags[tags != IGNORED], self.label_names)
 
+    @property
+    def kinds(self) -> Indices:
+        """One label for each row, shape (n,), where rows are told apart by it: of several labels the set of them."""
+        if self.labels.ndim == 1:
+            return self.labels
+        sets: Indices = np.unique(self.labels.reshape(len(self), -1), axis=0, return_inverse=True)[1].reshape(-1)
+        return sets
+
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.texts)

@@ -31,8 +31,9 @@ def split_by_label(
 ) -> list[Indices]:
     """Label skew among `clients` clients over the rows at `indices`."""
     shares: list[list[Indices]] = [[] for _ in range(clients)]
-    for label in np.unique(rows.labels[indices]):
-        members = draw.permutation(indices[rows.labels[indices] == label])
+    kinds = rows.kinds[indices]
+    for kind in np.unique(kinds):
+        members = draw.permutation(indices[kinds == kind])
         proportions = draw.dirichlet(np.full(clients, alpha))
         cuts = np.rint(np.cumsum(proportions)[:-1] * len(members)).astype(np.int64)
         for share, piece in zip(shares, np.split(members, cuts), strict=True):

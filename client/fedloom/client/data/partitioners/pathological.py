@@ -32,7 +32,8 @@ class Pathological(Section):
         classes = self.classes_per_client
         if rows.tags or not rows.label_names:
             raise ConfigError(f'data.partition = "pathological" goes by the label of a row, and {rows.task} has none')
-        labels = np.unique(rows.labels)
+        kinds = rows.kinds
+        labels = np.unique(kinds)
         if classes > len(labels):
             raise ConfigError(
                 f"data.classes_per_client = {classes}; the data have {len(labels)} labels, so 1 to that many"
@@ -48,7 +49,7 @@ class Pathological(Section):
             owners[int(order[place % len(order)])].append(place // classes)
         shares: list[list[Indices]] = [[] for _ in range(clients)]
         for label, mine in owners.items():
-            members = draw.permutation(np.flatnonzero(rows.labels == label))
+            members = draw.permutation(np.flatnonzero(kinds == label))
             for client, piece in zip(mine, np.array_split(members, len(mine)), strict=True):
                 shares[client].append(piece)
         return without_empty([np.concatenate(share) for share in shares])
