@@ -157,7 +157,7 @@ def _summary(config: RunConfig, result: "Result") -> None:
     table.add_row("held-out accuracy", f"{result.start.accuracy:.1%}", Text(f"{result.final.accuracy:.1%}", "bold"))
     table.add_row("held-out loss", f"{result.start.loss:.3f}", f"{result.final.loss:.3f}")
     for name, value in result.final.metrics.items():
-        before = result.start.metrics.get(name)  # some figures there are not where all answers are the same
+        before = result.start.metrics.get(name)  # some have no value where all answers are one class
         table.add_row(f"held-out {name}", "" if before is None else f"{before:.4g}", f"{value:.4g}")
     for name, cost in _costs(config, result):
         table.add_row(name, "", cost)
