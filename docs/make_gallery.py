@@ -56,7 +56,7 @@ def main() -> None:
             )
     if missing := JOBS.keys() - known.keys():
         sys.exit(f"recipes.json has no figures of {', '.join(sorted(missing))}; run them, then give their run folders")
-    table = "\n".join(["", *_table(known), ""])
+    table = "\n".join(["", *_table(known), "", ""])
     write("make_gallery", {TARGET: between_marks(TARGET, "make_gallery", table)}, check="--check" in sys.argv)
 
 
