@@ -11,7 +11,7 @@ CLIENTS ?= 4
 IDS := $(shell id -u):$(shell id -g)
 export FEDLOOM_USER ?= $(if $(filter 0:%,$(IDS)),10001:10001,$(IDS))
 
-.PHONY: setup flower demo test test-slow prove chaos check fix proto docs bench bench-peers study compose compose-test image-wheels lock wheels wheels-test clean
+.PHONY: setup flower demo test test-slow prove chaos check fix proto docs bench bench-peers study recipes compose compose-test image-wheels lock wheels wheels-test clean
 
 setup: $(VENV)/.ready
 
@@ -70,6 +70,7 @@ check: setup
 	python -m docs.make_wire --check
 	python -m docs.make_families --check
 	python -m docs.make_peers --check
+	python -m docs.make_gallery --check
 	$(MAKE) --no-print-directory proto
 	git diff --exit-code -- proto
 
@@ -89,6 +90,7 @@ docs: setup
 	python -m docs.make_wire
 	python -m docs.make_families
 	python -m docs.make_peers
+	python -m docs.make_gallery
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --site-dir site
 
 bench: setup
@@ -114,6 +116,14 @@ bench-peers: setup $(PEERS)
 study: setup
 	python -m fedloom.client.assets.fetch minilm-l3-mean dinov2-small sentiment
 	python benchmarks/study.py
+
+# Runs the gallery's recipes one after the other, about ten minutes on two idle cores, and writes what came out.
+RECIPES := triage findings complaints preferences defects
+recipes: setup
+	python -m fedloom.client.assets.fetch smollm2-135m dinov2-small
+	rm -rf runs/recipes
+	for name in $(RECIPES); do fedloom simulate examples/$$name.toml --out runs/recipes || exit 1; done
+	python -m docs.make_gallery $(RECIPES:%=runs/recipes/%)
 
 # A coordinator and CLIENTS clients in containers of their own; ends when the run does, with the adapter in out/adapter.
 compose:

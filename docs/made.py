@@ -23,16 +23,23 @@ def between_marks(page: Path, script: str, content: str) -> str:
     return before + begin + content + end + after
 
 
-def write(script: str, pages: Mapping[Path, str]) -> None:
-    """Write the pages, or with `--check` on the command line only compare them.
+def write(script: str, pages: Mapping[Path, str], check: bool | None = None) -> None:
+    """Write the pages, or only compare them.
+
+    Args:
+        script: What makes them.
+        pages: What they say.
+        check: Only compare them. None reads the command line, where nothing but `--check` may stand.
 
     Raises:
         SystemExit: A page is not what would be written, or the command line has something else.
     """
-    if sys.argv[1:] not in ([], ["--check"]):
-        sys.exit(f"unknown arguments {' '.join(sys.argv[1:])}; only --check is allowed")
+    if check is None:
+        if sys.argv[1:] not in ([], ["--check"]):
+            sys.exit(f"unknown arguments {' '.join(sys.argv[1:])}; only --check is allowed")
+        check = bool(sys.argv[1:])
     for page, text in pages.items():
-        if not sys.argv[1:]:
+        if not check:
             page.write_text(text, encoding="utf-8")
         elif not page.is_file() or page.read_text(encoding="utf-8") != text:
             sys.exit(f"{page.name} is stale; run `python -m docs.{script}`")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from fedloom.client.data.rows import Rows, digest
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.core.errors import ConfigError, DataError, ModelError
 from fedloom.core.privacy.accounting import Spend, epsilon
+from fedloom.core.runtime.memory import peak_bytes
 from fedloom.server.build import build_strategy, calibrated
 from fedloom.simulation.in_memory import rows_of
 from fedloom.strategies.api import State, Traits
@@ -59,6 +61,11 @@ def test_a_result_is_what_the_run_folder_holds(tiny_run: Make, go: Go) -> None:
     for column in ("accuracy", "loss", "bytes_up", "bytes_down", "clients"):
         assert result.metrics[column].tolist() == [line[column] for line in lines]
     assert result.accuracy == summary["accuracy"] == result.metrics["accuracy"].iloc[-1]
+    assert summary["metrics_start"].keys() == summary["metrics"].keys()
+    assert summary["loss_start"] == result.metrics["loss"].iloc[0]
+    assert 0 < summary["cpu_seconds"] <= sum(os.times()[:4])
+    assert summary["peak_bytes"] <= peak_bytes()
+    assert summary["peak_bytes"] > sum(each.nbytes for each in tensors(result.folder / "adapter").values())
     assert result.privacy == {}
     assert "epsilon" not in result.metrics
     assert fl.load(result.folder / "run.toml").config.train == result.run.config.train

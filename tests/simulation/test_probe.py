@@ -102,6 +102,9 @@ def test_the_command_shows_the_best_of_several_beside_the_adapter(run_file: Path
     for name, accuracy in (("adapter", found["both"]["accuracy"]), ("probe", best)):
         spent = max(found["both"]["epsilon"].values())
         assert re.search(rf"^{name} \(.*\) +{accuracy:.1%} .* {spent:.2f} *$", done.output, re.M), done.output
+    memory, cpu = found["both"]["peak_bytes"] / 2**20, found["both"]["cpu_seconds"]
+    assert re.search(rf"^peak memory +{memory:,.0f} MiB *$", done.output, re.M), done.output
+    assert re.search(rf"^time +\d+ s, {cpu:.0f} s of processor time in all *$", done.output, re.M), done.output
     gained = 100 * (found["both"]["accuracy"] - best)
     word = "better" if gained >= 0 else "worse"
     assert f"the adapter is {abs(gained):.1f} points {word}; probe in {runs}/both-probe" in done.output

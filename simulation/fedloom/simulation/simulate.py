@@ -3,6 +3,7 @@
 import os
 import queue
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,7 @@ from fedloom.core.config.run import RunConfig
 from fedloom.core.errors import FedloomError, ModelError
 from fedloom.core.model_card import held_out_facts
 from fedloom.core.privacy.accounting import Statement
+from fedloom.core.runtime.memory import peak_bytes
 from fedloom.core.schema import Tensors
 from fedloom.server.build import build_strategy
 from fedloom.server.coordinator import Coordinator
@@ -85,6 +87,10 @@ class Result:
     """Share of held-out rows on which the exported result, reloaded, predicts what the run's model predicts."""
     told: dict[str, float | None] | None = None
     """What the clients' evaluations say of the adapter; None without federated evaluation, or where noise hides it."""
+    cpu_seconds: float = 0.0
+    """Processor time of this process and of those that it started and that have ended, from the call to the summary."""
+    peak_bytes: int | None = None
+    """The most memory that this process has held since it began; None where the system does not say."""
 
     @property
     def exported(self) -> Path:
@@ -165,6 +171,7 @@ def _simulate(
     given: Given | None,
     own: Strategy | None,
 ) -> Result:
+    busy = _busy_seconds()
     config = completed(config, own)
     strategy = build_strategy(config, own)
     check_config(config, strategy)  # as the coordinator will, but before anything is loaded or written
@@ -218,7 +225,12 @@ def _simulate(
             raise FedloomError(f"the run stopped after {coordinator.progress.round} of {config.run.rounds} rounds")
         tape.told = coordinator.told
         run, rounds, result = coordinator.progress.run, coordinator.state.round, coordinator.result()
-    return _finish(federation, folder, tape, start, run, rounds, result)
+    return _finish(federation, folder, tape, start, run, rounds, result, busy)
+
+
+def _busy_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 @contextmanager
@@ -283,7 +295,14 @@ def _record(tape: _Tape, watcher: Watcher, record: RoundRecord) -> None:
 
 
 def _finish(
-    federation: Federation, folder: Path, tape: _Tape, start: Score, run: str, rounds: int, trained: Tensors
+    federation: Federation,
+    folder: Path,
+    tape: _Tape,
+    start: Score,
+    run: str,
+    rounds: int,
+    trained: Tensors,
+    busy: float,
 ) -> Result:
     """Export the adapter, or each client's, reload it as a user would, and write the summary and the plot."""
     config, model = federation.config, writable(federation.model, federation.config)
@@ -304,14 +323,18 @@ def _finish(
     agreement = float(np.mean(np.isclose(ours, predict(reloaded, model.task, federation.held_out, pad), rtol=1e-3)))
     plot(folder, f"{folder.name}: {config.strategy.name}, {len(federation.clients)} clients", tape.records)
     user_epsilon = user["epsilon"] if user else None
-    result = Result(folder, tape.records, start, final, spent, user_epsilon, agreement, tape.told)
+    peak = peak_bytes() if sys.platform == "linux" else None
+    cpu = _busy_seconds() - busy
+    result = Result(folder, tape.records, start, final, spent, user_epsilon, agreement, tape.told, cpu, peak)
     write_json(
         folder / "summary.json",
         {
             "accuracy_start": start.accuracy,
             "accuracy": final.accuracy,
             "accuracy_by_client": {name: score.accuracy for name, score in own.items()},
+            "loss_start": start.loss,
             "loss": final.loss,
+            "metrics_start": dict(start.metrics),
             "metrics": dict(final.metrics),
             "held_out_examples": final.examples,
             **classes_document(final.confusion, config.model.labels),
@@ -324,6 +347,8 @@ def _finish(
             "virtual_seconds": tape.records[-1].virtual_seconds,
             "bytes_up": sum(r.bytes_up for r in tape.records),
             "bytes_down": sum(r.bytes_down for r in tape.records),
+            "cpu_seconds": cpu,
+            "peak_bytes": peak,
         },
     )
     exact = (compute.dtype, compute.quantization) == ("float32", "none")

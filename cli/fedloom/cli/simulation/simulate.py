@@ -1,6 +1,6 @@
 """`fedloom simulate`: a whole federation on this machine."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -165,11 +165,8 @@ def _summary(config: RunConfig, result: "Result") -> None:
     for name, value in result.final.metrics.items():
         before = result.start.metrics.get(name)  # some have no value where all answers are one class
         table.add_row(f"held-out {name}", "" if before is None else f"{before:.4g}", f"{value:.4g}")
-    up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
-    table.add_row("sent by all clients", "", f"{size(up)} up, {size(down)} down")
-    table.add_row("time", "", f"{result.records[-1].seconds:.0f} s")
-    if (virtual_s := result.records[-1].virtual_seconds) is not None:
-        table.add_row("virtual time", "", f"{virtual_s:,.0f} s")
+    for name, cost in _costs(config, result):
+        table.add_row(name, "", cost)
     for name, stated in result.privacy.items():
         joined = f"{stated.rounds} of {config.run.rounds} rounds joined"
         table.add_row(f"epsilon of {name}", "0", f"{stated.epsilon:.3f} at delta {stated.delta:g}, {joined}")
@@ -192,8 +189,21 @@ def _summary(config: RunConfig, result: "Result") -> None:
             )
     out.print(f"metrics  {result.folder / 'metrics.jsonl'}")
     out.print(f"plot     {result.folder / 'curves.png'}")
-    if virtual_s is not None:
+    if result.records[-1].virtual_seconds is not None:
         out.print(f"clients  {result.folder / ASSIGNMENTS_FILE}")
+
+
+def _costs(config: RunConfig, result: "Result") -> Iterator[tuple[str, str]]:
+    """What the run took, by name."""
+    last = result.records[-1]
+    up, down = (sum(getattr(r, key) for r in result.records) for key in ("bytes_up", "bytes_down"))
+    yield "sent by all clients", f"{size(up)} up, {size(down)} down"
+    yield "time", f"{last.seconds:.0f} s, {result.cpu_seconds:.0f} s of processor time in all"
+    if result.peak_bytes is not None:
+        alone = "" if config.engine.kind == "inprocess" else ", of this process alone"
+        yield "peak memory", f"{result.peak_bytes / 2**20:,.0f} MiB{alone}"
+    if last.virtual_seconds is not None:
+        yield "virtual time", f"{last.virtual_seconds:,.0f} s"
 
 
 def _beside(config: RunConfig, adapter: "Result", probe: "Result") -> None:

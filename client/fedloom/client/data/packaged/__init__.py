@@ -1,1 +1,1 @@
-"""Data sets that come as packages: rated sentences, newsgroup posts and pictures of clothes."""
+"""Data sets that a run names: rated sentences, newsgroups, pictures of clothes, and made-up rows of several jobs."""
