@@ -64,7 +64,8 @@ def test_a_result_is_what_the_run_folder_holds(tiny_run: Make, go: Go) -> None:
     assert summary["metrics_start"].keys() == summary["metrics"].keys()
     assert summary["loss_start"] == result.metrics["loss"].iloc[0]
     assert 0 < summary["cpu_seconds"] <= sum(os.times()[:4])
-    assert summary["peak_bytes"] <= peak_bytes()
+    # The kernel counts each processor's pages apart, so that a peak read later may be a little lower.
+    assert summary["peak_bytes"] <= 1.05 * peak_bytes()
     assert summary["peak_bytes"] > sum(each.nbytes for each in tensors(result.folder / "adapter").values())
     assert result.privacy == {}
     assert "epsilon" not in result.metrics

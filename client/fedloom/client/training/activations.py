@@ -127,8 +127,10 @@ def kept_activations(model: AdapterModel, base: str | None, compute: ComputePoli
     Returns:
         None if the model has no such blocks, its digest is not known, or the policy gives no room.
     """
-    # They are kept by what one sequence is: a task of its own way of reading has others.
-    usual = type(model.task).scores is Task.scores and model.task.traits.sequences == 1
+    # They are kept for one sequence, or one picture, and not for both or for a task's own way of reading.
+    traits = model.task.traits
+    both = traits.media and traits.per_token
+    usual = type(model.task).scores is Task.scores and traits.sequences == 1 and not both
     if base is None or not compute.activation_cache_mib or not usual:
         return None
     if model not in _prefixes:
