@@ -198,7 +198,7 @@ def test_hooks_that_saw_another_number_of_rows_are_refused() -> None:
     with hooked(layer, list(layer.parameters())) as tape:
         tape.begin(4)
         torch.autograd.backward((layer(torch.ones(1, 3)) * torch.ones(4, 3)).sum())
-        with pytest.raises(ModelError, match="'weight' saw 1 rows for 4 examples"):
+        with pytest.raises(ModelError, match="'weight' saw 1 rows for 4 of the batch"):
             tape.finish()
 
 
@@ -307,5 +307,5 @@ def test_a_layer_that_sees_the_batch_flattened_is_refused() -> None:
 
     with recording(layer, list(layer.parameters())) as tape:
         tape.begin(2)
-        with pytest.raises(ModelError, match="saw 8 rows for 2 examples"):
+        with pytest.raises(ModelError, match="saw 8 rows for 2 of the batch"):
             torch.autograd.backward(layer(torch.ones(2, 4, 3).flatten(0, 1)).sum())

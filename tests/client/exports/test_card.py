@@ -19,10 +19,9 @@ from fedloom.client.models.exports.peft_adapter import save_adapter
 from fedloom.core.config.run import AdapterSection, ModelSection, Spec
 from fedloom.core.model_card import Form, Purpose, held_out_facts, model_card
 from fedloom.core.privacy.spends import run_statement
-from tests.conftest import TARGETS, Install, make_model
+from tests.conftest import TARGETS, make_model
 
 Build = Callable[..., AdapterModel]
-PLUGIN = Path(__file__).parents[3] / "examples" / "plugins" / "regression" / "fedloom_regression.py"
 IDS = torch.tensor([[5, 9, 30, 7, 12], [8, 40, 3, 21, 6]])
 FORM = Form("peft", ("peft", "lora"), "An adapter.", 'load("BASE", "THIS FOLDER")')
 
@@ -58,9 +57,8 @@ def test_an_adapter_and_a_merged_model_load_as_printed(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_task_of_one_output_loads_as_printed(install: Install, small_bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_task_of_one_output_loads_as_printed(small_bases: dict[str, Path], tmp_path: Path) -> None:
     """Without the number of outputs transformers would make two."""
-    install("fedloom-regression", "regression", "slow_federation:Regression", "tasks", code=PLUGIN.read_text())
     section = ModelSection.model_validate({"base": str(small_bases["bert"]), "task": "regression", "max_length": 24})
     model = make_model(section, AdapterSection(rank=2, alpha=4, targets=TARGETS["bert"]))
     with torch.inference_mode():

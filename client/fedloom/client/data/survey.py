@@ -73,13 +73,13 @@ class Lengths:
 
 
 def guess_task(source: str, form: Form) -> str:
-    """The task that the columns of the first row suit; the one that needs most of them, of several.
+    """The task that the columns of the first row suit; of several the one that needs most of them, or the usual one.
 
     Raises:
         DataError: There is no row, or none suits.
     """
     faults: list[DataError] = []
-    suited: list[tuple[int, bool, str]] = []
+    suited: list[tuple[int, bool, bool, str]] = []
     for task, entry in entries("tasks").items():
         layout = Layout(task, form.columns)
         found = (row for _, row in source_rows(source, "train", layout) if not isinstance(row, Note))
@@ -92,9 +92,9 @@ def guess_task(source: str, form: Form) -> str:
             faults.append(row)
         elif isinstance(row, Record) or not layout.missing(row):
             needed = () if isinstance(row, Record) else layout.needed(row)
-            suited.append((-len(needed), not entry.ours, task))
+            suited.append((-len(needed), not task_named(task).traits.usual, not entry.ours, task))
     if suited:
-        return min(suited)[2]
+        return min(suited)[3]
     if faults:
         raise faults[0]
     raise DataError(f"{source} has no columns of a task; see docs/data.md, or name them in data.columns")

@@ -64,6 +64,8 @@ class Traits:
     """`encode`'s targets go to `scores` beside the labels of the rows, in place of being the labels."""
     several: bool = False
     """A row has any number of the labels at once."""
+    usual: bool = False
+    """Rows are taken to be for it where only their columns tell, and other tasks have the same."""
     holds: tuple[str, ...] = ()
     """Columns of `Rows` that its rows fill, beside texts, labels and groups."""
 

@@ -12,7 +12,7 @@ __all__ = ["TextClassification"]
 class TextClassification(Task):
     """One label for each text."""
 
-    traits: ClassVar[Traits] = Traits("text and label", "AutoModelForSequenceClassification", "SEQ_CLS")
+    traits: ClassVar[Traits] = Traits("text and label", "AutoModelForSequenceClassification", "SEQ_CLS", usual=True)
 
     def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
         """Macro F1, Matthews' correlation, area under the ROC curve, and calibration error."""
