@@ -9,7 +9,7 @@ import tomli_w
 
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.partitioners.api import Partitioner, partition
-from fedloom.client.data.rows import Rows, documents, picture, recording
+from fedloom.client.data.rows import Rows, documents, picture, recording_path
 from fedloom.client.data.tokens import Encoded, encode
 from fedloom.client.eval.held_out import drawn, held_out
 from fedloom.client.models.adapter_model import AdapterModel
@@ -163,7 +163,7 @@ def write_client(policy: Policy, rows: Rows, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(document) + "\n" for document in documents(rows))
-    for place, files in ((picture, rows.images), (recording, rows.audio)):
+    for place, files in ((picture, rows.images), (recording_path, rows.audio)):
         for number, content in enumerate(files):
             path = folder / place(number)
             path.parent.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from fedloom.client.tasks.api import task_named
 from fedloom.core.config.file_format import Answers
 from fedloom.core.errors import DataError
 
-__all__ = ["IGNORED", "Indices", "Rows", "digest", "documents", "picture", "pooled", "recording"]
+__all__ = ["IGNORED", "Indices", "Rows", "digest", "documents", "picture", "pooled", "recording_path"]
 
 IGNORED = -100
 """Label of a position that has none, as torch's cross-entropy names it."""
@@ -192,10 +192,10 @@ def picture(number: int) -> str:
     return f"pictures/{number:06d}"
 
 
-def recording(number: int) -> str:
+def recording_path(number: int) -> str:
     """Path of a recording beside that file.
 
-    >>> recording(7)
+    >>> recording_path(7)
     'recordings/000007'
     """
     return f"recordings/{number:06d}"

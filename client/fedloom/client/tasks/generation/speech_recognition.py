@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fedloom.client.data.rows import Rows, recording
+from fedloom.client.data.rows import Rows, recording_path
 from fedloom.client.tasks.api import Ids, Task, Traits, made_up_text
 from fedloom.client.tasks.generation.seq2seq import read_before
 from fedloom.core.config.file_format import Answers, Column
@@ -54,13 +54,11 @@ class SpeechRecognition(Task):
 
     def document(self, rows: Rows, index: int) -> dict[str, Any]:
         """The path of the recording's file, and its transcript."""
-        return {"audio": recording(index), "text": rows.parts[index][0]}
+        return {"audio": recording_path(index), "text": rows.parts[index][0]}
 
     def sample(self, index: int) -> Mapping[str, object]:
         """Noise, and a made-up text."""
-        from fedloom.client.data.media.audio import noise_recording
-
-        return {"audio": noise_recording(index), "text": made_up_text(index)}
+        return {"audio": noise_recording_path(index), "text": made_up_text(index)}
 
     def reader(self, folder: Path) -> Any:
         """How the recordings and transcripts of a base model's folder are prepared."""
