@@ -58,7 +58,7 @@ class SpeechRecognition(Task):
 
     def sample(self, index: int) -> Mapping[str, object]:
         """Noise, and a made-up text."""
-        return {"audio": noise_recording_path(index), "text": made_up_text(index)}
+        return {"audio": noise_recording(index), "text": made_up_text(index)}
 
     def reader(self, folder: Path) -> Any:
         """How the recordings and transcripts of a base model's folder are prepared."""
