@@ -58,6 +58,8 @@ class SpeechRecognition(Task):
 
     def sample(self, index: int) -> Mapping[str, object]:
         """Noise, and a made-up text."""
+        from fedloom.client.data.media.audio import noise_recording
+
         return {"audio": noise_recording(index), "text": made_up_text(index)}
 
     def reader(self, folder: Path) -> Any:
