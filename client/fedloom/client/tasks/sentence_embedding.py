@@ -74,9 +74,6 @@ class SentenceEmbedding(Task):
         for ids in output["input_ids"]:
             yield np.asarray(ids, np.int32), np.zeros(0, np.int32)
 
-    def configure(self, config: Any) -> None:
-        """Nothing: there are no outputs beside the tokens' vectors."""
-
     def draw(self, generator: np.random.Generator, count: int, classes: int) -> npt.NDArray[Any]:
         """Numbers from -1 to 1, float32."""
         return generator.uniform(-1, 1, count).astype(np.float32)

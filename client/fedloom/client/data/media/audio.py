@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedloom.client.data.media.with_tokenizer import WithTokenizer
 from fedloom.core.errors import ConfigError, DataError, ModelError
 
 __all__ = ["SpeechReader", "decoded", "fingerprint", "noise_recording", "speech_reader"]
@@ -81,7 +82,7 @@ def noise_recording(seed: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class SpeechReader:
+class SpeechReader(WithTokenizer):
     """How a model's recordings and transcripts are prepared.
 
     Args:
@@ -90,19 +91,8 @@ class SpeechReader:
         start: Id of the token that a transcript begins with in the decoder.
     """
 
-    tokenizer: Any
     extractor: Any
     start: int
-
-    def __getattr__(self, name: str) -> Any:
-        """What a tokenizer has."""
-        if name in ("tokenizer", "extractor"):  # asked by copy before they are there
-            raise AttributeError(name)
-        return getattr(self.tokenizer, name)
-
-    def __len__(self) -> int:
-        """Tokens of the vocabulary."""
-        return len(self.tokenizer)
 
     def save_pretrained(self, folder: str) -> None:
         """Write the files that transformers reads both from."""

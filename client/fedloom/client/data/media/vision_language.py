@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fedloom.client.data.media.images import decode
+from fedloom.client.data.media.with_tokenizer import WithTokenizer
 from fedloom.core.errors import ModelError
 
 __all__ = ["VisionLanguageReader", "vision_language_reader"]
@@ -20,26 +21,15 @@ _SIDE = 64
 
 
 @dataclass(frozen=True)
-class VisionLanguageReader:
+class VisionLanguageReader(WithTokenizer):
     """How a model's pictures and texts are prepared: by transformers' processor, one picture before each text.
 
     Args:
-        processor: The model's.
-        tokenizer: The same model's; what it has is found here too.
+        tokenizer: The model's; what it has is found here too.
+        processor: The same model's.
     """
 
     processor: Any
-    tokenizer: Any
-
-    def __getattr__(self, name: str) -> Any:
-        """What a tokenizer has."""
-        if name in ("tokenizer", "processor"):  # asked by copy before they are there
-            raise AttributeError(name)
-        return getattr(self.tokenizer, name)
-
-    def __len__(self) -> int:
-        """Tokens of the vocabulary."""
-        return len(self.tokenizer)
 
     def save_pretrained(self, folder: str) -> None:
         """Write the files that transformers reads the processor from."""
@@ -84,7 +74,7 @@ def vision_language_reader(folder: Path) -> VisionLanguageReader:
 
     tokenizer = load_tokenizer(folder)
     try:
-        reader = VisionLanguageReader(AutoProcessor.from_pretrained(folder, **LOCAL_ONLY), tokenizer)
+        reader = VisionLanguageReader(tokenizer, AutoProcessor.from_pretrained(folder, **LOCAL_ONLY))
         shapes = {reader._values(Image.new("RGB", size)).shape for size in ((64, 64), (90, 40), (40, 90))}
         if len(reader.prefix) == 0:
             raise ValueError("it gives a picture no token")

@@ -77,6 +77,3 @@ class ImageText(Task):
             whole, learned = np.concatenate([before, ids])[:max_length], np.concatenate([places, targets])[:max_length]
             learned[-1] = IGNORED  # at the cut, the last place has nobody to predict
             yield whole, learned
-
-    def configure(self, config: Any) -> None:
-        """Nothing: the outputs are the language model's vocabulary."""

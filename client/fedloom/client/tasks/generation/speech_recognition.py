@@ -74,9 +74,6 @@ class SpeechRecognition(Task):
         for ids in tokenizer.tokenizer(texts)["input_ids"]:
             yield np.zeros(0, np.int32), np.asarray(ids[ids[:1] == [tokenizer.start] :][:max_length], np.int32)
 
-    def configure(self, config: Any) -> None:
-        """Nothing: the outputs are the decoder's vocabulary."""
-
     def scores(self, model: Any, batch: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         """At each token of the transcript, given the recording and the tokens before it."""
         features, before = batch["input_features"], read_before(batch["labels"], model.config)

@@ -76,9 +76,6 @@ class KTO(Task):
         """The prompt with its answer."""
         yield from completion_tokens(rows.texts, rows.prompts, tokenizer, max_length)
 
-    def configure(self, config: Any) -> None:
-        """Nothing: a language model's outputs are its vocabulary."""
-
     def draw(self, generator: np.random.Generator, count: int, classes: int) -> npt.NDArray[Any]:
         """Good or bad, and what the base model might say."""
         signs = generator.integers(2, size=count) * 2.0 - 1.0

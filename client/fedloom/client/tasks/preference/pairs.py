@@ -71,9 +71,6 @@ class _Pairs(Task):
         texts = [prompt + answer for prompt, *answers in rows.parts for answer in answers]
         yield from completion_tokens(texts, [row[0] for row in rows.parts for _ in range(2)], tokenizer, max_length)
 
-    def configure(self, config: Any) -> None:
-        """Nothing: a language model's outputs are its vocabulary."""
-
     def draw(self, generator: np.random.Generator, count: int, classes: int) -> npt.NDArray[Any]:
         """The first answer of every pair."""
         return np.zeros(count, np.int64)
