@@ -23,6 +23,7 @@ JOBS = {
     "findings": "What a clinical note says of each finding",
     "complaints": "Products and issues of bank complaints",
     "preferences": "The tone of a front desk, from pairs of answers",
+    "instruct": "A nurse's note as a line that a program reads",
     "defects": "Scratches, holes and stains on metal",
 }
 """Recipes of the gallery in its order, and what each does."""
@@ -32,6 +33,8 @@ _SCORES = {
     "token-classification": ("accuracy", 100, "% of words"),
     "image-classification": ("accuracy", 100, "% of pictures"),
     "dpo": ("accuracy", 100, "% of pairs"),
+    "instruct": ("exact_match", 100, "% of answers right to the letter"),
+    "speech-recognition": ("wer", 100, "% of words wrong, so less is better"),
 }
 """By task: the figure that is shown, what it is multiplied by, and its unit."""
 _HEAD = ("job", "`fedloom simulate`", "task", "base", "data, silos", "ε, δ", "majority", "start", "end", "of what")

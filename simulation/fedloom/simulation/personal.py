@@ -32,11 +32,11 @@ def scored(federation: Federation, run: str, adapter: Tensors) -> tuple[Score, d
     own = {name: _own(federation, run, name) for name in federation.clients}
     if not any(own.values()):
         federation.model.show(adapter)
-        return evaluate(federation.model, federation.held_out), {}
+        return evaluate(federation.model, federation.held_out, generate=federation.config.evaluation.generate), {}
     scores = {}
     for name, values in own.items():
         federation.model.show({**adapter, **values})
-        scores[name] = evaluate(federation.model, federation.held_out)
+        scores[name] = evaluate(federation.model, federation.held_out, generate=federation.config.evaluation.generate)
     return _mean(list(scores.values())), scores
 
 
@@ -44,7 +44,11 @@ def _mean(scores: list[Score]) -> Score:
     accuracy, loss = (float(np.mean(each)) for each in zip(*((s.accuracy, s.loss) for s in scores), strict=True))
     tables = zip(*(score.confusion for score in scores), strict=True)
     confusion = tuple(tuple(map(sum, zip(*rows, strict=True))) for rows in tables)
-    return Score(accuracy, loss, scores[0].examples, confusion)
+    names = set.intersection(*(set(score.metrics) for score in scores))
+    metrics = {
+        name: float(np.mean([score.metrics[name] for score in scores])) for name in scores[0].metrics if name in names
+    }
+    return Score(accuracy, loss, scores[0].examples, confusion, metrics)
 
 
 def save_clients(

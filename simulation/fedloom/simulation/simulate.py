@@ -194,7 +194,7 @@ def _simulate(
     schema = federation.model.schema
     watcher.ready(federation, folder)
     federation.model.show(starting)
-    start = evaluate(federation.model, federation.held_out)
+    start = evaluate(federation.model, federation.held_out, generate=federation.config.evaluation.generate)
     with ExitStack() as stack:
         tape = _Tape(open_recorders(folder, config, report_to))
         for recorder in tape.recorders:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
+_SHOWN = 3
+"""Texts that the model wrote, for a first look."""
+
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The run file.")],
@@ -41,6 +44,14 @@ def evaluate(
         int | None,
         typer.Option(help="Most rows, drawn by the run's seed; evaluation.max_examples if not given.", min=1),
     ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            help="Of how many of them the model writes the answer, which is compared with the row's; three are shown. "
+            "evaluation.generate if not given.",
+            min=0,
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key, such as model.max_length=96.")
     ] = None,
@@ -55,7 +66,7 @@ def evaluate(
     """
     if adapter is not None and state is not None:
         raise ConfigError("--adapter and --state were given; one adapter is scored at a time, leave one of them out")
-    config = load_run(run, tuple(overrides or ()))
+    config = load_run(run, (*(overrides or ()), *([] if generate is None else [f"evaluation.generate={generate}"])))
     source = data or (config.data.source if config.data else None)
     if source is None:
         raise ConfigError(f"{run} has no [data] section; name a file, a folder or a packaged data set with --data")
@@ -87,22 +98,24 @@ def evaluate(
         reached = state_from_bytes(content, held_out.model.schema)
         start, rounds = held_out.score_start(), reached.round
         now = held_out.score(build_strategy(config).result(reached))
-    traits = task_traits(config.model.task)
-    language = traits.generates and traits.per_token  # then the loss is that of a token
-    labels = config.model.labels
+    language = task_traits(config.model.task).writes  # then the loss is that of a token
     scores = {"start": _document(start, language), "now": _document(now, language)}
     if json_only:
-        from fedloom.client.eval.confusion import classes_document
-
         scored = {"adapter": str(adapter)} if adapter is not None else {"state": str(folder), "rounds": rounds}
-        print_json(
-            {**scored, "data": source, "examples": now.examples, **scores, **classes_document(now.confusion, labels)}
-        )
+        print_json({**scored, "data": source, **scores, **_counted(now, config.model.labels)})
         return
-    _show(scores, now.examples, source)
-    show_classes(now.confusion, labels)
+    _show(scores, now, source)
+    show_classes(now.confusion, config.model.labels)
     if rounds is not None:
         out.print(f"after {rounds} of {config.run.rounds} rounds, from {folder}")
+
+
+def _counted(score: "Score", labels: tuple[str, ...]) -> dict[str, Any]:
+    """How many rows, their classes, and a few of the texts that were written, for programs."""
+    from fedloom.client.eval.confusion import classes_document
+
+    shown = {"written": [each._asdict() for each in score.texts[:_SHOWN]]} if score.texts else {}
+    return {"examples": score.examples, **classes_document(score.confusion, labels), **shown}
 
 
 def _document(score: "Score", language: bool) -> dict[str, Any]:
@@ -113,12 +126,14 @@ def _document(score: "Score", language: bool) -> dict[str, Any]:
     return found
 
 
-def _show(scores: dict[str, dict[str, Any]], examples: int, source: str) -> None:
+def _show(scores: dict[str, dict[str, Any]], score: "Score", source: str) -> None:
     start, now = scores["start"], scores["now"]
     table = Table("", "start", "now", box=None, pad_edge=False)
     table.add_row("accuracy", f"{start['accuracy']:.1%}", Text(f"{now['accuracy']:.1%}", "bold"))
     table.add_row("loss", f"{start['loss']:.3f}", f"{now['loss']:.3f}")
-    for name in now.keys() - {"accuracy", "loss"}:
+    for name in (each for each in now if each in start and each not in ("accuracy", "loss")):
         table.add_row(name, f"{start[name]:.4g}", f"{now[name]:.4g}")
     out.print(table)
-    out.print(f"{examples:,} examples of {source}")
+    for each in score.texts[:_SHOWN]:
+        out.print(Text.assemble(("wanted   ", "dim"), each.wanted, ("\nwritten  ", "dim"), each.written))
+    out.print(f"{score.examples:,} examples of {source}")

@@ -71,7 +71,7 @@ class HeldOut:
     def score(self, adapter: Tensors) -> Score:
         """Score a result of a run, see `fedloom.strategies.result`."""
         self.model.show(adapter)
-        return evaluate(self.model, self.rows)
+        return evaluate(self.model, self.rows, generate=self.config.evaluation.generate)
 
     def score_start(self) -> Score:
         """Score the adapter that the run begins with."""
@@ -83,7 +83,7 @@ class HeldOut:
         Raises:
             ModelError: See `exported`.
         """
-        return evaluate(self.exported(folder), self.rows)
+        return evaluate(self.exported(folder), self.rows, generate=self.config.evaluation.generate)
 
     def exported(self, folder: Path) -> AdapterModel:
         """A PEFT adapter or a merged model that a run left, as its user has it; its tensors have no schema.

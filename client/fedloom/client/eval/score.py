@@ -11,6 +11,8 @@ import torch
 
 from fedloom.client.data.tokens import Encoded
 from fedloom.client.eval.confusion import MOST_CLASSES, Confusion, count
+from fedloom.client.eval.text_figures import Written
+from fedloom.client.eval.writing import written
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.tasks.api import Task
 from fedloom.client.training.local_eval import answers
@@ -32,15 +34,22 @@ class Score:
     """Examples, or labelled tokens, by true and predicted class; empty where there are more than `MOST_CLASSES`."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the task has beside these, by name."""
+    texts: tuple[Written, ...] = ()
+    """What the model wrote, where it was asked to."""
 
 
-def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) -> Score:
+def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None, generate: int = 0) -> Score:
     """Accuracy, mean loss and the task's own metrics of the model as it is, on held-out data.
 
     Args:
         model: Base model and adapter.
         encoded: Rows with labels.
         batch: Rows in one forward pass; None takes `Encoded.evaluation_batch`.
+        generate: Rows whose answers the model writes, see `written`; 0 for none, and for tasks that write nothing.
+
+    Raises:
+        DataError: It is to write, and no row asks for anything.
+        ConfigError: The package that compares texts is missing.
     """
     task, classes = model.task, 0
     more, whole = type(task).metrics is not Task.metrics, type(task).report is not Task.report
@@ -74,4 +83,7 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None) ->
     figures = task.summary(sums) if sums or not more else {}
     if kept:
         figures |= task.report(*(np.concatenate(each) for each in zip(*kept, strict=True)))
-    return Score(right / max(1, total), loss / max(1, total), len(encoded), confusion, figures)
+    texts = tuple(written(model, encoded, generate)) if generate else ()
+    if texts:
+        figures |= task.report_written(texts)
+    return Score(right / max(1, total), loss / max(1, total), len(encoded), confusion, figures, texts)

@@ -105,6 +105,8 @@ def _serve(questions: IO[bytes], answers: IO[bytes]) -> None:
         return
     source = order["source"]
     config = RunConfig.model_validate_json(order["config"])
+    # Accuracy and loss are all that is told, so nothing is written.
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": 0})})
     rows = HeldOut.load(config, source, "train" if Path(source).is_file() else "test")
     _answer(answers)
     while prefix := questions.read(_LENGTH.size):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fedloom.client.data.records import Record
     from fedloom.client.data.rows import Indices, Rows
     from fedloom.client.data.tokens import Encoded
+    from fedloom.client.eval.text_figures import Written
     from fedloom.client.models.adapter_model import AdapterModel
 
 __all__ = ["Ids", "Task", "Traits", "made_up_text", "task_named"]
@@ -68,6 +69,11 @@ class Traits:
     """Rows are taken to be for it where only their columns tell, and other tasks have the same."""
     holds: tuple[str, ...] = ()
     """Columns of `Rows` that its rows fill, beside texts, labels and groups."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes text, which `evaluation.generate` has it do; a loss is then that of one token."""
+        return self.generates and self.per_token
 
     @property
     def media(self) -> bool:
@@ -232,6 +238,19 @@ class Task(Section):
             labels: Shape (places,).
         """
         return {}
+
+    def report_written(self, pairs: "Sequence[Written]") -> dict[str, float]:
+        """Figures of texts that the model wrote, by name: ROUGE, and the share that is as wanted.
+
+        Args:
+            pairs: What was wanted and what was written, at least one.
+
+        Raises:
+            ConfigError: The package that computes them is missing.
+        """
+        from fedloom.client.eval.text_figures import text_figures
+
+        return text_figures(pairs)
 
 
 _SAMPLES = ("the ward was quiet", "a long walk by the river in spring", "ten past nine", "nobody knew the answer yet")

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from fedloom.client.data.rows import IGNORED, Indices, Rows
 from fedloom.client.tasks.api import Ids, Task, Traits, made_up_text
@@ -60,3 +61,9 @@ class TokenClassification(Task):
                     targets[place] = tags[word]
                 before = word
             yield np.asarray(ids, np.int32), targets
+
+    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
+        """Macro F1, Matthews' correlation, area under the ROC curve, and calibration error, over labelled words."""
+        from fedloom.client.eval.figures import classification_figures
+
+        return classification_figures(scores, labels)

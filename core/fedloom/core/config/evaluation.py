@@ -24,6 +24,9 @@ class EvaluationSection(Section):
     """Evaluate after every so many rounds, and always after the last."""
     max_examples: int = Field(default=1000, ge=1)
     """Held-out examples used."""
+    generate: int = Field(default=0, ge=0)
+    """Of how many of these the model writes the answer at each evaluation, for figures such as rouge_l and wer. It
+    takes as many forward passes as tokens. Tasks that write text only."""
 
 
 class FederatedEvaluationSection(Section):

@@ -5,12 +5,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
-from fedloom.core import registry
 from fedloom.core.codecs.auto import AUTO, possible
 from fedloom.core.config.compute import ComputeOptions
 from fedloom.core.config.data import DataSection
 from fedloom.core.config.evaluation import EvaluationSection, FederatedEvaluationSection
-from fedloom.core.config.parsing import FileName, OpenSection, Section, explain, parse, read_toml
+from fedloom.core.config.model import ModelSection, task_traits
+from fedloom.core.config.parsing import OpenSection, Section, explain, parse, read_toml
 from fedloom.core.config.secure_aggregation import SecureAggregationSection
 from fedloom.core.config.start import StartSection
 from fedloom.core.config.train import TrainSection
@@ -38,18 +38,6 @@ __all__ = [
 ]
 
 
-def task_traits(task: str) -> Any:
-    """What holds for the installed task of this name, see `fedloom.client.tasks.api.Traits`.
-
-    Raises:
-        ValueError: There is none, or it cannot be loaded.
-    """
-    try:
-        return registry.load("tasks", task).traits  # type: ignore[attr-defined]  # what is registered is a class
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-
-
 class RunSection(Section):
     """[run]: identity and length."""
 
@@ -59,67 +47,6 @@ class RunSection(Section):
     """Number of federated rounds."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything public: starting adapter, cohort, partition. Never of private noise."""
-
-
-class ModelSection(OpenSection):
-    """[model]: the frozen base model every client holds, and its task. Other keys are options of the task."""
-
-    component: ClassVar[tuple[str, str]] = ("tasks", "task")
-    base: FileName
-    """Local folder in Hugging Face format, a name from `fedloom assets` such as minilm-l6, or ORG/NAME in this
-    machine's hub cache."""
-    digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
-    """Pin of the base model's files; a client whose folder differs refuses. None accepts what is found."""
-    task: str = "text-classification"
-    """Name of an installed task: what the model is trained for; see `fedloom components list tasks`."""
-    labels: tuple[str, ...] = Field(default=(), max_length=10_000)
-    """Label names, at least 2, which the labels in the data are, or the positions of. causal-lm and instruct have
-    none."""
-    max_length: int = Field(default=64, ge=8, le=8192)
-    """Tokens kept of each text; its end is cut off."""
-    image_size: int | None = Field(default=None, ge=8, le=1024)
-    """Side in pixels to which pictures are brought. None is the base model's own; many can read no other."""
-    head: Literal["train", "frozen"] = "train"
-    """Whether the classification head is trained (inside the clipped set) or stays at its start value. causal-lm and
-    instruct add no head and need "frozen"."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "ModelSection":
-        # Another package's task is not imported because a peer names it; `check` has the rest.
-        if registry.entries("tasks")[self.task].ours:
-            self._check_task()
-        return self
-
-    def check(self, table: str) -> None:
-        """As for every open section, and the rules of the task.
-
-        Raises:
-            ConfigError: Names the key.
-        """
-        super().check(table)
-        try:
-            self._check_task()
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-    def _check_task(self) -> None:
-        traits = task_traits(self.task)
-        if self.image_size is not None and not traits.images:
-            raise ValueError(f"model.image_size is for images, not {self.task}; remove it")
-        if (traits.generates or traits.headless) and self.head == "train":
-            raise ValueError(f'{self.task} adds no head that could be trained; set model.head = "frozen"')
-        if self.labels and not traits.labels:
-            raise ValueError(f"model.labels has {len(self.labels)} names but {self.task} has none; remove model.labels")
-        if traits.labels and len(self.labels) < 2:
-            raise ValueError(f"model.labels has {len(self.labels)} names; {self.task} needs at least 2: name them")
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_new(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A run without pictures is told and stored as by builds that know none: they refuse keys they do not know."""
-        found: dict[str, Any] = plain(self)
-        if self.image_size is None:
-            found.pop("image_size", None)
-        return found
 
 
 class AdapterSection(OpenSection):
@@ -379,6 +306,15 @@ class RunConfig(Spec):
     evaluation: EvaluationSection = EvaluationSection()
     engine: EngineSection = EngineSection()
     virtual_time: VirtualTimeSection | None = None
+
+    @model_validator(mode="after")
+    def _check_generate(self) -> "RunConfig":
+        if self.evaluation.generate and not task_traits(self.model.task).writes:
+            raise ValueError(
+                f"evaluation.generate = {self.evaluation.generate} has the model write texts, and in "
+                f"{self.model.task} it writes none; remove it, or choose a task such as instruct or speech-recognition"
+            )
+        return self
 
     @property
     def spec(self) -> Spec:

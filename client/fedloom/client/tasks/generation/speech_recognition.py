@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedloom.client.data.cells import Cells
     from fedloom.client.data.records import Record
     from fedloom.client.data.rows import Indices
+    from fedloom.client.eval.text_figures import Written
 
 __all__ = ["SpeechRecognition"]
 
@@ -79,3 +80,9 @@ class SpeechRecognition(Task):
         features, before = batch["input_features"], read_before(batch["labels"], model.config)
         scores: torch.Tensor = model(input_features=features, decoder_input_ids=before).logits
         return scores
+
+    def report_written(self, pairs: "Sequence[Written]") -> dict[str, float]:
+        """Errors in words and in characters, and the share that is as wanted."""
+        from fedloom.client.eval.text_figures import speech_figures
+
+        return speech_figures(pairs)
