@@ -17,11 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fedloom.client.adapters.api import Host
 from fedloom.client.adapters.attach import adapter_of, attach
 from fedloom.client.adapters.slot import Slot
+from fedloom.client.data.tokens import collate
+from fedloom.client.models.attention import padding_known
 from fedloom.client.models.base_folder import resolve_base
 from fedloom.client.models.load import empty_base
 from fedloom.client.models.quantization import check_frozen, dtype_of, is_quantised, one_layer_whole, recompute_layers
 from fedloom.client.optimizers.api import optimizer_of
 from fedloom.client.policy import ComputePolicy
+from fedloom.client.privacy.dp_sgd.made_up import made_up_rows
 from fedloom.client.tasks.api import Task
 from fedloom.client.training.device import free_bytes, kept_bytes, prepare_device
 from fedloom.client.training.microbatch import example_size, room_for
@@ -133,7 +136,8 @@ def _frozen_bytes(model: PeftModel, trained: set[nn.Parameter], compute: Compute
 
 def _kept(model: PeftModel, slots: list[Slot], task: Task, reader: Any, length: int, device: torch.device) -> int:
     """Bytes that the forward pass of one example, the longest that the run has, keeps for the backward pass."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    example = _example(task, reader, model, length)
+    with padding_known(example.get("attention_mask")), FakeTensorMode(allow_non_fake_inputs=True):
         trained = {slot.parameter for slot in slots}
         for module, name, tensor in list(_tensors(model)):
             # A trained value has 32 bits whatever the base has, see `keep_float32`.
@@ -143,15 +147,7 @@ def _kept(model: PeftModel, slots: list[Slot], task: Task, reader: Any, length: 
                 module._parameters[name] = nn.Parameter(fake, tensor in trained)
             else:
                 module._buffers[name] = fake
-        batch = {
-            name: torch.zeros(shape, dtype=kind, device=device)
-            for name, (shape, kind) in _example(task, reader, length)
-        }
-        shape, drawn = (task.traits.sequences, length), task.draw(np.random.default_rng(0), 1, 1)
-        tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        batch["labels"] = tokens if task.traits.per_token else torch.from_numpy(drawn).to(device)
-        if task.traits.beside:
-            batch["targets"] = tokens
+        batch = {name: torch.zeros_like(each, device=device) for name, each in example.items()}
         model.eval()
         with one_layer_whole(model):
             return kept_bytes(lambda: task.loss(task.scores(model, batch).float(), batch["labels"]).sum(), model)
@@ -164,12 +160,11 @@ def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
                 yield module, name, tensor
 
 
-def _example(task: Task, reader: Any, length: int) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
-    if task.traits.media:
-        found = reader.inputs([reader.drawn(np.random.default_rng(0))])
-        yield from ((name, (each.shape, torch.float32)) for name, each in found.items())
-        return
-    yield from ((name, ((task.traits.sequences, length), torch.long)) for name in ("input_ids", "attention_mask"))
+def _example(task: Task, reader: Any, model: PeftModel, length: int) -> dict[str, torch.Tensor]:
+    """The longest made-up example, as a batch of one."""
+    rows = made_up_rows(task, reader, model, length)
+    longest = max(range(len(rows)), key=rows.length)
+    return collate(rows, np.array([longest]), reader.pad_token_id)
 
 
 def _state_bytes(spec: Spec, slots: list[Slot]) -> int:

@@ -12,19 +12,19 @@ probe passes tells nothing about it.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedloom.client.data.rows import IGNORED, Indices
+from fedloom.client.data.rows import Indices
 from fedloom.client.data.tokens import Encoded, collate, uniform_microbatches
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
+from fedloom.client.privacy.dp_sgd.made_up import made_up_rows, places_before
 from fedloom.client.privacy.dp_sgd.optimizer import PrivateOptimizer
 from fedloom.client.privacy.dp_sgd.rng import Seeded
-from fedloom.client.tasks.api import Ids
 from fedloom.client.training.device import free_bytes
 from fedloom.core.errors import ModelError
 
@@ -32,9 +32,6 @@ __all__ = ["BatchLoss", "made_up", "probe"]
 
 BatchLoss = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 """The sum of per-example losses of a collated batch, with its graph: what training calls `backward` on."""
-
-_LENGTHS = (3, 7, 17, 20)
-"""Two and two that are padded to one length, so that each has another one beside it."""
 
 _LONGEST = 128
 """Tokens of the longest example that gradients are computed of; a batch of a few at a language model's full length
@@ -100,7 +97,7 @@ def probe(model: AdapterModel, loss: BatchLoss, max_length: int) -> None:
         return
     if not model.adapter.traits.private:
         raise ModelError(f"{type(model.adapter).__name__} is not for private runs; choose another adapter.kind")
-    longest = min(_LONGEST + len(_before(model)), max_length)
+    longest = min(_LONGEST + len(places_before(model.task, model.tokenizer)), max_length)
     with _random_adapter(model) as parameters:
         try:
             _read_longest(model, loss, max_length)
@@ -111,48 +108,9 @@ def probe(model: AdapterModel, loss: BatchLoss, max_length: int) -> None:
 
 
 def made_up(model: AdapterModel, longest: int) -> Encoded:
-    """Seven examples of random tokens and labels: four lengths, one of equal length, a long one and a short one.
-
-    The long one has `longest` tokens, at least 2; all are at most as long. Some tokens are without a label. Pictures
-    have one size, and random pixels.
-    """
-    rng, task, count = np.random.default_rng(0), model.task, len(_LENGTHS) + 3
-    if task.traits.media and not task.traits.per_token:
-        media = tuple(model.tokenizer.drawn(rng) for _ in range(count))
-        return Encoded((), task.draw(rng, count, model.model.config.num_labels), media=media, reader=model.tokenizer)
-    vocabulary = model.model.get_input_embeddings().weight.shape[0]
-    # A padding token within a text would be taken for the text's end by models that look for it.
-    usable = np.setdiff1d(np.arange(vocabulary), model.tokenizer.all_special_ids)
-    classes = vocabulary if task.traits.generates else model.model.config.num_labels
-    before = _before(model)
-    room = longest - len(before)
-    lengths = [min(length, room) for length in (*_LENGTHS, _LENGTHS[-1], room, 2)]
-    each = np.repeat(lengths, task.traits.sequences)
-    input_ids = tuple(rng.choice(usable, length).astype(np.int32) for length in each)
-    labels, targets = task.draw(rng, len(lengths), classes), tuple[Ids, ...]()
-    if task.traits.beside:
-        targets = tuple(np.append(ids[1:], IGNORED).astype(np.int32) for ids in input_ids)
-    elif task.traits.per_token:
-        targets = tuple(task.draw(rng, length, classes).astype(np.int32) for length in each)
-        labels = np.zeros_like(labels)
-    for row in targets:
-        row[int(task.traits.beside) :: 3] = IGNORED
-    found = Encoded(input_ids, labels, targets, sequences=task.traits.sequences, beside=task.traits.beside)
-    if task.traits.media:
-        media = tuple(model.tokenizer.drawn(rng) for _ in range(count))
-        found = replace(found, input_ids=(), media=media, reader=model.tokenizer)
-    if len(before):
-        input_ids = tuple(np.concatenate([before, ids]) for ids in input_ids)
-        targets = tuple(np.concatenate([np.full(len(before), IGNORED, np.int32), each]) for each in targets)
-        found = replace(found, input_ids=input_ids, targets=targets)
+    """Rows of `made_up_rows` for the model, with what its task computes once for each of them."""
     # By the model as it is: beside a base model that a random adapter is far from, some losses are flat.
-    return task.prepare(model, found)
-
-
-def _before(model: AdapterModel) -> Ids:
-    """The places that a picture takes in a text."""
-    traits = model.task.traits
-    return np.asarray(model.tokenizer.prefix if traits.images and traits.per_token else (), np.int32)
+    return model.task.prepare(model, made_up_rows(model.task, model.tokenizer, model.model, longest))
 
 
 @contextmanager
