@@ -116,6 +116,7 @@ def test_without_the_option_nothing_more_is_trained(run_file: Path, tmp_path: Pa
     assert done.exit_code == 0, done.output
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["both-no-privacy"]
     assert "frozen features" not in done.output
+    assert "was chosen for clipped gradients" in " ".join(done.output.split())
 
 
 @pytest.mark.slow

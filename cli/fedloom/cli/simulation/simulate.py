@@ -60,8 +60,7 @@ def simulate(
     chosen += ["privacy.enabled=false"] if no_privacy else []
     config = load_run(run, tuple(chosen))
     if no_privacy:
-        open_run = config.run.model_copy(update={"name": f"{config.run.name}-no-privacy"})
-        config = config.model_copy(update={"run": open_run})
+        config = _open(config, chosen)
     # Loads torch, which takes seconds: a mistake in the run file should not have to wait for it.
     from fedloom.simulation.probe import probe_of
     from fedloom.simulation.progress_bar import progress_bar
@@ -77,6 +76,18 @@ def simulate(
         with progress_bar(out) as moved:
             frozen = [run_simulation(each, out_folder, Watcher(moved=moved)) for each in probes]
         _beside(config, result, max(frozen, key=lambda each: each.final.accuracy))
+
+
+def _open(config: RunConfig, chosen: list[str]) -> RunConfig:
+    """A run without privacy under a name that says so; what its rates were chosen for is told."""
+    if config.train.optimizer == "sgd" and not any(each.startswith("train.") for each in chosen):
+        out.print(
+            f"note: train.learning_rate = {config.train.learning_rate:g} was chosen for clipped gradients, and without "
+            "privacy nothing is clipped; for a fair comparison add --set train.optimizer=adam "
+            "--set train.learning_rate=0.002 --set train.head_learning_rate=0.002"
+        )
+    name = f"{config.run.name}-no-privacy"
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
 
 
 def _lost(config: RunConfig, name: str) -> str:
