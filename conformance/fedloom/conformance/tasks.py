@@ -135,9 +135,10 @@ class TaskConformance:
         """Also where all rows have one label, of which some figures have no value and are left out."""
         task, (scores, labels) = self.task(), self.answers(1)
         placed, wanted = task.places(scores, labels)
-        for rows in (slice(None), slice(0, 1)):
-            flat, told = placed[rows].flatten(0, 1).numpy(), wanted[rows].flatten().numpy()
-            assert all(np.isfinite(value) for value in task.report(flat, told).values())
+        for part in (slice(None), slice(0, 1)):
+            flat, told = placed[part].flatten(0, 1).numpy(), wanted[part].flatten().numpy()
+            rows = np.repeat(np.arange(len(wanted[part])), wanted.shape[1])
+            assert all(np.isfinite(value) for value in task.report(flat, told, rows).values())
 
     def perfect(self, placed: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """Scores at each place that say the label."""

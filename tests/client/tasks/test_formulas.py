@@ -20,6 +20,7 @@ from fedloom.client.data.layout import Layout
 from fedloom.client.data.load import assembled, identified
 from fedloom.client.data.rows import IGNORED, Rows
 from fedloom.client.data.tokens import Encoded, collate, encode
+from fedloom.client.eval.figures import entity_figures
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_model
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
@@ -279,7 +280,8 @@ def test_multi_label_figures_are_scikit_learns() -> None:
     margins, wanted = rng.normal(size=(40, 3)).astype(np.float32), rng.integers(2, size=(40, 3))
     places, labels = task.places(torch.from_numpy(margins), torch.from_numpy(wanted))
 
-    figures = task.report(places.flatten(0, 1).numpy(), labels.flatten().numpy())
+    rows = np.repeat(np.arange(40), 3)
+    figures = task.report(places.flatten(0, 1).numpy(), labels.flatten().numpy(), rows)
 
     assert figures["f1_macro"] == pytest.approx(f1_score(wanted, margins > 0, average="macro"))
     assert figures["f1_micro"] == pytest.approx(f1_score(wanted, margins > 0, average="micro"))
@@ -299,7 +301,7 @@ def test_ordinal_counts_steps() -> None:
     assert task.answer(scores).tolist() == [1, 2, 0]
     assert task.summary(task.metrics(scores, labels)) == pytest.approx({"mae": 2 / 3})
     kappa = cohen_kappa_score([1, 2, 2], [1, 2, 0], weights="quadratic")
-    assert task.report(scores.numpy(), labels.numpy()) == pytest.approx({"kappa": kappa})
+    assert task.report(scores.numpy(), labels.numpy(), np.arange(3)) == pytest.approx({"kappa": kappa})
 
 
 def test_completions_are_learned_beyond_their_prompt_alone(make: Make) -> None:
@@ -316,3 +318,22 @@ def test_a_row_that_a_task_would_read_a_part_of_is_refused() -> None:
     assert len(rows_of("sentence-embedding", [made])) == 1
     with pytest.raises(DataError, match="'second', which regression does not read"):
         rows_of("regression", [made])
+
+
+def test_entities_are_counted_as_conll_counts_them() -> None:
+    names = ("O", "B-DRUG", "I-DRUG", "B-DOSE", "I-DOSE")
+    said = {
+        "O B-DRUG I-DRUG O B-DOSE": "O B-DRUG I-DRUG O B-DOSE",
+        "B-DRUG I-DRUG B-DRUG": "B-DRUG I-DRUG I-DRUG",
+        "O I-DOSE I-DOSE": "I-DRUG I-DOSE I-DOSE",
+        "B-DRUG": "I-DRUG",
+        "B-DOSE O": "O O",
+    }
+    wanted, told = ([names.index(tag) for tags in each for tag in tags.split()] for each in (said, said.values()))
+    rows = np.repeat(np.arange(5), [5, 3, 3, 1, 2])
+
+    found = entity_figures(np.array(told), np.array(wanted), rows, names)
+
+    # What seqeval 1.2.2 says of these lines: 4 of 6 that were told and of 7 that there are.
+    assert found == pytest.approx({"entity_precision": 4 / 6, "entity_recall": 4 / 7, "entity_f1": 8 / 13})
+    assert entity_figures(np.array([0]), np.array([0]), np.array([0]), ("present", "absent")) == {}

@@ -53,7 +53,8 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None, ge
     """
     task, classes = model.task, 0
     more, whole = type(task).metrics is not Task.metrics, type(task).report is not Task.report
-    kept: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+    kept: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]] = []
+    rows = 0
     counts: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
     pairs: list[torch.Tensor] = []
@@ -71,7 +72,9 @@ def evaluate(model: AdapterModel, encoded: Encoded, batch: int | None = None, ge
             if more:
                 sums.update(task.metrics(scores[places], labels[places]))
             if whole:
-                kept.append((scores[places].cpu().numpy(), labels[places].cpu().numpy()))
+                own = rows + np.nonzero(places.cpu().numpy())[0]
+                kept.append((scores[places].cpu().numpy(), labels[places].cpu().numpy(), own))
+                rows += len(places)
     # A device is waited for only here, and where metrics of the task's own need to know which places are labelled.
     right, total = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
     loss = sum(torch.stack(losses).tolist()) if losses else 0.0

@@ -230,12 +230,13 @@ class Task(Section):
         """What the sums of `metrics` over all rows come to, by name."""
         return {}
 
-    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
+    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any], rows: "Indices") -> dict[str, float]:
         """Figures that do not add up over rows, such as an area under a curve, by name.
 
         Args:
             scores: float32, those of all labelled places of all rows, shape (places, outputs).
             labels: Shape (places,).
+            rows: Which row each place is of, shape (places,): those of a row lie together, in their order.
         """
         return {}
 

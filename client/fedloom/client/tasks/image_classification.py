@@ -62,7 +62,7 @@ class ImageClassification(Task):
 
         return {"image": noise_picture(index), "label": self.labels[index % len(self.labels)]}
 
-    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
+    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any], rows: "Indices") -> dict[str, float]:
         """Macro F1, Matthews' correlation, area under the ROC curve, and calibration error."""
         from fedloom.client.eval.figures import classification_figures
 

@@ -66,7 +66,7 @@ class MultiLabel(Task):
 
         return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="none").mean(-1)
 
-    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
+    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any], rows: "Indices") -> dict[str, float]:
         """F1 over all labels together and as the mean over them, and the mean area under the ROC curve."""
         from sklearn.metrics import f1_score, roc_auc_score
 

@@ -11,6 +11,8 @@ from fedloom.client.tasks.api import Task, Traits
 if TYPE_CHECKING:
     import torch
 
+    from fedloom.client.data.rows import Indices
+
 __all__ = ["Ordinal"]
 
 
@@ -51,7 +53,7 @@ class Ordinal(Task):
         """Mean absolute error in grades."""
         return {"mae": sums["apart"] / max(1.0, sums["n"])}
 
-    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
+    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any], rows: "Indices") -> dict[str, float]:
         """Cohen's kappa with quadratic weights: 1 is agreement, 0 that of chance."""
         from sklearn.metrics import cohen_kappa_score
 

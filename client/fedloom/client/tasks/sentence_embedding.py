@@ -100,7 +100,7 @@ class SentenceEmbedding(Task):
         """Whether it is within `tolerance`."""
         return (self.answer(scores) - labels).abs() <= self.tolerance
 
-    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
+    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any], rows: "Indices") -> dict[str, float]:
         """Spearman's rank correlation of cosines and labels, the figure of STS benchmarks."""
         from scipy.stats import spearmanr
 

@@ -62,8 +62,12 @@ class TokenClassification(Task):
                 before = word
             yield np.asarray(ids, np.int32), targets
 
-    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any]) -> dict[str, float]:
-        """Macro F1, Matthews' correlation, area under the ROC curve, and calibration error, over labelled words."""
-        from fedloom.client.eval.figures import classification_figures
+    def report(self, scores: npt.NDArray[Any], labels: npt.NDArray[Any], rows: "Indices") -> dict[str, float]:
+        """Macro F1, Matthews' correlation, area under the ROC curve, and calibration error, over labelled words.
 
-        return classification_figures(scores, labels)
+        Labels such as B-DRUG and I-DRUG mark entities, whose precision, recall and F1 are those of CoNLL.
+        """
+        from fedloom.client.eval.figures import classification_figures, entity_figures
+
+        entities = entity_figures(scores.argmax(1), labels, rows, self.labels)
+        return entities | classification_figures(scores, labels)
