@@ -133,7 +133,7 @@ def _json(path: Path) -> Any:
 
 
 def _weights(known: Mapping[str, Array]) -> dict[str, Array]:
-    """The model's tensors by transformers' names. Queries, keys and values, which lie in one matrix, are taken apart."""
+    """The model's tensors by transformers' names. Queries, keys and values lie in one matrix."""
     found = {
         "model.encoder.embed_positions.weight": known["encoder/position_encodings/encodings"],
         "model.decoder.embed_positions.weight": known["decoder/position_encodings/encodings"],
@@ -272,5 +272,6 @@ _TOKENIZER = {
     "language": "english",
     "task": "transcribe",
     "model_max_length": 448,
+    "add_prefix_space": True,  # as transcripts of the model itself begin
     "clean_up_tokenization_spaces": False,
 }
