@@ -1,8 +1,10 @@
 """Sentences spoken by eSpeak NG, in a process of its own; run by path, with the standard library alone.
 
 Its arguments are the library, its data and the samples in a second that are wanted. It reads the utterances as JSON,
-[[voice, words a minute, pitch, range, text], ...], and writes for each the number of its samples and the samples. A new process for every list, because the library carries the phase of its jitter from one utterance to the
-next and offers no way to set it back: in a new process equal lists give equal samples.
+[[voice, words a minute, pitch, range, text], ...], and writes for each the number of its samples and the samples.
+
+A process speaks one list: the library carries the phase of its jitter from one utterance to the next and offers no way
+to set it back. In a new process equal lists give equal samples.
 """
 
 import ctypes
