@@ -24,6 +24,7 @@ JOBS = {
     "complaints": "Products and issues of bank complaints",
     "preferences": "The tone of a front desk, from pairs of answers",
     "defects": "Scratches, holes and stains on metal",
+    "dictation": "Spoken orders on wards, written as the house does",
 }
 """Recipes of the gallery in its order, and what each does."""
 _SCORES = {
@@ -32,6 +33,7 @@ _SCORES = {
     "token-classification": ("accuracy", 100, "% of words"),
     "image-classification": ("accuracy", 100, "% of pictures"),
     "dpo": ("accuracy", 100, "% of pairs"),
+    "speech-recognition": ("accuracy", 100, "% of tokens"),
 }
 """By task: the figure that is shown, what it is multiplied by, and its unit."""
 _HEAD = ("job", "`fedloom simulate`", "task", "base", "data, silos", "ε, δ", "majority", "start", "end", "of what")

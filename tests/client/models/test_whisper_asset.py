@@ -21,8 +21,10 @@ from fedloom.core.errors import DataError
 Array = npt.NDArray[Any]
 Values = dict[str, Array]
 
-MARKS = ("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|fi|>", "<|transcribe|>", "<|translate|>")
-MARKS = (*MARKS, "<|startofprev|>", "<|notimestamps|>")
+MARKS = (
+    *("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|fi|>"),
+    *("<|transcribe|>", "<|translate|>", "<|startofprev|>", "<|notimestamps|>"),
+)
 PAIRS = (("Ġ", "t"), ("h", "e"), ("Ġt", "he"))
 """What makes tokens 256, 257 and 258."""
 NUMBERS = {np.dtype("<f4"): 0, np.dtype("<i1"): 1, np.dtype("<i2"): 2, np.dtype("<f2"): 4}

@@ -106,8 +106,8 @@ class HeldOut:
                     "give the run file that it was trained with"
                 )
         try:
-            asked = {"image_size": section.image_size, "audio_seconds": section.audio_seconds}
-            plain = load_exported(base, folder, len(section.labels), section.task, compute=compute, **asked)
+            count, side, seconds = len(section.labels), section.image_size, section.audio_seconds
+            plain = load_exported(base, folder, count, section.task, side, compute, seconds)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"the adapter in {folder} cannot be loaded: {error}; export it again") from error
         return AdapterModel(plain, self.model.tokenizer, [], 1.0, self.model.device, self.model.task)

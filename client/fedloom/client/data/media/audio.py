@@ -169,8 +169,6 @@ def keep_positions(model: Any, extractor: Any) -> None:
     Raises:
         ModelError: It is built otherwise, or a recording's frames are no whole positions.
     """
-    import torch
-
     try:
         encoder = model.get_encoder()
         frames, table = int(extractor.nb_max_frames), encoder.embed_positions.weight
@@ -188,5 +186,7 @@ def keep_positions(model: Any, extractor: Any) -> None:
             "set another model.audio_seconds"
         )
     if kept < whole:
-        encoder.embed_positions = torch.nn.Embedding.from_pretrained(table[:kept].detach().clone(), freeze=True)
+        # A copy, so that the rest of the table is not kept in memory and not written to a merged model's file.
+        encoder.embed_positions.weight.data = table.data[:kept].clone()
+        encoder.embed_positions.num_embeddings = kept
         model.config.max_source_positions = kept

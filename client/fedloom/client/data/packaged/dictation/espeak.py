@@ -30,13 +30,13 @@ def main() -> None:
         sys.exit(f"it gives {rate} samples a second with the data in {sys.argv[2]}, {sys.argv[3]} are wanted")
     parts: list[bytes] = []
 
-    @_Callback
     def take(samples: int, count: int, _events: int) -> int:
         if samples and count > 0:
             parts.append(ctypes.string_at(samples, 2 * count))
         return 0
 
-    library.espeak_SetSynthCallback(take)
+    taking = _Callback(take)  # has to be there for as long as it is called
+    library.espeak_SetSynthCallback(taking)
     library.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))
     library.espeak_Synth.argtypes = [ctypes.c_char_p, ctypes.c_size_t, *[ctypes.c_uint] * 4, *[ctypes.c_void_p] * 2]
     for voice, *values, text in json.load(sys.stdin):

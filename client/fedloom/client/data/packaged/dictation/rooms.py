@@ -27,8 +27,9 @@ def heard_in(voice: Wave, noise: str, level: float, draw: np.random.Generator) -
     before, after = draw.integers(RATE // 20, RATE // 5, 2)
     voice = np.pad(voice, (before, after))
     beside = NOISES[noise](voice, draw)
-    heard = voice + level * np.sqrt((voice**2).mean() / (beside**2).mean()) * beside
-    return heard * (_PEAK * draw.uniform(0.4, 1.0) / np.abs(heard).max())
+    heard: Wave = voice + level * np.sqrt((voice**2).mean() / (beside**2).mean()) * beside
+    heard *= _PEAK * draw.uniform(0.4, 1.0) / np.abs(heard).max()
+    return heard
 
 
 def _monitor(voice: Wave, draw: np.random.Generator) -> Wave:
@@ -42,12 +43,14 @@ def _crowd(voice: Wave, draw: np.random.Generator) -> Wave:
     """Low noise that swells and fades about as fast as syllables do."""
     low = np.convolve(draw.normal(size=len(voice)), np.full(16, 1 / 16), "same")
     knots = draw.uniform(0.2, 1.0, len(voice) // 2000 + 2)
-    return low * np.interp(np.arange(len(voice)) / 2000, np.arange(len(knots)), knots)
+    swell: Wave = np.interp(np.arange(len(voice)) / 2000, np.arange(len(knots)), knots)
+    return low * swell
 
 
 def _hum(voice: Wave, draw: np.random.Generator) -> Wave:
     """Mains and ventilation."""
-    hum, seconds = 0.5 * draw.normal(size=len(voice)), np.arange(len(voice)) / RATE + draw.uniform(0, 1)
+    seconds = np.arange(len(voice)) / RATE + draw.uniform(0, 1)
+    hum: Wave = 0.5 * draw.normal(size=len(voice))
     for overtone in (1, 2, 3, 4):
         hum += np.sin(2 * np.pi * 50 * overtone * seconds) / overtone
     return hum
@@ -55,7 +58,7 @@ def _hum(voice: Wave, draw: np.random.Generator) -> Wave:
 
 def _hall(voice: Wave, draw: np.random.Generator) -> Wave:
     """Echoes of the voice, and a little hiss."""
-    heard = 0.1 * np.sqrt((voice**2).mean()) * draw.normal(size=len(voice))
+    heard: Wave = 0.1 * np.sqrt((voice**2).mean()) * draw.normal(size=len(voice))
     for seconds in draw.uniform(0.02, 0.15, 8):
         late = int(RATE * seconds)
         heard[late:] += np.exp(-seconds / 0.06) * voice[:-late]
