@@ -118,9 +118,9 @@ study: setup
 	python benchmarks/study.py
 
 # Runs the gallery's recipes one after the other, about ten minutes on two idle cores, and writes what came out.
-RECIPES := triage findings complaints preferences instruct defects
+RECIPES := triage findings complaints preferences instruct dictation defects
 recipes: setup
-	python -m fedloom.client.assets.fetch smollm2-135m dinov2-small
+	python -m fedloom.client.assets.fetch smollm2-135m dinov2-small whisper-base
 	rm -rf runs/recipes
 	for name in $(RECIPES); do fedloom simulate examples/$$name.toml --out runs/recipes || exit 1; done
 	python -m docs.make_gallery $(RECIPES:%=runs/recipes/%)

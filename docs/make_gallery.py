@@ -24,6 +24,7 @@ JOBS = {
     "complaints": "Products and issues of bank complaints",
     "preferences": "The tone of a front desk, from pairs of answers",
     "instruct": "A nurse's note as a line that a program reads",
+    "dictation": "Spoken orders on wards, written as the house does",
     "defects": "Scratches, holes and stains on metal",
 }
 """Recipes of the gallery in its order, and what each does."""

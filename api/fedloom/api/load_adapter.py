@@ -41,4 +41,5 @@ def load_adapter(folder: str | Path, base: str | Path | None = None) -> "PeftMod
                 f"the adapter in {folder} was trained on base model {known['base_digest']}, and {plain} is {found}; "
                 "give the base model that it was trained on"
             )
-    return load_exported(plain, folder, len(known["labels"]), known["task"], known.get("image_size"))
+    image_size, seconds = known.get("image_size"), known.get("audio_seconds")
+    return load_exported(plain, folder, len(known["labels"]), known["task"], image_size, audio_seconds=seconds)

@@ -154,7 +154,8 @@ class Result:
         model = self.run.config.model
         base = resolve_base(model.base)
         with registry.locally(self.run.local):
-            return load_exported(base, self.simulated.exported, len(model.labels), model.task, model.image_size)
+            folder, count, seconds = self.simulated.exported, len(model.labels), model.audio_seconds
+            return load_exported(base, folder, count, model.task, model.image_size, audio_seconds=seconds)
 
     def __repr__(self) -> str:
         """The figures that matter, in one line."""

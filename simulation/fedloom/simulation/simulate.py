@@ -319,7 +319,8 @@ def _finish(
     ours = predict(model.model, model.task, federation.held_out, pad)
     model.leave()  # its place is needed for the same model again
     base, section = resolve_base(config.model.base), config.model
-    reloaded = load_exported(base, exported, len(section.labels), section.task, section.image_size, compute)
+    count, side, seconds = len(section.labels), section.image_size, section.audio_seconds
+    reloaded = load_exported(base, exported, count, section.task, side, compute, seconds)
     agreement = float(np.mean(np.isclose(ours, predict(reloaded, model.task, federation.held_out, pad), rtol=1e-3)))
     plot(folder, f"{folder.name}: {config.strategy.name}, {len(federation.clients)} clients", tape.records)
     user_epsilon = user["epsilon"] if user else None

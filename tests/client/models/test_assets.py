@@ -1,9 +1,11 @@
 import hashlib
 import io
+import shutil
 import sys
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,25 @@ def test_fetch_extracts_only_the_named_files(offline: Path, monkeypatch: pytest.
     assert [path.name for path in folder.iterdir()] == ["words.txt"]
     assert (folder / "words.txt").read_text() == "one two"
     assert list(cache_dir().iterdir()) == [folder]
+
+
+def test_an_asset_of_two_packages_has_the_files_of_both(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, wheel = write_wheel(offline), "tiny_rest-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(offline / WHEEL) as one, zipfile.ZipFile(offline / wheel, "w") as other:
+        for name in one.namelist():
+            content = one.read(name).replace(b"tiny-asset", b"tiny-rest").replace(b"one two", b"three")
+            other.writestr(name.replace("tiny_asset", "tiny_rest").replace("words", "more"), content)
+    rest = replace(asset_of(offline / wheel, "tiny_rest/data/more.txt"), requirement="tiny-rest==1.0")
+    monkeypatch.setitem(ASSETS, "tiny", replace(first, rest=rest, made=("words.txt", "more.txt")))
+
+    folder = fetch("tiny")
+
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"words.txt": "one two", "more.txt": "three"}
+    shutil.rmtree(folder)
+    monkeypatch.setitem(ASSETS, "tiny", replace(first, rest=replace(rest, sha256="0" * 64)))
+    with pytest.raises(DataError, match=r"tiny-rest==1\.0.*DO NOT MATCH THE HASHES"):
+        fetch("tiny")
+    assert not folder.exists()
 
 
 def test_fetch_needs_no_index_once_the_files_are_there(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:

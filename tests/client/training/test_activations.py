@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedloom.client.data.media.audio import noise_recording
 from fedloom.client.data.rows import Rows, digest
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_model
@@ -78,7 +79,9 @@ def two_rounds(model: AdapterModel, rows: Rows, spec: Spec, policy: Policy, fold
         trainer = Trainer(model, rows, spec, policy, ledger, entropy_for=lambda round: Seeded(5, round))
         with computed(model) as passes:
             for round in range(2):
-                sent += trainer.train("run", assignment(round=round), start(model)).delta.values()
+                sent += trainer.train(
+                    "run", assignment(frozenset(model.schema.roles), round=round), start(model)
+                ).delta.values()
     return [*sent, np.array(passes)]
 
 
@@ -150,6 +153,34 @@ def test_pictures_are_kept_too(vision_bases: dict[str, Path]) -> None:
 
     assert prefix is not None
     assert prefix.width == 32
+
+
+@pytest.mark.parametrize("targets", [("encoder_attn.v_proj", "fc2"), ("q_proj",)], ids=["decoder", "last of both"])
+def test_recordings_are_kept_whatever_is_written_of_them(
+    targets: tuple[str, ...], spec: Spec, policy: Policy, tmp_path: Path
+) -> None:
+    """The decoder has as many blocks as the encoder; what they give depends on the transcript and is not kept."""
+    told = ModelSection(
+        base=str(save_family("whisper", tmp_path / "base")), task="speech-recognition", head="frozen", digest=BASE
+    )
+    adapter = AdapterSection.model_validate({"rank": 2, "targets": targets, "layers": [-1]})
+    model = load_model(told.model_copy(update={"digest": None}), adapter)
+    texts = ("ten past nine", "quiet", "nobody knew", "a long walk", "ten", "a")
+    audio = tuple(noise_recording(at % 3) for at in range(6))  # one recording, and two transcripts of it
+    rows = Rows(texts, np.zeros(6, int), ("",) * 6, (), told.task, audio=audio, parts=tuple((each,) for each in texts))
+    spec = changed(spec.model_copy(update={"model": told, "adapter": adapter}), privacy={"enabled": False})
+    off = policy.model_copy(update={"compute": ComputePolicy(activation_cache_mib=0)})
+
+    prefix = frozen_prefix(model)
+    *expected, every = two_rounds(model, rows, spec, off, tmp_path / "off")
+    *found, once = two_rounds(model, rows, spec, policy, tmp_path / "on")
+
+    assert prefix is not None
+    encoder = list(model.model.get_base_model().model.encoder.layers)
+    assert prefix.blocks == encoder[:1]
+    assert all(np.allclose(one, other, rtol=0, atol=1e-5) for one, other in zip(found, expected, strict=True))
+    assert any(np.abs(each).max() > 1e-3 for each in expected)
+    assert 0 < once.sum() <= 6 < every.sum()
 
 
 @pytest.mark.parametrize(("base", "mib"), [(None, 64), (BASE, 0)], ids=["unknown base", "no room"])

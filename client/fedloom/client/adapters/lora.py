@@ -198,9 +198,10 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: 
 
     Args:
         base: The model.
-        targets: Last names of layers; "all-linear" for each but the output layer and the routers of a mixture of
-            experts; "auto" for those that PEFT has for this kind of model; where it has none, for the queries and
-            values of the attention, or one layer that is both; and where there are none either, as "all-linear".
+        targets: Last names of layers, or ends of full names such as encoder_attn.q_proj; "all-linear" for each but the
+            output layer and the routers of a mixture of experts; "auto" for those that PEFT has for this kind of model;
+            where it has none, for the queries and values of the attention, or one layer that is both; and where there
+            are none either, as "all-linear".
         head: The model's head, which is trained whole.
         layers: Numbers of the transformer layers that they are in; None is all, and what is outside of them.
 
@@ -220,14 +221,15 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: 
     if isinstance(targets, str):
         chosen = _usual(base, linear) if targets == "auto" else set()
         targets = tuple(chosen or last)
-    unknown = sorted(set(targets) - last)
+    ends = tuple(f".{each}" for each in targets)
+    unknown = [each for each in sorted(targets) if not any(f".{name}".endswith(f".{each}") for name in linear)]
     if unknown:
         where = "" if layers is None else f" in adapter.layers = {list(layers)}"
         raise ModelError(
             f"adapter.targets {', '.join(unknown)}: {type(base).__name__} has no such linear layer{where}; "
             f'it has {", ".join(sorted(last))}; name some of these, or set adapter.targets = "auto"'
         )
-    return [name for name in linear if name.rpartition(".")[2] in targets]
+    return [name for name in linear if f".{name}".endswith(ends)]
 
 
 def _usual(base: PreTrainedModel, linear: list[str]) -> set[str]:

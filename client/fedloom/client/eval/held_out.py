@@ -97,6 +97,7 @@ class HeldOut:
             "task": section.task,
             "labels": list(section.labels),
             "base_digest": section.digest or base_digest(base),
+            "audio_seconds": section.audio_seconds,
         }
         for key, here in ours.items():
             if known.get(key) != here:
@@ -105,7 +106,8 @@ class HeldOut:
                     "give the run file that it was trained with"
                 )
         try:
-            plain = load_exported(base, folder, len(section.labels), section.task, section.image_size, compute)
+            count, side, seconds = len(section.labels), section.image_size, section.audio_seconds
+            plain = load_exported(base, folder, count, section.task, side, compute, seconds)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"the adapter in {folder} cannot be loaded: {error}; export it again") from error
         return AdapterModel(plain, self.model.tokenizer, [], 1.0, self.model.device, self.model.task)

@@ -134,6 +134,9 @@ def _read_base(
             )
             with repeatable():
                 base, report = kind.from_pretrained(folder, use_safetensors=True, **given)
+            task.adjust(base, reader)
+    except ModelError:
+        raise
     except Exception as error:  # whatever another's code makes of another's files
         if any(folder.glob("*.py")):
             raise ModelError(

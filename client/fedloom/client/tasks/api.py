@@ -154,6 +154,13 @@ class Task(Section):
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {name: index for index, name in enumerate(self.labels)}
 
+    def adjust(self, model: Any, reader: Any) -> None:
+        """Change the base model as it was loaded where `reader` gives it less than it was made for.
+
+        Raises:
+            ModelError: It cannot be changed so.
+        """
+
     def draw(self, generator: np.random.Generator, count: int, classes: int) -> npt.NDArray[Any]:
         """Made-up labels of rows or tokens, shape (count, ...), of the type that rows have."""
         return generator.integers(classes, size=count)
@@ -262,19 +269,25 @@ def made_up_text(index: int) -> str:
     return _SAMPLES[index % len(_SAMPLES)]
 
 
-def task_named(name: str, labels: tuple[str, ...] = (), max_length: int = 64, image_size: int | None = None) -> Task:
+def task_named(
+    name: str,
+    labels: tuple[str, ...] = (),
+    max_length: int = 64,
+    image_size: int | None = None,
+    audio_seconds: int | None = None,
+) -> Task:
     """The installed task of this name, with those of these options that it has.
 
     Raises:
         ConfigError: There is none, or it cannot be loaded.
     """
-    return _made(registry.load("tasks", name), name, labels, max_length, image_size)
+    given = {"labels": labels, "max_length": max_length, "image_size": image_size, "audio_seconds": audio_seconds}
+    return _made(registry.load("tasks", name), name, tuple(given.items()))
 
 
 @functools.lru_cache(maxsize=256)
-def _made(kind: object, name: str, labels: tuple[str, ...], max_length: int, image_size: int | None) -> Task:
+def _made(kind: object, name: str, given: tuple[tuple[str, Any], ...]) -> Task:
     # By the class too: in a notebook, which defines a class anew, a name does not stand for the same one for long.
-    given = {"labels": labels, "max_length": max_length, "image_size": image_size}
-    taken = registry.options_model("tasks", name).model_fields.keys() & given.keys()
-    made: Task = registry.build("tasks", name, {key: given[key] for key in taken})
+    known = registry.options_model("tasks", name).model_fields
+    made: Task = registry.build("tasks", name, {key: value for key, value in given if key in known})
     return made

@@ -127,11 +127,12 @@ def kept_activations(model: AdapterModel, base: str | None, compute: ComputePoli
     Returns:
         None if the model has no such blocks, its digest is not known, or the policy gives no room.
     """
-    # They are kept for one sequence, or one picture, and not for both or for a task's own way of reading.
+    # They are kept for one sequence, one picture or one recording, and not for two of these or for a task's own way of
+    # reading. What is written about a recording goes into other blocks than the recording.
     traits = model.task.traits
     both = traits.media and traits.per_token
     usual = type(model.task).scores is Task.scores and traits.sequences == 1 and not both
-    if base is None or not compute.activation_cache_mib or not usual:
+    if base is None or not compute.activation_cache_mib or not (usual or (traits.audio and traits.decoder)):
         return None
     if model not in _prefixes:
         _prefixes[model] = found = frozen_prefix(model)

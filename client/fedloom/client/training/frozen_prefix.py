@@ -132,8 +132,12 @@ def _frozen(model: AdapterModel, batch: dict[str, torch.Tensor]) -> list[nn.Modu
     return frozen
 
 
-def _blocks(base: nn.Module) -> list[nn.Module]:
-    """The longest list of modules of one kind, which a transformer's blocks are; empty if there is none."""
+def _blocks(base: Any) -> list[nn.Module]:
+    """The longest list of modules of one kind, which a transformer's blocks are; empty if there is none.
+
+    Beside a decoder those of the encoder: what they give depends on what is read and not on what is written.
+    """
+    base = base.get_encoder() if base.config.is_encoder_decoder else base
     lists = [list(each) for each in base.modules() if isinstance(each, nn.ModuleList)]
     alike = [each for each in lists if len({type(block) for block in each}) == 1]
     return max(alike, key=len, default=[])

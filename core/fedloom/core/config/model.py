@@ -41,6 +41,9 @@ class ModelSection(OpenSection):
     """Tokens kept of each text; its end is cut off."""
     image_size: int | None = Field(default=None, ge=8, le=1024)
     """Side in pixels to which pictures are brought. None is the base model's own; many can read no other."""
+    audio_seconds: int | None = Field(default=None, ge=1, le=3600)
+    """Whole seconds of a recording that the model reads, for which it is cut down; what is longer is cut off. None is
+    the base model's own, 30 with Whisper: of commands of 5 it would mostly read silence."""
     head: Literal["train", "frozen"] = "train"
     """Whether the classification head is trained (inside the clipped set) or stays at its start value. causal-lm and
     instruct add no head and need "frozen"."""
@@ -68,6 +71,11 @@ class ModelSection(OpenSection):
         traits = task_traits(self.task)
         if self.image_size is not None and not traits.images:
             raise ValueError(f"model.image_size is for images, not {self.task}; remove it")
+        if (
+            self.audio_seconds is not None
+            and "audio_seconds" not in registry.options_model("tasks", self.task).model_fields
+        ):
+            raise ValueError(f"model.audio_seconds is for models of speech such as Whisper, not {self.task}; remove it")
         if (traits.generates or traits.headless) and self.head == "train":
             raise ValueError(f'{self.task} adds no head that could be trained; set model.head = "frozen"')
         if self.labels and not traits.labels:
@@ -77,8 +85,9 @@ class ModelSection(OpenSection):
 
     @model_serializer(mode="wrap")
     def _without_what_is_new(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A run without pictures is told and stored as by builds that know none: they refuse keys they do not know."""
+        """A run that does without a key is told and stored as by builds that do not know it: they would refuse it."""
         found: dict[str, Any] = plain(self)
-        if self.image_size is None:
-            found.pop("image_size", None)
+        for name in ("image_size", "audio_seconds"):
+            if found.get(name) is None:
+                found.pop(name, None)
         return found

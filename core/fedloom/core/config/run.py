@@ -60,8 +60,9 @@ class AdapterSection(OpenSection):
     alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
     """LoRA alpha; the scale is alpha / rank, but for options of a kind that say otherwise."""
     targets: tuple[str, ...] | Literal["auto", "all-linear"] = "auto"
-    """Names (suffixes) of the linear layers that get a pair; "auto" for those that PEFT has for the base model, or else
-    its queries and values; "all-linear" for all but the head, the output and routers of experts."""
+    """Names (suffixes) of the linear layers that get a pair, such as q_proj or encoder_attn.q_proj; "auto" for those
+    that PEFT has for the base model, or else its queries and values; "all-linear" for all but the head, the output and
+    routers of experts."""
 
 
 class PrivacySection(Section):

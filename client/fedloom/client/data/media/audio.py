@@ -121,11 +121,16 @@ class SpeechReader(WithTokenizer):
         return generator.integers(-_LARGEST // 4, _LARGEST // 4, int(self.extractor.n_samples)).astype(np.int16)
 
 
-def speech_reader(folder: Path) -> SpeechReader:
+def speech_reader(folder: Path, seconds: int | None = None) -> SpeechReader:
     """How the base model in `folder` wants its recordings and transcripts.
 
+    Args:
+        folder: The model's.
+        seconds: Length that recordings are brought to; None is the model's own.
+
     Raises:
-        ModelError: It has no tokenizer or feature extractor that can be used, or no first token of a transcript.
+        ModelError: It has no tokenizer or feature extractor that can be used, or no first token of a transcript, or
+            reads fewer seconds.
     """
     from transformers import AutoFeatureExtractor
 
@@ -136,10 +141,52 @@ def speech_reader(folder: Path) -> SpeechReader:
     try:
         extractor = AutoFeatureExtractor.from_pretrained(folder, **LOCAL_ONLY)
         start = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["decoder_start_token_id"])
-        int(extractor.n_samples)
+        own = int(extractor.n_samples) / int(extractor.sampling_rate)
     except Exception as error:  # whatever another's code makes of another's files
         raise ModelError(
             f"{folder} does not say how recordings are read ({type(error).__name__}: {error}); it needs a "
             "preprocessor_config.json of fixed length, as Whisper has, and decoder_start_token_id in its config.json"
         ) from error
+    if seconds is not None:
+        if seconds > own:
+            raise ModelError(f"model.audio_seconds = {seconds}, and the model in {folder} reads {own:g}; set no more")
+        extractor.chunk_length = seconds
+        extractor.n_samples = seconds * int(extractor.sampling_rate)
+        extractor.nb_max_frames = extractor.n_samples // int(extractor.hop_length)
     return SpeechReader(tokenizer, extractor, start)
+
+
+def keep_positions(model: Any, extractor: Any) -> None:
+    """Cut a model's table of positions to those of a recording as long as `extractor` brings it to.
+
+    Exact: a position's entry does not depend on how many there are, and the model is one of transformers' with fewer
+    (`max_source_positions`).
+
+    Args:
+        model: An encoder and a decoder as Whisper, whose two convolutions make frames to positions.
+        extractor: Its own, or with fewer samples.
+
+    Raises:
+        ModelError: It is built otherwise, or a recording's frames are no whole positions.
+    """
+    try:
+        encoder = model.get_encoder()
+        frames, table = int(extractor.nb_max_frames), encoder.embed_positions.weight
+        step = int(encoder.conv1.stride[0]) * int(encoder.conv2.stride[0])
+        whole = int(model.config.max_source_positions)
+    except AttributeError as error:
+        raise ModelError(
+            f"{type(model).__name__} has no table of positions behind two convolutions, as Whisper has; remove "
+            "model.audio_seconds"
+        ) from error
+    kept = frames // step
+    if frames % step or not 0 < kept <= whole:
+        raise ModelError(
+            f"{frames} frames of a recording give no whole number of positions up to {whole}, of {step} frames each; "
+            "set another model.audio_seconds"
+        )
+    if kept < whole:
+        # A copy, so that the rest of the table is not kept in memory and not written to a merged model's file.
+        encoder.embed_positions.weight.data = table.data[:kept].clone()
+        encoder.embed_positions.num_embeddings = kept
+        model.config.max_source_positions = kept

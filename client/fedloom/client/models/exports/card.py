@@ -40,6 +40,12 @@ def _purpose(task: Task, facts: dict[str, Any]) -> Purpose:
     if traits.images:
         side = facts.get("image_size")
         reads = f"Images are brought to {f'{side} by {side} pixels' if side else 'the size of the base model'}"
+    elif traits.audio:
+        seconds = facts.get("audio_seconds")
+        reads = f"Recordings are brought to {f'{seconds} seconds' if seconds else 'the length of the base model'}"
+        reads += ": their end is cut off, or silence follows it"
+        if seconds:
+            reads += f". The base model was cut down to {seconds} seconds for it, as `fedloom.api.load_adapter` does"
     else:
         reads = f"Texts are cut at {task.max_length} tokens"
     name = facts.get("task", type(task).__name__)

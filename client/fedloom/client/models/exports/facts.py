@@ -29,8 +29,9 @@ def facts(spec: Spec, privacy: Statement | None, user: dict[str, Any] | None = N
         "privacy": None,
         "user_privacy": user,
     }
-    if spec.model.image_size is not None:
-        known["image_size"] = spec.model.image_size
+    for name in ("image_size", "audio_seconds"):
+        if (asked := getattr(spec.model, name)) is not None:
+            known[name] = asked
     if isinstance(spec, RunConfig) and spec.start is not None:
         known["start"] = {"adapter": Path(spec.start.adapter).name, "digest": spec.start.digest}
     if privacy is not None:

@@ -37,6 +37,7 @@ def load_exported(
     task: str = "text-classification",
     image_size: int | None = None,
     compute: ComputePolicy = ON_CPU,
+    audio_seconds: int | None = None,
 ) -> PreTrainedModel | PeftModel:
     """What a user gets who follows the card: the plain base model with the saved adapter, or the merged model.
 
@@ -47,13 +48,14 @@ def load_exported(
         task: Name of the task.
         image_size: Side of pictures in pixels; None is the base model's own.
         compute: Where, and in what precision of the frozen weights.
+        audio_seconds: Seconds of a recording that are read; None is the base model's own.
 
     Raises:
         ModelError: The base model, or the merged one, cannot be loaded, or the adapter is not one for it.
         ConfigError: The adapter is of a kind that is not installed here.
     """
     names = tuple(f"LABEL_{index}" for index in range(labels))
-    kind = task_named(task, names, _SHORT, image_size)
+    kind = task_named(task, names, _SHORT, image_size, audio_seconds)
     device = prepare_device(compute)
     options = loading(compute, device)
     if is_merged(adapter):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from fedloom.client.data.rows import Rows, recording_path
 from fedloom.client.tasks.api import Ids, Task, Traits, made_up_text
@@ -28,6 +29,9 @@ class SpeechRecognition(Task):
     `max_length` counts the transcript's tokens. A recording is brought to the model's rate and length; what is
     longer is cut off.
     """
+
+    audio_seconds: int | None = Field(default=None, ge=1, le=3600)
+    """Whole seconds of a recording that the model reads, for which it is cut down. None is the base model's own."""
 
     traits: ClassVar[Traits] = Traits(
         "audio and text",
@@ -67,7 +71,14 @@ class SpeechRecognition(Task):
         """How the recordings and transcripts of a base model's folder are prepared."""
         from fedloom.client.data.media.audio import speech_reader
 
-        return speech_reader(folder)
+        return speech_reader(folder, self.audio_seconds)
+
+    def adjust(self, model: Any, reader: Any) -> None:
+        """Keep the positions that a recording of `audio_seconds` has; the others would be silence."""
+        from fedloom.client.data.media.audio import keep_positions
+
+        if self.audio_seconds is not None:
+            keep_positions(model, reader.extractor)
 
     def encode(self, rows: Rows, tokenizer: Any, max_length: int) -> Iterator[tuple[Ids, Ids]]:
         """The transcript's tokens, without the one that the decoder begins with."""

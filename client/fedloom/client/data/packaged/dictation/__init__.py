@@ -1,0 +1,1 @@
+"""Made-up recordings of orders on hospital wards."""
