@@ -25,6 +25,10 @@ class TestImageClassification(TestTextClassification):
     name = "image-classification"
 
 
+class TestAudioClassification(TestTextClassification):
+    name = "audio-classification"
+
+
 class TestCausalLM(TaskConformance):
     name = "causal-lm"
 

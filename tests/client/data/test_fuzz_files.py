@@ -173,6 +173,7 @@ def test_objects_of_any_shape_are_rows_or_refused(tmp_path: Path) -> None:
         "causal-lm": {"prompt": "a", "completion": "b"},
         "instruct": {"messages": turns},
         "image-classification": {"image": "a.png", "label": "0"},
+        "audio-classification": {"audio": "a.wav", "label": "0"},
     }
     for _ in range(CASES):
         task = rng.choice(list(shapes))
