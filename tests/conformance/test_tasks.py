@@ -72,6 +72,11 @@ class TestSentenceEmbedding(TestCausalLM):
     name = "sentence-embedding"
 
 
+class TestEmbeddingRegression(TestCausalLM):
+    name = "embedding-regression"
+    outputs = (4,)
+
+
 class TestQuestionAnswering(TestCausalLM):
     name = "question-answering"
     outputs = (2, 5)

@@ -38,6 +38,8 @@ from tests.support.engines import entropy_of, largest_difference, over_sockets
 
 WORDS = ("good", "bad", "film", "plot", "actor", "very", "great", "sad")
 NAMES = ("low", "middle", "high")
+TEACHER = np.random.default_rng(3).normal(0, 1, (len(WORDS), 32))
+"""A vector for each word, as long as those of the tiny models."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ CASES = {
     "question-answering": Case("bert", QUERIES, figures=frozenset({"exact_match", "f1"})),
     "seq2seq": Case("t5", ("q", "v"), FROZEN),
     "sentence-embedding": Case("bert", QUERIES, FROZEN, frozenset({"spearman"})),
+    "embedding-regression": Case("bert", QUERIES, FROZEN, frozenset({"cosine"})),
     "dpo": Case("llama", PROJECTIONS, FROZEN, frozenset({"margin"})),
     "orpo": Case("qwen2", PROJECTIONS, FROZEN),
     "kto": Case("gpt2", ("c_attn",), FROZEN),
@@ -88,6 +91,7 @@ def rows(task: str, count: int, seed: int) -> list[dict[str, Any]]:
             "question-answering": {"question": "Which?", "text": text, "answer": words[2]},
             "seq2seq": {"prompt": text, "completion": " ".join(words[:2])},
             "sentence-embedding": {"text": text, "second": words[0], "label": min(2, good) - 1.0},
+            "embedding-regression": {"text": text, "vector": TEACHER[[*map(WORDS.index, words)]].mean(0).tolist()},
             "dpo": pair,
             "orpo": pair,
             "reward": pair,

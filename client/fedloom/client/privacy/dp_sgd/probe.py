@@ -123,7 +123,10 @@ def made_up(model: AdapterModel, longest: int) -> Encoded:
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     # A padding token within a text would be taken for the text's end by models that look for it.
     usable = np.setdiff1d(np.arange(vocabulary), model.tokenizer.all_special_ids)
-    classes = vocabulary if task.traits.generates else model.model.config.num_labels
+    config = model.model.config
+    classes = vocabulary if task.traits.generates else config.num_labels
+    if task.traits.headless:
+        classes = config.hidden_size  # outputs of the base model itself
     before = _before(model)
     room = longest - len(before)
     lengths = [min(length, room) for length in (*_LENGTHS, _LENGTHS[-1], room, 2)]
