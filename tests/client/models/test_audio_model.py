@@ -31,7 +31,7 @@ from fedloom.client.models.exports.peft_adapter import save_adapter
 from fedloom.client.models.load import load_model
 from fedloom.client.policy import ComputePolicy
 from fedloom.client.privacy.dp_sgd.probe import probe
-from fedloom.client.training.frozen_prefix import frozen_prefix
+from fedloom.client.training.activations import kept_activations
 from fedloom.client.training.gradients import batch_loss
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
@@ -185,19 +185,20 @@ def test_in_half_precision_a_private_run_may_begin(section: ModelSection) -> Non
 
 
 @pytest.mark.parametrize("kind", ["head", "lora"])
-def test_frozen_blocks_give_equal_scores(section: ModelSection, kind: str) -> None:
+def test_frozen_blocks_are_computed_once_and_give_equal_scores(section: ModelSection, kind: str) -> None:
     given = {"kind": kind, "targets": "all-linear"} if kind == "head" else {"layers": [1], "rank": 2}
     model = load_model(section, AdapterSection.model_validate(given))
-    prefix = frozen_prefix(model)
-    batch = collate(encode(rows_of(), model.tokenizer, 64), np.arange(4), 0)
-
-    assert prefix is not None
-    hidden = prefix.capture(lambda: model.logits(batch))
+    encoded = encode(rows_of(), model.tokenizer, 64)
+    batch = collate(encoded, np.arange(4), 0)
+    kept = kept_activations(model, f"{section.base} {kind}", ComputePolicy(device="cpu"))
     with torch.no_grad():
         whole = model.logits(batch)
-        with prefix.skipped(hidden):
-            rest = model.logits(batch)
-    torch.testing.assert_close(rest, whole, rtol=1e-5, atol=1e-5)
+
+    assert kept is not None
+    for _ in range(2):  # computed, and then read
+        with torch.no_grad(), kept.skipping(encoded, np.arange(4), batch):
+            torch.testing.assert_close(model.logits(batch), whole, rtol=1e-5, atol=1e-5)
+    assert all(encoded.digest(row) in kept._file for row in range(4))
 
 
 def test_a_recording_is_read_alike_whatever_its_rate_channels_and_form(bases: dict[str, Path]) -> None:
@@ -212,6 +213,17 @@ def test_a_recording_is_read_alike_whatever_its_rate_channels_and_form(bases: di
     assert all(np.abs(each.astype(int) - fast[: len(each)]).max() <= 1 for each in same)
     assert len(near) == len(same[0]) == reader.length
     assert np.abs(near[200:-200] - fast[200 : reader.length - 200]).max() < 80, "1 % of the tone, but for its ends"
+
+
+def test_what_is_kept_of_a_short_recording_is_not_taken_for_that_of_another_length(bases: dict[str, Path]) -> None:
+    """The results of frozen blocks are kept by it, and these differ in how much silence they have."""
+    one, two = (
+        encode(rows_of(), load_model(section_of(bases["wav2vec2"], seconds), AdapterSection(rank=2)).tokenizer, 64)
+        for seconds in (1, 2)
+    )
+
+    np.testing.assert_array_equal(one.media[0], two.media[0])
+    assert one.digest(0) != two.digest(0)
 
 
 def test_a_recording_shorter_than_a_frame_is_read(section: ModelSection, model: AdapterModel) -> None:

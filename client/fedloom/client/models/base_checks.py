@@ -99,9 +99,10 @@ def _check_file(base: PreTrainedModel, reader: Any, task: Task, folder: Path) ->
         with torch.no_grad():
             task.scores(base, {name: torch.from_numpy(each).to(base.device) for name, each in features.items()})
     except (RuntimeError, ValueError, TypeError) as error:
-        what = f"recordings of {reader.seconds:g} s as its preprocessor_config.json makes them; get files that fit"
         if task.traits.images:
             what = f"colour pictures of {reader.side} by {reader.side} pixels; remove model.image_size"
+        else:
+            what = f"recordings of {reader.seconds:g} s as its preprocessor_config.json makes them; get files that fit"
         raise ModelError(
             f"{type(base).__name__} in {folder} cannot read {what}, or take another model ({error})"
         ) from error
