@@ -8,6 +8,9 @@ import torch
 from transformers import (
     AlbertConfig,
     AlbertModel,
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTModel,
     BartConfig,
     BartModel,
     BaseImageProcessor,
@@ -32,6 +35,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    HubertConfig,
+    HubertModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -53,6 +58,7 @@ from transformers import (
     Qwen3ForCausalLM,
     RobertaConfig,
     RobertaModel,
+    SequenceFeatureExtractor,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -64,6 +70,9 @@ from transformers import (
     T5Model,
     ViTConfig,
     ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -73,7 +82,7 @@ from transformers import (
 
 from tests.conftest import byte_tokenizer
 
-__all__ = ["FAMILIES", "LANGUAGE_MODELS", "MIXTURES", "PICTURES", "SPEECH", "save_family"]
+__all__ = ["FAMILIES", "LANGUAGE_MODELS", "MIXTURES", "PICTURES", "SOUNDS", "SPEECH", "save_family"]
 
 _PAD = len(byte_tokenizer())
 _VOCABULARY = _PAD + 4
@@ -85,6 +94,13 @@ _MARKS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": _PAD}
 
 
 _VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+_BLOCKS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "initializer_range": 0.2,
+}
 _TALL = {**_VISION, "intermediate_size": 48, "initializer_range": 0.2}
 
 
@@ -212,19 +228,46 @@ SPEECH: dict[str, Callable[[], PreTrainedModel]] = {
 }
 """Models of speech."""
 
+_WAVES = {
+    **_BLOCKS,
+    "conv_dim": [16, 16, 16],
+    "conv_stride": [5, 4, 4],
+    "conv_kernel": [10, 8, 4],
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 16,
+}
+
+SOUNDS: dict[str, Callable[[], PreTrainedModel]] = {
+    "ast": lambda: ASTModel(
+        ASTConfig(**_BLOCKS, max_length=32, num_mel_bins=16, patch_size=8, frequency_stride=8, time_stride=8)
+    ),
+    "wav2vec2": lambda: Wav2Vec2Model(Wav2Vec2Config(**_WAVES)),
+    "hubert": lambda: HubertModel(HubertConfig(**_WAVES, feat_extract_norm="layer", conv_bias=True)),
+}
+"""Models of sounds that write nothing: of a spectrogram of a third of a second, and of waves of any length."""
+
+_EXTRACTORS: dict[str, Callable[[], SequenceFeatureExtractor]] = {
+    "whisper": lambda: WhisperFeatureExtractor(feature_size=8, chunk_length=1),
+    "ast": lambda: ASTFeatureExtractor(num_mel_bins=16, max_length=32),
+    "wav2vec2": Wav2Vec2FeatureExtractor,
+    "hubert": lambda: Wav2Vec2FeatureExtractor(return_attention_mask=True),
+}
+"""How recordings are prepared."""
+
 
 def save_family(name: str, folder: Path) -> Path:
-    """Write the model and, but for pictures, a byte-level tokenizer with a padding token; returns `folder`."""
+    """Write the model, how files are read, and where there is text a byte-level tokenizer; returns `folder`."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (FAMILIES | PICTURES | SPEECH)[name]().save_pretrained(folder)
-        if name in SPEECH:
-            WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+        (FAMILIES | PICTURES | SPEECH | SOUNDS)[name]().save_pretrained(folder)
+        if name in _EXTRACTORS:
+            _EXTRACTORS[name]().save_pretrained(folder)
         if name in _PREPARED:
             _PREPARED[name]().save_pretrained(folder)
-        elif name not in PICTURES:
+        elif name not in PICTURES | SOUNDS:
             tokenizer.save_pretrained(folder)
     return folder

@@ -25,7 +25,7 @@ from fedloom.client.training.gradients import batch_loss
 from fedloom.core.config.run import AdapterSection, ModelSection
 from fedloom.core.errors import ModelError
 from fedloom.core.privacy.gaussian import deviation, longest
-from tests.families import FAMILIES, LANGUAGE_MODELS, PICTURES, SPEECH, save_family
+from tests.families import FAMILIES, LANGUAGE_MODELS, PICTURES, SOUNDS, SPEECH, save_family
 
 __all__ = ["CASES", "MEASURED", "TARGETS", "TOLERANCE", "Case", "Result", "measured", "recorded"]
 
@@ -36,6 +36,7 @@ TOLERANCE = 1e-4
 
 _LENGTH, _RATE, _NOISE = 16, 0.5, 0.8
 _DECODERS = ("bart", "t5")
+_WAVES = ("wav2vec2", "hubert")
 
 Losses = Callable[[list[int]], torch.Tensor]
 """The sum of the losses of these examples, as they would be together in a batch of their own."""
@@ -66,10 +67,15 @@ class Result:
     refused: str = ""
 
 
+def _heard(family: str) -> bool:
+    """Whether it is one of sounds."""
+    return family in SPEECH or family in SOUNDS
+
+
 def _cases() -> Iterator[Case]:
-    for family in (*FAMILIES, *PICTURES, *SPEECH):
+    for family in (*FAMILIES, *PICTURES, *SPEECH, *SOUNDS):
         tasks = ["image-classification"] if family in PICTURES else ["text-classification"]
-        tasks = ["speech-recognition"] if family in SPEECH else tasks
+        tasks = ["speech-recognition"] * (family in SPEECH) + ["audio-classification"] if _heard(family) else tasks
         tasks += ["causal-lm"] * (family in LANGUAGE_MODELS) + ["seq2seq"] * (family in _DECODERS)
         for task in tasks:
             yield from (Case(family, task, targets) for targets in TARGETS)
@@ -101,6 +107,7 @@ def _reason(message: str) -> str:
 def _through_fedloom(case: Case, base: Path, kind: str) -> Result:
     values: dict[str, Any] = {"base": str(base), "task": case.task, "max_length": _LENGTH}
     values |= {"head": "frozen"} if task_named(case.task).traits.generates else {"labels": ("a", "b", "c")}
+    values |= {"audio_seconds": 1} if case.family in _WAVES else {}
     adapter = AdapterSection.model_validate({"kind": kind, "rank": 2, "alpha": 4, "targets": case.targets})
     model = load_model(ModelSection.model_validate(values), adapter)
     probe(model, lambda batch: batch_loss(model, batch), _LENGTH)

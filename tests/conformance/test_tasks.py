@@ -25,6 +25,10 @@ class TestImageClassification(TestTextClassification):
     name = "image-classification"
 
 
+class TestAudioClassification(TestTextClassification):
+    name = "audio-classification"
+
+
 class TestCausalLM(TaskConformance):
     name = "causal-lm"
 
@@ -66,6 +70,11 @@ class TestRegression(TestCausalLM):
 
 class TestSentenceEmbedding(TestCausalLM):
     name = "sentence-embedding"
+
+
+class TestEmbeddingRegression(TestCausalLM):
+    name = "embedding-regression"
+    outputs = (4,)
 
 
 class TestQuestionAnswering(TestCausalLM):

@@ -21,6 +21,8 @@ from fedloom.api.result import Result
 from fedloom.api.run import Model, Run, load
 from fedloom.api.simulate import simulate
 from fedloom.api.sweep import Sweep, Trial, sweep
+from fedloom.client.tasks.audio_classification import AudioClassification
+from fedloom.client.tasks.embedding_regression import EmbeddingRegression
 from fedloom.client.tasks.generation.causal_lm import CausalLM
 from fedloom.client.tasks.generation.image_text import ImageText
 from fedloom.client.tasks.generation.instruct import Instruct
@@ -108,6 +110,7 @@ __all__ = [
     "SSF",
     "ASLoRA",
     "AlternatingOrthonormal",
+    "AudioClassification",
     "Bias",
     "Bottleneck",
     "Callback",
@@ -117,6 +120,7 @@ __all__ = [
     "Data",
     "DualLoRA",
     "EarlyStopping",
+    "EmbeddingRegression",
     "Engine",
     "Evaluation",
     "FLoRA",

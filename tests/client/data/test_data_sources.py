@@ -158,6 +158,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("instruct", {"messages": [{"role": "user", "content": SECRET}]}),
     ("instruct", {"messages": SECRET}),
     ("image-classification", {"image": SECRET, "label": "negative"}),
+    ("audio-classification", {"audio": SECRET, "label": "negative"}),
 ]
 
 

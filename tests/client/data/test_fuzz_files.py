@@ -173,12 +173,14 @@ def test_objects_of_any_shape_are_rows_or_refused(tmp_path: Path) -> None:
         "causal-lm": {"prompt": "a", "completion": "b"},
         "instruct": {"messages": turns},
         "image-classification": {"image": "a.png", "label": "0"},
+        "audio-classification": {"audio": "a.wav", "label": "0"},
+        "embedding-regression": {"text": "a", "vector": [0.5, -1]},
     }
     for _ in range(CASES):
         task = rng.choice(list(shapes))
         rows = [bent(shapes[task], rng) if rng.random() < 0.7 else shapes[task] for _ in range(3)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        labels = () if task in ("causal-lm", "instruct") else LABELS
+        labels = () if task in ("causal-lm", "instruct", "embedding-regression") else LABELS
 
         found = survey(str(path), labels, task, Form())
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from docs import make_families
-from tests.families import FAMILIES, LANGUAGE_MODELS, PICTURES, SPEECH, save_family
+from tests.families import FAMILIES, LANGUAGE_MODELS, PICTURES, SOUNDS, SPEECH, save_family
 from tests.family_gradients import CASES, TARGETS, TOLERANCE, Case, measured, recorded
 
 REFUSED = {
@@ -50,7 +50,7 @@ def test_the_page_has_every_case_that_is_measured() -> None:
     told = recorded()
 
     assert set(told) == set(CASES)
-    assert {case.family for case in CASES} == {*FAMILIES, *PICTURES, *SPEECH} == set(make_families.NAMES)
+    assert {case.family for case in CASES} == {*FAMILIES, *PICTURES, *SPEECH, *SOUNDS} == set(make_families.NAMES)
     assert make_families.TARGET.read_text(encoding="utf-8") == make_families.page()
 
 

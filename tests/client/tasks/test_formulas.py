@@ -36,6 +36,11 @@ PAIRS = [
     {"prompt": "an actor:", "chosen": " great", "rejected": " sad"},
     {"prompt": "", "chosen": "good plot, very good film", "rejected": "bad"},
 ]
+TAUGHT = [
+    {"text": text, "vector": np.random.default_rng(number).normal(0, 0.5, 32).tolist()}
+    for number, text in enumerate(("good film", "sad", "very good film, very good plot"))
+]
+"""Vectors as long as those of the model."""
 TARGETS = {"llama": ("q_proj", "v_proj"), "bert": ("query", "value"), "t5": ("q", "v")}
 Make = Callable[..., AdapterModel]
 
@@ -170,12 +175,15 @@ def _ended(model: AdapterModel, text: str) -> list[int]:
     return [*model.tokenizer(text)["input_ids"], model.tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize("task", ["dpo", "orpo", "reward", "sentence-embedding"])
-def test_a_pair_has_one_gradient_that_a_loop_over_the_pairs_gives_too(make: Make, task: str) -> None:
-    alike = [{"text": p["chosen"], "second": p["rejected"], "label": 0.5} for p in PAIRS]
-    family, made = ("bert", alike) if task == "sentence-embedding" else ("llama", PAIRS)
+@pytest.mark.parametrize("task", ["dpo", "orpo", "reward", "sentence-embedding", "embedding-regression"])
+def test_a_row_has_one_gradient_that_a_loop_over_the_rows_gives_too(make: Make, task: str) -> None:
+    made: dict[str, list[dict[str, Any]]] = {
+        "sentence-embedding": [{"text": p["chosen"], "second": p["rejected"], "label": 0.5} for p in PAIRS],
+        "embedding-regression": TAUGHT,
+    }
+    family, rows = ("bert", made[task]) if task in made else ("llama", PAIRS)
     model = make(family, task, head="train" if task == "reward" else "frozen")
-    encoded = encoded_for(model, rows_of(task, made))
+    encoded = encoded_for(model, rows_of(task, rows))
     parameters = model.trainable(model.schema.roles)
     with recording(model.model, parameters) as tape:
         tape.begin(len(encoded), encoded.sequences)
@@ -183,7 +191,7 @@ def test_a_pair_has_one_gradient_that_a_loop_over_the_pairs_gives_too(make: Make
         tape.finish()
         found = tape.flat.clone()
 
-    assert len(found) == len(made)
+    assert len(found) == len(rows)
     for row in range(len(encoded)):
         loss = batch_loss(model, collate(encoded, np.array([row]), model.tokenizer.pad_token_id))
         alone = torch.cat([each.flatten() for each in torch.autograd.grad(loss, parameters)])
@@ -318,6 +326,38 @@ def test_a_row_that_a_task_would_read_a_part_of_is_refused() -> None:
     assert len(rows_of("sentence-embedding", [made])) == 1
     with pytest.raises(DataError, match="'second', which regression does not read"):
         rows_of("regression", [made])
+
+
+def test_embedding_regression_is_the_papers_loss_of_the_mean_of_a_texts_tokens(make: Make) -> None:
+    model = make("bert", "embedding-regression", head="frozen")
+    encoded = encoded_for(model, rows_of("embedding-regression", TAUGHT))
+    batch = batch_of(model, encoded)
+    with torch.no_grad():
+        vectors = model.logits(batch)
+        ours = model.task.loss(vectors, batch["labels"])
+
+    cosines = []
+    for row, each in enumerate(TAUGHT):
+        with torch.no_grad():
+            ids = torch.tensor([model.tokenizer(each["text"])["input_ids"]])
+            mean = model.model(input_ids=ids).last_hidden_state[0].double().numpy().mean(0)
+        teacher = np.array(each["vector"])
+        assert float(ours[row]) == pytest.approx(np.mean((mean - teacher) ** 2), rel=1e-4)
+        cosines.append(mean @ teacher / np.linalg.norm(mean) / np.linalg.norm(teacher))
+    placed, wanted = model.task.places(vectors, batch["labels"])
+    assert placed.flatten().tolist() == pytest.approx(cosines, abs=1e-5)
+    found = model.task.report(placed.flatten(0, 1).numpy(), wanted.flatten().numpy(), np.arange(len(TAUGHT)))
+    assert found == {"cosine": pytest.approx(np.mean(cosines), abs=1e-5)}
+    assert model.task.right(torch.tensor([[[0.95]], [[0.85]]]), torch.ones(2, 1)).flatten().tolist() == [True, False]
+
+
+def test_vectors_that_do_not_fit_each_other_or_the_model_are_refused(make: Make) -> None:
+    with pytest.raises(DataError, match="row 2 has a vector of 2 numbers, and row 1 one of 3; give all rows"):
+        rows_of("embedding-regression", [{"text": "a", "vector": [1, 2, 3]}, {"text": "b", "vector": [1, 2]}])
+
+    short = rows_of("embedding-regression", [{"text": "a", "vector": [1, 2, 3]}])
+    with pytest.raises(DataError, match="vectors of 3 numbers, and the base model gives vectors of 32; take a teacher"):
+        encoded_for(make("bert", "embedding-regression", head="frozen"), short)
 
 
 def test_entities_are_counted_as_conll_counts_them() -> None:

@@ -25,6 +25,9 @@ __all__ = ["PEFT_HEADS", "Head", "check_labels", "find_head", "slots"]
 PEFT_HEADS = ("classifier", "score")
 """Modules that PEFT saves of itself with an adapter for sequences or tokens."""
 
+_OUTER = (*PEFT_HEADS, "projector")
+"""Modules that belong to a head where a model's class does not say which of its parts is the encoder, as Whisper's."""
+
 _COMPUTED = ("inv_freq", "position_ids", "masked_bias", "attn.bias")
 """Ends of names that old checkpoints hold and that models now compute."""
 _NO_NAME = re.compile(r"LABEL_\d+")
@@ -65,7 +68,7 @@ def find_head(base: PreTrainedModel, report: dict[str, Any], task: Task, folder:
     beyond = {
         name
         for name in parameters
-        if "." in name and (name.partition(".")[0] in PEFT_HEADS or (within and not name.startswith(inside)))
+        if "." in name and (name.partition(".")[0] in _OUTER or (within and not name.startswith(inside)))
     }
     owners = {_module(name) for name in new | beyond}
     outer = {each for each in owners if not any(each.startswith(f"{other}.") for other in owners)}

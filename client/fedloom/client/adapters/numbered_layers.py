@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fedloom.core.errors import ModelError
 
@@ -37,7 +38,8 @@ class NumberedLayers(NamedTuple):
 def numbered_layers(base: PreTrainedModel, layers: tuple[int, ...]) -> NumberedLayers:
     """The layers of these numbers.
 
-    Models with several lists, such as one of attentions and one of feed-forward blocks, have them of one length.
+    Models with several lists, such as one of attentions and one of feed-forward blocks, have them of one length. The
+    convolutions of which models of waves begin are no such layers.
 
     Args:
         base: The model, with an adapter or without.
@@ -51,7 +53,7 @@ def numbered_layers(base: PreTrainedModel, layers: tuple[int, ...]) -> NumberedL
     found: dict[str, int] = {}
     for name, module in encoder.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and next(module.parameters(), None) is not None:
+        if isinstance(module, nn.ModuleList) and not inside and any(map(_linear, module.modules())):
             found[name] = len(module)
     if len(set(found.values())) != 1:
         has = ", ".join(f"{before}{name} of {length}" for name, length in found.items()) or "none"
@@ -79,3 +81,7 @@ def in_layers(base: PreTrainedModel, layers: Layers, names: Iterable[str]) -> li
         return list(names)
     numbered = numbered_layers(base, layers)
     return [name for name in names if numbered.have(name)]
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))

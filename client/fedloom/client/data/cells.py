@@ -3,10 +3,14 @@
 An error names the place and the remedy and never a row's content: it may end in a log that somebody else reads.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from fedloom.client.data.records import Record, Turns
 from fedloom.core.config.file_format import Column
@@ -80,6 +84,22 @@ class Cells:
         if not math.isfinite(found):
             raise DataError(f"{self.where}: {self.name('label')} must be a finite number; found {_kind(value)}")
         return found
+
+    def vector(self) -> npt.NDArray[np.float32]:
+        """A list of finite numbers, in a table of texts written as in JSON; shape (d,), d at least 1."""
+        value = self.values["vector"]
+        try:
+            listed = json.loads(value) if isinstance(value, str) else value
+            plain = isinstance(listed, list) and all(type(each) in (int, float) for each in listed)
+            found = np.array(listed if plain else [], np.float64)
+        except (ValueError, OverflowError, RecursionError):  # no JSON, or a whole number beyond all floats
+            found = np.zeros(0)
+        if not len(found) or not (np.abs(found) <= np.finfo(np.float32).max).all():
+            raise DataError(
+                f"{self.where}: {self.name('vector')} must be a list of finite numbers, [0.1, -0.2, ...]; found "
+                f"{_kind(value)}"
+            )
+        return found.astype(np.float32)
 
     def truth(self) -> bool:
         """The label as true or false, which tables may write as 1 or 0, or in words."""

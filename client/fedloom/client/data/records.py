@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 __all__ = ["Record", "Turns"]
 
 Turns = tuple[tuple[str, str], ...]
@@ -25,6 +28,8 @@ class Record(NamedTuple):
     audio: bytes = b""
     parts: tuple[str, ...] = ()
     """Its texts one by one, where it has several."""
+    vector: npt.NDArray[np.float32] | None = None
+    """What a teacher gives for it, shape (d,)."""
 
     @property
     def labels(self) -> tuple[str, ...]:

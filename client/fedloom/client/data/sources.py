@@ -9,7 +9,7 @@ from typing import Any
 from fedloom.client.data.arrow import parquet_rows, saved_rows
 from fedloom.client.data.files import Note, Row, csv_rows, jsonl_rows, readable
 from fedloom.client.data.layout import Layout
-from fedloom.client.data.media.images import HIDDEN, SUFFIXES, folder_rows
+from fedloom.client.data.media.folders import HIDDEN, Kind, folder_rows, kind_of
 from fedloom.client.data.packaged.api import DataSource, Split
 from fedloom.client.data.records import Record
 from fedloom.client.tasks.api import task_named
@@ -62,7 +62,7 @@ def source_rows(source: str, split: Split, layout: Layout) -> Iterator[Found]:
 
 
 def _folder(folder: Path, split: Split, layout: Layout) -> Iterator[Row]:
-    """A folder of files, of a saved data set, or of pictures."""
+    """A folder of tables, of a saved data set, or of files in a folder for each class."""
     part = folder / split
     if (folder / "state.json").is_file() or (part / "state.json").is_file():
         saved = part if (part / "state.json").is_file() else folder
@@ -84,11 +84,16 @@ def _folder(folder: Path, split: Split, layout: Layout) -> Iterator[Row]:
         yield from _others(split, [path for path in present if path not in (*files, *shards)], layout)
         for path in files or shards:
             yield from _table(path, layout)
-    elif task_named(layout.task).traits.images:
-        yield from _pictures(folder, split, layout)
+    elif (kind := _kind(layout)) and not layout.missing((layout.name(kind.column), layout.name("label"))):
+        yield from _by_class(folder, split, layout, kind)
     else:
         names = [f"{split}{suffix}" for suffix in _READERS]
         raise DataError(f"folder {folder} has none of {', '.join(names)}; exactly one of them is needed")
+
+
+def _kind(layout: Layout) -> Kind | None:
+    """What the files of the task's rows are; None where rows are texts."""
+    return kind_of(task_named(layout.task).traits)
 
 
 def _is_table(path: Path) -> bool:
@@ -109,10 +114,11 @@ def _check_shards(shards: list[Path]) -> None:
 
 def _others(split: Split, paths: list[Path], layout: Layout) -> Iterator[Row]:
     """Notes on what lies in a folder beside the tables that are read."""
+    kind = _kind(layout)
     for path in paths:
         if _is_table(path) and _beside(path, split) == _BESIDE:
             yield str(path), Note(f"a table that is not called {split}", f"add its rows to {split}, or move it away")
-        elif not task_named(layout.task).traits.images or not (path.is_dir() or path.suffix.lower() in SUFFIXES):
+        elif kind is None or not (path.is_dir() or path.suffix.lower() in kind.suffixes):
             yield str(path), _beside(path, split)
 
 
@@ -124,33 +130,33 @@ def _beside(path: Path, split: Split) -> Note:
     return Note(f"{other} data, not read here") if re.split(r"[.-]", path.name)[0] == other else _BESIDE
 
 
-def _pictures(folder: Path, split: Split, layout: Layout) -> Iterator[Row]:
-    """The pictures of SPLIT/CLASS folders; without a train folder all CLASS folders are training data."""
+def _by_class(folder: Path, split: Split, layout: Layout, kind: Kind) -> Iterator[Row]:
+    """The files of SPLIT/CLASS folders; without a train folder all CLASS folders are training data."""
     if (folder / split).is_dir():
         with readable(folder):
             beside = sorted(path for path in folder.iterdir() if path.name != split)
         yield from ((str(path), _beside(path, split)) for path in beside)
         folder = folder / split
     elif split == "test" or (folder / "test").is_dir():
-        raise DataError(f"folder {folder} has no folder {split}; pictures belong in {split}/CLASS/")
+        raise DataError(f"folder {folder} has no folder {split}; {kind.name}s belong in {split}/CLASS/")
     count = 0
-    for where, row in folder_rows(folder, layout.name("image"), layout.name("label")):
+    for where, row in folder_rows(folder, kind, layout.name(kind.column), layout.name("label")):
         count += not isinstance(row, Note)
         yield where, row
     if not count:
         raise DataError(
-            f"folder {folder} has no pictures in a folder for each class, nor a {split} file; put them in CLASS/ "
+            f"folder {folder} has no {kind.name}s in a folder for each class, nor a {split} file; put them in CLASS/ "
             "folders, whose names are the labels"
         )
 
 
 def _table(path: Path, layout: Layout) -> Iterator[Row]:
+    kind = _kind(layout)
     for where, row in _READERS[path.suffix.lower()](path, layout):
-        traits = task_named(layout.task).traits
-        if isinstance(row, DataError | Note) or not traits.media:
+        if kind is None or isinstance(row, DataError | Note):
             yield where, row
         else:
-            yield where, _with_file(row, layout.name("image" if traits.images else "audio"), path.parent, where)
+            yield where, _with_file(row, layout.name(kind.column), path.parent, where)
 
 
 def _with_file(row: dict[str, Any], column: str, folder: Path, where: str) -> dict[str, Any] | DataError:

@@ -40,11 +40,11 @@ class MediaReader(Protocol):
     """How pictures, or recordings, become what a model reads."""
 
     def prepared(self, data: bytes, where: str) -> npt.NDArray[Any]:
-        """What is kept of a file, in one shape."""
+        """What is kept of a file."""
         ...
 
     def inputs(self, prepared: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.float32]]:
-        """The model's inputs, by name; the first axis is the rows."""
+        """The model's inputs, by name, of one shape for all; the first axis is the rows."""
         ...
 
     def drawn(self, generator: np.random.Generator) -> npt.NDArray[Any]:
@@ -88,7 +88,9 @@ class Encoded:
     def digest(self, index: int) -> bytes:
         """16 bytes that stand for what a model reads of a row: its tokens, or what is kept of its file."""
         parts = [*self.input_ids[self.own(index)], *self.media[index : index + 1]]
-        return hashlib.blake2b(b"".join(part.tobytes() for part in parts), digest_size=16).digest()
+        # A recording is kept without the silence that its reader puts behind it.
+        brought_to = np.array(getattr(self.reader, "length", 0), np.int64)
+        return hashlib.blake2b(b"".join(part.tobytes() for part in (brought_to, *parts)), digest_size=16).digest()
 
     def length(self, index: int) -> int:
         """Tokens of the longest sequence of a row, or of what is written in answer to it; 0 of a picture."""

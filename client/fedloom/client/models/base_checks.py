@@ -18,11 +18,11 @@ _SHORT = 32
 
 
 def check_base(base: PreTrainedModel, reader: Any, task: Task, folder: Path) -> None:
-    """Refuse a model that cannot do the task, or cannot read the longest text or a picture.
+    """Refuse a model that cannot do the task, or cannot read the longest text, a picture or a recording.
 
     Args:
         base: The model, on any device.
-        reader: Its tokenizer, or its `ImageProcessor`.
+        reader: Its tokenizer, or what reads its pictures or recordings.
         task: What it is to do.
         folder: Where it lies, for errors.
 
@@ -31,7 +31,7 @@ def check_base(base: PreTrainedModel, reader: Any, task: Task, folder: Path) -> 
     """
     base.eval()
     if task.traits.media and not task.traits.per_token:
-        _check_side(base, folder, reader.side)
+        _check_file(base, reader, task, folder)
         return
     if task.traits.media:
         _check_writing(base, reader, task, folder)
@@ -92,14 +92,19 @@ def _unreadable(base: PreTrainedModel, reader: PreTrainedTokenizerBase, task: Ta
     return None
 
 
-def _check_side(base: PreTrainedModel, folder: Path, side: int) -> None:
+def _check_file(base: PreTrainedModel, reader: Any, task: Task, folder: Path) -> None:
+    """Have the model read a made-up picture or recording."""
+    features = reader.inputs([reader.drawn(np.random.default_rng(0))])
     try:
         with torch.no_grad():
-            base(pixel_values=torch.zeros(1, 3, side, side, device=base.device))
-    except (RuntimeError, ValueError) as error:
+            task.scores(base, {name: torch.from_numpy(each).to(base.device) for name, each in features.items()})
+    except (RuntimeError, ValueError, TypeError) as error:
+        if task.traits.images:
+            what = f"colour pictures of {reader.side} by {reader.side} pixels; remove model.image_size"
+        else:
+            what = f"recordings of {reader.seconds:g} s as its preprocessor_config.json makes them; get files that fit"
         raise ModelError(
-            f"{type(base).__name__} in {folder} cannot read colour pictures of {side} by {side} pixels; remove "
-            f"model.image_size, or take another model ({error})"
+            f"{type(base).__name__} in {folder} cannot read {what}, or take another model ({error})"
         ) from error
 
 

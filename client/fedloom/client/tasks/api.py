@@ -184,7 +184,10 @@ class Task(Section):
         Returns:
             Shape (batch, outputs), or (batch, length, outputs) with `per_token`; in whatever shape `loss` takes it.
         """
-        scores: torch.Tensor = model(**{name: each for name, each in batch.items() if name != "labels"}).logits
+        inputs = {name: each for name, each in batch.items() if name != "labels"}
+        # Not every model brings a spectrogram or a wave to the precision of its weights.
+        inputs |= {name: each.to(model.dtype) for name, each in inputs.items() if each.is_floating_point()}
+        scores: torch.Tensor = model(**inputs).logits
         return scores
 
     def places(self, scores: "torch.Tensor", labels: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedloom.client.data.records import Record
     from fedloom.client.data.rows import Indices, Rows
 
-__all__ = ["SentenceEmbedding"]
+__all__ = ["SentenceEmbedding", "mean_of_tokens"]
 
 
 class SentenceEmbedding(Task):
@@ -82,9 +82,7 @@ class SentenceEmbedding(Task):
         """The cosine of each pair, shape (pairs, 1)."""
         from torch.nn import functional as F
 
-        mask = batch["attention_mask"]
-        tokens = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state.float()
-        means = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        means = mean_of_tokens(model, batch)
         first, second = means.view(-1, 2, means.shape[-1]).unbind(1)
         return F.cosine_similarity(first, second)[:, None]
 
@@ -107,3 +105,11 @@ class SentenceEmbedding(Task):
         if min(np.ptp(scores), np.ptp(labels)) == 0:
             return {}
         return {"spearman": float(spearmanr(scores[:, 0], labels).statistic)}
+
+
+def mean_of_tokens(model: Any, batch: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
+    """The vector of each sequence, float32, shape (sequences, d): the mean of what the model gives for its tokens."""
+    mask = batch["attention_mask"]
+    tokens = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state.float()
+    means: torch.Tensor = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return means

@@ -24,6 +24,7 @@ Column = Literal[
     "second",
     "chosen",
     "rejected",
+    "vector",
 ]
 """What a task reads of a row."""
 

@@ -14,11 +14,29 @@ import numpy.typing as npt
 from fedloom.client.data.media.with_tokenizer import WithTokenizer
 from fedloom.core.errors import ConfigError, DataError, ModelError
 
-__all__ = ["SpeechReader", "decoded", "fingerprint", "noise_recording", "speech_reader"]
+__all__ = [
+    "FORMATS",
+    "LARGEST",
+    "SUFFIXES",
+    "Samples",
+    "SpeechReader",
+    "at_rate",
+    "decoded",
+    "fingerprint",
+    "keep_positions",
+    "noise_recording",
+    "shorten",
+    "speech_reader",
+]
 
-_FORMATS = ("WAV", "FLAC", "OGG", "MP3")
+FORMATS = ("WAV", "FLAC", "OGG", "MP3")
+
+SUFFIXES = (".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wave")
+"""Ends of the names of recordings, in small letters."""
+
 _MOST_SECONDS = 3600
-_LARGEST = 32767
+LARGEST = 32767
+"""The sample of a wave at 1."""
 
 Samples = npt.NDArray[np.int16]
 
@@ -33,8 +51,8 @@ def decoded(data: bytes, where: str) -> tuple[Samples, int]:
     soundfile = _soundfile()
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            if file.format not in _FORMATS:
-                raise DataError(f"{where} is a recording in {file.format}; write it as one of {', '.join(_FORMATS)}")
+            if file.format not in FORMATS:
+                raise DataError(f"{where} is a recording in {file.format}; write it as one of {', '.join(FORMATS)}")
             if not 0 < file.frames <= _MOST_SECONDS * file.samplerate:
                 raise DataError(
                     f"{where} has {file.frames / file.samplerate:g} s; more than 0 and at most an hour is read"
@@ -44,13 +62,29 @@ def decoded(data: bytes, where: str) -> tuple[Samples, int]:
         raise
     except Exception as error:  # whatever a reader of formats makes of bytes that are none
         raise DataError(
-            f"{where} cannot be read as a recording; write it again as one of {', '.join(_FORMATS)}, or remove it"
+            f"{where} cannot be read as a recording; write it again as one of {', '.join(FORMATS)}, or remove it"
         ) from error
     return _whole(channels.mean(1)), rate
 
 
+def at_rate(data: bytes, where: str, rate: int) -> Samples:
+    """A recording's samples, the mean of its channels, at so many a second.
+
+    Raises:
+        DataError: As by `decoded`.
+        ConfigError: As by `decoded`.
+    """
+    from scipy.signal import resample_poly
+
+    samples, own = decoded(data, where)
+    if own == rate:
+        return samples
+    divisor = np.gcd(own, rate)
+    return _whole(resample_poly(samples / LARGEST, rate // divisor, own // divisor))
+
+
 def _whole(wave: npt.NDArray[np.float64]) -> Samples:
-    return (wave.clip(-1, 1) * _LARGEST).round().astype(np.int16)
+    return (wave.clip(-1, 1) * LARGEST).round().astype(np.int16)
 
 
 def _soundfile() -> Any:
@@ -76,7 +110,7 @@ def fingerprint(data: bytes, where: str) -> str:
 def noise_recording(seed: int) -> bytes:
     """A file of half a second of noise, for checks that must not touch real data."""
     file = io.BytesIO()
-    noise = np.random.default_rng(seed).integers(-_LARGEST // 4, _LARGEST // 4, 8000).astype(np.int16)
+    noise = np.random.default_rng(seed).integers(-LARGEST // 4, LARGEST // 4, 8000).astype(np.int16)
     _soundfile().write(file, noise, 16000, format="WAV")
     return file.getvalue()
 
@@ -101,24 +135,19 @@ class SpeechReader(WithTokenizer):
 
     def prepared(self, data: bytes, where: str) -> Samples:
         """The recording at the model's rate, as long as the model reads: cut off, or with silence behind it."""
-        from scipy.signal import resample_poly
-
-        samples, rate = decoded(data, where)
-        asked, length = int(self.extractor.sampling_rate), int(self.extractor.n_samples)
-        if rate != asked:
-            divisor = np.gcd(rate, asked)
-            samples = _whole(resample_poly(samples / _LARGEST, asked // divisor, rate // divisor))
+        length = int(self.extractor.n_samples)
+        samples = at_rate(data, where, int(self.extractor.sampling_rate))
         return np.pad(samples[:length], (0, max(0, length - len(samples))))
 
     def inputs(self, prepared: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.float32]]:
         """What the model reads: input_features, shape (n, bands, frames)."""
-        waves = [each.astype(np.float32) / _LARGEST for each in prepared]
+        waves = [each.astype(np.float32) / LARGEST for each in prepared]
         found = self.extractor(waves, sampling_rate=self.extractor.sampling_rate, return_tensors="np")
         return {"input_features": np.asarray(found["input_features"], np.float32)}
 
     def drawn(self, generator: np.random.Generator) -> npt.NDArray[Any]:
         """A made-up recording as `prepared` leaves one."""
-        return generator.integers(-_LARGEST // 4, _LARGEST // 4, int(self.extractor.n_samples)).astype(np.int16)
+        return generator.integers(-LARGEST // 4, LARGEST // 4, int(self.extractor.n_samples)).astype(np.int16)
 
 
 def speech_reader(folder: Path, seconds: int | None = None) -> SpeechReader:
@@ -141,19 +170,36 @@ def speech_reader(folder: Path, seconds: int | None = None) -> SpeechReader:
     try:
         extractor = AutoFeatureExtractor.from_pretrained(folder, **LOCAL_ONLY)
         start = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["decoder_start_token_id"])
-        own = int(extractor.n_samples) / int(extractor.sampling_rate)
+        int(extractor.n_samples)
     except Exception as error:  # whatever another's code makes of another's files
         raise ModelError(
             f"{folder} does not say how recordings are read ({type(error).__name__}: {error}); it needs a "
             "preprocessor_config.json of fixed length, as Whisper has, and decoder_start_token_id in its config.json"
         ) from error
-    if seconds is not None:
-        if seconds > own:
-            raise ModelError(f"model.audio_seconds = {seconds}, and the model in {folder} reads {own:g}; set no more")
-        extractor.chunk_length = seconds
-        extractor.n_samples = seconds * int(extractor.sampling_rate)
-        extractor.nb_max_frames = extractor.n_samples // int(extractor.hop_length)
+    shorten(extractor, seconds, folder)
     return SpeechReader(tokenizer, extractor, start)
+
+
+def shorten(extractor: Any, seconds: int | None, folder: Path) -> None:
+    """Have Whisper's feature extractor bring recordings to another length than its own.
+
+    Args:
+        extractor: Of the model in `folder`; it is changed.
+        seconds: The length; None leaves it.
+        folder: For errors.
+
+    Raises:
+        ModelError: It is longer than the model's own.
+    """
+    if seconds is None:
+        return
+    rate = int(extractor.sampling_rate)
+    if seconds * rate > extractor.n_samples:
+        own = extractor.n_samples / rate
+        raise ModelError(f"model.audio_seconds = {seconds}, and the model in {folder} reads {own:g}; set no more")
+    extractor.chunk_length = seconds
+    extractor.n_samples = seconds * rate
+    extractor.nb_max_frames = extractor.n_samples // int(extractor.hop_length)
 
 
 def keep_positions(model: Any, extractor: Any) -> None:
@@ -163,7 +209,7 @@ def keep_positions(model: Any, extractor: Any) -> None:
     (`max_source_positions`).
 
     Args:
-        model: An encoder and a decoder as Whisper, whose two convolutions make frames to positions.
+        model: Whisper or its encoder with a head: two convolutions make frames to positions.
         extractor: Its own, or with fewer samples.
 
     Raises:

@@ -1,11 +1,10 @@
-"""Pictures: folders of them, their identity, and the numbers a vision model reads."""
+"""Pictures: their identity, and the numbers a vision model reads."""
 
 import hashlib
 import io
 import json
-import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from fedloom.client.data.files import Note, Row, readable
 from fedloom.core.errors import DataError, ModelError
 
 __all__ = [
-    "HIDDEN",
+    "FORMATS",
     "SUFFIXES",
     "ImageProcessor",
     "Pixels",
     "brightest",
     "decode",
     "fingerprint",
-    "folder_rows",
     "noise_picture",
     "picture_settings",
 ]
@@ -33,10 +30,8 @@ __all__ = [
 SUFFIXES = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Ends of the names of picture files, in small letters."""
 
-HIDDEN = Note("a hidden file or folder, passed over")
-
-# Named, so that no other of Pillow's readers, some of which start programs, is tried on a file.
-_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
+"""Named, so that no other of Pillow's readers, some of which start programs, is tried on a file."""
 
 _MOST_PIXELS = 50_000_000
 
@@ -51,60 +46,6 @@ _SEE_THROUGH = ("LA", "La", "PA", "RGBA", "RGBa")
 Pixels = npt.NDArray[np.uint8]
 
 
-def folder_rows(folder: Path, image: str, label: str) -> Iterator[Row]:
-    """A row for each picture in the folders below `folder`, whose names are the labels, and a note on all else.
-
-    Args:
-        folder: CLASS/PICTURE below it, also deeper. Links to folders are not followed.
-        image: Name of the row's column for the picture's bytes.
-        label: Name of its column for the class.
-    """
-    with readable(folder):
-        entries = sorted(folder.iterdir())
-    for entry in entries:
-        if entry.name.startswith("."):
-            yield str(entry), HIDDEN
-        elif entry.is_dir():
-            for path in _below(entry):
-                yield str(path), _picture_row(path, entry, image, label)
-        elif entry.suffix.lower() in SUFFIXES:
-            yield (
-                str(entry),
-                Note("a picture outside the folders of the classes", "put it into the folder of its class"),
-            )
-        else:
-            yield str(entry), Note("a file beside the folders of the classes, passed over")
-
-
-def _below(folder: Path) -> list[Path]:
-    """All files and links in a folder and those below it."""
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    with readable(folder):
-        found = [
-            Path(place, name)
-            for place, folders, files in os.walk(folder, onerror=stop)
-            for name in (*files, *(name for name in folders if os.path.islink(os.path.join(place, name))))
-        ]
-    return sorted(found)
-
-
-def _picture_row(path: Path, group: Path, image: str, label: str) -> dict[str, Any] | DataError | Note:
-    if any(part.startswith(".") for part in path.relative_to(group).parts):
-        return HIDDEN
-    if path.is_dir():
-        return Note("a link to a folder, not followed", "put the pictures themselves there")
-    if path.suffix.lower() not in SUFFIXES:
-        kind = f"a file that ends in {path.suffix}" if path.suffix else "a file whose name has no end"
-        return Note(f"{kind}, passed over", f"if it is a picture, write it as one of {', '.join(_FORMATS)}")
-    try:
-        return {image: path.read_bytes(), label: group.name}
-    except OSError as error:
-        return DataError(f"{path} cannot be read: {error.strerror}; check its permissions")
-
-
 def decode(data: bytes, where: str) -> Image.Image:
     """The picture in RGB with eight bits a colour, turned as its camera noted.
 
@@ -114,7 +55,7 @@ def decode(data: bytes, where: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own limits are looser than the one below
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 if picture.width * picture.height > _MOST_PIXELS:
                     raise DataError(f"{where} has over {_MOST_PIXELS:,} pixels; make it smaller")
                 # What a phone keeps behind a JPEG, a depth or a thumbnail, is no second picture.
@@ -129,7 +70,7 @@ def decode(data: bytes, where: str) -> Image.Image:
         raise
     except Exception as error:  # whatever a reader of formats makes of bytes that are none
         raise DataError(
-            f"{where} cannot be read as a picture; write it again as one of {', '.join(_FORMATS)}, or remove it"
+            f"{where} cannot be read as a picture; write it again as one of {', '.join(FORMATS)}, or remove it"
         ) from error
 
 
@@ -162,7 +103,7 @@ def brightest(data: bytes) -> int | None:
     Scanners and detectors write 12 bits into 16 without saying so: 4095 is then their white, and read as nearly black.
     One picture does not tell that from a dark one, all of a site do.
     """
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
         tags = getattr(picture, "tag_v2", {})
         if not picture.mode.startswith("I;16") or tags.get(_BITS, (16,))[0] != 16 or tags.get(_PHOTOMETRIC) == 0:
             return None

@@ -16,6 +16,7 @@ _PIPELINES = {
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForImageClassification": "image-classification",
+    "AutoModelForAudioClassification": "audio-classification",
 }
 """The hub's names, by transformers' class."""
 
@@ -45,7 +46,9 @@ def _purpose(task: Task, facts: dict[str, Any]) -> Purpose:
         reads = f"Recordings are brought to {f'{seconds} seconds' if seconds else 'the length of the base model'}"
         reads += ": their end is cut off, or silence follows it"
         if seconds:
-            reads += f". The base model was cut down to {seconds} seconds for it, as `fedloom.api.load_adapter` does"
+            reads += (
+                f". A base model that reads more was cut down to {seconds} seconds, as `fedloom.api.load_adapter` does"
+            )
     else:
         reads = f"Texts are cut at {task.max_length} tokens"
     name = facts.get("task", type(task).__name__)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.exports.card import write_card
+from fedloom.client.tasks.api import Traits
 from fedloom.core.errors import ModelError
 from fedloom.core.model_card import Form
 from fedloom.core.runtime.export_folder import replace_export
@@ -19,12 +20,12 @@ __all__ = ["merge", "save_merged"]
 
 _WHAT = "A model with an adapter folded into its weights, trained with fedloom."
 
-_LOADING = """from transformers import {reader}{kind}
+_LOADING = """from transformers import {names}
 
 model = {kind}.from_pretrained("THIS FOLDER")"""
 
-_TOKENIZER = """
-tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")"""
+_READER = """
+{name} = {kind}.from_pretrained("THIS FOLDER")"""
 
 _TENSORS = """PEFT does not know this kind of adapter, so there is no PEFT folder of it. `adapter.safetensors` has what
 was trained, by the names of the run's schema; another run with the same `[adapter]` goes on from this folder with
@@ -56,13 +57,20 @@ def save_merged(model: AdapterModel, folder: Path, facts: dict[str, Any], *, kee
         model.tokenizer.save_pretrained(str(draft))
         if trained:
             (draft / TENSORS).write_bytes(tensor_file(trained, result_schema(model.schema, trained), facts))
-        traits = model.task.traits
-        reader = "" if traits.images else "AutoTokenizer, "
-        loading = _LOADING.format(reader=reader, kind=traits.model) + ("" if traits.images else _TOKENIZER)
-        form = Form("transformers", (), _WHAT, loading, notes=_TENSORS if trained else "")
+        form = Form("transformers", (), _WHAT, _loading(model.task.traits), notes=_TENSORS if trained else "")
         write_card(draft, form, model.task, facts)
 
     replace_export(folder, write)
+
+
+def _loading(traits: Traits) -> str:
+    """Code that loads the model, and what reads texts or recordings for it."""
+    if traits.images:
+        return _LOADING.format(names=traits.model, kind=traits.model)
+    sounds = traits.audio and not traits.generates
+    name, reader = ("extractor", "AutoFeatureExtractor") if sounds else ("tokenizer", "AutoTokenizer")
+    names = ", ".join(sorted((reader, traits.model)))
+    return _LOADING.format(names=names, kind=traits.model) + _READER.format(name=name, kind=reader)
 
 
 def merge(model: AdapterModel, *, keep: bool = False) -> PreTrainedModel:
@@ -83,7 +91,10 @@ def merge(model: AdapterModel, *, keep: bool = False) -> PreTrainedModel:
     quantised = [name for name, each in base.named_parameters() if not each.is_floating_point()]
     if quantised:
         raise ModelError(f"{quantised[0]} is quantised, and a merged weight would be rounded; {remedy}")
-    shared = getattr(base.get_input_embeddings(), "weight", None)  # a vision model embeds patches otherwise
+    try:
+        shared = getattr(base.get_input_embeddings(), "weight", None)  # a vision model embeds patches otherwise
+    except NotImplementedError:  # and a model of waves nothing
+        shared = None
     for pair in model.schema.pairs:
         if base.get_submodule(pair.module).base_layer.weight is shared:
             raise ModelError(

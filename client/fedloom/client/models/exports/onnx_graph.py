@@ -110,10 +110,11 @@ def write_onnx(plain: PreTrainedModel, reader: Any, task: Task, folder: Path, fa
 
 def _check(task: Task) -> None:
     """Refuse what cannot be, before a model is merged for it."""
-    if task.traits.generates:
+    if task.traits.generates or task.traits.audio:
+        does, other = ("generates texts", "gguf or merged") if task.traits.generates else ("reads recordings", "merged")
         raise ModelError(
             f"format onnx is for models that give a score to texts, tokens or images, and {type(task).__name__} "
-            "generates texts; export with format gguf or merged"
+            f"{does}; export with format {other}"
         )
     for name in ("onnx", "onnxruntime", "onnxscript"):  # torch's exporter is written in the last
         try:

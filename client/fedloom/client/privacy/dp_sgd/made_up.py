@@ -36,6 +36,8 @@ def made_up_rows(task: Task, reader: Any, model: Any, longest: int) -> Encoded:
     # A padding token within a text would be taken for the text's end by models that look for it.
     usable = np.setdiff1d(np.arange(vocabulary), reader.all_special_ids)
     classes = vocabulary if task.traits.generates else model.config.num_labels
+    if task.traits.headless:
+        classes = model.config.hidden_size  # outputs of the base model itself
     before = places_before(task, reader)
     room = longest - len(before)
     lengths = [min(length, room) for length in (*_LENGTHS, _LENGTHS[-1], room, 2)]

@@ -11,6 +11,7 @@ from fedloom.client.privacy.ledger.examples import claim
 from fedloom.client.privacy.ledger.file import InUse, stored_accounts
 from fedloom.client.privacy.ledger.ledger import Ledger
 from fedloom.client.privacy.ledger.read_only import Glance
+from fedloom.client.tasks.api import task_named
 
 __all__ = [
     "anchors_folder",
@@ -61,7 +62,7 @@ def open_account(policy: Policy, rows: Rows) -> Ledger:
     name = next(iter(stored_accounts(folder)), digest(rows))
     ledger = Ledger(folder, name, anchors=anchors)
     try:
-        claim(anchors, ledger.account, rows.texts, written=rows.task != "image-classification")
+        claim(anchors, ledger.account, rows.texts, written=not task_named(rows.task).traits.media)
     except BaseException:
         ledger.close()
         raise
