@@ -177,7 +177,7 @@ def config(request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path: Pat
             "privacy": {"epsilon": 20.0, "delta": 1e-2},
             "rounds": {"min_clients": 2},
             "data": {"source": str(folder), "clients": 2},
-            "evaluation": {"generate": 3 if task_named(request.param).traits.writes else 0},
+            "evaluation": {"generate": 3 if task_named(task).traits.writes else 0},
             "engine": {"threads": 1, "device": "cpu"},
         }
     )
