@@ -113,7 +113,7 @@ class ModelSection(OpenSection):
             self.audio_seconds is not None
             and "audio_seconds" not in registry.options_model("tasks", self.task).model_fields
         ):
-            raise ValueError(f"model.audio_seconds is for recordings, not {self.task}; remove it")
+            raise ValueError(f"model.audio_seconds is for models of speech such as Whisper, not {self.task}; remove it")
         if (traits.generates or traits.headless) and self.head == "train":
             raise ValueError(f'{self.task} adds no head that could be trained; set model.head = "frozen"')
         if self.labels and not traits.labels:
