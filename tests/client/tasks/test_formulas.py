@@ -10,6 +10,7 @@ import torch
 from sklearn.metrics import cohen_kappa_score, f1_score
 from torch.nn import functional as F
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -24,6 +25,7 @@ from fedloom.client.eval.figures import entity_figures
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_model
 from fedloom.client.privacy.dp_sgd.grad_sample import recording
+from fedloom.client.privacy.dp_sgd.probe import probe
 from fedloom.client.tasks.api import Task, task_named
 from fedloom.client.training.gradients import batch_loss
 from fedloom.core.config.file_format import Form
@@ -358,6 +360,21 @@ def test_vectors_that_do_not_fit_each_other_or_the_model_are_refused(make: Make)
     short = rows_of("embedding-regression", [{"text": "a", "vector": [1, 2, 3]}])
     with pytest.raises(DataError, match="vectors of 3 numbers, and the base model gives vectors of 32; take a teacher"):
         encoded_for(make("bert", "embedding-regression", head="frozen"), short)
+
+
+@pytest.mark.parametrize("task", ["sentence-embedding", "embedding-regression"])
+def test_all_linear_leaves_out_the_pooler_which_no_mean_of_tokens_reads(make: Make, task: str) -> None:
+    base = base_of(make("bert", task, head="frozen"))
+    plain = AutoModel.from_pretrained(base)
+    assert plain.pooler is not None
+    section = ModelSection(base=str(base), task=task, head="frozen", max_length=48)
+    model = load_model(section, AdapterSection(rank=2, alpha=4, targets="all-linear"))
+
+    probe(model, lambda batch: batch_loss(model, batch), 48)
+
+    modules = {pair.module for pair in model.schema.pairs}
+    wanted = {name for name, each in plain.named_modules() if isinstance(each, torch.nn.Linear)}
+    assert modules == wanted - {"pooler.dense"}
 
 
 def test_entities_are_counted_as_conll_counts_them() -> None:

@@ -194,7 +194,7 @@ def with_pairs(
 
 
 def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: Layers = None) -> list[str]:
-    """Full names of the linear layers that get a pair; never any of the head.
+    """Full names of the linear layers that get a pair; never any of the head, nor of a pooler that no head reads.
 
     Args:
         base: The model.
@@ -208,10 +208,11 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: 
     Raises:
         ModelError: A target name matches nothing, or there is no such layer; the message lists what the model has.
     """
+    apart = (*head.modules, "pooler") if base.base_model is base else head.modules
     linear = [
         name
         for name, module in base.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not inside(name, head.modules)
+        if isinstance(module, (nn.Linear, Conv1D)) and not inside(name, apart)
     ]
     linear = in_layers(base, layers, linear)
     if isinstance(targets, str):
