@@ -21,7 +21,7 @@ from fedloom.client.data.packaged.dictation.rooms import RATE, Wave, heard_in
 from fedloom.client.data.records import Record
 from fedloom.core.errors import ConfigError, DataError
 
-__all__ = ["Dictation", "spoken"]
+__all__ = ["Dictation", "recording", "spoken"]
 
 _RECORDINGS = {"train": 400, "test": 60}
 """Of each ward."""
@@ -58,7 +58,7 @@ class Dictation:
                 if len(heard) <= _MOST_SECONDS * RATE and number < _RECORDINGS[split]:
                     number += 1
                     where = f"dictation {split} {name} {number}"
-                    yield Record(where, wanted, group=name, parts=(wanted,), audio=_file(heard))
+                    yield Record(where, wanted, group=name, parts=(wanted,), audio=recording(heard))
 
 
 def _speaker(ward: Ward, split: Split, at: int, draw: random.Random) -> Speaker:
@@ -100,7 +100,7 @@ def spoken(said: Sequence[tuple[Speaker, str]], draw: random.Random) -> list[Wav
     return waves
 
 
-def _file(heard: Wave) -> bytes:
+def recording(heard: Wave) -> bytes:
     """A WAV file of 16-bit samples."""
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
