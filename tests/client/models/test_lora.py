@@ -119,18 +119,18 @@ def test_bias_tuning_works_on_transposed_layers_without_a_warning(gpt2_base: Pat
 
 
 def test_an_unknown_target_is_answered_with_the_transposed_layers_too(gpt2_base: Path) -> None:
-    for unknown in ("query", "n.c_attn", "mlp.c_attn"):
+    for unknown in ("query", "n.c_attn", "mlp.c_attn", "attn.h.c_attn"):
         with pytest.raises(ModelError, match=f"{unknown}: .* no such linear layer; it has c_attn, c_fc, c_proj; name"):
             load(gpt2_base, AdapterSection(rank=2, targets=("c_fc", unknown)))
 
 
-def test_the_end_of_a_full_name_tells_layers_of_one_name_apart(gpt2_base: Path) -> None:
+def test_parts_of_a_full_name_tell_layers_of_one_name_apart(gpt2_base: Path) -> None:
     def pairs(*targets: str) -> set[str]:
         model = load(gpt2_base, AdapterSection(rank=2, targets=targets))
         return {pair.module.partition(".h.")[2] for pair in model.schema.pairs}
 
     assert pairs("mlp.c_proj") == {"0.mlp.c_proj"}
-    assert pairs("c_proj") == pairs("h.0.mlp.c_proj", "attn.c_proj") == {"0.attn.c_proj", "0.mlp.c_proj"}
+    assert pairs("c_proj") == pairs("h.mlp.c_proj", "transformer.0.attn.c_proj") == {"0.attn.c_proj", "0.mlp.c_proj"}
 
 
 def options(**values: object) -> AdapterSection:

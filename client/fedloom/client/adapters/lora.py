@@ -61,9 +61,9 @@ class LoRA(Section):
     alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
     """LoRA alpha; the scale is alpha / rank."""
     targets: Targets = "auto"
-    """Names (suffixes) of the linear layers that get a pair. "all-linear": every linear layer but the head, the
-    output and routers of experts. "auto": those that PEFT has for the base model's kind; where it has none, the queries
-    and values of the attention, and where there are none either, all."""
+    """Names of the linear layers that get a pair, or parts of full names such as decoder.fc2. "all-linear": every
+    linear layer but the head, the output and routers of experts. "auto": those that PEFT has for the base model's kind; where
+    it has none, the queries and values of the attention, and where there are none either, all."""
     layers: Layers = None
     """Numbers of the transformer layers that get pairs: 0 is the first, -1 the last. None: all, and targets outside of
     them. PEFT's layers_to_transform."""
@@ -198,7 +198,7 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: 
 
     Args:
         base: The model.
-        targets: Last names of layers, or ends of full names such as encoder_attn.q_proj; "all-linear" for each but the
+        targets: Last names of layers, or parts of full names that lead to one, such as decoder.fc2; "all-linear" for each but the
             output layer and the routers of a mixture of experts; "auto" for those that PEFT has for this kind of model;
             where it has none, for the queries and values of the attention, or one layer that is both; and where there
             are none either, as "all-linear".
@@ -222,15 +222,25 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: 
     if isinstance(targets, str):
         chosen = _usual(base, linear) if targets == "auto" else set()
         targets = tuple(chosen or last)
-    ends = tuple(f".{each}" for each in targets)
-    unknown = [each for each in sorted(targets) if not any(f".{name}".endswith(f".{each}") for name in linear)]
+    unknown = [each for each in sorted(targets) if not any(_leads(each, name) for name in linear)]
     if unknown:
         where = "" if layers is None else f" in adapter.layers = {list(layers)}"
         raise ModelError(
             f"adapter.targets {', '.join(unknown)}: {type(base).__name__} has no such linear layer{where}; "
             f'it has {", ".join(sorted(last))}; name some of these, or set adapter.targets = "auto"'
         )
-    return [name for name in linear if f".{name}".endswith(ends)]
+    return [name for name in linear if any(_leads(each, name) for each in targets)]
+
+
+def _leads(target: str, name: str) -> bool:
+    """Whether a full name ends as a target does, and has what is before that in it, in this order.
+
+    >>> [_leads(each, "model.decoder.layers.0.fc2") for each in ("fc2", "decoder.fc2", "encoder.fc2", "layers.decoder.fc2")]
+    [True, True, False, False]
+    """
+    (*before, last), (*outer, own) = target.split("."), name.split(".")
+    rest = iter(outer)
+    return own == last and all(part in rest for part in before)
 
 
 def _usual(base: PreTrainedModel, linear: list[str]) -> set[str]:

@@ -60,9 +60,8 @@ class AdapterSection(OpenSection):
     alpha: float = Field(default=16.0, ge=1e-4, le=1e4)
     """LoRA alpha; the scale is alpha / rank, but for options of a kind that say otherwise."""
     targets: tuple[str, ...] | Literal["auto", "all-linear"] = "auto"
-    """Names (suffixes) of the linear layers that get a pair, such as q_proj or encoder_attn.q_proj; "auto" for those
-    that PEFT has for the base model, or else its queries and values; "all-linear" for all but the head, the output and
-    routers of experts."""
+    """Names of the linear layers that get a pair, such as q_proj, or parts of full names, as decoder.fc2; "auto" for
+    those of PEFT for the base model, or else its queries and values; "all-linear" for all but head, output, routers."""
 
 
 class PrivacySection(Section):

@@ -27,7 +27,7 @@ again alright always around before better between bottle bucket carry chair coff
 evening finger forty garden hammer hello holder kitchen ladder lately later letter light loud maybe mister Monday
 morning never number o'clock open orange over paper people pocket police quiet ready seven shift silver slowly start-up
 station stopwatch story storm table thank thirty tower twenty under walk water weather window yellow yesterday
-""".split()
+"""
 """What people say beside a machine; some of it sounds like a keyword."""
 
 
@@ -84,10 +84,11 @@ class Keywords:
 
     def records(self, split: Split) -> Iterator[Record]:
         """The recordings of one split, hall by hall, each of about a second."""
+        others = side(_OTHERS.split(), split)
         for place, (name, hall) in enumerate(_HALLS.items()):
             draw, noise = random.Random(f"keywords {split} {name}"), np.random.default_rng([7, place, split == "test"])
             labels = [_label(draw) for _ in range(_RECORDINGS[split])]
-            words = [draw.choice(side(_OTHERS, split)) if label == _OTHER else label for label in labels]
+            words = [draw.choice(others) if label == _OTHER else label for label in labels]
             speakers = [
                 hall.guest if split == "test" and at % 2 else draw.choice(hall.speakers) for at in range(len(words))
             ]

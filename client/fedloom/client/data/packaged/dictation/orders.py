@@ -42,23 +42,17 @@ class Ward:
 
 
 _DRUGS = """
-metoprolol, mg, 25 50 100, PO; bisoprolol, mg, 2.5 5 10, PO; amlodipine, mg, 5 10, PO; ramipril, mg, 1.25 2.5 5, PO;
-furosemide, mg, 20 40 80, PO IV; spironolactone, mg, 25 50, PO; digoxin, mcg, 62.5 125 250, PO IV;
-amiodarone, mg, 100 200 400, PO; atorvastatin, mg, 20 40 80, PO; apixaban, mg, 2.5 5, PO; enoxaparin, mg, 20 40 60, SC;
-aspirin, mg, 75 150 300, PO; clopidogrel, mg, 75 150, PO; paracetamol, mg, 250 500 1000, PO IV; ibuprofen, mg, 200 400,
-PO; morphine, mg, 2 5 10, PO IV SC; oxycodone, mg, 5 10 20, PO; tramadol, mg, 50 100, PO; ondansetron, mg, 4 8, PO IV;
-metoclopramide, mg, 5 10, PO IV; omeprazole, mg, 10 20 40, PO; pantoprazole, mg, 20 40 80, PO IV;
-metformin, mg, 500 850 1000, PO; gliclazide, mg, 40 80, PO; insulin glargine, units, 8 12 18, SC;
+metoprolol, mg, 25 50 100, PO; amlodipine, mg, 5 10, PO; ramipril, mg, 1.25 2.5 5, PO; furosemide, mg, 20 40 80, PO IV;
+digoxin, mcg, 62.5 125 250, PO IV; atorvastatin, mg, 20 40 80, PO; apixaban, mg, 2.5 5, PO;
+enoxaparin, mg, 20 40 60, SC; aspirin, mg, 75 150 300, PO; paracetamol, mg, 250 500 1000, PO IV;
+ibuprofen, mg, 200 400, PO; morphine, mg, 2 5 10, PO IV SC; oxycodone, mg, 5 10 20, PO; ondansetron, mg, 4 8, PO IV;
+omeprazole, mg, 10 20 40, PO; metformin, mg, 500 850 1000, PO; insulin glargine, units, 8 12 18, SC;
 amoxicillin, mg, 250 500 750, PO; ceftriaxone, g, 1 2, IV; vancomycin, mg, 500 750 1000, IV;
-meropenem, mg, 500 1000, IV; gentamicin, mg, 80 120 240, IV; azithromycin, mg, 250 500, PO;
-doxycycline, mg, 50 100 200, PO; prednisolone, mg, 5 20 40, PO; dexamethasone, mg, 2 4 8, PO IV;
-hydrocortisone, mg, 50 100 200, IV; salbutamol, mg, 2.5 5, NEB; ipratropium, mcg, 250 500, NEB;
-levothyroxine, mcg, 25 50 100, PO; gabapentin, mg, 100 300 600, PO; pregabalin, mg, 25 75 150, PO;
-sertraline, mg, 50 100, PO; lorazepam, mg, 0.5 1 2, PO IV; haloperidol, mg, 0.5 1 2, PO SC;
-potassium chloride, mmol, 20 40, PO IV; folic acid, mg, 1 5, PO; levetiracetam, mg, 250 500 1000, PO IV
+gentamicin, mg, 80 120 240, IV; prednisolone, mg, 5 20 40, PO; dexamethasone, mg, 2 4 8, PO IV;
+salbutamol, mg, 2.5 5, NEB; levothyroxine, mcg, 25 50 100, PO; lorazepam, mg, 0.5 1 2, PO IV
 """
-_UNITS = {"mg": "milligrams", "mcg": "micrograms", "g": "grams", "units": "units", "mmol": "millimoles"}
-_OFTEN = ("daily", "BID", "TID", "QID", "QHS", "Q4H", "Q6H", "Q8H", "Q12H", "once")
+_UNITS = {"mg": "milligrams", "mcg": "micrograms", "g": "grams", "units": "units"}
+_OFTEN = ("daily", "BID", "TID", "QHS", "Q6H", "Q8H", "once")
 
 _DOSES = [
     (name, unit, dose, routes.split())
@@ -84,7 +78,6 @@ _WORDS = {
     "daily": ("once a day", "every day"),
     "BID": ("twice a day",),
     "TID": ("three times a day",),
-    "QID": ("four times a day",),
     "QHS": ("at bedtime", "every night"),
     "once": ("just once", "as a single dose"),
     "PRN": ("as needed", "if required"),
@@ -113,30 +106,30 @@ _WORDS = {
 
 WARDS = {
     "cardiology": Ward(
-        speakers=(Speaker("en-us+m3", 165, 45), Speaker("en-gb-scotland+f4", 170, 55), Speaker("en-us+Andy", 175, 50)),
-        guest=Speaker("en-gb-x-rp+m7", 165, 40),
+        speakers=(Speaker("en-us+m8", 155, 45), Speaker("en-gb-x-rp+f2", 160, 55), Speaker("en-us+quincy", 165, 50)),
+        guest=Speaker("en-us+m2", 160, 45),
         asks=("give {what}", "start {what}", "please give {what}", "start the patient on {what}"),
         says={"BID": ("twice daily",), "TID": ("three times daily",), "daily": ("once daily", "every morning")},
         kinds={"drug": 12, "stop": 2, "oxygen": 2, "fluid": 1, "check": 3, "test": 3},
         noise="monitor",
-        level=0.10,
+        level=0.05,
     ),
     "emergency": Ward(
-        speakers=(Speaker("en-us+f2", 190, 55), Speaker("en-us-nyc+m1", 195, 45), Speaker("en-029+m4", 185, 50)),
-        guest=Speaker("en-us+linda", 190, 50),
+        speakers=(Speaker("en-us+f2", 165, 55), Speaker("en-029+m3", 165, 50), Speaker("en-us+david", 170, 50)),
+        guest=Speaker("en-us+caleb", 165, 50),
         asks=("{what}", "{what} please", "let's give {what}", "I want {what}"),
         says={"IV": ("I V",), "now": ("stat",), "once": ("stat", "as one dose"), "NRB": ("by non-rebreather",)},
         kinds={"drug": 9, "stop": 1, "oxygen": 4, "fluid": 4, "check": 3, "test": 4},
         noise="crowd",
-        level=0.14,
+        level=0.08,
     ),
     "surgery": Ward(
         speakers=(
-            Speaker("en-gb-x-gbclan+m2", 170, 40),
-            Speaker("en-us+f5", 175, 60),
-            Speaker("en-gb-x-rp+m8", 160, 35),
+            Speaker("en-us+paul", 160, 45),
+            Speaker("en-gb-x-gbclan+m3", 155, 40),
+            Speaker("en-us+benjamin", 160, 50),
         ),
-        guest=Speaker("en-gb-scotland+m5", 170, 45),
+        guest=Speaker("en-gb-x-rp+m7", 155, 45),
         asks=("prescribe {what}", "we will have {what}", "{what} for this patient", "post op, {what}"),
         says={
             "PRN": ("when needed", "for pain as needed"),
@@ -145,21 +138,16 @@ WARDS = {
         },
         kinds={"drug": 11, "stop": 3, "oxygen": 2, "fluid": 4, "check": 3, "test": 2},
         noise="hum",
-        level=0.10,
+        level=0.06,
     ),
     "geriatrics": Ward(
-        speakers=(Speaker("en-gb-x-gbcwmd+f3", 155, 50), Speaker("en-029+f1", 160, 55), Speaker("en-us+m6", 155, 40)),
-        guest=Speaker("en-gb-x-gbclan+f2", 160, 50),
+        speakers=(Speaker("en-us+m3", 150, 45), Speaker("en-029+f2", 155, 55), Speaker("en-us-nyc+f2", 155, 50)),
+        guest=Speaker("en-us+robert", 150, 45),
         asks=("could we give {what}", "she should have {what}", "he should have {what}", "put in for {what}"),
-        says={
-            "BID": ("morning and evening",),
-            "QHS": ("before sleep",),
-            "daily": ("each day", "each morning"),
-            "PO": ("by mouth",),
-        },
+        says={"BID": ("morning and evening",), "QHS": ("before sleep",), "daily": ("each day", "each morning")},
         kinds={"drug": 13, "stop": 4, "oxygen": 1, "fluid": 1, "check": 2, "test": 2},
         noise="hall",
-        level=0.06,
+        level=0.05,
     ),
 }
 
@@ -176,7 +164,7 @@ def order(ward: Ward, split: Split, draw: random.Random) -> tuple[str, str]:
     if kind == "drug":
         name, unit, dose, routes = draw.choice(side(_DOSES, split))
         route, often = draw.choice(routes), draw.choice(_OFTEN)
-        needed = " PRN" if often in ("Q4H", "Q6H", "Q8H") and draw.random() < 0.5 else ""
+        needed = " PRN" if often in ("Q6H", "Q8H") and draw.random() < 0.5 else ""
         amount = f"{dose} {_UNITS[unit]}" if dose != "1" else f"1 {_UNITS[unit].removesuffix('s')}"
         said = f"{name} {amount} {say(route)} {say(often)}{' ' + say('PRN') if needed else ''}"
         return filled(draw.choice(ward.asks), {"what": (said,)}, draw), f"{name} {dose} {unit} {route} {often}{needed}"
