@@ -62,8 +62,8 @@ class LoRA(Section):
     """LoRA alpha; the scale is alpha / rank."""
     targets: Targets = "auto"
     """Names of the linear layers that get a pair, or parts of full names such as decoder.fc2. "all-linear": every
-    linear layer but the head, the output and routers of experts. "auto": those that PEFT has for the base model's kind; where
-    it has none, the queries and values of the attention, and where there are none either, all."""
+    linear layer but the head, the output and routers of experts. "auto": those that PEFT has for the base model's kind;
+    where it has none, the queries and values of the attention, and where there are none either, all."""
     layers: Layers = None
     """Numbers of the transformer layers that get pairs: 0 is the first, -1 the last. None: all, and targets outside of
     them. PEFT's layers_to_transform."""
@@ -198,10 +198,10 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: 
 
     Args:
         base: The model.
-        targets: Last names of layers, or parts of full names that lead to one, such as decoder.fc2; "all-linear" for each but the
-            output layer and the routers of a mixture of experts; "auto" for those that PEFT has for this kind of model;
-            where it has none, for the queries and values of the attention, or one layer that is both; and where there
-            are none either, as "all-linear".
+        targets: Last names of layers, or parts of full names that lead to one, such as decoder.fc2; "all-linear" for
+            each but the output layer and the routers of a mixture of experts; "auto" for those that PEFT has for this
+            kind of model; where it has none, for the queries and values of the attention, or one layer that is both;
+            and where there are none either, as "all-linear".
         head: The model's head, which is trained whole.
         layers: Numbers of the transformer layers that they are in; None is all, and what is outside of them.
 
@@ -235,7 +235,7 @@ def linear_targets(base: PreTrainedModel, targets: Targets, head: Head, layers: 
 def _leads(target: str, name: str) -> bool:
     """Whether a full name ends as a target does, and has what is before that in it, in this order.
 
-    >>> [_leads(each, "model.decoder.layers.0.fc2") for each in ("fc2", "decoder.fc2", "encoder.fc2", "layers.decoder.fc2")]
+    >>> [_leads(each, "model.decoder.layers.0.fc2") for each in ("fc2", "decoder.fc2", "encoder.fc2", "decoder")]
     [True, True, False, False]
     """
     (*before, last), (*outer, own) = target.split("."), name.split(".")
