@@ -25,6 +25,7 @@ JOBS = {
     "preferences": "The tone of a front desk, from pairs of answers",
     "instruct": "A nurse's note as a line that a program reads",
     "dictation": "Spoken orders on wards, written as the house does",
+    "keywords": "Words that steer a machine, by voices that are new",
     "defects": "Scratches, holes and stains on metal",
 }
 """Recipes of the gallery in its order, and what each does."""
@@ -33,6 +34,7 @@ _SCORES = {
     "multi-label": ("f1_micro", 100, "% F1 of tags"),
     "token-classification": ("accuracy", 100, "% of words"),
     "image-classification": ("accuracy", 100, "% of pictures"),
+    "audio-classification": ("accuracy", 100, "% of recordings"),
     "dpo": ("accuracy", 100, "% of pairs"),
     "instruct": ("exact_match", 100, "% of answers right to the letter"),
     "speech-recognition": ("wer", 100, "% of words wrong, so less is better"),
