@@ -17,10 +17,11 @@ import soundfile
 from fedloom.client.assets.fetch import cache_dir
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.packaged.api import DataSource, Split
-from fedloom.client.data.packaged.dictation import orders, recordings
-from fedloom.client.data.packaged.dictation.orders import WARDS, Speaker, order
-from fedloom.client.data.packaged.dictation.recordings import Dictation, spoken
-from fedloom.client.data.packaged.dictation.rooms import NOISES, RATE, Wave, heard_in
+from fedloom.client.data.packaged.spoken import dictation, orders
+from fedloom.client.data.packaged.spoken.dictation import Dictation
+from fedloom.client.data.packaged.spoken.orders import WARDS, order
+from fedloom.client.data.packaged.spoken.rooms import NOISES, RATE, Wave, heard_in
+from fedloom.client.data.packaged.spoken.voices import Speaker, spoken
 from fedloom.client.data.records import Record
 from fedloom.client.data.tokens import encode
 from fedloom.conformance.data import DataConformance
@@ -84,7 +85,7 @@ def test_a_guest_says_half_of_what_is_held_out_and_nothing_else(monkeypatch: pyt
         heard.append([who for who, _ in said])
         return [np.sin(np.arange(RATE)) for _ in said]
 
-    monkeypatch.setattr(recordings, "spoken", beeps)
+    monkeypatch.setattr(dictation, "spoken", beeps)
     for split in ("train", "test"):
         assert len(list(Dictation().records(split))) == COUNTS[split] * len(WARDS)
 

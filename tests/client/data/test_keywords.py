@@ -45,7 +45,7 @@ def test_they_are_the_same_each_time() -> None:
         told.update(f"{record.group} {record.label}\n".encode())
         told.update(record.audio)
 
-    assert told.hexdigest()[:16] == "DIGEST"
+    assert told.hexdigest()[:16] == "1ddc6c4c434d3800"
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

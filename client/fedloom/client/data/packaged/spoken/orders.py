@@ -7,19 +7,9 @@ from itertools import product
 
 from fedloom.client.data.packaged.api import Split
 from fedloom.client.data.packaged.made_up import filled, side
+from fedloom.client.data.packaged.spoken.voices import Speaker
 
-__all__ = ["WARDS", "Speaker", "Ward", "order"]
-
-
-@dataclass(frozen=True)
-class Speaker:
-    """One of eSpeak NG's voices, as one person speaks."""
-
-    voice: str
-    rate: int
-    """Words a minute."""
-    pitch: int
-    """0 to 99."""
+__all__ = ["WARDS", "Ward", "order"]
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,19 @@
 """Made-up recordings of orders on four wards: what is to be written of them."""
 
-import importlib
-import io
-import json
 import random
-import struct
-import subprocess
-import sys
-import wave
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from fedloom.client.data.packaged.api import Split
-from fedloom.client.data.packaged.dictation.orders import WARDS, Speaker, Ward, order
-from fedloom.client.data.packaged.dictation.rooms import RATE, Wave, heard_in
+from fedloom.client.data.packaged.spoken.orders import WARDS, Ward, order
+from fedloom.client.data.packaged.spoken.rooms import RATE, heard_in
+from fedloom.client.data.packaged.spoken.voices import Speaker, recording, spoken
 from fedloom.client.data.records import Record
-from fedloom.core.errors import ConfigError, DataError
 
-__all__ = ["Dictation", "recording", "spoken"]
+__all__ = ["Dictation"]
 
 _RECORDINGS = {"train": 400, "test": 60}
 """Of each ward."""
@@ -29,7 +21,6 @@ _MOST_SECONDS = 5
 """What takes longer to say is left out."""
 _SPARE = 1.4
 """Orders are said for each that is wanted: one in six takes longer."""
-_LARGEST = 32767
 
 
 @dataclass(frozen=True)
@@ -63,49 +54,3 @@ class Dictation:
 
 def _speaker(ward: Ward, split: Split, at: int, draw: random.Random) -> Speaker:
     return ward.guest if split == "test" and at % 2 else draw.choice(ward.speakers)
-
-
-def spoken(said: Sequence[tuple[Speaker, str]], draw: random.Random) -> list[Wave]:
-    """Each text as its speaker says it, a little faster or slower and higher or lower each time.
-
-    Args:
-        said: Who says what.
-        draw: What decides on speed and pitch.
-
-    Raises:
-        ConfigError: eSpeak NG is not installed.
-        DataError: It does not work here.
-    """
-    try:
-        loader = importlib.import_module("espeakng_loader")
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "dictation is spoken by eSpeak NG, which is not here: pip install 'fedloom[speech]'"
-        ) from error
-    told = [
-        (who.voice, who.rate + draw.randint(-10, 10), who.pitch + draw.randint(-6, 6), 50 + draw.randint(-15, 15), text)
-        for who, text in said
-    ]
-    program = Path(__file__).with_name("espeak.py")
-    command = [sys.executable, "-I", "-S", str(program), loader.get_library_path(), loader.get_data_path(), str(RATE)]
-    done = subprocess.run(command, input=json.dumps(told).encode(), capture_output=True, check=False)
-    if done.returncode:
-        reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"it ends with {done.returncode}"
-        raise DataError(f"eSpeak NG does not work here: {reason}; install espeakng-loader again")
-    waves, at = list[Wave](), 0
-    for _ in said:
-        (count,) = struct.unpack_from("<i", done.stdout, at)
-        waves.append(np.frombuffer(done.stdout, "<i2", count, at + 4) / _LARGEST)
-        at += 4 + 2 * count
-    return waves
-
-
-def recording(heard: Wave) -> bytes:
-    """A WAV file of 16-bit samples."""
-    file = io.BytesIO()
-    with wave.open(file, "wb") as writer:
-        writer.setnchannels(1)
-        writer.setsampwidth(2)
-        writer.setframerate(RATE)
-        writer.writeframes(np.round(heard * _LARGEST).astype("<i2").tobytes())
-    return file.getvalue()

@@ -8,10 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from fedloom.client.data.packaged.api import Split
-from fedloom.client.data.packaged.dictation.orders import Speaker
-from fedloom.client.data.packaged.dictation.recordings import recording, spoken
-from fedloom.client.data.packaged.dictation.rooms import RATE, heard_in
 from fedloom.client.data.packaged.made_up import side
+from fedloom.client.data.packaged.spoken.rooms import RATE, heard_in
+from fedloom.client.data.packaged.spoken.voices import Speaker, recording, spoken
 from fedloom.client.data.records import Record
 
 __all__ = ["Keywords"]

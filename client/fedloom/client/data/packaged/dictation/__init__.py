@@ -1,1 +1,0 @@
-"""Made-up recordings of orders on hospital wards."""
