@@ -111,6 +111,7 @@ def test_the_command_shows_the_best_of_several_beside_the_adapter(run_file: Path
 
 
 def test_without_the_option_nothing_more_is_trained(run_file: Path, tmp_path: Path) -> None:
+    run_file.write_text(re.sub(r"^learning_rate = 0.2$", "learning_rate = 2.0", run_file.read_text(), flags=re.M))
     done = CliRunner().invoke(app, ["simulate", str(run_file), "--out", str(tmp_path / "runs"), "--no-privacy"])
 
     assert done.exit_code == 0, done.output

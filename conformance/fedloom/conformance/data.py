@@ -38,11 +38,11 @@ class DataConformance:
         assert self.source().task in entries("tasks")
 
     def test_each_split_has_rows_that_hold_something(self) -> None:
-        """A text, a picture or words, and a place for error messages."""
+        """A text, a picture, a recording or words, and a place for error messages."""
         for split in get_args(Split):
             rows = self.rows(split)
             assert rows
-            assert all(row.where and (row.text or row.image or row.words or row.turns) for row in rows)
+            assert all(row.where and (row.text or row.image or row.audio or row.words or row.turns) for row in rows)
 
     def test_the_rows_are_the_same_each_time(self) -> None:
         """In the same order: partitions count on it."""
@@ -51,6 +51,6 @@ class DataConformance:
 
     def test_no_row_is_on_both_sides(self) -> None:
         """A model would look better on what it has seen."""
-        sides = [{(row.text, row.image, row.words) for row in self.rows(split)} for split in get_args(Split)]
+        sides = [{(row.text, row.image, row.audio, row.words) for row in self.rows(split)} for split in get_args(Split)]
 
         assert not set.intersection(*sides)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["simulate"]
 
+_OF_CLIPPED = 0.5
+"""Rates from here on are of gradients that are clipped to a norm of one or less."""
+
 
 def simulate(
     run: Annotated[Path, typer.Argument(help="The run file.")],
@@ -80,7 +83,7 @@ def simulate(
 
 def _open(config: RunConfig, chosen: list[str]) -> RunConfig:
     """A run without privacy under a name that says so; what its rates were chosen for is told."""
-    if config.train.optimizer == "sgd" and not any(each.startswith("train.") for each in chosen):
+    if config.train.learning_rate >= _OF_CLIPPED and not any(each.startswith("train.") for each in chosen):
         out.print(
             f"note: train.learning_rate = {config.train.learning_rate:g} was chosen for clipped gradients, and without "
             "privacy nothing is clipped; for a fair comparison add --set train.optimizer=adam "
