@@ -223,5 +223,5 @@ def test_one_file_has_no_held_out_part(tmp_path: Path) -> None:
 def test_a_missing_source_is_refused() -> None:
     with pytest.raises(DataError, match="'sentimnet' does not exist; did you mean 'sentiment'"):
         load_rows("sentimnet", LABELS, "train")
-    with pytest.raises(DataError, match="name a file, a folder or one of complaints, defects, fashion-mnist"):
+    with pytest.raises(DataError, match="name a file, a folder or one of complaints, defects, dictation"):
         load_rows("records/2024.csv", LABELS, "train")

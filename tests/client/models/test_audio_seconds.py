@@ -105,7 +105,7 @@ def test_what_is_no_number_of_seconds_is_refused(base: Path, seconds: Any) -> No
 
 @pytest.mark.parametrize("task", ["text-classification", "image-classification", "image-text"])
 def test_a_task_that_does_not_hear_is_refused(task: str) -> None:
-    with pytest.raises(ConfigError, match=f"audio_seconds is for models of speech such as Whisper, not {task}"):
+    with pytest.raises(ConfigError, match=f"audio_seconds is for recordings, not {task}"):
         ModelSection(base="b", task=task, labels=("a", "b"), audio_seconds=5)
 
 
