@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AddedToken
 
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.tokens import Encoded, collate, encode
 from fedloom.client.eval.score import evaluate
 from fedloom.client.eval.text_figures import Written, speech_figures, text_figures
-from fedloom.client.eval.writing import written
+from fedloom.client.eval.writing import _given, written
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_model
 from fedloom.core.config.parsing import parse
 from fedloom.core.config.run import AdapterSection, ModelSection, RunConfig
 from fedloom.core.errors import ConfigError, DataError
+from tests.conftest import byte_tokenizer
 from tests.families import save_family
 from tests.simulation.end_to_end.test_every_task import llava
 
@@ -125,6 +127,33 @@ def test_what_is_written_is_the_likeliest_token_after_each_other_one(loaded: tup
     assert [each.written for each in found] == [greedy(model, encoded, row) for row in range(4)]
     assert any(each.written for each in found)
     assert [each.written for each in written(model, encoded, 1)] == [found[0].written]
+
+
+def test_special_tokens_before_a_text_are_given_to_the_model() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|en|>", special=True)])  # without a role, as Whisper's languages are
+    tokenizer.add_tokens([AddedToken("<|0.00|>", special=False)])
+    begin, english, clock, end = (
+        tokenizer.convert_tokens_to_ids(each) for each in ("<s>", "<|en|>", "<|0.00|>", "</s>")
+    )
+    assert english not in tokenizer.all_special_ids
+    text = tokenizer("film")["input_ids"]
+
+    def given(*before: int) -> int:
+        return _given(np.array([*before, *text, end], np.int32), tokenizer)
+
+    assert [given(), given(english), given(begin, english), given(english, clock)] == [0, 1, 2, 1]
+    assert _given(np.array([end], np.int32), tokenizer) == 0  # an empty text is the model's to end
+
+
+def test_nothing_is_said_beside_what_is_written(
+    loaded: tuple[AdapterModel, Encoded], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, encoded = loaded
+    written(model, encoded, 2)
+
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_evaluation_has_the_figures_of_what_was_written(loaded: tuple[AdapterModel, Encoded]) -> None:

@@ -11,6 +11,7 @@ from fedloom.client.data.rows import IGNORED
 from fedloom.client.data.tokens import Encoded
 from fedloom.client.eval.text_figures import Written
 from fedloom.client.models.adapter_model import AdapterModel
+from fedloom.client.models.loading_context import quiet
 from fedloom.client.tasks.api import Ids
 from fedloom.client.training.device import on_device
 from fedloom.core.errors import DataError
@@ -89,8 +90,14 @@ def _orders(model: AdapterModel, encoded: Encoded) -> Iterator[_Order]:
 
 def _given(targets: Ids, tokenizer: Any) -> int:
     """How many special tokens the tokenizer writes before a text, such as its language: they are given."""
-    special = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
+    special = _special(tokenizer) - {tokenizer.eos_token_id}
     return next((place for place, each in enumerate(targets.tolist()) if each not in special), len(targets))
+
+
+def _special(tokenizer: Any) -> set[int]:
+    """Tokens that stand for no text: those with a role, and others such as Whisper's <|en|>."""
+    added = tokenizer.added_tokens_decoder
+    return {*tokenizer.all_special_ids, *(place for place, token in added.items() if token.special)}
 
 
 def _batches(orders: Sequence[_Order], decoder: bool) -> Iterator[list[_Order]]:
@@ -131,7 +138,8 @@ def _generated(model: AdapterModel, base: Any, encoded: Encoded, batch: list[_Or
     )
     on_place = {name: on_device(each, model.device) for name, each in inputs.items()}
     # Not the model's own method: Whisper's is for long recordings, and looks for times in what it writes.
-    ids = GenerationMixin.generate(base, generation_config=wanted, **on_place).cpu().numpy()
+    with quiet():  # it tells which of the model's own settings these take the place of
+        ids = GenerationMixin.generate(base, generation_config=wanted, **on_place).cpu().numpy()
     new = ids[:, prompts.shape[1] :]
     stops = (next((place for place, each in enumerate(row.tolist()) if each in ends), len(row)) for row in new)
     return [row[:stop] for row, stop in zip(new, stops, strict=True)]
@@ -141,7 +149,7 @@ def _ends(base: Any, tokenizer: Any, batch: list[_Order]) -> set[int]:
     """Tokens that end what is written: the model's, the tokenizer's, and a special one that ends the rows' texts."""
     own = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
     found = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
-    special = set(tokenizer.all_special_ids)
+    special = _special(tokenizer)
     return found | {int(order.wanted[-1]) for order in batch if len(order.wanted) and order.wanted[-1] in special}
 
 
