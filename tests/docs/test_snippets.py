@@ -38,6 +38,7 @@ NOT_RUN = {
     ("tutorial-simulation.md", "trains for minutes"),
     ("data.md", "fetches a model and trains it for minutes"),
     ("data.md", "needs the model that was trained above"),
+    ("data.md", "needs an adapter that was trained"),
     ("serving.md", "serves until it is stopped"),
     ("serving.md", "needs vLLM and a GPU"),
     ("serving.md", "needs the run on notes and llama.cpp"),

@@ -10,7 +10,7 @@ import numpy as np
 from fedloom.client.data.packaged.api import Split
 from fedloom.client.data.packaged.spoken.orders import WARDS, Ward, order
 from fedloom.client.data.packaged.spoken.rooms import RATE, heard_in
-from fedloom.client.data.packaged.spoken.voices import Speaker, recording, spoken
+from fedloom.client.data.packaged.spoken.voices import Speaker, spoken, wave_file
 from fedloom.client.data.records import Record
 
 __all__ = ["Dictation"]
@@ -49,7 +49,7 @@ class Dictation:
                 if len(heard) <= _MOST_SECONDS * RATE and number < _RECORDINGS[split]:
                     number += 1
                     where = f"dictation {split} {name} {number}"
-                    yield Record(where, wanted, group=name, parts=(wanted,), audio=recording(heard))
+                    yield Record(where, wanted, group=name, parts=(wanted,), audio=wave_file(heard))
 
 
 def _speaker(ward: Ward, split: Split, at: int, draw: random.Random) -> Speaker:

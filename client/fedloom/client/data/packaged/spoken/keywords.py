@@ -10,7 +10,7 @@ import numpy as np
 from fedloom.client.data.packaged.api import Split
 from fedloom.client.data.packaged.made_up import side
 from fedloom.client.data.packaged.spoken.rooms import RATE, heard_in
-from fedloom.client.data.packaged.spoken.voices import Speaker, recording, spoken
+from fedloom.client.data.packaged.spoken.voices import Speaker, spoken, wave_file
 from fedloom.client.data.records import Record
 
 __all__ = ["Keywords"]
@@ -96,7 +96,7 @@ class Keywords:
                 heard = heard_in(voice, hall.noise, hall.level * draw.uniform(0.5, 1.5), noise)
                 where = f"keywords {split} {name} {number}"
                 heard = heard[: int(_MOST_SECONDS * RATE)]
-                yield Record(where, "", label=label, group=name, audio=recording(heard))
+                yield Record(where, "", label=label, group=name, audio=wave_file(heard))
 
 
 def _label(draw: random.Random) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from fedloom.client.data.packaged.spoken.rooms import RATE, Wave
 from fedloom.core.errors import ConfigError, DataError
 
-__all__ = ["Speaker", "recording", "spoken"]
+__all__ = ["Speaker", "spoken", "wave_file"]
 
 _LARGEST = 32767
 
@@ -68,7 +68,7 @@ def spoken(said: Sequence[tuple[Speaker, str]], draw: random.Random) -> list[Wav
     return waves
 
 
-def recording(heard: Wave) -> bytes:
+def wave_file(heard: Wave) -> bytes:
     """A WAV file of 16-bit samples."""
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
