@@ -214,8 +214,10 @@ def _simulate(
         )
         coordinator.on_commit = lambda rounds, state: tape.commits.put((rounds, state, virtual_s()))
         began = time.monotonic()
-        begin = RoundRecord(0, 0, start.accuracy, start.loss, None, None, 0, 0, 0.0, virtual_seconds=virtual_s())
-        begin = replace(begin, metrics=dict(start.metrics) or None)
+        figures, clock_s = dict(start.metrics) or None, virtual_s()
+        begin = RoundRecord(
+            0, 0, start.accuracy, start.loss, None, None, 0, 0, 0.0, metrics=figures, virtual_seconds=clock_s
+        )
         _record(tape, watcher, begin)
         watcher.before_rounds(SoFar(folder, (begin,), partial(save_round, federation, coordinator.result(), begin)))
         for _ in _engine(federation, coordinator, folder, clock):

@@ -17,7 +17,7 @@ from fedloom.client.data.load import load_rows
 from fedloom.client.data.tokens import Encoded, collate, encode
 from fedloom.client.eval.score import evaluate
 from fedloom.client.eval.text_figures import Written, speech_figures, text_figures
-from fedloom.client.eval.writing import _given, written
+from fedloom.client.eval.writing import _given, _special, written
 from fedloom.client.models.adapter_model import AdapterModel
 from fedloom.client.models.load import load_model
 from fedloom.core.config.parsing import parse
@@ -137,13 +137,13 @@ def test_special_tokens_before_a_text_are_given_to_the_model() -> None:
         tokenizer.convert_tokens_to_ids(each) for each in ("<s>", "<|en|>", "<|0.00|>", "</s>")
     )
     assert english not in tokenizer.all_special_ids
-    text = tokenizer("film")["input_ids"]
+    text, special = tokenizer("film")["input_ids"], _special(tokenizer) - {end}
 
     def given(*before: int) -> int:
-        return _given(np.array([*before, *text, end], np.int32), tokenizer)
+        return _given(np.array([*before, *text, end], np.int32), special)
 
     assert [given(), given(english), given(begin, english), given(english, clock)] == [0, 1, 2, 1]
-    assert _given(np.array([end], np.int32), tokenizer) == 0  # an empty text is the model's to end
+    assert _given(np.array([end], np.int32), special) == 0  # an empty text is the model's to end
 
 
 def test_nothing_is_said_beside_what_is_written(

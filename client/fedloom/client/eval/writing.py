@@ -1,7 +1,7 @@
 """What a model writes in answer to held-out rows, and how near that is to what was wanted."""
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence, Set
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +48,7 @@ def written(model: AdapterModel, encoded: Encoded, count: int) -> list[Written]:
         DataError: No row asks for anything.
     """
     base, tokenizer, most = _plain(model.model), model.tokenizer, model.task.max_length
-    orders = list(_orders(model, encoded))[:count]
+    orders = list(islice(_orders(model, encoded), count))
     if not orders:
         raise DataError(
             "evaluation.generate has the model write what follows a prompt, but no held-out row has one; give the rows "
@@ -73,9 +73,10 @@ def _plain(model: Any) -> Any:
 
 
 def _orders(model: AdapterModel, encoded: Encoded) -> Iterator[_Order]:
+    special = _special(model.tokenizer) - {model.tokenizer.eos_token_id}
     for row, targets in enumerate(encoded.targets):
         if model.task.traits.decoder:
-            given = _given(targets, model.tokenizer)
+            given = _given(targets, special)
             start = np.array([_plain(model.model).config.decoder_start_token_id], np.int32)
             yield _Order(row, np.concatenate([start, targets[:given]]), targets[given:])
             continue
@@ -88,9 +89,8 @@ def _orders(model: AdapterModel, encoded: Encoded) -> Iterator[_Order]:
             yield _Order(row, encoded.input_ids[row][: begin + 1], targets[begin : learned[-1] + 1])
 
 
-def _given(targets: Ids, tokenizer: Any) -> int:
+def _given(targets: Ids, special: Set[int]) -> int:
     """How many special tokens the tokenizer writes before a text, such as its language: they are given."""
-    special = _special(tokenizer) - {tokenizer.eos_token_id}
     return next((place for place, each in enumerate(targets.tolist()) if each not in special), len(targets))
 
 
