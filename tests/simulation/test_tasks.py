@@ -17,10 +17,13 @@ from fedloom.cli.main import app
 from fedloom.client.data.load import load_rows
 from fedloom.client.data.rows import digest
 from fedloom.client.data.tokens import collate, encode
+from fedloom.client.eval.score import Score, evaluate
 from fedloom.client.models.load import load_model
 from fedloom.core.config.run import RunConfig
+from fedloom.simulation import personal
+from fedloom.simulation.callbacks import SoFar, StopRun
 from fedloom.simulation.federation import build, completed, write_client
-from fedloom.simulation.simulate import simulate
+from fedloom.simulation.simulate import Watcher, simulate
 
 WORDS = ("good", "bad", "film", "plot", "actor", "very", "great", "sad")
 
@@ -122,6 +125,32 @@ def test_a_client_process_reads_the_data_that_is_written_for_it(config: RunConfi
     assert digest(again) == digest(rows)
     assert (again.texts, again.words, again.prompts) == (rows.texts, rows.words, rows.prompts)
     assert all(np.array_equal(one, two) for one, two in zip(again.tags, rows.tags, strict=True))
+
+
+@pytest.mark.parametrize(("every", "stop", "scored"), [(1, 2, 2), (2, 2, 1), (2, 1, 1), (1, 1, 1)])
+def test_an_adapter_is_scored_once(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, stop: int, scored: int
+) -> None:
+    tables = config.model_dump()
+    tables["privacy"]["enabled"] = False
+    tables["evaluation"]["every"] = every
+    taken = list[Score]()
+
+    def counted(*given: Any, **named: Any) -> Score:
+        taken.append(evaluate(*given, **named))
+        return taken[-1]
+
+    monkeypatch.setattr(personal, "evaluate", counted)
+
+    def after_round(so_far: SoFar) -> None:
+        if so_far.records[-1].round == stop:
+            raise StopRun
+
+    result = simulate(RunConfig.model_validate(tables), tmp_path / "runs", Watcher(after_round=after_round))
+
+    assert len(taken) == scored  # after each scored round; and at the end, unless that was one
+    assert result.final == taken[-1]
+    assert result.final.loss == result.records[-1].loss or (every, stop) == (2, 1)
 
 
 def test_without_privacy_the_held_out_loss_falls(config: RunConfig, tmp_path: Path) -> None:
