@@ -15,7 +15,7 @@ from fedloom.client.data.records import Record
 
 __all__ = ["Dictation"]
 
-_RECORDINGS = {"train": 400, "test": 60}
+_RECORDINGS = {"train": 800, "test": 60}
 """Of each ward."""
 _MOST_SECONDS = 5
 """What takes longer to say is left out."""
