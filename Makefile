@@ -117,7 +117,7 @@ study: setup
 	python -m fedloom.client.assets.fetch minilm-l3-mean dinov2-small sentiment
 	python benchmarks/study.py
 
-# Runs the gallery's recipes one after the other, about half an hour on two idle cores, and writes what came out.
+# Runs the gallery's recipes one after the other, about forty minutes on two idle cores, and writes what came out.
 RECIPES := triage findings complaints preferences instruct dictation keywords defects
 recipes: setup
 	python -m fedloom.client.assets.fetch smollm2-135m dinov2-small whisper-base
