@@ -106,7 +106,7 @@ WORKS: dict[str, tuple[Work, tuple[str, ...]]] = {
     "virtual-1000": (
         # Most add up whole weights in float32. Of a thousand, with one small step each, that rounds away 2 % of the
         # mean step; with larger steps it is less than `SAME`.
-        replace(LORA, clients=1000, rounds=2, steps=1, batch=4, tokens=16, rate=2.0),
+        replace(LORA, clients=1000, rounds=2, steps=1, batch=4, tokens=16, rate=6.0),
         ("fedloom", "bare", "pfl", "pfl-workers", "flower"),
     ),
 }
